@@ -1,0 +1,70 @@
+"""
+The page at /docs: `openapi.json` for people, in one HTML file, one script and one style sheet.
+
+Served by ourselves, so that it works offline and under a Content-Security-Policy that lets
+nothing in from elsewhere. `/problems/{kind}` explains the kinds of problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
+from asyncflow.api.problems import KINDS, Refusal
+
+SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+ASSETS = {
+    "/docs": ("page.html", "text/html"),
+    "/docs/page.js": ("page.js", "text/javascript"),
+    "/docs/page.css": ("page.css", "text/css"),
+}
+
+
+def add_docs_routes(app: FastAPI) -> None:
+    """
+    Serve the docs page, the meaning of problem types, and a way to them from `/`.
+    """
+    for path, (name, media_type) in ASSETS.items():
+        app.add_route(path, _asset(name, media_type), include_in_schema=False)
+    app.add_route("/problems/{kind}", explain_problem, include_in_schema=False)
+    app.add_route("/", go_to_docs, include_in_schema=False)
+
+
+async def go_to_docs(request: Request) -> Response:
+    """
+    Lead people who open the server's address to the docs page.
+    """
+    return RedirectResponse("/docs", 307)
+
+
+async def explain_problem(request: Request) -> Response:
+    """
+    What the `type` of a problem document means.
+    """
+    kind = KINDS.get(request.path_params["kind"])
+    if kind is None:
+        raise Refusal("not-found", f"There is no problem of this kind; there are {_kinds()}.")
+    return PlainTextResponse(f"{kind.title} (HTTP {kind.status})\n\n{kind.meaning}\n")
+
+
+def _kinds() -> str:
+    return ", ".join(KINDS)
+
+
+def _asset(name: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
+    content = files(__name__).joinpath(name).read_text(encoding="utf-8")
+
+    async def asset(request: Request) -> Response:
+        return Response(
+            content, media_type=media_type, headers={"Content-Security-Policy": SECURITY_POLICY}
+        )
+
+    return asset

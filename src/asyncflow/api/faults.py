@@ -1,0 +1,123 @@
+"""
+What Pydantic and JSON Schema complain about, as sentences that say what would have worked.
+
+Every `detail` continues its pointer: "/priority must be at most 9".
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jsonschema_rs
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+
+from asyncflow.api.strict_json import FAULTS_MAX, joined
+from asyncflow.domain.policy import NAME_PATTERN
+from asyncflow.errors import Fault
+from asyncflow.wire import SubmitBatch, SubmitTask, TaskQuery
+
+_EXPECTED = {
+    "string_type": "must be a string",
+    "int_type": "must be an integer",
+    "int_parsing": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "dict_type": "must be an object",
+    "list_type": "must be an array",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "finite_number": "must be a finite number",
+    "missing": "is required",
+}
+
+
+def document_faults(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
+    """
+    Every wrong place of a body that should have been a `model`.
+    """
+    return [
+        Fault(_pointer(mistake["loc"]), _sentence(mistake, _fields_at(mistake["loc"], model)))
+        for mistake in error.errors(include_url=False)[:FAULTS_MAX]
+    ]
+
+
+def parameter_faults(error: RequestValidationError) -> list[dict[str, str]]:
+    """
+    Every wrong query parameter.
+    """
+    return [
+        {
+            "parameter": str(mistake["loc"][-1]),
+            "detail": _sentence(mistake, list(TaskQuery.model_fields)),
+        }
+        for mistake in error.errors()[:FAULTS_MAX]
+    ]
+
+
+def payload_faults(
+    errors: Iterator[jsonschema_rs.ValidationError], pointer: str
+) -> Iterator[Fault]:
+    """
+    Every wrong place of a payload that breaks its handler's JSON Schema.
+
+    Args:
+        pointer: Where the payload is in the document.
+    """
+    for error in errors:
+        place = pointer
+        for step in error.instance_path:
+            place = joined(place, str(step))
+        match error.kind:
+            case jsonschema_rs.ValidationErrorKind.Required(property=key):
+                yield Fault(joined(place, str(key)), "is required")
+            case jsonschema_rs.ValidationErrorKind.AdditionalProperties(unexpected=keys):
+                for key in keys:
+                    yield Fault(joined(place, key), "is not a key the handler takes")
+            case _:
+                yield Fault(place, f"does not fit the handler's schema: {error.message}")
+
+
+def _pointer(location: Sequence[int | str]) -> str:
+    pointer = ""
+    for step in location:
+        pointer = joined(pointer, str(step))
+    return pointer
+
+
+def _fields_at(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
+    inside_a_task = model is SubmitBatch and len(location) > 1
+    return list((SubmitTask if inside_a_task else model).model_fields)
+
+
+def _sentence(mistake: Any, fields: list[str]) -> str:
+    kind, limits = mistake["type"], mistake.get("ctx", {})
+    match kind:
+        case "extra_forbidden":
+            return _unknown(str(mistake["loc"][-1]), fields)
+        case "greater_than_equal":
+            return f"must be at least {limits['ge']:.15g}"
+        case "less_than_equal":
+            return f"must be at most {limits['le']:.15g}"
+        case "too_short":
+            return f"must have at least {limits['min_length']} item"
+        case "too_long":
+            return f"must have at most {limits['max_length']} items"
+        case "string_too_long":
+            return f"must have at most {limits['max_length']} characters"
+        case "string_pattern_mismatch" if limits["pattern"] == f"^{NAME_PATTERN.pattern}$":
+            return "must be 1 to 128 of A-Z a-z 0-9 . _ -"
+        case "literal_error":
+            return f"must be one of {limits['expected'].replace(chr(39), '')}"
+        case "value_error":
+            return str(limits["error"])
+        case _:
+            return _EXPECTED.get(kind) or f"is wrong: {mistake['msg']}"
+
+
+def _unknown(name: str, fields: list[str]) -> str:
+    close = difflib.get_close_matches(name[:100], fields, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"is not known{hint}; allowed are {', '.join(fields)}"

@@ -1,0 +1,74 @@
+"""
+Health: `live` says that the process answers, `ready` that it can take tasks.
+
+Ready takes a real write and the right schema. RabbitMQ is reported but never makes the API
+unready: tasks are accepted without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from asyncflow.api.openapi import problems
+from asyncflow.errors import StoreUnavailable
+from asyncflow.store.database import Executor
+from asyncflow.store.schema import SCHEMA_VERSION, check_schema
+from asyncflow.store.upkeep import probe
+from asyncflow.wire import Live, Ready
+
+PROBE_SECONDS_MAX = 3.0
+"""A probe that takes longer is as bad as none."""
+
+
+def add_health_routes(app: FastAPI, db: Executor, broker_state: Callable[[], str | None]) -> None:
+    """
+    Serve the probes of an orchestrator or load balancer.
+    """
+
+    @app.get(
+        "/health/live",
+        tags=["health"],
+        summary="Is the process alive?",
+        response_model=Live,
+        response_description="It is.",
+    )
+    async def live() -> Response:
+        """
+        Answers without looking at anything else: restart the process if it does not.
+        """
+        return _json(Live())
+
+    @app.get(
+        "/health/ready",
+        tags=["health"],
+        summary="Can it take tasks?",
+        response_model=Ready,
+        response_description="It can.",
+        responses=problems("unavailable", "schema-mismatch"),
+    )
+    async def ready() -> Response:
+        """
+        Writes to the database and checks its schema: send no requests here if it fails.
+        """
+        await _check(db)
+        broker = broker_state() or "not used"
+        return _json(Ready(schema_version=SCHEMA_VERSION, broker=broker))
+
+
+async def _check(db: Executor) -> None:
+    try:
+        async with asyncio.timeout(PROBE_SECONDS_MAX):
+            await check_schema(db)
+            await probe(db)
+    except TimeoutError:
+        raise StoreUnavailable(
+            f"The database did not take a write within {PROBE_SECONDS_MAX:g} seconds."
+        ) from None
+
+
+def _json(view: Live | Ready) -> Response:
+    return Response(view.model_dump_json(), media_type="application/json")

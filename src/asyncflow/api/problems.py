@@ -1,0 +1,261 @@
+"""
+Every error as an RFC 9457 problem document, mapped in one place.
+
+`KINDS` lists what can go wrong and is part of the API: a `type` never changes its meaning.
+Its URIs are relative, so that they work behind any host name, and can be opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import Scope
+
+from asyncflow.api.faults import parameter_faults
+from asyncflow.api.strict_json import MalformedJson
+from asyncflow.errors import (
+    AsyncFlowError,
+    Fault,
+    IllegalTransition,
+    InvalidPayload,
+    InvalidTask,
+    SchemaMismatch,
+    StoreUnavailable,
+    TaskNotFound,
+)
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = 1
+TEXT_LENGTH_MAX = 500
+"""Longer pointers and details are cut; both may quote what was sent."""
+
+
+class Kind(NamedTuple):
+    """
+    One kind of problem; `meaning` says what happened and what the caller can do.
+    """
+
+    status: int
+    title: str
+    meaning: str
+
+
+KINDS = {
+    "malformed-json": Kind(
+        400, "Malformed JSON", "The body is not a JSON document in UTF-8. Nothing was stored."
+    ),
+    "task-not-found": Kind(
+        404,
+        "Task not found",
+        "There is no task of this id. It may never have existed, or it finished so long ago "
+        "that the retention period has passed.",
+    ),
+    "not-found": Kind(404, "Not found", "There is nothing at this path; see /docs."),
+    "method-not-allowed": Kind(
+        405, "Method not allowed", "The path exists; the Allow header lists its methods."
+    ),
+    "request-timeout": Kind(408, "Request timeout", "The body took too long to arrive."),
+    "illegal-transition": Kind(
+        409,
+        "Not possible in this state",
+        "The task's present state does not allow the request; nothing was changed. The member "
+        "`state` names that state.",
+    ),
+    "body-too-large": Kind(
+        413, "Body too large", "The body is larger than the server takes. Nothing was stored."
+    ),
+    "unsupported-media-type": Kind(
+        415,
+        "Unsupported media type",
+        "Bodies must be uncompressed JSON in UTF-8, sent as application/json.",
+    ),
+    "invalid-task": Kind(
+        422,
+        "Invalid task",
+        "The body is JSON, but not a task or batch that can be stored. The member `errors` "
+        "points to each wrong place. Nothing was stored.",
+    ),
+    "invalid-payload": Kind(
+        422,
+        "Invalid payload",
+        "The payload does not fit what the handler of this name says it takes. The member "
+        "`errors` points to each wrong place. Nothing was stored.",
+    ),
+    "invalid-query": Kind(
+        422, "Invalid query", "The member `errors` names each wrong query parameter."
+    ),
+    "internal": Kind(
+        500,
+        "Internal error",
+        "A fault of ours. The server's log has the details under `incident_id`.",
+    ),
+    "unavailable": Kind(
+        503,
+        "Unavailable",
+        "The database cannot serve now; try again after Retry-After seconds. If the connection "
+        "to it broke during a submission, that task may have been stored all the same.",
+    ),
+    "schema-mismatch": Kind(
+        503, "Wrong database schema", "The database must be migrated to this version's schema."
+    ),
+}
+
+
+class Refusal(AsyncFlowError):
+    """
+    A request that HTTP itself refuses; `kind` is a key of `KINDS`.
+
+    Args:
+        parameters: Each wrong query parameter and what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        detail: str,
+        *,
+        parameters: Iterable[tuple[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.parameters = tuple(parameters)
+        self.headers = headers
+        super().__init__(detail)
+
+
+def install_problems(app: FastAPI) -> None:
+    """
+    Make `app` answer every error it knows with a problem document.
+    """
+    app.add_exception_handler(AsyncFlowError, answer_error)
+    app.add_exception_handler(RequestValidationError, answer_error)
+    app.add_exception_handler(HTTPException, answer_error)
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """
+    The response that tells the client about `error`; raises it again if it is a fault of ours.
+    """
+    path = request.url.path
+    match error:
+        case Refusal():
+            entries = [{"parameter": name, "detail": text} for name, text in error.parameters]
+            return problem(error.kind, str(error), path, entries, headers=error.headers)
+        case MalformedJson():
+            return problem("malformed-json", str(error), path)
+        case InvalidTask():
+            return _invalid("invalid-task", path, _entries(error.faults))
+        case InvalidPayload():
+            return _invalid("invalid-payload", path, _entries(error.faults))
+        case RequestValidationError():
+            return _invalid("invalid-query", path, parameter_faults(error))
+        case TaskNotFound():
+            return problem("task-not-found", str(error), path)
+        case IllegalTransition():
+            return problem("illegal-transition", str(error), path, state=error.state.upper())
+        case StoreUnavailable():
+            # PostgreSQL's own words may name hosts and users; they belong in the log.
+            detail = "The database cannot serve now; try again."
+            return problem("unavailable", detail, path, headers=_retry_after())
+        case SchemaMismatch():
+            return problem("schema-mismatch", str(error), path, headers=_retry_after())
+        case HTTPException(status_code=405):
+            return _method_not_allowed(request)
+        case HTTPException(status_code=404):
+            return problem("not-found", f"There is nothing at {path}.", path)
+        case _:
+            raise error
+
+
+def internal_problem(path: str, incident_id: str) -> Response:
+    """
+    The response to a fault of ours; tells nothing but where the log has more.
+    """
+    detail = f"Something went wrong on our side; the log has it as incident {incident_id}."
+    return problem("internal", detail, path, incident_id=incident_id)
+
+
+def new_incident_id() -> str:
+    """
+    A name for one fault, to find it in the log.
+    """
+    return uuid4().hex[:12]
+
+
+def problem(
+    kind: str,
+    detail: str,
+    path: str,
+    errors: Iterable[Mapping[str, str]] = (),
+    *,
+    headers: Mapping[str, str] | None = None,
+    **members: str,
+) -> Response:
+    """
+    A problem document of one of `KINDS` about a request for `path`.
+    """
+    status, title, _ = KINDS[kind]
+    document: dict[str, Any] = {
+        "type": f"/problems/{kind}",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "instance": path,
+    }
+    if clipped := [_clipped(entry) for entry in errors]:
+        document["errors"] = clipped
+    document.update(members)
+    # Pointers may quote keys with half a surrogate pair, which UTF-8 cannot say.
+    content = json.dumps(document, ensure_ascii=False).encode(errors="replace")
+    return Response(content, status, headers, MEDIA_TYPE)
+
+
+def _invalid(kind: str, path: str, entries: list[dict[str, str]]) -> Response:
+    first = entries[0]
+    place = first.get("parameter") or first.get("pointer") or "The body"
+    detail = f"{place} {first['detail']}."
+    if len(entries) > 1:
+        detail += f" (One of {len(entries)} faults; see `errors`.)"
+    return problem(kind, detail[:TEXT_LENGTH_MAX], path, entries)
+
+
+def _entries(faults: Iterable[Fault]) -> list[dict[str, str]]:
+    return [{"pointer": fault.pointer, "detail": fault.detail} for fault in faults]
+
+
+def _clipped(entry: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: text if len(text) <= TEXT_LENGTH_MAX else text[: TEXT_LENGTH_MAX - 1] + "…"
+        for name, text in entry.items()
+    }
+
+
+def _retry_after() -> dict[str, str]:
+    return {"Retry-After": str(RETRY_AFTER_SECONDS)}
+
+
+def _method_not_allowed(request: Request) -> Response:
+    allow = ", ".join(sorted(_allowed_methods(request.scope)))
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers={"Allow": allow})
+    path = request.url.path
+    detail = f"{path} does not take {request.method}; it takes {allow}."
+    return problem("method-not-allowed", detail, path, headers={"Allow": allow})
+
+
+def _allowed_methods(scope: Scope) -> set[str]:
+    # Starlette's own answer names the first matching route only.
+    methods = {"OPTIONS"}
+    for route in scope["app"].routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            methods |= route.methods
+    return methods | {"HEAD"} if "GET" in methods else methods

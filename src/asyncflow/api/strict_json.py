@@ -1,0 +1,229 @@
+"""
+JSON, strictly: bytes to values that PostgreSQL, JavaScript and every handler can take.
+
+Python's parser is generous where others are not. Refused here: duplicate keys, NaN and
+infinities, integers beyond 64 bits, NUL and lone surrogates in strings, deep nesting, any
+encoding but UTF-8 (RFC 8259 §8.1), a byte order mark.
+
+A good document costs one pass of the C parser and a few searches in C. Only a suspicious
+one is walked in Python, to say where it is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from asyncflow.errors import Fault, InvalidInput, InvalidTask
+
+DEPTH_MAX = 64
+INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
+FAULTS_MAX = 20
+"""More wrong places than this are not listed."""
+
+_NUL_OR_SURROGATE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
+_NOT_A_BRACKET = re.compile(r"[^\[\]{}]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class MalformedJson(InvalidInput):
+    """
+    The bytes are no JSON document at all.
+    """
+
+
+def parse(body: bytes) -> Any:
+    """
+    The value `body` stands for.
+
+    Raises:
+        MalformedJson: It is not JSON in UTF-8.
+        InvalidTask: It is JSON that cannot be kept, with a pointer to each wrong place.
+    """
+    text = _decoded(body)
+    try:
+        value = _DECODER.decode(text)
+    except _Suspicion:
+        raise InvalidTask(_faults(text)) from None
+    except json.JSONDecodeError as error:
+        raise MalformedJson(
+            f"The body is not JSON: {_lowered(error.msg)} at line {error.lineno}, "
+            f"column {error.colno}."
+        ) from None
+    except RecursionError:
+        raise _too_deep() from None
+    if text.count("{") + text.count("[") > DEPTH_MAX and _is_too_deep(text):
+        raise _too_deep()
+    # Escapes are the only way in: raw NULs are no JSON and raw surrogates no UTF-8.
+    if _NUL_OR_SURROGATE.search(text) and (faults := _faults(text)):
+        raise InvalidTask(faults)
+    return value
+
+
+def _decoded(body: bytes) -> str:
+    if not body.strip():
+        raise MalformedJson("The body is empty; send a JSON object.")
+    if body.startswith((b"\xef\xbb\xbf", b"\xfe\xff", b"\xff\xfe")) or b"\x00" in body[:4]:
+        raise MalformedJson("The body must be UTF-8 without a byte order mark.")
+    try:
+        return body.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedJson(f"The body is not UTF-8: byte {error.start} is wrong.") from None
+
+
+class _Suspicion(Exception):
+    """
+    Something to look at again, slowly.
+    """
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise _Suspicion
+    return value
+
+
+def _integer(digits: str) -> int:
+    # Python refuses to read thousands of digits; nobody else reads more than twenty.
+    if len(digits) > 20 or not INTEGER_MIN <= (value := int(digits)) <= INTEGER_MAX:
+        raise _Suspicion
+    return value
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise _Suspicion
+    return value
+
+
+def _constant(name: str) -> Any:
+    raise _Suspicion
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object,
+    parse_int=_integer,
+    parse_float=_float,
+    parse_constant=_constant,
+)
+
+
+def _is_too_deep(text: str) -> bool:
+    # `text` is JSON by now, so strings end where they seem to. Each round takes the
+    # innermost brackets away, in C.
+    brackets = _NOT_A_BRACKET.sub("", _STRING.sub("", text))
+    for _ in range(DEPTH_MAX):
+        brackets = brackets.replace("[]", "").replace("{}", "")
+    return bool(brackets)
+
+
+def _too_deep() -> InvalidTask:
+    return InvalidTask([Fault("", f"is nested too deeply; at most {DEPTH_MAX} levels are kept")])
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """
+    An object with its keys in order and duplicates kept.
+    """
+
+
+class _Odd:
+    """
+    A number or constant that cannot be kept.
+    """
+
+    def __init__(self, detail: str) -> None:
+        self.detail = detail
+
+
+def _checked_integer(digits: str) -> Any:
+    if len(digits) > 20 or not INTEGER_MIN <= int(digits) <= INTEGER_MAX:
+        return _Odd("is an integer beyond 64 bits; send it as a string")
+    return None
+
+
+def _checked_float(digits: str) -> Any:
+    if math.isinf(float(digits)):
+        return _Odd("is too large for a number; send it as a string")
+    return None
+
+
+def _checked_constant(name: str) -> Any:
+    return _Odd(f"is {name}, which JSON does not have; send null or a string")
+
+
+_SLOW_DECODER = json.JSONDecoder(
+    object_pairs_hook=_Pairs,
+    parse_int=_checked_integer,
+    parse_float=_checked_float,
+    parse_constant=_checked_constant,
+)
+
+
+def _faults(text: str) -> list[Fault]:
+    try:
+        root = _SLOW_DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise MalformedJson(
+            f"The body is not JSON: {_lowered(error.msg)} at line {error.lineno}, "
+            f"column {error.colno}."
+        ) from None
+    except RecursionError:
+        raise _too_deep() from None
+    faults = []
+    for fault in _walk(root):
+        faults.append(fault)
+        if len(faults) == FAULTS_MAX:
+            break
+    return faults
+
+
+def _walk(root: Any) -> Iterator[Fault]:
+    stack: list[tuple[str, Any]] = [("", root)]
+    while stack:
+        pointer, value = stack.pop()
+        match value:
+            case _Odd(detail=detail):
+                yield Fault(pointer, detail)
+            case str():
+                yield from _text_faults(pointer, value, "holds")
+            case _Pairs():
+                yield from _key_faults(pointer, value)
+                stack.extend((joined(pointer, key), item) for key, item in reversed(value))
+            case list():
+                stack.extend((f"{pointer}/{i}", value[i]) for i in reversed(range(len(value))))
+
+
+def _key_faults(pointer: str, pairs: _Pairs) -> Iterator[Fault]:
+    seen: set[str] = set()
+    doubled: set[str] = set()
+    for key, _ in pairs:
+        if key in seen and key not in doubled:
+            doubled.add(key)
+            yield Fault(joined(pointer, key), "appears twice; a key may appear once")
+        seen.add(key)
+        yield from _text_faults(joined(pointer, key), key, "is a key with")
+
+
+def _text_faults(pointer: str, text: str, verb: str) -> Iterator[Fault]:
+    if "\x00" in text:
+        yield Fault(pointer, f"{verb} the character NUL (\\u0000), which cannot be stored")
+    if _SURROGATE.search(text):
+        yield Fault(pointer, f"{verb} half of a surrogate pair, which is no character")
+
+
+def joined(pointer: str, key: str) -> str:
+    """
+    The JSON pointer of `key` under `pointer`.
+    """
+    return f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}"
+
+
+def _lowered(message: str) -> str:
+    return message[:1].lower() + message[1:]

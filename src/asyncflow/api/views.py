@@ -1,0 +1,118 @@
+"""
+Rows of the store as the shapes of `wire`.
+
+Payload and result are JSON text in the database and go out as they are: parsing and writing
+them again would cost time and, for a deeply nested result, fail.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, cast
+
+from asyncflow.domain.states import State
+from asyncflow.store.tasks import Attempt, Page, Task
+from asyncflow.wire import (
+    AttemptView,
+    Status,
+    TaskError,
+    TaskPage,
+    TaskProgress,
+    TaskSummary,
+    TaskView,
+    Timings,
+)
+
+_RAW = {"payload", "result"}
+
+
+def task_json(task: Task) -> str:
+    """
+    A `wire.TaskView` as JSON text.
+    """
+    view = TaskView.model_construct(
+        **_summary_fields(task),
+        error=_error(task.failure),
+        waiting_for=task.waiting_for,
+        attempts=[_attempt_view(attempt) for attempt in task.attempts],
+    )
+    head = view.model_dump_json(exclude=_RAW).removesuffix("}")
+    return f'{head},"payload":{task.payload or "{}"},"result":{task.result or "null"}}}'
+
+
+def page_json(page: Page) -> str:
+    """
+    A `wire.TaskPage` as JSON text.
+    """
+    tasks = [
+        TaskSummary.model_construct(
+            **_summary_fields(task), error=_error(task.failure, with_traceback=False)
+        )
+        for task in page.tasks
+    ]
+    view = TaskPage.model_construct(tasks=tasks, next_cursor=page.next_cursor)
+    return view.model_dump_json()
+
+
+def _summary_fields(task: Task) -> dict[str, Any]:
+    return {
+        "id": task.id,
+        "name": task.name,
+        "status": cast(Status, task.status),
+        "queue": task.queue,
+        "priority": task.priority,
+        "generation": task.generation,
+        "attempt": task.attempt,
+        "failures": task.failures,
+        "max_attempts": task.max_attempts,
+        "timeout_seconds": task.timeout_seconds,
+        "created_at": task.created_at,
+        "run_at": task.run_at,
+        "expires_at": task.expires_at,
+        "queued_at": task.queued_at,
+        "started_at": task.started_at,
+        "finished_at": task.finished_at,
+        "cancel_requested_at": task.cancel_requested_at,
+        "worker_id": task.worker_id,
+        "progress": TaskProgress.model_construct(**task.progress) if task.progress else None,
+        "timings": _timings(task),
+    }
+
+
+def _attempt_view(attempt: Attempt) -> AttemptView:
+    return AttemptView.model_construct(
+        attempt=attempt.attempt,
+        generation=attempt.generation,
+        outcome=attempt.outcome.upper(),
+        started_at=attempt.started_at,
+        finished_at=attempt.finished_at,
+        duration_seconds=_seconds(attempt.started_at, attempt.finished_at),
+        worker_id=attempt.worker_id,
+        error=_error(attempt.failure),
+    )
+
+
+def _timings(task: Task) -> Timings:
+    # While a task waits for another attempt, `started_at` is still the earlier one's.
+    began = task.started_at if task.state not in (State.PENDING, State.QUEUED) else None
+    return Timings.model_construct(
+        wait_seconds=_seconds(max(task.run_at, task.created_at), began),
+        run_seconds=_seconds(began, task.finished_at),
+        total_seconds=_seconds(task.created_at, task.finished_at),
+    )
+
+
+def _seconds(start: datetime | None, end: datetime | None) -> float | None:
+    if start is None or end is None:
+        return None
+    return max(0.0, (end - start).total_seconds())
+
+
+def _error(failure: dict[str, Any] | None, *, with_traceback: bool = True) -> TaskError | None:
+    if failure is None:
+        return None
+    return TaskError.model_construct(
+        kind=failure["kind"],
+        message=failure["message"],
+        traceback=failure.get("traceback") if with_traceback else None,
+    )

@@ -1,0 +1,3 @@
+"""
+The rules of AsyncFlow as pure values and functions: no I/O and no clock of its own.
+"""

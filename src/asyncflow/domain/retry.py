@@ -1,0 +1,55 @@
+"""
+How long a failed task waits before its next attempt.
+
+Exponential backoff with full jitter: ``uniform(0, min(cap, base · factor ** (failures - 1)))``
+(AWS Architecture Blog, "Exponential Backoff and Jitter", 2015). Pure: the random number is
+an argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXPONENT_MAX = 64
+"""Clamped before multiplying, so that no number of failures overflows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """
+    The shape of the waits between attempts.
+
+    Attributes:
+        base_seconds: Upper bound of the first wait, 0 or more. 0 retries at once.
+        factor: Growth of the bound per failure, 1 or more. 1 keeps it constant.
+        cap_seconds: The bound never exceeds this; at least `base_seconds`, at most 30 days.
+        jitter: Draw uniformly below the bound (spreads a herd); False waits the bound itself.
+    """
+
+    base_seconds: float = 2.0
+    factor: float = 2.0
+    cap_seconds: float = 3_600.0
+    jitter: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.base_seconds <= self.cap_seconds <= 30 * 86_400:
+            raise ValueError(
+                f"base_seconds={self.base_seconds}, cap_seconds={self.cap_seconds}: "
+                "0 ≤ base_seconds ≤ cap_seconds ≤ 2592000 (30 days) must hold."
+            )
+        if not 1 <= self.factor <= 100:
+            raise ValueError(f"factor={self.factor}: it must lie in 1 … 100.")
+
+    def delay_seconds(self, failures: int, *, random: float) -> float:
+        """
+        The wait after the `failures`-th failure.
+
+        Args:
+            failures: Failures so far, this one included; 0 means none and waits nothing.
+            random: A number in [0, 1).
+        """
+        if failures <= 0:
+            return 0.0
+        exponent = min(failures - 1, EXPONENT_MAX)
+        bound = min(self.cap_seconds, self.base_seconds * self.factor**exponent)
+        return bound * random if self.jitter else bound

@@ -1,0 +1,185 @@
+"""
+Every error AsyncFlow raises on purpose, as one tree.
+
+    AsyncFlowError
+    ├── InvalidInput            a request, argument or setting that cannot be right
+    │   ├── InvalidTask         a submitted task, with a pointer to each wrong field
+    │   ├── InvalidPayload      a payload its handler cannot take
+    │   └── InvalidSettings     the environment or .env
+    ├── TaskNotFound
+    ├── IllegalTransition       the task's state does not allow the request
+    ├── HandlerError            how handlers are declared or found
+    ├── SchemaMismatch          the database's schema is not this version's
+    ├── StoreUnavailable        PostgreSQL cannot serve now; a retry may work
+    ├── TransportError          RabbitMQ, see `transport.amqp`
+    ├── EmbeddedDatabaseError   the PostgreSQL under .asyncflow/
+    └── HandlerSignal           raised *by* handlers to steer their own attempt
+        ├── Retry
+        └── Reject
+
+A class carries the values and builds the sentence: what happened, to which thing,
+what would have worked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+
+class AsyncFlowError(Exception):
+    """
+    The base of everything AsyncFlow raises on purpose.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """
+    One wrong place in a JSON document.
+
+    `pointer` is an RFC 6901 JSON pointer ("" is the whole document); `detail` says
+    what is wrong and what would have worked.
+    """
+
+    pointer: str
+    detail: str
+
+
+class InvalidInput(AsyncFlowError):
+    """
+    Input that no retry will make right.
+    """
+
+
+class InvalidTask(InvalidInput):
+    """
+    A task, batch or query that was refused; nothing of it was stored.
+    """
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(f"{f.pointer or '/'}: {f.detail}" for f in faults))
+
+
+class InvalidPayload(InvalidInput):
+    """
+    A payload that the handler of this name does not take.
+    """
+
+    def __init__(self, name: str, faults: Sequence[Fault]) -> None:
+        self.name = name
+        self.faults = tuple(faults)
+        places = "; ".join(f"{f.pointer or '/'}: {f.detail}" for f in faults)
+        super().__init__(f"The payload does not fit handler {name!r}: {places}")
+
+
+class InvalidSettings(InvalidInput):
+    """
+    Settings that contradict each other or are out of range, one sentence per mistake.
+    """
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        self.mistakes = tuple(mistakes)
+        super().__init__("\n".join(mistakes))
+
+
+class TaskNotFound(AsyncFlowError):
+    """
+    No task of this id is visible to this tenant.
+    """
+
+    def __init__(self, task_id: UUID) -> None:
+        self.task_id = task_id
+        super().__init__(f"There is no task {task_id}.")
+
+
+class IllegalTransition(AsyncFlowError):
+    """
+    The task's present state does not allow what was asked; nothing was changed.
+    """
+
+    def __init__(self, task_id: UUID, *, verb: str, state: str, allowed: Sequence[str]) -> None:
+        self.task_id = task_id
+        self.state = state
+        self.allowed = tuple(allowed)
+        states = ", ".join(allowed[:-1]) + " or " + allowed[-1] if len(allowed) > 1 else allowed[0]
+        super().__init__(f"Task {task_id} is {state}; only {states} tasks can be {verb}.")
+
+
+class HandlerError(AsyncFlowError):
+    """
+    A handler that is declared wrongly, or a module of handlers that cannot be loaded.
+    """
+
+
+class SchemaMismatch(AsyncFlowError):
+    """
+    The database's schema is older or newer than this version of AsyncFlow needs.
+    """
+
+    def __init__(self, *, found: str | None, needed: str) -> None:
+        self.found = found
+        self.needed = needed
+        if found is None:
+            fact = "The database has no AsyncFlow schema"
+        else:
+            fact = f"The database has schema {found}, this version needs {needed}"
+        super().__init__(f"{fact}; run `asyncflow migrate` with the version you are deploying.")
+
+
+class StoreUnavailable(AsyncFlowError):
+    """
+    PostgreSQL cannot serve the call now: down, starting, read-only, full or out of connections.
+
+    The call changed nothing that the caller may rely on; the same call may work later.
+    """
+
+
+class TransportError(AsyncFlowError):
+    """
+    RabbitMQ cannot serve the call now; tasks stay safe in PostgreSQL meanwhile.
+    """
+
+
+class EmbeddedDatabaseError(AsyncFlowError):
+    """
+    The embedded PostgreSQL cannot be set up, started or stopped.
+    """
+
+
+class HandlerSignal(AsyncFlowError):
+    """
+    The base of what a handler raises to steer its own attempt.
+    """
+
+
+class Retry(HandlerSignal):
+    """
+    Raised by a handler: this attempt failed, try again.
+
+    Counts against `max_attempts`.
+
+    Args:
+        reason: Kept with the attempt, for people.
+        after_seconds: Delay before the next attempt, 0 or more; None lets the
+            handler's backoff decide.
+    """
+
+    def __init__(self, reason: str = "", *, after_seconds: float | None = None) -> None:
+        if after_seconds is not None and not 0 <= after_seconds <= 86_400 * 365:
+            raise ValueError(f"after_seconds is {after_seconds}; it must lie in 0 … one year.")
+        self.reason = reason
+        self.after_seconds = after_seconds
+        super().__init__(reason or "The handler asked for a retry.")
+
+
+class Reject(HandlerSignal):
+    """
+    Raised by a handler: this task can never succeed; fail it now, whatever attempts are left.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
+        super().__init__(reason or "The handler rejected the task.")

@@ -1,0 +1,209 @@
+"""
+What a handler may see of its attempt and ask of its worker.
+
+The same object in every isolation: attributes to read, `cancelled` to poll, `progress` to
+report. How an attempt is run and stopped lives in `worker/isolation`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+MESSAGE_LENGTH_MAX = 500
+"""Longer progress messages are cut, in characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """
+    How far an attempt has come, in the handler's own judgement.
+
+    Attributes:
+        fraction: 0.0 to 1.0; None means the handler does not know.
+        message: For people, at most 500 characters; None means none.
+    """
+
+    fraction: float | None = None
+    message: str | None = None
+
+
+class Context:
+    """
+    One attempt, as its handler sees it.
+
+    Args:
+        task_id: The task; the same in every attempt.
+        name: The handler's name.
+        queue: Where the task waited.
+        attempt: Which attempt this is; the first is 1.
+        max_attempts: How many failures end the task.
+        lease_id: Fresh for every attempt. Store it beside your own effects to refuse
+            those of an attempt that lost its lease.
+        tenant_id: Whose task it is.
+        timeout_seconds: How long this attempt may take from now on.
+        on_progress: Receives every report, in the thread that made it; must be quick,
+            thread-safe and must not raise.
+    """
+
+    __slots__ = (
+        "_deadline_monotonic",
+        "_logger",
+        "_on_progress",
+        "_stop_asked",
+        "_stop_seen",
+        "attempt",
+        "deadline_timestamp",
+        "lease_id",
+        "max_attempts",
+        "name",
+        "queue",
+        "task_id",
+        "tenant_id",
+        "timeout_seconds",
+    )
+
+    def __init__(
+        self,
+        *,
+        task_id: UUID,
+        name: str,
+        queue: str,
+        attempt: int,
+        max_attempts: int,
+        lease_id: UUID,
+        tenant_id: int,
+        timeout_seconds: float,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.task_id = task_id
+        self.name = name
+        self.queue = queue
+        self.attempt = attempt
+        self.max_attempts = max_attempts
+        self.lease_id = lease_id
+        self.tenant_id = tenant_id
+        self.timeout_seconds = timeout_seconds
+        self.deadline_timestamp = time.time() + timeout_seconds
+        self._deadline_monotonic = time.monotonic() + timeout_seconds
+        self._on_progress = on_progress
+        self._stop_asked = False
+        self._stop_seen = False
+        self._logger: Any = None
+
+    @property
+    def deadline(self) -> datetime:
+        """
+        When this attempt's time is up, in UTC by this machine's clock.
+
+        For people and for requests to others; measure with `remaining_seconds`, which no
+        clock change disturbs.
+        """
+        return datetime.fromtimestamp(self.deadline_timestamp, UTC)
+
+    def remaining_seconds(self) -> float:
+        """
+        How much of the attempt's time is left; 0.0 when it is up.
+        """
+        return max(0.0, self._deadline_monotonic - time.monotonic())
+
+    @property
+    def cancelled(self) -> bool:
+        """
+        Whether this attempt should end now: cancelled, timed out, or its worker is stopping.
+
+        For `def` handlers, which nothing interrupts: poll it in long loops, clean up, and
+        leave by `raise_if_cancelled`. An `async def` handler receives
+        `asyncio.CancelledError` instead. What a handler returns after it has seen True here is not
+        kept, since nobody could tell whole work from half.
+        """
+        if self._stop_asked:
+            self._stop_seen = True
+        return self._stop_asked
+
+    def raise_if_cancelled(self) -> None:
+        """
+        Leave the handler if this attempt should end now.
+
+        Raises:
+            asyncio.CancelledError: If `cancelled`; let it pass.
+        """
+        if self.cancelled:
+            raise asyncio.CancelledError
+
+    @property
+    def logger(self) -> Any:
+        """
+        A structlog logger whose lines carry the task's id, name and attempt.
+        """
+        if self._logger is None:
+            # Most attempts log nothing; they should not pay for the import or the binding.
+            import structlog
+
+            self._logger = structlog.get_logger().bind(
+                task_id=str(self.task_id), task=self.name, attempt=self.attempt
+            )
+        return self._logger
+
+    def progress(self, fraction: float | None = None, message: str | None = None) -> None:
+        """
+        Tell how far the work has come; the latest report wins.
+
+        Returns at once in every isolation; a report that nobody could read in time is
+        dropped. Values out of range are brought into it: a progress bar is no reason for
+        a task to fail.
+        """
+        if self._on_progress is not None:
+            self._on_progress(Progress(_clamped(fraction), _shortened(message)))
+
+    def ask_to_stop(self) -> None:
+        """
+        Make `cancelled` true. For whoever runs the attempt; safe from any thread.
+        """
+        self._stop_asked = True
+
+    @property
+    def stop_seen(self) -> bool:
+        """
+        Whether the handler looked at `cancelled` after the request. For whoever runs the attempt.
+        """
+        return self._stop_seen
+
+
+CURRENT: ContextVar[Context] = ContextVar("asyncflow_context")
+"""Set around every call of a handler."""
+
+
+def current_context() -> Context:
+    """
+    The context of the attempt that this code runs in, for code too deep to be handed one.
+
+    Raises:
+        LookupError: Outside of a handler.
+    """
+    try:
+        return CURRENT.get()
+    except LookupError:
+        raise LookupError(
+            "No attempt runs here; current_context() works inside handlers only."
+        ) from None
+
+
+def _clamped(fraction: float | None) -> float | None:
+    if fraction is None or math.isnan(fraction):
+        return None
+    return min(1.0, max(0.0, float(fraction)))
+
+
+def _shortened(message: str | None) -> str | None:
+    if message is None:
+        return None
+    whole = str(message)[:MESSAGE_LENGTH_MAX].replace("\x00", "\ufffd")
+    return whole.encode("utf-8", "replace").decode() if not whole.isascii() else whole

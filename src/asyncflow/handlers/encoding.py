@@ -1,0 +1,201 @@
+"""
+What handlers return and raise, as text that PostgreSQL can always store.
+
+JSON here is strict: no NaN, no Infinity. NUL and lone surrogates, which `jsonb` and UTF-8
+refuse, become U+FFFD: an odd character must not cost the whole result. Which outcome
+follows from the text is decided in `handlers/calls`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import traceback
+from types import TracebackType
+from typing import Any
+
+RESULT_BYTES_MAX = 1 << 20
+RESULT_DEPTH_MAX = 512
+"""Deeper JSON comes close to what PostgreSQL's parser accepts on its default stack."""
+
+MESSAGE_BYTES_MAX = 4 << 10
+TRACEBACK_BYTES_MAX = 16 << 10
+KIND_BYTES_MAX = 256
+
+LOST_COROUTINE = (
+    "The handler returned a coroutine that nobody awaits. Declare the handler `async def`; "
+    "if a decorator hides that, let the decorator return an `async def` function."
+)
+
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
+_ESCAPES = re.compile(r"\\(?:u0000|.)")
+_BRACKETS_OR_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+
+
+class Unstorable(Exception):
+    """
+    A result that no retry will make storable; `kind` is a stable word, the text a sentence.
+    """
+
+    def __init__(self, kind: str, sentence: str) -> None:
+        self.kind = kind
+        super().__init__(sentence)
+
+
+def encode_result(value: Any, *, bytes_max: int = RESULT_BYTES_MAX) -> str:
+    """
+    Write what a handler returned as JSON text.
+
+    Plain JSON types cost one call of the standard encoder; Pydantic models, dataclasses,
+    datetimes, UUIDs, Decimals, enums, sets and UTF-8 bytes are written the way Pydantic
+    writes them.
+
+    Args:
+        bytes_max: Most bytes of UTF-8 that the text may take.
+
+    Raises:
+        Unstorable: If the value is no JSON, or too large or too deep to be kept.
+    """
+    if value is None:
+        return "null"
+    try:
+        text = _encode(value)
+    except TypeError:
+        text = _encode_rich(value)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise _not_json(value, error) from error
+    text = _storable_json(text)
+    size = len(text) if text.isascii() else len(text.encode())
+    if size > bytes_max:
+        raise Unstorable(
+            "ResultTooLarge",
+            f"The result takes {size} bytes as JSON; at most {bytes_max} are kept. "
+            "Store large results elsewhere and return where they are.",
+        )
+    if text.count("[") + text.count("{") > RESULT_DEPTH_MAX and _depth(text) > RESULT_DEPTH_MAX:
+        raise Unstorable(
+            "InvalidResult", f"The result is nested more than {RESULT_DEPTH_MAX} levels deep."
+        )
+    return text
+
+
+def error_kind(error: BaseException) -> str:
+    """
+    The qualified name of the error's class; a built-in's without its module.
+    """
+    kind = type(error)
+    try:
+        name = kind.__qualname__
+        if kind.__module__ not in ("builtins", "__main__"):
+            name = f"{kind.__module__}.{name}"
+    except Exception:
+        name = "Exception"
+    return clip(name, KIND_BYTES_MAX)
+
+
+def error_message(error: BaseException) -> str:
+    """
+    The error's own text, at most 4 KB; says so when the error cannot be printed.
+    """
+    try:
+        return clip(str(error), MESSAGE_BYTES_MAX)
+    except BaseException as second:
+        return f"(the error cannot be printed: its __str__ raised {error_kind(second)})"
+
+
+def error_traceback(error: BaseException) -> str | None:
+    """
+    The error's traceback from the handler's first line on, at most 16 KB of UTF-8.
+
+    Longer ones lose their middle: the beginning tells where the handler was, the end what
+    happened. None if it cannot be formatted.
+    """
+    try:
+        error_from_handler = error.with_traceback(_without_our_frames(error.__traceback__))
+        lines = traceback.TracebackException.from_exception(error_from_handler, compact=True)
+        text = "".join(lines.format())
+    except BaseException:
+        return None
+    text = storable(text)
+    data = text.encode()
+    if len(data) <= TRACEBACK_BYTES_MAX:
+        return text
+    head = data[: TRACEBACK_BYTES_MAX // 4].decode(errors="ignore")
+    tail = data[-(TRACEBACK_BYTES_MAX // 4 * 3 - 32) :].decode(errors="ignore")
+    return f"{head}\n  … shortened …\n{tail}"
+
+
+def clip(text: str, bytes_max: int) -> str:
+    """
+    `text` as PostgreSQL can store it, cut to `bytes_max` bytes of UTF-8; "…" marks a cut.
+    """
+    data = storable(text[: bytes_max + 1]).encode()
+    if len(data) <= bytes_max:
+        return data.decode()
+    return data[: bytes_max - 3].decode(errors="ignore") + "…"
+
+
+def storable(text: str) -> str:
+    """
+    `text` with NUL and lone surrogates replaced by U+FFFD.
+    """
+    return _without_surrogates(text.replace("\x00", "\ufffd"))
+
+
+def _encode_rich(value: Any) -> str:
+    if inspect.iscoroutine(value):
+        value.close()
+        raise Unstorable("InvalidResult", LOST_COROUTINE)
+    # Importing pydantic costs 100 ms and 12 MB; only results that need it pay.
+    from pydantic_core import to_jsonable_python
+
+    try:
+        return _encode(to_jsonable_python(value))
+    except Exception as error:  # serialising may run the user's own code, which may raise anything
+        raise _not_json(value, error) from error
+
+
+def _not_json(value: Any, error: BaseException) -> Unstorable:
+    return Unstorable(
+        "InvalidResult",
+        f"The handler returned a {type(value).__qualname__} that cannot be written as JSON: "
+        f"{error_message(error)}",
+    )
+
+
+def _storable_json(text: str) -> str:
+    if "\\u0000" in text:
+        # Backslashes pair up from the left: `\\u0000` is a backslash and five characters.
+        text = _ESCAPES.sub(lambda m: "\ufffd" if m[0] == "\\u0000" else m[0], text)
+    return _without_surrogates(text)
+
+
+def _without_surrogates(text: str) -> str:
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # UTF-16 joins two halves that belong together and replaces the others.
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for match in _BRACKETS_OR_STRINGS.finditer(text):
+        token = match[0]
+        if token in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif token in "]}":
+            depth -= 1
+    return deepest
+
+
+def _without_our_frames(tb: TracebackType | None) -> TracebackType | None:
+    first = tb
+    while tb is not None and tb.tb_frame.f_globals.get("__name__") == "asyncflow.handlers.calls":
+        tb = tb.tb_next
+    return tb if tb is not None else first

@@ -1,0 +1,52 @@
+"""
+Finds attempts whose worker is gone, and settles them in its stead.
+
+A dead worker's tasks are settled as crashed, by the same pure decision and the same fenced
+statements a worker uses. If the worker was not dead after all, its own settle and this one
+race for the lease, and one of them writes.
+"""
+
+from __future__ import annotations
+
+import random
+
+from asyncflow.domain.outcome import Cancelled, Crashed, Failure, Outcome, decide
+from asyncflow.domain.retry import Backoff
+from asyncflow.store import claims, upkeep, workers
+from asyncflow.store.claims import Settling
+from asyncflow.store.database import Executor
+from asyncflow.store.upkeep import LostLease
+from asyncflow.telemetry import events
+
+BATCH = 500
+
+
+async def reap(db: Executor) -> int:
+    """
+    Declare dead workers lost and settle what they were running; return how many attempts.
+    """
+    for worker_id, name in await workers.mark_lost(db):
+        events.worker_declared_lost(worker_id=worker_id, name=name)
+    lost = await upkeep.lost_leases(db, limit=BATCH)
+    if not lost:
+        return 0
+    written = await claims.settle(db, [_settling(lease) for lease in lost])
+    events.leases_reaped(count=sum(written))
+    return sum(written)
+
+
+def _settling(lease: LostLease) -> Settling:
+    settlement = decide(
+        _outcome(lease),
+        failures=lease.failures,
+        max_attempts=lease.max_attempts,
+        backoff=Backoff(),
+        random=random.random(),
+    )
+    return Settling(lease.task_id, lease.lease_id, settlement)
+
+
+def _outcome(lease: LostLease) -> Outcome:
+    if lease.cancel_requested:
+        return Cancelled(Failure("Cancelled", "Cancelled; its worker was gone by then."))
+    return Crashed(Failure("WorkerLost", f"Worker {lease.worker_id} died or was cut off."))

@@ -1,0 +1,209 @@
+"""
+The relay: sends hints of admissible tasks to RabbitMQ.
+
+A pending row *is* the outbox entry. Each round asks which queues are open, what RabbitMQ
+still holds of each, and fills it up to a short window:
+
+    admissible   which tasks may go, highest priority first (PostgreSQL, no lock held)
+    publish      their ids, mandatory, persistent, with confirms (RabbitMQ)
+    mark_queued  those that were confirmed (PostgreSQL)
+
+Publish before mark: a crash in between repeats a hint, which a claim ignores. The other
+order could lose one, and a lost hint looks like a long backlog. No transaction is open while
+RabbitMQ is being talked to, because a memory alarm there can block a publisher for hours.
+
+The window is short so that priority and pause act at once: what is inside RabbitMQ has
+been decided. It starts at a multiple of the workers' slots, doubles while workers drain it
+between two rounds, and shrinks again.
+
+Hints can get lost: a queue is purged or deleted, a disk dies. So each round also compares
+how many tasks have been queued for a while with how many messages are ready; the surplus
+has no message any more and goes back to pending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Sequence
+from uuid import UUID
+
+from asyncflow.errors import StoreUnavailable, TransportError
+from asyncflow.settings import masked
+from asyncflow.store import admission
+from asyncflow.store.admission import Admitted, OpenQueue
+from asyncflow.store.database import Database, Executor
+from asyncflow.store.leadership import leadership
+from asyncflow.store.wakeups import Listener
+from asyncflow.telemetry import events
+from asyncflow.transport.amqp import (
+    Channel,
+    Connection,
+    Message,
+    PublishResult,
+    QueueCounts,
+    connect,
+)
+from asyncflow.transport.topology import (
+    broker_queue,
+    declare_task_queue,
+    declare_unreadable,
+    encode_hint,
+)
+
+POLL_SECONDS = 0.5
+REFILL_SECONDS = 0.02
+RECONNECT_SECONDS = (0.3, 1.0)
+PUBLISH_TIMEOUT_SECONDS = 5.0
+BATCH = 500
+WINDOW_PER_SLOT = 2
+WINDOW_MIN, WINDOW_MAX = 16, 4_000
+LOST_AFTER_SECONDS = 3.0
+LOST_BATCH = 5_000
+
+
+class Window:
+    """
+    How many messages of one queue RabbitMQ should hold ready.
+    """
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._was_filled = False
+
+    def room(self, *, ready: int, slots: int) -> int:
+        """
+        How many more to publish now, from what happened since the last call.
+        """
+        floor = max(WINDOW_MIN, WINDOW_PER_SLOT * slots)
+        if self._was_filled and ready == 0:
+            self._size = min(WINDOW_MAX, 2 * self._size)
+        elif ready > self._size // 2:
+            self._size -= self._size // 16
+        self._size = max(floor, self._size)
+        return max(0, self._size - ready)
+
+    def note(self, *, room: int, sent: int) -> None:
+        """
+        Remember whether the last round filled the window, or ran out of tasks.
+        """
+        self._was_filled = room > 0 and sent >= room
+
+
+class Relay:
+    """
+    Sends hints while it is the leader.
+    """
+
+    def __init__(self, db: Database, broker_url: str) -> None:
+        self._db = db
+        self._broker_url = broker_url
+        self._windows: dict[str, Window] = {}
+        self._woken = asyncio.Event()
+
+    async def run(self) -> None:
+        """
+        Relay for ever, through any outage of PostgreSQL or RabbitMQ.
+        """
+        async with Listener(self._db, self._woken.set):
+            while True:
+                try:
+                    await self._relay_on_one_connection()
+                except TransportError as error:
+                    events.broker_unavailable(role="relay", reason=str(error))
+                except StoreUnavailable as error:
+                    events.database_unavailable(where="relay", reason=str(error))
+                await asyncio.sleep(random.uniform(*RECONNECT_SECONDS))
+
+    async def _relay_on_one_connection(self) -> None:
+        connection = await connect(self._broker_url, name="asyncflow relay")
+        try:
+            channel = await connection.channel()
+            await declare_unreadable(channel)
+            await channel.confirm_select()
+            events.broker_connected(role="relay", url=masked(self._broker_url))
+            while connection.is_open:
+                async with leadership(self._db, purpose="relay") as db:
+                    if db is not None:
+                        await self._lead(db, connection, channel)
+                await asyncio.sleep(random.uniform(*RECONNECT_SECONDS))
+        finally:
+            await connection.close()
+
+    async def _lead(self, db: Executor, connection: Connection, channel: Channel) -> None:
+        while connection.is_open:
+            self._woken.clear()
+            left_over = await self.run_once(db, channel)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REFILL_SECONDS if left_over else POLL_SECONDS):
+                    await self._woken.wait()
+
+    async def run_once(self, db: Executor, channel: Channel) -> bool:
+        """
+        One round over all open queues.
+
+        Returns:
+            Whether some queue may have more to send than its window allowed.
+
+        Raises:
+            TransportError, StoreUnavailable: Nothing is lost; begin again.
+        """
+        left_over = False
+        for queue in await admission.open_queues(db):
+            counts = await declare_task_queue(channel, queue.name)
+            await self._find_lost(db, queue, counts)
+            left_over |= await self._fill(db, channel, queue, counts)
+        return left_over
+
+    async def _fill(
+        self, db: Executor, channel: Channel, queue: OpenQueue, counts: QueueCounts
+    ) -> bool:
+        window = self._windows.setdefault(queue.name, Window())
+        room = window.room(ready=counts.messages, slots=queue.slots)
+        sent = 0
+        while sent < room:
+            limit = min(BATCH, room - sent)
+            admitted = await admission.admissible(
+                db, queue=queue.name, names=queue.names, limit=limit
+            )
+            confirmed = await self._publish(channel, queue.name, admitted) if admitted else []
+            if confirmed:
+                await admission.mark_queued(db, confirmed)
+            sent += len(confirmed)
+            if len(confirmed) < limit:
+                break
+        window.note(room=room, sent=sent)
+        return sent >= room
+
+    async def _publish(
+        self, channel: Channel, queue: str, admitted: Sequence[Admitted]
+    ) -> list[UUID]:
+        messages = [
+            Message(broker_queue(queue), encode_hint(task.task_id), priority=task.priority)
+            for task in admitted
+        ]
+        results = await channel.publish(
+            messages, exchange="", timeout_seconds=PUBLISH_TIMEOUT_SECONDS
+        )
+        confirmed = [
+            task.task_id
+            for task, result in zip(admitted, results, strict=True)
+            if result is PublishResult.CONFIRMED
+        ]
+        if len(confirmed) < len(admitted):
+            events.hints_not_sent(queue=queue, count=len(admitted) - len(confirmed))
+        return confirmed
+
+    async def _find_lost(self, db: Executor, queue: OpenQueue, counts: QueueCounts) -> None:
+        if queue.queued <= counts.messages:
+            return
+        count = await admission.unqueue_lost(
+            db,
+            queue=queue.name,
+            older_than_seconds=LOST_AFTER_SECONDS,
+            ready=counts.messages,
+            limit=LOST_BATCH,
+        )
+        if count:
+            events.hints_lost(queue=queue.name, count=count)

@@ -1,0 +1,331 @@
+"""
+The only place that assembles pieces: one function per kind of process, each a straight line
+from settings to a clean exit.
+
+Every process does the same at the edges: it waits for a reachable database, refuses a wrong
+schema, stops on SIGINT or SIGTERM in good order, hurries on the second signal, and leaves
+nothing open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import uvloop
+
+from asyncflow.domain.policy import DEFAULT_POLICY
+from asyncflow.errors import AsyncFlowError, StoreUnavailable
+from asyncflow.settings import Settings, required_database_url
+from asyncflow.store.database import Database
+from asyncflow.store.schema import check_schema
+from asyncflow.telemetry import events
+
+if TYPE_CHECKING:
+    # Each process imports only what it runs: a worker starts without the web framework.
+    from uvicorn import Config, Server
+
+    from asyncflow.handlers import Registry
+    from asyncflow.transport import Transport
+    from asyncflow.worker.worker import Worker
+
+DATABASE_RETRY_SECONDS = 1.0
+
+
+class AddressTaken(AsyncFlowError):
+    """
+    Another program listens where the API wants to.
+    """
+
+    def __init__(self, host: str, port: int, reason: str) -> None:
+        super().__init__(
+            f"The API cannot listen on {host}:{port} ({reason}); stop what uses it, "
+            "or choose another port with --port or ASYNCFLOW_API_PORT."
+        )
+
+
+def run(process: Coroutine[Any, Any, None]) -> None:
+    """
+    Run a process to its end on uvloop.
+    """
+    uvloop.run(process)
+
+
+async def serve_api(settings: Settings) -> None:
+    """
+    The HTTP API, until a signal.
+
+    Raises:
+        AddressTaken: Its port is in use.
+        SchemaMismatch: The database needs a migration.
+    """
+    import uvicorn
+
+    from asyncflow.api.app import create_app
+    from asyncflow.api.catalogue import Catalogue
+    from asyncflow.store.wakeups import Waker
+    from asyncflow.transport.watch import BrokerWatch
+
+    listening = _listen(settings.api_host, settings.api_port)
+    async with _database(settings, "asyncflow api") as db, _signals() as stop:
+        await _until_schema_fits(db, stop)
+        async with Catalogue(db) as catalogue, BrokerWatch(settings.broker_url) as broker:
+            waker = Waker(db)
+            app = create_app(
+                db=db,
+                settings=settings,
+                catalogue=catalogue,
+                waker=waker,
+                broker_state=lambda: broker.state,
+                version=version("asyncflow"),
+            )
+            config = uvicorn.Config(
+                app,
+                loop="none",
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=int(settings.shutdown_grace_seconds),
+            )
+            server = _server(config)
+            stop.on_first = lambda: setattr(server, "should_exit", True)
+            stop.on_second = lambda: setattr(server, "force_exit", True)
+            if not stop.asked:
+                events.process_started(url=f"http://{settings.api_host}:{settings.api_port}")
+                await server.serve(sockets=[listening])
+            await waker.close()
+    events.process_stopped()
+
+
+async def work(settings: Settings) -> None:
+    """
+    One worker, until a signal; declared lost, it starts again under a new id.
+
+    Raises:
+        HandlerError: A module of handlers cannot be loaded.
+        SchemaMismatch: The database needs a migration.
+    """
+    from asyncflow.handlers import load_handlers
+    from asyncflow.worker.worker import WorkerLost
+
+    registry = load_handlers(settings.worker_handlers)
+    async with _database(settings, "asyncflow worker") as db, _signals() as stop:
+        await _until_schema_fits(db, stop)
+        while not stop.asked:
+            worker = await _make_worker(db, settings, registry)
+            stop.on_first = worker.stop
+            stop.on_second = worker.stop
+            stop.running = partial(getattr, worker, "running")
+            with contextlib.suppress(WorkerLost):
+                await worker.run()
+    events.process_stopped()
+
+
+async def _make_worker(db: Database, settings: Settings, registry: Registry) -> Worker:
+    from asyncflow.store.claims import Offer
+    from asyncflow.store.workers import Registration
+    from asyncflow.transport import Claimant
+    from asyncflow.transport.postgres import PostgresTransport
+    from asyncflow.worker.isolation import Isolation
+    from asyncflow.worker.worker import Times, Worker
+
+    registration = Registration(
+        id=uuid4(),
+        name=f"{socket.gethostname()}:{os.getpid()}",
+        queues=settings.worker_queues or tuple(sorted({*registry.queues, DEFAULT_POLICY.queue})),
+        handlers=registry.names,
+        concurrency=settings.worker_concurrency,
+        heartbeat_seconds=settings.heartbeat_seconds,
+        lease_seconds=settings.lease_seconds,
+    )
+    offers = [Offer(h.name, h.policy.max_attempts, h.policy.timeout_seconds) for h in registry]
+    claimant = Claimant(registration.id, registration.queues, offers)
+    transport: Transport
+    if settings.broker_url is None:
+        transport = PostgresTransport(db, claimant)
+    else:
+        from asyncflow.transport.rabbitmq import RabbitTransport
+
+        transport = RabbitTransport(db, claimant, broker_url=settings.broker_url)
+    await transport.open()
+    events.process_started(
+        worker_id=str(registration.id),
+        queues=",".join(registration.queues),
+        handlers=len(registration.handlers),
+        slots=registration.concurrency,
+        broker="rabbitmq" if settings.broker_url else "none",
+    )
+    return Worker(
+        db,
+        transport,
+        registration,
+        registry=registry,
+        isolation=Isolation(
+            slots=settings.worker_concurrency,
+            cancel_grace_seconds=settings.cancel_grace_seconds,
+            result_bytes_max=settings.result_bytes_max,
+        ),
+        times=Times(shutdown_grace=settings.shutdown_grace_seconds, stall=settings.stall_seconds),
+    )
+
+
+async def maintain(settings: Settings) -> None:
+    """
+    The chores and, with a broker, the relay, until a signal.
+
+    Raises:
+        SchemaMismatch: The database needs a migration.
+    """
+    from asyncflow.maintenance.chores import chores, run_chore
+    from asyncflow.store.wakeups import Waker
+
+    async with _database(settings, "asyncflow maintenance") as db, _signals() as stop:
+        await _until_schema_fits(db, stop)
+        waker = Waker(db)
+        duties = [
+            run_chore(chore, db, waker) for chore in chores(retention_days=settings.retention_days)
+        ]
+        if settings.broker_url is not None:
+            from asyncflow.maintenance.relay import Relay
+
+            duties.append(Relay(db, settings.broker_url).run())
+        events.process_started(broker="rabbitmq" if settings.broker_url else "none")
+        await _until_stopped(duties, stop)
+        await waker.close()
+    events.process_stopped()
+
+
+async def _until_stopped(duties: Sequence[Coroutine[Any, Any, None]], stop: Stop) -> None:
+    """
+    Run endless duties side by side until a signal, or until one of them fails.
+    """
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(duty) for duty in duties]
+    stopping = loop.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in (*tasks, stopping):
+            task.cancel()
+        await asyncio.gather(*tasks, stopping, return_exceptions=True)
+
+
+class Stop:
+    """
+    The wish to stop, as signals bring it.
+
+    Attributes:
+        on_first, on_second: What the first signal asks for, and what every later one does.
+        running: How many attempts are under way, for the log.
+    """
+
+    def __init__(self) -> None:
+        self.on_first: Callable[[], object] = lambda: None
+        self.on_second: Callable[[], object] = lambda: None
+        self.running: Callable[[], int | None] = lambda: None
+        self._asked = asyncio.Event()
+
+    @property
+    def asked(self) -> bool:
+        """
+        Whether a signal came.
+        """
+        return self._asked.is_set()
+
+    async def wait(self) -> None:
+        """
+        Wait for the first signal.
+        """
+        await self._asked.wait()
+
+    def receive(self, received: signal.Signals) -> None:
+        """
+        Act on one signal.
+        """
+        if self.asked:
+            events.process_hurried(signal=received.name)
+            self.on_second()
+        else:
+            events.process_stopping(signal=received.name, running=self.running())
+            self._asked.set()
+            self.on_first()
+
+
+@asynccontextmanager
+async def _signals() -> AsyncIterator[Stop]:
+    stop = Stop()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.receive, number)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+@asynccontextmanager
+async def _database(settings: Settings, name: str) -> AsyncIterator[Database]:
+    async with Database(
+        required_database_url(settings),
+        size=settings.database_pool_size,
+        timeout_seconds=settings.database_timeout_seconds,
+        pooler=settings.database_pooler,
+        name=name,
+    ) as db:
+        yield db
+
+
+async def _until_schema_fits(db: Database, stop: Stop) -> None:
+    """
+    Check the schema as soon as the database can be reached, or a signal comes.
+    """
+    while not stop.asked:
+        try:
+            return await check_schema(db)
+        except StoreUnavailable as error:
+            events.database_unavailable(where="start", reason=str(error))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DATABASE_RETRY_SECONDS):
+                await stop.wait()
+
+
+def _server(config: Config) -> Server:
+    from uvicorn import Server
+
+    class OurServer(Server):
+        # Uvicorn would catch the signals itself and, once done, let them kill the process;
+        # ours ends with exit status 0.
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return OurServer(config)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    # Bound here and not by the server, so that a taken port is one sentence.
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        raise AddressTaken(host, port, error.strerror or str(error)) from error
+    return listening

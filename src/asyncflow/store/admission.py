@@ -1,0 +1,187 @@
+"""
+Which pending tasks may be queued now, for the relay; and queued tasks whose hint was lost.
+
+This is the one decision about what may go, taken here when RabbitMQ carries the hints and in
+`claims.CLAIM_DUE`, in the same terms, when nothing does: due, not expired, offered by a live
+worker, its queue not paused, highest priority first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+from uuid import UUID
+
+from asyncflow.store.database import Executor
+
+
+class OpenQueue(NamedTuple):
+    """
+    A queue that live workers consume and nobody paused.
+
+    Attributes:
+        names: The handler names some live worker offers on it.
+        slots: Attempts its live workers can run at once, together.
+        queued: Tasks on it that are queued now.
+    """
+
+    name: str
+    names: list[str]
+    slots: int
+    queued: int
+
+
+OPEN_QUEUES = """
+    SELECT open.queue AS name, open.names, open.slots,
+           (SELECT count(*)
+              FROM asyncflow.tasks t
+             WHERE t.state = 'queued'
+               AND t.queued_at IS NOT NULL AND t.lease_id IS NULL   -- index tasks_queued
+               AND t.queue = open.queue) AS queued
+      FROM (SELECT queue, array_agg(DISTINCT handler) AS names,
+                   sum(w.concurrency) FILTER (WHERE number = 1)::int AS slots
+              FROM asyncflow.workers w,
+                   unnest(w.queues) AS queue,
+                   unnest(w.handlers) WITH ORDINALITY AS h (handler, number)
+             WHERE w.stopped_at IS NULL
+               AND w.lost_at IS NULL
+             GROUP BY queue) AS open
+     WHERE NOT EXISTS (SELECT FROM asyncflow.queues q
+                        WHERE q.name = open.queue AND q.paused_at IS NOT NULL)
+     ORDER BY open.queue
+"""
+
+
+async def open_queues(db: Executor) -> list[OpenQueue]:
+    """
+    Every queue that tasks may be admitted to now.
+    """
+    rows = await db.fetch(OPEN_QUEUES)
+    return [OpenQueue(r["name"], r["names"], r["slots"], r["queued"]) for r in rows]
+
+
+class Admitted(NamedTuple):
+    """
+    A task that may be queued now.
+    """
+
+    task_id: UUID
+    priority: int
+
+
+ADMISSIBLE = """
+    SELECT found.id, level.priority
+      FROM generate_series(9, 0, -1) AS level (priority)
+     CROSS JOIN LATERAL (
+           SELECT t.id
+             FROM asyncflow.tasks t
+            WHERE t.state = 'pending'
+              AND t.queued_at IS NULL AND t.lease_id IS NULL   -- index tasks_due
+              AND t.queue = $1
+              AND t.priority = level.priority
+              AND t.run_at <= now()
+              AND (t.expires_at IS NULL OR t.expires_at > now())
+              AND t.name = ANY ($2)
+            ORDER BY t.run_at, t.id
+            LIMIT $3) AS found
+     LIMIT $3
+"""
+
+
+async def admissible(
+    db: Executor, *, queue: str, names: Sequence[str], limit: int
+) -> list[Admitted]:
+    """
+    The next tasks of `queue` that may go, at most `limit`, in the order they should go.
+
+    Locks nothing: no transaction stays open while the relay talks to RabbitMQ.
+    """
+    rows = await db.fetch(ADMISSIBLE, queue, list(names), limit)
+    return [Admitted(row["id"], row["priority"]) for row in rows]
+
+
+MARK_QUEUED = """
+    UPDATE asyncflow.tasks t
+       SET state = 'queued',
+           queued_at = now()
+      FROM (SELECT id
+              FROM asyncflow.tasks
+             WHERE id = ANY ($1)
+               AND state = 'pending'
+             ORDER BY id
+               -- A row that is locked is being claimed, cancelled or expired: leave it.
+               FOR UPDATE SKIP LOCKED) AS sent
+     WHERE t.id = sent.id
+       AND t.state = 'pending'
+"""
+
+
+async def mark_queued(db: Executor, task_ids: Sequence[UUID]) -> None:
+    """
+    Note that hints for these tasks are in RabbitMQ; those that moved on meanwhile are left.
+    """
+    await db.execute(MARK_QUEUED, list(task_ids))
+
+
+UNQUEUE = """
+    UPDATE asyncflow.tasks t
+       SET state = 'pending',
+           queued_at = NULL,
+           run_at = now() + $2 * interval '1 second'
+      FROM unnest($1::uuid[]) AS hint (id)
+     WHERE t.id = hint.id
+       AND t.state = 'queued'
+       AND NOT t.name = ANY ($3)
+"""
+
+
+async def decline(
+    db: Executor, task_ids: Sequence[UUID], *, names: Sequence[str], delay_seconds: float
+) -> None:
+    """
+    Give back queued tasks that reached a worker which offers only `names`.
+
+    They become due again after `delay_seconds`, so that a worker that cannot run them
+    and the relay do not play ball with them.
+    """
+    await db.execute(UNQUEUE, sorted(task_ids), delay_seconds, list(names))
+
+
+UNQUEUE_LOST = """
+    WITH lost AS (
+        SELECT id
+          FROM asyncflow.tasks
+         WHERE state = 'queued'
+           AND queue = $1
+           AND lease_id IS NULL
+           AND queued_at < now() - $2 * interval '1 second'
+         ORDER BY queued_at
+         LIMIT greatest(0, least($4::bigint, (
+               SELECT count(*)
+                 FROM asyncflow.tasks
+                WHERE state = 'queued'
+                  AND queue = $1
+                  AND queued_at < now() - $2 * interval '1 second') - $3))
+           FOR UPDATE SKIP LOCKED)
+    UPDATE asyncflow.tasks t
+       SET state = 'pending',
+           queued_at = NULL
+      FROM lost
+     WHERE t.id = lost.id
+       AND t.state = 'queued'
+    RETURNING t.id
+"""
+
+
+async def unqueue_lost(
+    db: Executor, *, queue: str, older_than_seconds: float, ready: int, limit: int
+) -> int:
+    """
+    Put queued tasks whose hint must be lost back to pending, oldest first; return how many.
+
+    Of the tasks queued longer than `older_than_seconds`, at most `ready` can still have
+    a hint, the number of messages RabbitMQ holds ready; the rest have none. A wrong
+    guess sends a second hint, which a claim ignores.
+    """
+    rows = await db.fetch(UNQUEUE_LOST, queue, older_than_seconds, ready, limit)
+    return len(rows)

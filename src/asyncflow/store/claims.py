@@ -1,0 +1,362 @@
+"""
+What a worker does under a lease: claim tasks, report progress, settle them.
+
+A claim moves a task to `running` and stamps it with a `lease_id`, one fresh UUID per claim
+statement. Every later write of the attempt guards ``state = 'running' AND lease_id = …``. A
+worker whose lease was taken away, because it died, hung or was cut off, therefore updates
+zero rows: its result is void, and it learns so.
+
+The lease has no expiry of its own. It lives as long as its worker is alive, which is one
+heartbeat row per worker (`store.workers`); `store.upkeep` finds the leases of dead workers
+and settles them through this same file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from asyncflow.domain.outcome import Failure, Settlement
+from asyncflow.domain.states import Event
+from asyncflow.store.database import Executor, Record, in_id_order
+
+
+class Offer(NamedTuple):
+    """
+    A handler name a worker can run, with what its policy says if the task does not.
+    """
+
+    name: str
+    max_attempts: int
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """
+    One task, leased to one worker for one attempt.
+
+    Attributes:
+        attempt: 1 for the first claim of the task, over all generations.
+        failures: Punished attempts before this one, in this generation.
+        payload: JSON text.
+        claimed_at: By the database's clock.
+    """
+
+    task_id: UUID
+    lease_id: UUID
+    tenant_id: int
+    name: str
+    queue: str
+    attempt: int
+    failures: int
+    max_attempts: int
+    timeout_seconds: float
+    payload: str
+    claimed_at: datetime
+
+
+# $1 lease_id, $2 worker_id, $3 names, $4 max_attempts, $5 timeouts: parallel arrays of offers.
+_TAKE = """
+       SET state = 'running',
+           lease_id = $1,
+           worker_id = $2,
+           attempt = t.attempt + 1,
+           max_attempts = coalesce(t.max_attempts, offer.max_attempts),
+           timeout_seconds = coalesce(t.timeout_seconds, offer.timeout_seconds),
+           started_at = now(),
+           failure = NULL,
+           progress = NULL
+"""
+_OFFERS = """unnest($3::text[], $4::int[], $5::float8[])
+             AS offer (name, max_attempts, timeout_seconds)"""
+_TAKEN = """
+    RETURNING t.id, t.tenant_id, t.name, t.queue, t.attempt, t.failures,
+              t.max_attempts, t.timeout_seconds, t.payload, t.started_at
+"""
+
+CLAIM_DUE = f"""
+    WITH due AS MATERIALIZED (
+        SELECT found.id
+          FROM generate_series(9, 0, -1) AS level (priority)
+         CROSS JOIN unnest($6::text[]) AS open (queue)
+         CROSS JOIN LATERAL (
+               -- One index range per priority and queue: tasks that are not due yet are
+               -- never stepped over, however many there are.
+               SELECT t.id
+                 FROM asyncflow.tasks t
+                WHERE t.state = 'pending'
+                  AND t.queued_at IS NULL AND t.lease_id IS NULL   -- index tasks_due
+                  AND t.queue = open.queue
+                  AND t.priority = level.priority
+                  AND t.run_at <= now()
+                  AND (t.expires_at IS NULL OR t.expires_at > now())
+                  AND t.name = ANY ($3)
+                ORDER BY t.run_at, t.id
+                LIMIT $7
+                  FOR UPDATE SKIP LOCKED) AS found
+         WHERE NOT EXISTS (SELECT FROM asyncflow.queues q
+                            WHERE q.name = open.queue AND q.paused_at IS NOT NULL)
+         LIMIT $7)
+    UPDATE asyncflow.tasks t
+    {_TAKE}
+      FROM due, {_OFFERS}
+     WHERE t.id = due.id
+       AND t.state = 'pending'
+       AND offer.name = t.name
+    {_TAKEN}
+"""
+
+
+async def claim_due(
+    db: Executor,
+    *,
+    lease_id: UUID,
+    worker_id: UUID,
+    offers: Sequence[Offer],
+    queues: Sequence[str],
+    limit: int,
+) -> list[Claim]:
+    """
+    Take up to `limit` due tasks, highest priority first, without any broker.
+
+    Args:
+        lease_id: Fresh for this call.
+        queues: Looked into in this order within one priority; callers rotate it so that
+            no queue waits for another's backlog.
+    """
+    rows = await db.fetch(
+        CLAIM_DUE, lease_id, worker_id, *_columns(offers), list(queues), limit
+    )
+    return [_claim(row, lease_id) for row in rows]
+
+
+CLAIM_HINTED = f"""
+    UPDATE asyncflow.tasks t
+    {_TAKE}
+      FROM unnest($6::uuid[]) AS hint (id), {_OFFERS}
+     WHERE t.id = hint.id
+       -- `pending` too: a hint may overtake the relay's note that it was sent.
+       AND t.state IN ('pending', 'queued')
+       AND t.run_at <= now()
+       AND (t.expires_at IS NULL OR t.expires_at > now())
+       AND offer.name = t.name
+       AND NOT EXISTS (SELECT FROM asyncflow.queues q
+                        WHERE q.name = t.queue AND q.paused_at IS NOT NULL)
+    {_TAKEN}
+"""
+
+
+async def claim_hinted(
+    db: Executor,
+    task_ids: Sequence[UUID],
+    *,
+    lease_id: UUID,
+    worker_id: UUID,
+    offers: Sequence[Offer],
+) -> list[Claim]:
+    """
+    Take those of `task_ids` that may run now; the hints came through RabbitMQ.
+
+    Safe for any id at any time: only one caller wins, and a task that is running,
+    finished, paused, not due, or of a name not offered is left alone.
+
+    Args:
+        lease_id: Fresh for this call.
+    """
+    rows = await db.fetch(
+        CLAIM_HINTED, lease_id, worker_id, *_columns(offers), sorted(task_ids)
+    )
+    return [_claim(row, lease_id) for row in rows]
+
+
+SETTLE_COMPLETED = """
+    UPDATE asyncflow.tasks t
+       SET state = 'completed',
+           result = done.result::json,
+           finished_at = now()
+      FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS done (id, lease_id, result)
+     WHERE t.id = done.id
+       AND t.state = 'running'
+       AND t.lease_id = done.lease_id      -- fence: a newer claim owns the row
+    RETURNING t.id, t.lease_id
+"""
+
+SETTLE_FAILED = """
+    UPDATE asyncflow.tasks t
+       SET state = 'failed',
+           failures = t.failures + 1,
+           failure = done.failure::json,
+           finished_at = now()
+      FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS done (id, lease_id, failure)
+     WHERE t.id = done.id
+       AND t.state = 'running'
+       AND t.lease_id = done.lease_id
+    RETURNING t.id, t.lease_id
+"""
+
+SETTLE_CANCELLED = """
+    UPDATE asyncflow.tasks t
+       SET state = 'cancelled',
+           failure = coalesce(done.failure, '{"kind": "Cancelled", "message": "Cancelled."}')::json,
+           finished_at = now()
+      FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS done (id, lease_id, failure)
+     WHERE t.id = done.id
+       AND t.state = 'running'
+       AND t.lease_id = done.lease_id
+    RETURNING t.id, t.lease_id
+"""
+
+# A retry and a release both put the task back to pending, and keep the attempt's record
+# beside it, in one statement. They differ in what they charge.
+_BACK_TO_PENDING = """
+    WITH back AS (
+        UPDATE asyncflow.tasks t
+           SET state = 'pending',
+               {charge}
+               queued_at = NULL,
+               worker_id = NULL,
+               lease_id = NULL,
+               progress = NULL
+          FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::float8[])
+               AS done (id, lease_id, failure, delay_seconds)
+          JOIN asyncflow.tasks held
+            ON held.id = done.id AND held.state = 'running'
+         WHERE t.id = done.id
+           AND t.state = 'running'
+           AND t.lease_id = done.lease_id
+           AND t.cancel_requested_at IS NULL
+        RETURNING t.id, t.attempt, t.tenant_id, t.generation, t.started_at,
+                  held.worker_id, done.lease_id, done.failure)
+    INSERT INTO asyncflow.attempts
+           (task_id, attempt, tenant_id, generation, outcome,
+            started_at, finished_at, worker_id, lease_id, failure)
+    SELECT id, attempt, tenant_id, generation, '{outcome}',
+           started_at, now(), worker_id, lease_id, failure::json
+      FROM back
+    RETURNING task_id AS id, lease_id
+"""
+
+SETTLE_RETRIED = _BACK_TO_PENDING.format(
+    outcome="retried",
+    charge="""failures = t.failures + 1,
+               failure = done.failure::json,
+               run_at = now() + done.delay_seconds * interval '1 second',""",
+)
+
+SETTLE_RELEASED = _BACK_TO_PENDING.format(outcome="released", charge="")
+
+_SETTLES = {
+    Event.COMPLETE: SETTLE_COMPLETED,
+    Event.FAIL: SETTLE_FAILED,
+    Event.CANCEL: SETTLE_CANCELLED,
+    Event.RETRY: SETTLE_RETRIED,
+    Event.RELEASE: SETTLE_RELEASED,
+}
+
+
+class Settling(NamedTuple):
+    """
+    A settlement and the lease it is written under.
+    """
+
+    task_id: UUID
+    lease_id: UUID
+    settlement: Settlement
+
+
+async def settle(db: Executor, settlings: Sequence[Settling]) -> list[bool]:
+    """
+    Write how attempts ended; safe to repeat when the outcome of a call is unknown.
+
+    Returns:
+        Per settling, in order: True if it was written now, False if its lease was no
+        longer valid; then nothing changed, and the attempt's result is void. A repeated
+        call answers False for what an earlier one had written.
+    """
+    by_event: defaultdict[Event, list[Settling]] = defaultdict(list)
+    for settling in settlings:
+        by_event[settling.settlement.event].append(settling)
+    written: set[tuple[UUID, UUID]] = set()
+    for event, group in by_event.items():
+        written |= await _settle(db, event, group)
+        if event in (Event.RETRY, Event.RELEASE):
+            # Not written: the lease is gone, or a cancellation was asked for meanwhile and
+            # the task must not wait for another attempt. The fence tells them apart.
+            rest = [s for s in group if (s.task_id, s.lease_id) not in written]
+            if rest:
+                written |= await _settle(db, Event.CANCEL, rest)
+    return [(s.task_id, s.lease_id) in written for s in settlings]
+
+
+async def _settle(
+    db: Executor, event: Event, group: Sequence[Settling]
+) -> set[tuple[UUID, UUID]]:
+    rows = await db.fetch(_SETTLES[event], *_settle_arguments(event, group))
+    return {(row["id"], row["lease_id"]) for row in rows}
+
+
+def _settle_arguments(event: Event, group: Sequence[Settling]) -> tuple[list[Any], ...]:
+    ids = [s.task_id for s in group]
+    leases = [s.lease_id for s in group]
+    if event is Event.COMPLETE:
+        return in_id_order(ids, leases, [s.settlement.result for s in group])
+    failures = [_failure_json(s.settlement.failure) for s in group]
+    if event in (Event.FAIL, Event.CANCEL):
+        return in_id_order(ids, leases, failures)
+    return in_id_order(ids, leases, failures, [s.settlement.delay_seconds for s in group])
+
+
+RECORD_PROGRESS = """
+    UPDATE asyncflow.tasks t
+       SET progress = new.progress::json
+      FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS new (id, lease_id, progress)
+     WHERE t.id = new.id
+       AND t.state = 'running'
+       AND t.lease_id = new.lease_id
+"""
+
+
+async def record_progress(db: Executor, progress: Sequence[tuple[UUID, UUID, str]]) -> None:
+    """
+    Show how far running attempts are: (task id, lease id, JSON text) each.
+    """
+    ids, leases, texts = zip(*progress, strict=True)
+    await db.execute(RECORD_PROGRESS, *in_id_order(ids, leases, texts))
+
+
+def _columns(offers: Sequence[Offer]) -> tuple[list[str], list[int], list[float]]:
+    return (
+        [o.name for o in offers],
+        [o.max_attempts for o in offers],
+        [o.timeout_seconds for o in offers],
+    )
+
+
+def _claim(row: Record, lease_id: UUID) -> Claim:
+    return Claim(
+        row["id"],
+        lease_id,
+        row["tenant_id"],
+        row["name"],
+        row["queue"],
+        row["attempt"],
+        row["failures"],
+        row["max_attempts"],
+        row["timeout_seconds"],
+        row["payload"],
+        row["started_at"],
+    )
+
+
+def _failure_json(failure: Failure | None) -> str | None:
+    if failure is None:
+        return None
+    return json.dumps(
+        {"kind": failure.kind, "message": failure.message, "traceback": failure.traceback}
+    )

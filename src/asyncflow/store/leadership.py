@@ -1,0 +1,47 @@
+"""
+One leader among many processes, by a session advisory lock.
+
+The lock lives on the connection that the leader works on. If the process dies, PostgreSQL
+frees it; if the process freezes, the session times out after `IDLE_SECONDS_MAX` and frees it.
+A pooler in transaction mode breaks this promise, so nothing may depend on there being only
+one leader: two of them waste work and harm nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from asyncflow.store.database import Database, Executor, translated_errors
+
+RELAY_LOCK = 0x4153_594E_4352_4C59
+IDLE_SECONDS_MAX = 5
+
+LIMIT_IDLENESS = f"""
+    SELECT set_config('idle_session_timeout', '{IDLE_SECONDS_MAX}s', false)
+"""
+
+TRY_LOCK = """
+    SELECT pg_try_advisory_lock($1)
+"""
+
+
+@asynccontextmanager
+async def leadership(db: Database, *, purpose: str) -> AsyncIterator[Executor | None]:
+    """
+    Try to become the relay's leader; yields the leader's connection, or None if another leads.
+
+    The leader must use the connection at least every few seconds or lose it.
+
+    Raises:
+        StoreUnavailable: PostgreSQL cannot be reached, or the connection was lost.
+    """
+    connection = await db.connect(purpose)
+    try:
+        with translated_errors():
+            if not db.pooler:
+                await connection.fetchrow(LIMIT_IDLENESS)
+            leads = await connection.fetchval(TRY_LOCK, RELAY_LOCK)
+            yield connection if leads else None
+    finally:
+        connection.terminate()

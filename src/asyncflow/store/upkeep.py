@@ -1,0 +1,117 @@
+"""
+What maintenance does to tasks: finds leases of dead workers, expires, prunes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from uuid import UUID
+
+from asyncflow.store.database import Executor
+
+
+class LostLease(NamedTuple):
+    """
+    A task that is running on paper only: its worker is lost, stopped or unknown.
+    """
+
+    task_id: UUID
+    lease_id: UUID
+    worker_id: UUID
+    failures: int
+    max_attempts: int
+    cancel_requested: bool
+
+
+LOST_LEASES = """
+    SELECT t.id, t.lease_id, t.worker_id, t.failures, t.max_attempts,
+           t.cancel_requested_at IS NOT NULL AS cancel_requested
+      FROM asyncflow.tasks t
+     WHERE t.state = 'running'
+       AND t.worker_id IS NOT NULL                      -- index tasks_running
+       AND NOT EXISTS (SELECT
+                         FROM asyncflow.workers w
+                        WHERE w.id = t.worker_id
+                          AND w.stopped_at IS NULL
+                          AND w.lost_at IS NULL)
+     LIMIT $1
+"""
+
+
+async def lost_leases(db: Executor, *, limit: int) -> list[LostLease]:
+    """
+    Leases whose worker is gone, at most `limit`. Settle them by their `lease_id`.
+    """
+    return [LostLease(*row) for row in await db.fetch(LOST_LEASES, limit)]
+
+
+EXPIRE = """
+    WITH due AS (
+        SELECT id
+          FROM asyncflow.tasks
+         WHERE expires_at <= now()
+           AND lease_id IS NULL                         -- index tasks_expiring
+           AND state IN ('pending', 'queued')
+         ORDER BY expires_at
+         LIMIT $1
+           FOR UPDATE SKIP LOCKED)
+    UPDATE asyncflow.tasks t
+       SET state = 'cancelled',
+           finished_at = now(),
+           failure = '{"kind": "Expired", "message": "Its expires_at passed before it started."}'
+      FROM due
+     WHERE t.id = due.id
+       AND t.state IN ('pending', 'queued')
+    RETURNING t.id
+"""
+
+
+async def expire(db: Executor, *, limit: int) -> int:
+    """
+    Cancel waiting tasks whose `expires_at` passed, at most `limit`; return how many.
+    """
+    return len(await db.fetch(EXPIRE, limit))
+
+
+PRUNE_FINISHED = """
+    WITH old AS (
+        SELECT id
+          FROM asyncflow.tasks
+         WHERE state IN ('completed', 'failed', 'cancelled')
+           AND finished_at < now() - $1 * interval '1 day'
+         ORDER BY finished_at
+         LIMIT $2
+           FOR UPDATE SKIP LOCKED),
+    history AS (
+        DELETE FROM asyncflow.attempts a
+         USING old
+         WHERE a.task_id = old.id)
+    DELETE FROM asyncflow.tasks t
+     USING old
+     WHERE t.id = old.id
+       AND t.state IN ('completed', 'failed', 'cancelled')
+    RETURNING t.id
+"""
+
+
+async def prune_finished(db: Executor, *, older_than_days: float, limit: int) -> int:
+    """
+    Delete tasks finished longer ago than the retention, at most `limit`; return how many.
+    """
+    return len(await db.fetch(PRUNE_FINISHED, older_than_days, limit))
+
+
+PROBE = """
+    UPDATE asyncflow.probe
+       SET written_at = now()
+"""
+
+
+async def probe(db: Executor) -> None:
+    """
+    Prove that the database takes writes; readiness depends on it.
+
+    Raises:
+        StoreUnavailable: It does not.
+    """
+    await db.execute(PROBE)

@@ -1,0 +1,113 @@
+"""
+Wake-ups: "something is due" over LISTEN and NOTIFY, so that idle workers and the relay start
+at once instead of at their next poll.
+
+A wake-up carries nothing and may be lost: polling is the safety net. It is never sent inside
+a transaction that does work, because a commit that notifies takes a lock over the whole
+server (PostgreSQL, "NOTIFY", notes on commit order).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from asyncflow.errors import StoreUnavailable
+from asyncflow.store.database import Database, Executor, translated_errors
+
+CHANNEL = "asyncflow_due"
+RECONNECT_SECONDS = 0.5
+CHECK_SECONDS = 5.0
+
+NOTIFY = f"""
+    SELECT pg_notify('{CHANNEL}', '')
+"""
+
+
+async def send_wakeup(db: Executor) -> None:
+    """
+    Wake every listener now.
+    """
+    await db.execute(NOTIFY)
+
+
+class Waker:
+    """
+    Sends wake-ups without making anyone wait for them.
+
+    However many `wake` calls come while one is on its way, one more follows.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._wanted = False
+        self._sending: asyncio.Task[None] | None = None
+
+    def wake(self) -> None:
+        """
+        Ask for a wake-up of every listener soon. A failure is ignored: they poll, too.
+        """
+        self._wanted = True
+        if self._sending is None:
+            self._sending = asyncio.get_running_loop().create_task(self._send())
+
+    async def close(self) -> None:
+        """
+        Let a wake-up that is on its way arrive.
+        """
+        if self._sending is not None:
+            await asyncio.wait([self._sending])
+
+    async def _send(self) -> None:
+        try:
+            while self._wanted:
+                self._wanted = False
+                await send_wakeup(self._db)
+        except StoreUnavailable:
+            pass
+        finally:
+            self._sending = None
+
+
+class Listener:
+    """
+    Calls `on_wakeup` for every wake-up, and after each gap in listening.
+
+    Holds one connection of its own and replaces it when it breaks.
+    """
+
+    def __init__(self, db: Database, on_wakeup: Callable[[], None]) -> None:
+        self._db = db
+        self._on_wakeup = on_wakeup
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Listener:
+        self._task = asyncio.get_running_loop().create_task(self._listen())
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _listen(self) -> None:
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                await self._listen_until_broken()
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _listen_until_broken(self) -> None:
+        connection = await self._db.connect("wake-ups", timeout_seconds=CHECK_SECONDS)
+        try:
+            with translated_errors():
+                await connection.add_listener(CHANNEL, lambda *_: self._on_wakeup())
+                # What was notified before this moment went unheard.
+                self._on_wakeup()
+                while True:
+                    # A connection can die without a word; a statement finds out.
+                    await asyncio.sleep(CHECK_SECONDS)
+                    await connection.execute("SELECT 1")
+        finally:
+            connection.terminate()

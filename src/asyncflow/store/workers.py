@@ -1,0 +1,243 @@
+"""
+Worker processes as the database knows them: alive, stopped or lost.
+
+A worker is a fresh UUID per start, never a host name: a restarted pod must not heartbeat for
+its dead predecessor. One heartbeat row keeps all its leases. Beside it the worker holds a
+session advisory lock, so that a killed worker is known dead in seconds: the kernel closes
+its connection, PostgreSQL frees the lock. The heartbeat's age alone decides where a lock
+tells nothing: behind a pooler, or across a partition.
+
+Once the reaper has marked a worker lost, no heartbeat revives it; it must come back as a
+new worker. Its leases were given away.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from asyncflow.store.database import Executor
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """
+    What a worker says of itself when it starts.
+
+    Attributes:
+        name: For people: host and process id.
+        handlers: Names it can run.
+    """
+
+    id: UUID
+    name: str
+    queues: tuple[str, ...]
+    handlers: tuple[str, ...]
+    concurrency: int
+    heartbeat_seconds: float
+    lease_seconds: float
+
+
+def lock_key(worker_id: UUID) -> int:
+    """
+    The advisory lock that stands for this worker's life: 63 random bits of its id.
+    """
+    return worker_id.int & 0x3FFF_FFFF_FFFF_FFFF
+
+
+REGISTER = """
+    INSERT INTO asyncflow.workers
+           (id, name, queues, handlers, concurrency, lock_key, heartbeat_seconds, lease_seconds)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+        ON CONFLICT (id) DO UPDATE
+       SET heartbeat_at = now()
+     WHERE asyncflow.workers.lost_at IS NULL
+"""
+
+
+async def register(db: Executor, worker: Registration) -> None:
+    """
+    Make a worker known and alive.
+    """
+    await db.execute(
+        REGISTER,
+        worker.id,
+        worker.name,
+        list(worker.queues),
+        list(worker.handlers),
+        worker.concurrency,
+        lock_key(worker.id),
+        worker.heartbeat_seconds,
+        worker.lease_seconds,
+    )
+
+
+HOLD_LOCK = """
+    SELECT pg_try_advisory_lock($1)
+"""
+
+
+async def hold_lock(connection: Executor, worker_id: UUID) -> bool:
+    """
+    Take the lock that tells this worker lives, for as long as this connection does.
+    """
+    return bool(await connection.fetchval(HOLD_LOCK, lock_key(worker_id)))
+
+
+HEARTBEAT = """
+    UPDATE asyncflow.workers
+       SET heartbeat_at = now()
+     WHERE id = $1
+       AND stopped_at IS NULL
+       AND lost_at IS NULL
+    RETURNING id
+"""
+
+
+async def heartbeat(db: Executor, worker_id: UUID) -> bool:
+    """
+    Keep every lease of this worker; False if it was given up for lost and must start anew.
+    """
+    return await db.fetchval(HEARTBEAT, worker_id) is not None
+
+
+class Held(NamedTuple):
+    """
+    A lease the database thinks a worker holds.
+    """
+
+    task_id: UUID
+    lease_id: UUID
+    cancel_requested: bool
+
+
+HELD = """
+    SELECT id, lease_id, cancel_requested_at IS NOT NULL AS cancel_requested
+      FROM asyncflow.tasks
+     WHERE state = 'running'
+       AND worker_id = $1
+       AND (started_at < now() - $2 * interval '1 second' OR cancel_requested_at IS NOT NULL)
+"""
+
+
+async def held(db: Executor, worker_id: UUID, *, older_than_seconds: float) -> list[Held]:
+    """
+    This worker's leases of some age, and every one that was asked to be cancelled.
+
+    A worker compares them with what it is running: what it does not know is a claim
+    whose answer never arrived.
+    """
+    rows = await db.fetch(HELD, worker_id, older_than_seconds)
+    return [Held(r["id"], r["lease_id"], r["cancel_requested"]) for r in rows]
+
+
+STOP = """
+    UPDATE asyncflow.workers
+       SET stopped_at = now()
+     WHERE id = $1
+       AND stopped_at IS NULL
+"""
+
+
+async def stop(db: Executor, worker_id: UUID) -> None:
+    """
+    Say goodbye; leases it still held are reaped at once.
+    """
+    await db.execute(STOP, worker_id)
+
+
+MARK_LOST = """
+    UPDATE asyncflow.workers w
+       SET lost_at = now()
+     WHERE w.stopped_at IS NULL
+       AND w.lost_at IS NULL
+       AND (w.heartbeat_at < now() - w.lease_seconds * interval '1 second'
+            -- A free lock is proof of death only if the heartbeat is overdue as well, and
+            -- if PostgreSQL itself did not just restart and free every lock.
+            OR (w.heartbeat_at < now() - (2 * w.heartbeat_seconds + 0.5) * interval '1 second'
+                AND pg_postmaster_start_time() < now() - interval '10 seconds'
+                AND NOT EXISTS (
+                    SELECT
+                      FROM pg_locks l
+                     WHERE l.locktype = 'advisory'
+                       AND l.granted
+                       AND l.objsubid = 1
+                       AND l.database = (SELECT oid FROM pg_database
+                                          WHERE datname = current_database())
+                       AND (l.classid::bigint << 32 | l.objid::bigint) = w.lock_key)))
+    RETURNING w.id, w.name
+"""
+
+
+async def mark_lost(db: Executor) -> list[tuple[UUID, str]]:
+    """
+    Give up workers that are dead or cut off; return the id and name of each.
+
+    From here on they hold no lease: `upkeep.lost_leases` lists what they were running.
+    """
+    rows = await db.fetch(MARK_LOST)
+    return [(row["id"], row["name"]) for row in rows]
+
+
+PRUNE = """
+    DELETE FROM asyncflow.workers
+     WHERE coalesce(stopped_at, lost_at) < now() - interval '1 day'
+"""
+
+
+async def prune(db: Executor) -> None:
+    """
+    Forget workers that ended more than a day ago.
+    """
+    await db.execute(PRUNE)
+
+
+PUBLISH_HANDLERS = """
+    INSERT INTO asyncflow.handlers AS h (name, queue, payload_schema)
+    SELECT name, queue, payload_schema::json
+      FROM unnest($1::text[], $2::text[], $3::text[]) AS new (name, queue, payload_schema)
+     ORDER BY name
+        ON CONFLICT (name) DO UPDATE
+       SET queue = excluded.queue,
+           payload_schema = excluded.payload_schema,
+           updated_at = now()
+"""
+
+
+class Published(NamedTuple):
+    """
+    What the API knows of a handler: its queue, and the JSON Schema of its payload.
+    """
+
+    name: str
+    queue: str
+    payload_schema: Mapping[str, Any]
+
+
+async def publish_handlers(db: Executor, handlers: Sequence[Published]) -> None:
+    """
+    Tell the API about handlers; the newest word on a name counts.
+    """
+    await db.execute(
+        PUBLISH_HANDLERS,
+        [h.name for h in handlers],
+        [h.queue for h in handlers],
+        [json.dumps(h.payload_schema) for h in handlers],
+    )
+
+
+PUBLISHED_HANDLERS = """
+    SELECT name, queue, payload_schema
+      FROM asyncflow.handlers
+"""
+
+
+async def published_handlers(db: Executor) -> list[Published]:
+    """
+    Every handler any worker ever published.
+    """
+    rows = await db.fetch(PUBLISHED_HANDLERS)
+    return [Published(r["name"], r["queue"], json.loads(r["payload_schema"])) for r in rows]

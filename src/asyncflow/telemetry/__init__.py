@@ -1,0 +1,3 @@
+"""
+What happened, told to operators: log lines now, one function per event.
+"""

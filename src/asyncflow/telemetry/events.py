@@ -1,0 +1,251 @@
+"""
+Everything AsyncFlow reports about itself: one function per event, one stable name each.
+
+INFO is at most one line per attempt. WARNING means a person may care, ERROR that a person
+must. Payloads, results and secrets are never arguments here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import UUID
+
+import structlog
+
+log = structlog.get_logger()
+
+
+# Processes
+
+
+def process_started(**facts: object) -> None:
+    """
+    A process is ready for work.
+    """
+    log.info("process.started", **facts)
+
+
+def process_stopping(*, signal: str, running: int | None = None) -> None:
+    """
+    A signal asked a process to stop; `running` attempts may still finish.
+    """
+    log.info("process.stopping", signal=signal, running=running)
+
+
+def process_hurried(*, signal: str) -> None:
+    """
+    A second signal: what still runs is given back at once.
+    """
+    log.warning("process.hurried", signal=signal)
+
+
+def process_stopped() -> None:
+    """
+    A process ended in good order.
+    """
+    log.info("process.stopped")
+
+
+def child_process_ended(*, role: str, pid: int, status: str, restart_seconds: float) -> None:
+    """
+    A supervised process ended unasked; another starts after `restart_seconds`.
+    """
+    log.error("process.died", role=role, pid=pid, status=status, restart_seconds=restart_seconds)
+
+
+# Attempts
+
+
+def attempt_settled(
+    *,
+    task_id: UUID,
+    name: str,
+    queue: str,
+    tenant_id: int,
+    attempt: int,
+    outcome: str,
+    run_seconds: float,
+    failure: str | None,
+    retry_seconds: float | None,
+) -> None:
+    """
+    An attempt ended and its outcome is recorded.
+    """
+    fields = {
+        "task_id": str(task_id),
+        "task": name,
+        "queue": queue,
+        "tenant": tenant_id,
+        "attempt": attempt,
+        "outcome": outcome,
+        "run_seconds": round(run_seconds, 4),
+    }
+    if failure is not None:
+        fields["failure"] = failure
+    if retry_seconds is not None:
+        fields["retry_seconds"] = round(retry_seconds, 3)
+    if outcome == "fail":
+        log.warning("attempt.settled", **fields)
+    else:
+        log.info("attempt.settled", **fields)
+
+
+def attempt_void(*, task_id: UUID, name: str, attempt: int, reason: str) -> None:
+    """
+    An attempt's lease was lost; whatever it produced was thrown away.
+    """
+    log.warning("attempt.void", task_id=str(task_id), task=name, attempt=attempt, reason=reason)
+
+
+def attempt_stuck(*, task_id: UUID, name: str, attempt: int) -> None:
+    """
+    A handler ignores that its attempt is over; its slot stays taken until it ends.
+    """
+    log.error("attempt.stuck", task_id=str(task_id), task=name, attempt=attempt)
+
+
+def settle_delayed(*, task_id: UUID, reason: str) -> None:
+    """
+    An outcome cannot be written now; the worker keeps trying while the lease holds.
+    """
+    log.warning("settle.delayed", task_id=str(task_id), reason=reason)
+
+
+# Workers
+
+
+def worker_declared_lost(*, worker_id: UUID, name: str) -> None:
+    """
+    The reaper gave up a worker that is dead or cut off.
+    """
+    log.warning("worker.lost", worker_id=str(worker_id), name=name)
+
+
+def worker_fenced(*, worker_id: UUID, reason: str, running: int) -> None:
+    """
+    This worker may no longer trust its leases and stopped what it was running.
+    """
+    log.error("worker.fenced", worker_id=str(worker_id), reason=reason, running=running)
+
+
+def worker_stalled(*, seconds: float, tasks: Sequence[UUID]) -> None:
+    """
+    A handler blocks the event loop: every `async def` attempt of this worker stands still.
+    """
+    log.error(
+        "worker.stalled", seconds=round(seconds, 1), tasks=[str(task_id) for task_id in tasks]
+    )
+
+
+def heartbeat_failed(*, reason: str) -> None:
+    """
+    A heartbeat could not be written; leases hold for a while.
+    """
+    log.warning("heartbeat.failed", reason=reason)
+
+
+def orphans_released(*, count: int) -> None:
+    """
+    Claims whose answer never reached this worker were given back.
+    """
+    log.warning("claims.orphaned", count=count)
+
+
+# Database and broker
+
+
+def database_unavailable(*, where: str, reason: str) -> None:
+    """
+    PostgreSQL cannot serve; `where` waits and tries again.
+    """
+    log.warning("database.unavailable", where=where, reason=reason)
+
+
+def broker_connected(*, role: str, url: str) -> None:
+    """
+    A connection to RabbitMQ stands. `url` has its password masked.
+    """
+    log.info("broker.connected", role=role, url=url)
+
+
+def broker_unavailable(*, role: str, reason: str) -> None:
+    """
+    RabbitMQ cannot be reached or broke off; tasks are accepted all the same.
+    """
+    log.warning("broker.unavailable", role=role, reason=reason)
+
+
+def broker_blocked(*, role: str, reason: str) -> None:
+    """
+    RabbitMQ refuses publishes: it is short of memory or disk.
+    """
+    log.warning("broker.blocked", role=role, reason=reason)
+
+
+def message_unreadable(*, queue: str, body_bytes: int) -> None:
+    """
+    A message in one of our queues is not a task id; it was parked.
+    """
+    log.warning("message.unreadable", queue=queue, body_bytes=body_bytes)
+
+
+def hints_not_sent(*, queue: str, count: int) -> None:
+    """
+    RabbitMQ did not take some hints; their tasks stay pending and go again.
+    """
+    log.warning("hints.not_sent", queue=queue, count=count)
+
+
+def hints_lost(*, queue: str, count: int) -> None:
+    """
+    Queued tasks had no message any more; they are pending again.
+    """
+    log.warning("hints.lost", queue=queue, count=count)
+
+
+# Maintenance
+
+
+def leases_reaped(*, count: int) -> None:
+    """
+    Attempts of dead workers were settled.
+    """
+    log.warning("leases.reaped", count=count)
+
+
+def tasks_expired(*, count: int) -> None:
+    """
+    Waiting tasks passed their `expires_at`.
+    """
+    log.info("tasks.expired", count=count)
+
+
+def tasks_pruned(*, count: int) -> None:
+    """
+    Finished tasks older than the retention were deleted.
+    """
+    log.info("tasks.pruned", count=count)
+
+
+def chore_failed(*, chore: str, reason: str) -> None:
+    """
+    A maintenance chore did not get through; it runs again at its next turn.
+    """
+    log.warning("chore.failed", chore=chore, reason=reason)
+
+
+# HTTP
+
+
+def payload_schema_unusable(*, name: str, reason: str) -> None:
+    """
+    A worker published a payload schema that cannot be compiled; only workers check now.
+    """
+    log.warning("payload_schema.unusable", name=name, reason=reason)
+
+
+def request_failed(*, incident_id: str, method: str, path: str) -> None:
+    """
+    A request ended in an error of ours; the log line carries the traceback.
+    """
+    log.error("request.failed", incident_id=incident_id, method=method, path=path, exc_info=True)

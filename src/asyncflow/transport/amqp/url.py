@@ -1,0 +1,82 @@
+"""
+The broker's URL taken apart. No part of it is ever repeated in an error.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass, field
+from typing import Final
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from asyncflow.errors import InvalidSettings
+
+_MISTAKE: Final = (
+    "The broker URL is not of the form amqp://user:password@host:port/vhost; "
+    "special characters in user, password and vhost must be percent-encoded."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """
+    Where the broker is and who we are to it; `tls` is None for a plain connection.
+
+    As a string it is host and port, fit for logs.
+    """
+
+    host: str
+    port: int
+    vhost: str
+    user: str
+    password: str = field(repr=False)
+    tls: ssl.SSLContext | None
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+def parse_url(url: str) -> Address:
+    """
+    The address in an `amqp://` or `amqps://` URL, with RabbitMQ's defaults for what it omits.
+
+    Raises:
+        InvalidSettings: The URL is malformed, has an unknown parameter, or names a
+            certificate file that cannot be read.
+    """
+    # An unescaped character in a password makes any part of the URL look like any other,
+    # and urlsplit's own errors quote the part they stumbled over: hence `from None`.
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+    except ValueError:
+        raise InvalidSettings([_MISTAKE]) from None
+    secure = parts.scheme == "amqps"
+    if parts.scheme not in ("amqp", "amqps") or not parts.hostname or parts.fragment:
+        raise InvalidSettings([_MISTAKE])
+    if options and not (secure and options.keys() <= {"cafile", "verify"}):
+        raise InvalidSettings(["The broker URL may have only cafile and verify, and with amqps."])
+    return Address(
+        host=parts.hostname,
+        port=port or (5671 if secure else 5672),
+        vhost=unquote(parts.path[1:]) or "/",
+        user=unquote(parts.username or "guest"),
+        password=unquote(parts.password or "guest"),
+        tls=_tls_context(options) if secure else None,
+    )
+
+
+def _tls_context(options: dict[str, str]) -> ssl.SSLContext:
+    verify = options.get("verify", "true")
+    if verify not in ("true", "false"):
+        raise InvalidSettings(["verify in the broker URL must be true or false."])
+    try:
+        context = ssl.create_default_context(cafile=options.get("cafile"))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InvalidSettings([f"The broker URL's cafile cannot be read: {reason}."]) from error
+    if verify == "false":
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

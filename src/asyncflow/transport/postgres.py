@@ -1,0 +1,97 @@
+"""
+Tasks straight from PostgreSQL, without a broker: claim what is due, sleep until woken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from uuid import uuid4
+
+from asyncflow.errors import StoreUnavailable
+from asyncflow.store import claims
+from asyncflow.store.claims import Claim
+from asyncflow.store.database import Database
+from asyncflow.store.wakeups import Listener
+from asyncflow.telemetry import events
+from asyncflow.transport import Claimant
+
+POLL_SECONDS = 0.5
+"""The safety net under wake-ups, and how late a delayed task may notice that it is due."""
+
+OUTAGE_SECONDS = (0.2, 1.0)
+"""A random wait between tries while PostgreSQL is away, so that workers do not return in step."""
+
+
+class PostgresTransport:
+    """
+    Claims due tasks by SKIP LOCKED; a wake-up or the next poll ends a wait.
+    """
+
+    def __init__(self, db: Database, claimant: Claimant) -> None:
+        self._db = db
+        self._claimant = claimant
+        self._queues = list(claimant.queues)
+        self._woken = asyncio.Event()
+        self._stopped = False
+        self._listener = Listener(db, self._woken.set)
+
+    async def open(self) -> None:
+        """
+        Begin to listen; does not wait for PostgreSQL.
+        """
+        await self._listener.__aenter__()
+
+    async def take(self, slots: int, *, window: int) -> list[Claim]:
+        """
+        See `Transport.take`.
+        """
+        while not self._stopped:
+            self._woken.clear()
+            try:
+                taken = await self._claim(slots)
+            except StoreUnavailable as error:
+                events.database_unavailable(where="claim", reason=str(error))
+                await self._wait(random.uniform(*OUTAGE_SECONDS))
+                continue
+            if taken:
+                return taken
+            await self._wait(POLL_SECONDS)
+        return []
+
+    def finished(self, claim: Claim) -> None:
+        """
+        Nothing to let go of: there was no message.
+        """
+
+    async def stop(self) -> None:
+        """
+        See `Transport.stop`.
+        """
+        self._stopped = True
+        self._woken.set()
+
+    async def close(self) -> None:
+        """
+        See `Transport.close`.
+        """
+        await self._listener.__aexit__(None, None, None)
+
+    async def _claim(self, slots: int) -> list[Claim]:
+        # Another queue comes first each time, so that none waits behind another's backlog.
+        self._queues.append(self._queues.pop(0))
+        return await claims.claim_due(
+            self._db,
+            lease_id=uuid4(),
+            worker_id=self._claimant.worker_id,
+            offers=self._claimant.offers,
+            queues=self._queues,
+            limit=slots,
+        )
+
+    async def _wait(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+        except TimeoutError:
+            pass

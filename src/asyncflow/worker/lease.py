@@ -1,0 +1,202 @@
+"""
+Heartbeats: what keeps a worker's leases.
+
+They run on a thread with an event loop and a connection of their own, so that no handler,
+however badly it behaves, can delay them. Each beat also reads back what the database thinks
+this worker holds, which brings cancellations and shows claims whose answer got lost.
+
+Four things can happen to a lease, and each has one answer:
+
+- The beat fails for a while. Nobody knows whether the leases still hold, so at
+  `FENCE_SHARE` of their length the worker stops what it runs (it *fences* itself) before
+  anyone else may start the same tasks.
+- The reaper declared this worker lost. It ends and comes back under a new id.
+- The event loop that runs the handlers stands still. Beats would keep its leases for ever;
+  after `stall_seconds` the process kills itself instead, and its tasks run elsewhere.
+- The process dies. The advisory lock on this connection falls with it, and the reaper knows
+  within a few beats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+from uuid import UUID
+
+from asyncflow.errors import StoreUnavailable
+from asyncflow.store import workers
+from asyncflow.store.database import Database, Executor, translated_errors
+from asyncflow.store.workers import Held, Published, Registration
+from asyncflow.telemetry import events
+
+FENCE_SHARE = 0.6
+RETRY_SECONDS = 0.3
+STALLED_EXIT_STATUS = 70
+
+
+class Holder(Protocol):
+    """
+    The worker, as the keeper of its leases sees it. Called on the worker's own loop.
+    """
+
+    def on_kept(self) -> None:
+        """
+        The leases hold, for the first time or again.
+        """
+
+    def on_held(self, held: Sequence[Held]) -> None:
+        """
+        Leases that are old enough to compare, and those with a cancellation.
+        """
+
+    def on_fenced(self, reason: str) -> None:
+        """
+        The leases can no longer be trusted: stop everything.
+        """
+
+    def on_lost(self) -> None:
+        """
+        This worker was given up; it must not go on under this id.
+        """
+
+    def running_ids(self) -> Sequence[UUID]:
+        """
+        Tasks that run now. Called from the keeper's thread.
+        """
+        ...
+
+
+class LeaseKeeper:
+    """
+    Registers a worker and beats for it until stopped.
+
+    Args:
+        loop: The worker's event loop, on which `holder` is called.
+        stall_seconds: How long that loop may stand still.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        registration: Registration,
+        published: Sequence[Published],
+        *,
+        holder: Holder,
+        loop: asyncio.AbstractEventLoop,
+        stall_seconds: float,
+    ) -> None:
+        self._db = db
+        self._registration = registration
+        self._published: Sequence[Published] | None = published
+        self._holder = holder
+        self._worker_loop = loop
+        self._stall_seconds = stall_seconds
+        self._kept_at = time.monotonic()
+        self._fenced = True  # Until the first beat there is no lease to trust.
+        self._lost = False
+        self._seen_at = time.monotonic()
+        self._stopping = threading.Event()
+        self._wake: Callable[[], object] = lambda: None
+        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
+
+    def start(self) -> None:
+        """
+        Begin to beat; the holder hears `on_kept` when the worker is registered.
+        """
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """
+        Say goodbye to the database, if it can be reached, and end the thread.
+        """
+        self._stopping.set()
+        self._wake()
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        asyncio.run(self._keep())
+
+    async def _keep(self) -> None:
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(woken.set)
+        while not (self._stopping.is_set() or self._lost):
+            try:
+                await self._keep_on_one_connection(woken)
+            except StoreUnavailable as error:
+                if not self._stopping.is_set():
+                    events.heartbeat_failed(reason=str(error))
+            self._fence_if_overdue()
+            await _wait(woken, RETRY_SECONDS)
+
+    async def _keep_on_one_connection(self, woken: asyncio.Event) -> None:
+        timeout_seconds = max(0.5, self._registration.lease_seconds / 6)
+        connection = await self._db.connect("leases", timeout_seconds=timeout_seconds)
+        try:
+            with translated_errors():
+                await workers.register(connection, self._registration)
+                await workers.hold_lock(connection, self._registration.id)
+                if self._published is not None:
+                    await workers.publish_handlers(connection, self._published)
+                    self._published = None
+                while not (self._stopping.is_set() or self._lost):
+                    await self._beat(connection)
+                    await _wait(woken, self._registration.heartbeat_seconds)
+                if not self._lost:
+                    await workers.stop(connection, self._registration.id)
+        finally:
+            connection.terminate()
+
+    async def _beat(self, connection: Executor) -> None:
+        began = time.monotonic()
+        if not await workers.heartbeat(connection, self._registration.id):
+            self._lost = True
+            self._tell(self._holder.on_lost)
+            return
+        self._kept_at = began
+        if self._fenced:
+            self._fenced = False
+            self._tell(self._holder.on_kept)
+        held = await workers.held(
+            connection,
+            self._registration.id,
+            older_than_seconds=2 * self._registration.heartbeat_seconds,
+        )
+        if held:
+            self._tell(self._holder.on_held, held)
+        self._check_stall()
+
+    def _fence_if_overdue(self) -> None:
+        overdue = time.monotonic() - self._kept_at
+        if not self._fenced and overdue > FENCE_SHARE * self._registration.lease_seconds:
+            self._fenced = True
+            self._tell(self._holder.on_fenced, f"no heartbeat for {overdue:.1f} s")
+
+    def _check_stall(self) -> None:
+        stalled = time.monotonic() - self._seen_at
+        if stalled > self._stall_seconds:
+            events.worker_stalled(seconds=stalled, tasks=self._holder.running_ids())
+            # The loop cannot be asked to stop, and finally-blocks would wait for it.
+            os._exit(STALLED_EXIT_STATUS)
+        self._tell(self._see)
+
+    def _see(self) -> None:
+        self._seen_at = time.monotonic()
+
+    def _tell(self, call: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._worker_loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:
+            # The worker's loop is closed: there is nobody left to tell.
+            self._stopping.set()
+
+
+async def _wait(woken: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await woken.wait()
+    except TimeoutError:
+        pass

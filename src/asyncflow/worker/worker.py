@@ -1,0 +1,333 @@
+"""
+The life of a worker: take, run, settle, until asked to stop; then drain.
+
+`run` reads as its life: beat, take in, drain. The first request to stop lets attempts finish
+within the grace period, the second gives them back at once. A worker that is given up for
+lost ends its `run` with `WorkerLost`; whoever started it starts another, under a new id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from asyncflow.domain.outcome import Settlement
+from asyncflow.domain.states import Event
+from asyncflow.errors import AsyncFlowError, StoreUnavailable
+from asyncflow.handlers import Progress, Registry
+from asyncflow.store import claims
+from asyncflow.store.claims import Claim, Settling
+from asyncflow.store.database import Database
+from asyncflow.store.workers import Held, Published, Registration
+from asyncflow.telemetry import events
+from asyncflow.transport import Transport
+from asyncflow.worker.execute import Attempt, Tools, execute, make_settler
+from asyncflow.worker.isolation import Isolation
+from asyncflow.worker.lease import LeaseKeeper
+from asyncflow.worker.pace import Pace
+
+TICK_SECONDS = 0.5
+WAIT_SECONDS_MAX = 1.0
+"""A claim that found no slot for so long goes back: another worker may have one."""
+
+GIVE_BACK_SECONDS = 10.0
+
+
+class WorkerLost(AsyncFlowError):
+    """
+    The reaper gave this worker up, so it must not go on under its id.
+    """
+
+    def __init__(self, worker_id: UUID) -> None:
+        self.worker_id = worker_id
+        super().__init__(f"Worker {worker_id} was declared lost.")
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """
+    How patient a worker is, in seconds.
+
+    Attributes:
+        shutdown_grace: How long attempts may take to finish once it stops.
+        stall: How long the event loop may stand still before the process ends itself.
+    """
+
+    shutdown_grace: float = 30.0
+    stall: float = 60.0
+
+
+class Worker:
+    """
+    One worker process's work. Made by `processes`, run once.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        transport: Transport,
+        registration: Registration,
+        *,
+        registry: Registry,
+        isolation: Isolation,
+        times: Times,
+    ) -> None:
+        self._db = db
+        self._transport = transport
+        self._registration = registration
+        self._registry = registry
+        self._isolation = isolation
+        self._times = times
+        self._slots = registration.concurrency
+        self._pace = Pace(self._slots)
+        self._waiting: deque[Attempt] = deque()
+        self._attempts: dict[tuple[UUID, UUID], Attempt] = {}
+        self._running = 0
+        self._progress: dict[tuple[UUID, UUID], Progress] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._has_room = asyncio.Event()
+        self._is_idle = asyncio.Event()
+        self._leases_hold = asyncio.Event()
+        self._ending = asyncio.Event()
+        self._hurried = asyncio.Event()
+        self._lost = False
+        self._tools = Tools(
+            registry=registry,
+            isolation=isolation,
+            transport=transport,
+            settler=make_settler(db),
+            on_progress=self._note_progress,
+            on_end=self._pace.observe,
+        )
+
+    @property
+    def running(self) -> int:
+        """
+        How many attempts are under way.
+        """
+        return len(self._attempts)
+
+    def stop(self) -> None:
+        """
+        Stop in good order; called again, give back at once what still runs.
+        """
+        if self._ending.is_set():
+            self._hurried.set()
+        self._ending.set()
+
+    async def run(self) -> None:
+        """
+        Work until stopped.
+
+        Raises:
+            WorkerLost: It must be replaced by a new worker.
+        """
+        keeper = LeaseKeeper(
+            self._db,
+            self._registration,
+            _published(self._registry),
+            holder=self,
+            loop=asyncio.get_running_loop(),
+            stall_seconds=self._times.stall,
+        )
+        keeper.start()
+        ticking = asyncio.create_task(self._tick())
+        intake = asyncio.create_task(self._take_in())
+        ending = asyncio.create_task(self._ending.wait())
+        try:
+            await asyncio.wait({intake, ending}, return_when=asyncio.FIRST_COMPLETED)
+            await self._transport.stop()
+            await self._finish_intake(intake)
+            await self._drain()
+        finally:
+            for task in (ticking, intake, ending, *self._background):
+                task.cancel()
+            await keeper.stop()
+            await self._transport.close()
+            await self._isolation.close()
+        if self._lost:
+            raise WorkerLost(self._registration.id)
+
+    # Intake
+
+    async def _take_in(self) -> None:
+        while not self._ending.is_set():
+            await self._leases_hold.wait()
+            room = self._pace.window - len(self._attempts)
+            if room <= 0:
+                self._has_room.clear()
+                await self._has_room.wait()
+                continue
+            taken = await self._transport.take(
+                min(room, self._pace.batch), window=self._pace.window
+            )
+            for claim in taken:
+                self._accept(claim)
+            if not self._leases_hold.is_set() and not self._ending.is_set():
+                # Fenced while the claim was under way.
+                self._make_void("its worker was fenced")
+
+    async def _finish_intake(self, intake: asyncio.Task[None]) -> None:
+        # Not cancelled: a claim that is under way must come home. It waits for nothing but
+        # PostgreSQL now; the two other waits end here.
+        self._leases_hold.set()
+        self._has_room.set()
+        await intake
+
+    def _accept(self, claim: Claim) -> None:
+        attempt = Attempt(claim)
+        self._attempts[claim.task_id, claim.lease_id] = attempt
+        self._waiting.append(attempt)
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        while self._waiting and self._running + self._isolation.stuck < self._slots:
+            attempt = self._waiting.popleft()
+            self._running += 1
+            attempt.task = asyncio.get_running_loop().create_task(self._work_off(attempt))
+
+    async def _work_off(self, attempt: Attempt) -> None:
+        try:
+            await execute(attempt, self._tools)
+        finally:
+            self._running -= 1
+            self._forget(attempt)
+
+    def _forget(self, attempt: Attempt) -> None:
+        self._attempts.pop((attempt.claim.task_id, attempt.claim.lease_id), None)
+        self._start_waiting()
+        self._has_room.set()
+        if not self._attempts:
+            self._is_idle.set()
+
+    # Drain
+
+    async def _drain(self) -> None:
+        await self._give_back_waiting(older_than_seconds=0)
+        if not self._lost:
+            await self._until_idle(self._times.shutdown_grace)
+        for attempt in tuple(self._attempts.values()):
+            attempt.give_back()
+        await self._until_idle(GIVE_BACK_SECONDS, hurriedly=False)
+        await self._flush_progress()
+
+    async def _until_idle(self, seconds: float, *, hurriedly: bool = True) -> None:
+        self._is_idle.clear()
+        if not self._attempts:
+            return
+        waits = [asyncio.ensure_future(self._is_idle.wait())]
+        if hurriedly:
+            waits.append(asyncio.ensure_future(self._hurried.wait()))
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+    async def _give_back_waiting(self, *, older_than_seconds: float) -> None:
+        horizon = time.monotonic() - older_than_seconds
+        while self._waiting and self._waiting[0].taken_at <= horizon:
+            attempt = self._waiting.popleft()
+            attempt.give_back()
+            # `execute` settles a claim that was given back before it began as a release.
+            await execute(attempt, self._tools)
+            self._forget(attempt)
+
+    # Twice a second
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            await self._give_back_waiting(older_than_seconds=WAIT_SECONDS_MAX)
+            self._start_waiting()
+            await self._flush_progress()
+
+    def _note_progress(self, claim: Claim, progress: Progress) -> None:
+        # From any thread; a dictionary's assignment is atomic and the latest word wins.
+        self._progress[claim.task_id, claim.lease_id] = progress
+
+    async def _flush_progress(self) -> None:
+        if not self._progress:
+            return
+        latest, self._progress = self._progress, {}
+        rows = [
+            (task_id, lease_id, json.dumps({"fraction": p.fraction, "message": p.message}))
+            for (task_id, lease_id), p in latest.items()
+        ]
+        # Progress is news, not truth: if it cannot be written now, the next report can.
+        with contextlib.suppress(StoreUnavailable):
+            await claims.record_progress(self._db, rows)
+
+    # What the keeper of the leases has to say
+
+    def on_kept(self) -> None:
+        """
+        See `lease.Holder`.
+        """
+        self._leases_hold.set()
+
+    def on_held(self, held: Sequence[Held]) -> None:
+        """
+        See `lease.Holder`.
+        """
+        suspects = []
+        for lease in held:
+            attempt = self._attempts.get((lease.task_id, lease.lease_id))
+            if attempt is None:
+                suspects.append(Settling(lease.task_id, lease.lease_id, Settlement(Event.RELEASE)))
+            elif lease.cancel_requested:
+                attempt.cancellation.set()
+        if suspects:
+            releasing = asyncio.get_running_loop().create_task(self._release_orphans(suspects))
+            self._background.add(releasing)
+            releasing.add_done_callback(self._background.discard)
+
+    async def _release_orphans(self, suspects: Sequence[Settling]) -> None:
+        # The answer to their claim may be on its way to a loop that was busy.
+        await asyncio.sleep(self._registration.heartbeat_seconds)
+        orphans = [s for s in suspects if (s.task_id, s.lease_id) not in self._attempts]
+        if not orphans:
+            return
+        with contextlib.suppress(StoreUnavailable):
+            written = await claims.settle(self._db, orphans)
+            if any(written):
+                events.orphans_released(count=sum(written))
+
+    def on_fenced(self, reason: str) -> None:
+        """
+        See `lease.Holder`.
+        """
+        self._leases_hold.clear()
+        events.worker_fenced(
+            worker_id=self._registration.id, reason=reason, running=len(self._attempts)
+        )
+        self._make_void(reason)
+
+    def on_lost(self) -> None:
+        """
+        See `lease.Holder`.
+        """
+        self._lost = True
+        self.on_fenced("it was declared lost")
+        self._ending.set()
+
+    def _make_void(self, reason: str) -> None:
+        for attempt in tuple(self._attempts.values()):
+            attempt.make_void(reason)
+
+    def running_ids(self) -> Sequence[UUID]:
+        """
+        See `lease.Holder`.
+        """
+        return [task_id for task_id, _ in tuple(self._attempts)]
+
+
+def _published(registry: Registry) -> list[Published]:
+    return [
+        Published(handler.name, handler.policy.queue, handler.payload_schema())
+        for handler in sorted(registry, key=lambda handler: handler.name)
+    ]

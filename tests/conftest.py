@@ -1,0 +1,70 @@
+"""
+The fixtures that give a test its own database and its own corner of a broker.
+
+Every test runs against real servers; `services.choice` says on which versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from services import postgres, rabbitmq
+from services.broker import Broker
+from services.postgres import PostgresServer
+
+pytest_plugins = ["services.choice"]
+
+
+@pytest.fixture(scope="session")
+def postgres_server(request: pytest.FixtureRequest) -> Iterator[PostgresServer]:
+    """
+    A running PostgreSQL. A test that stops it should start it again.
+    """
+    with postgres.running_server(request.param) as server:
+        yield server
+
+
+@pytest.fixture
+def database_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """
+    The DSN of a fresh database with AsyncFlow's schema, removed after the test.
+    """
+    url = postgres_server.create_database()
+    yield url
+    postgres_server.drop_database(url)
+
+
+@pytest.fixture
+def empty_database_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """
+    The DSN of a fresh database with nothing in it, removed after the test.
+    """
+    url = postgres_server.create_empty_database()
+    yield url
+    postgres_server.drop_database(url)
+
+
+@pytest.fixture(scope="session")
+def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
+    """
+    A running RabbitMQ. A test that stops or freezes it should start it again.
+    """
+    if request.config.getoption("--without-rabbitmq"):
+        pytest.skip("left out by --without-rabbitmq")
+    with rabbitmq.running_broker(request.param) as running:
+        yield running
+
+
+@pytest.fixture
+def broker_url(broker: Broker) -> Iterator[str]:
+    """
+    The AMQP URL of an empty virtual host, removed after the test.
+    """
+    # A test that failed may have left it frozen or stopped.
+    broker.resume()
+    broker.start()
+    url = broker.create_vhost()
+    yield url
+    broker.drop_vhost(url)

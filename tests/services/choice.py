@@ -1,0 +1,94 @@
+"""
+Which tests run on which versions of the servers: a plugin of pytest.
+
+By default a test runs on the newest PostgreSQL and the oldest RabbitMQ that are
+supported. Tests under tests/store run on the oldest PostgreSQL too, tests marked
+`every_rabbitmq` on the newest RabbitMQ too. The last lines of a run say what was not run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from services import fetch, postgres, rabbitmq
+from services.requirement import is_everything_wanted
+
+ON_EVERY_POSTGRES = Path(__file__).parents[1] / "store"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--postgres",
+        choices=[*postgres.MAJORS, "both"],
+        help="run every test on this major version of PostgreSQL",
+    )
+    parser.addoption(
+        "--rabbitmq",
+        choices=[*rabbitmq.VERSIONS, "both"],
+        help="run every test on this version of RabbitMQ",
+    )
+    parser.addoption(
+        "--without-rabbitmq",
+        action="store_true",
+        help="skip the tests that need RabbitMQ",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_rabbitmq: run on each supported version of RabbitMQ")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "postgres_server" in metafunc.fixturenames:
+        on_every = metafunc.definition.path.is_relative_to(ON_EVERY_POSTGRES)
+        default = "both" if on_every else postgres.EMBEDDED
+        chosen = metafunc.config.getoption("--postgres") or default
+        _parametrize(metafunc, "postgres_server", postgres.MAJORS, chosen)
+    if "broker" in metafunc.fixturenames:
+        on_every = metafunc.definition.get_closest_marker("every_rabbitmq") is not None
+        default = "both" if on_every else rabbitmq.OLDEST
+        chosen = metafunc.config.getoption("--rabbitmq") or default
+        _parametrize(metafunc, "broker", rabbitmq.VERSIONS, chosen)
+
+
+def _parametrize(
+    metafunc: pytest.Metafunc, fixture: str, versions: Sequence[str], chosen: str
+) -> None:
+    run = [version for version in versions if chosen in (version, "both")]
+    ids = [f"{fixture.removesuffix('_server')}-{version}" for version in run]
+    metafunc.parametrize(fixture, run, ids=ids, indirect=True, scope="session")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not is_everything_wanted() or session.config.getoption("collectonly"):
+        return
+    fetch.fetch_postgres(_versions(session, "postgres_server"), _say_to(session))
+    if not session.config.getoption("--without-rabbitmq"):
+        fetch.fetch_rabbitmq(_versions(session, "broker"), _say_to(session))
+
+
+def _versions(session: pytest.Session, fixture: str) -> list[str]:
+    functions = [item for item in session.items if isinstance(item, pytest.Function)]
+    params = [function.callspec.params for function in functions if hasattr(function, "callspec")]
+    return sorted({str(values[fixture]) for values in params if fixture in values})
+
+
+def _say_to(session: pytest.Session) -> fetch.Say:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    return reporter.write_line if reporter else lambda line: None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or config.getoption("collectonly"):
+        return
+    reasons = Counter(report.longrepr[2] for report in reporter.stats.get("skipped", []))
+    for reason, count in reasons.items():
+        reporter.write_line(f"not run: {count} tests, {reason.removeprefix('Skipped: ')}")
+    if not reasons:
+        reporter.write_line("not run: none of the chosen tests")

@@ -1,0 +1,94 @@
+"""
+RabbitMQ in folders with a minimal Debian, for machines whose own packages are too old.
+
+The folders are made by debootstrap, about half a minute each, and kept in the cache
+folder of AsyncFlow, outside the repository. Running from them: see `rabbitmq`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SUITES = {"4.0": "trixie", "4.3": "sid"}
+
+
+class CannotMakeTree(Exception):
+    """
+    debootstrap failed; the sentence says where its log is.
+    """
+
+    def __init__(self, suite: str, log_file: Path) -> None:
+        super().__init__(f"debootstrap of Debian {suite} failed, see {log_file}")
+
+
+def ready_tree(version: str) -> Path | None:
+    """
+    The folder with this version of RabbitMQ, None if it is not made or not usable here.
+    """
+    tree = _tree(SUITES[version])
+    return tree if tree.is_dir() and may_use_trees() else None
+
+
+def may_use_trees() -> bool:
+    """
+    Tell whether this process may mount and chroot.
+    """
+    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("unshare"):
+        return False
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+
+
+def make_tree(version: str) -> Path:
+    """
+    Make the folder with this version of RabbitMQ unless it is there; needs root.
+
+    Safe to run by several processes at once, and to interrupt.
+
+    Raises:
+        CannotMakeTree: debootstrap failed.
+    """
+    suite = SUITES[version]
+    tree = _tree(suite)
+    tree.parent.mkdir(parents=True, exist_ok=True)
+    with (tree.parent / f"{tree.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not tree.is_dir():
+            _debootstrap(suite, tree)
+    return tree
+
+
+def _debootstrap(suite: str, tree: Path) -> None:
+    # Under another name until it is whole: an interrupted run leaves no half tree.
+    unfinished = tree.with_name(f"{tree.name}.unfinished")
+    log_file = tree.with_name(f"{tree.name}.log")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with log_file.open("w") as log:
+        made = subprocess.run(
+            ["debootstrap", "--variant=minbase", "--include=adduser,rabbitmq-server"]
+            + [suite, str(unfinished)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    if made.returncode != 0 or not (unfinished / "usr/lib/rabbitmq/bin/rabbitmq-server").exists():
+        raise CannotMakeTree(suite, log_file)
+    (unfinished / "etc/hosts").touch()
+    unfinished.rename(tree)
+
+
+def _tree(suite: str) -> Path:
+    return cache_folder() / f"rabbitmq-{suite}"
+
+
+def cache_folder() -> Path:
+    """
+    Where fetched things are kept between test runs.
+    """
+    if chosen := os.environ.get("ASYNCFLOW_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asyncflow"

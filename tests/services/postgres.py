@@ -1,0 +1,133 @@
+"""
+PostgreSQL servers for the tests, one of each major version, and databases in them.
+
+A server lives in a temporary folder and ends with the test run. A database for a test
+is a copy of a migrated template, which takes a few hundredths of a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from asyncflow.embedded import Cluster
+from services.requirement import missing
+
+# Newest first: the embedded one, and the oldest that is supported.
+EMBEDDED = "18"
+OLDEST = "15"
+MAJORS = (EMBEDDED, OLDEST)
+
+OLDEST_BIN_FOLDERS = (
+    "/usr/lib/postgresql/15/bin",
+    "/usr/pgsql-15/bin",
+    "/opt/homebrew/opt/postgresql@15/bin",
+    "/usr/local/opt/postgresql@15/bin",
+)
+
+WHAT_WOULD_HELP = (
+    f"install it (`apt-get install postgresql-{OLDEST}`, `brew install postgresql@{OLDEST}`), "
+    "or name the folder of its programs in ASYNCFLOW_TEST_POSTGRES_BIN, "
+    "or leave these tests out with --postgres=18"
+)
+
+SETTINGS = {"max_connections": "200", "max_wal_size": "2GB", "checkpoint_timeout": "30min"}
+
+TEMPLATE = "migrated"
+
+
+class PostgresServer:
+    """
+    A running server of one major version; may be killed and started by a test.
+    """
+
+    def __init__(self, cluster: Cluster, major: str) -> None:
+        self.cluster = cluster
+        self.major = major
+        self._numbers = itertools.count(1)
+        self._has_template = False
+
+    def create_empty_database(self) -> str:
+        """
+        Make a database without any table and return its DSN.
+        """
+        return self._create("template1")
+
+    def create_database(self) -> str:
+        """
+        Make a database with AsyncFlow's schema and return its DSN.
+        """
+        if not self._has_template:
+            self._create_template()
+        return self._create(TEMPLATE)
+
+    def drop_database(self, url: str) -> None:
+        """
+        Remove a database, also from under clients that forgot to disconnect.
+        """
+        self._run(f"DROP DATABASE {urlsplit(url).path[1:]} WITH (FORCE)")
+
+    def _create(self, template: str) -> str:
+        name = f"test_{next(self._numbers)}"
+        self.cluster.start()  # The test before may have left it stopped.
+        self._run(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return self._url(name)
+
+    def _create_template(self) -> None:
+        from asyncflow.store.migrations import migrate
+
+        self._run(f"DROP DATABASE IF EXISTS {TEMPLATE}")
+        self._run(f"CREATE DATABASE {TEMPLATE}")
+        asyncio.run(migrate(self._url(TEMPLATE)))
+        self._has_template = True
+
+    def _url(self, database: str) -> str:
+        return urlsplit(self.cluster.url)._replace(path=f"/{database}").geturl()
+
+    def _run(self, statement: str) -> None:
+        asyncio.run(_execute(self.cluster.url, statement))
+
+
+@contextmanager
+def running_server(major: str) -> Iterator[PostgresServer]:
+    """
+    Run a server until the end of the block, or skip the test if it is not installed.
+    """
+    bin_folder = oldest_bin_folder() if major == OLDEST else None
+    if major == OLDEST and bin_folder is None:
+        missing(f"PostgreSQL {OLDEST}", WHAT_WOULD_HELP)
+    # Not pytest's folder for temporary files: the path of a Unix socket must be short.
+    folder = Path(tempfile.mkdtemp(prefix="asyncflow-postgres-"))
+    try:
+        with Cluster(folder, bin_folder=bin_folder, settings=SETTINGS) as cluster:
+            yield PostgresServer(cluster, major)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def oldest_bin_folder() -> Path | None:
+    """
+    The folder with the programs of the oldest supported PostgreSQL, None if it is not here.
+    """
+    chosen = os.environ.get("ASYNCFLOW_TEST_POSTGRES_BIN")
+    for folder in map(Path, [chosen] if chosen else OLDEST_BIN_FOLDERS):
+        if (folder / "postgres").is_file() and (folder / "initdb").is_file():
+            return folder
+    return None
+
+
+async def _execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()

@@ -1,0 +1,443 @@
+"""
+Everything a handler may return, raise or do to its process; imported by tests and children.
+"""
+
+import asyncio
+import ctypes
+import dataclasses
+import datetime
+import decimal
+import enum
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+import pydantic
+
+from asyncflow.errors import Reject, Retry
+from asyncflow.handlers import Context, current_context, handler
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+class Size(enum.StrEnum):
+    BIG = "big"
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    at: datetime.date
+
+
+class Model(pydantic.BaseModel):
+    id: uuid.UUID
+    price: decimal.Decimal
+
+
+class OddError(Exception):
+    pass
+
+
+class UnprintableError(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+
+    __repr__ = __str__
+
+
+class HostileError(Exception):
+    def __str__(self):
+        raise KeyboardInterrupt
+
+    __repr__ = __str__
+
+
+class WordlessError(Exception):
+    def __str__(self):
+        return 7
+
+
+class UnpicklableError(Exception):
+    def __init__(self):
+        self.lock = threading.Lock()
+        super().__init__("locked")
+
+
+def raise_(error):
+    raise error
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+def circle():
+    value = []
+    value.append(value)
+    return value
+
+
+def recurse(n=0):
+    return recurse(n + 1)
+
+
+def circular_cause():
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    raise first
+
+
+def long_chain():
+    error = ValueError("0")
+    for n in range(1, 3_000):
+        following = ValueError(str(n))
+        following.__cause__ = error
+        error = following
+    raise error
+
+
+async def forgotten():
+    return 1
+
+
+MIB = 1 << 20
+
+RETURNS = {
+    "nothing": (lambda: None, "null"),
+    "number": (lambda: 1.5, "1.5"),
+    "text": (lambda: "ü€😀", '"ü€😀"'),
+    "object": (lambda: {"a": [1, True, None]}, '{"a":[1,true,null]}'),
+    "nul": (lambda: {"a\0": "b\0c"}, '{"a\ufffd":"b\ufffdc"}'),
+    "backslash": (lambda: "\\u0000", '"\\\\u0000"'),
+    "surrogate": (lambda: "a\ud800b\udc00", '"a\ufffdb\ufffd"'),
+    "surrogates that belong together": (lambda: "\ud83d\ude00", '"😀"'),
+    "date": (lambda: datetime.date(2026, 1, 2), '"2026-01-02"'),
+    "uuid": (lambda: uuid.UUID(int=1), '"00000000-0000-0000-0000-000000000001"'),
+    "decimal": (lambda: decimal.Decimal("1.10"), '"1.10"'),
+    "enum": (lambda: Colour.RED, '"red"'),
+    "string enum": (lambda: {"size": Size.BIG}, '{"size":"big"}'),
+    "dataclass": (lambda: Point(1, datetime.date(2026, 1, 2)), '{"x":1,"at":"2026-01-02"}'),
+    "model": (
+        lambda: [Model(id=uuid.UUID(int=2), price=decimal.Decimal("0.5"))],
+        '[{"id":"00000000-0000-0000-0000-000000000002","price":"0.5"}]',
+    ),
+    "set": (lambda: {1}, "[1]"),
+    "bytes": (lambda: "é".encode(), '"é"'),
+    "deep": (lambda: nested(500), "[" * 500 + "]" * 500),
+    "many objects": (lambda: [{}] * 1_000, "[" + ",".join(["{}"] * 1_000) + "]"),
+    "as large as allowed": (lambda: "x" * (MIB - 2), '"' + "x" * (MIB - 2) + '"'),
+    "the current context": (lambda: current_context().attempt, "1"),
+}
+
+UNSTORABLE = {
+    "nan": (lambda: {"a": float("nan")}, "InvalidResult"),
+    "infinity": (lambda: [float("inf")], "InvalidResult"),
+    "nan in a dataclass": (lambda: Point(float("nan"), None), "InvalidResult"),
+    "circle": (circle, "InvalidResult"),
+    "too deep": (lambda: nested(700), "InvalidResult"),
+    "much too deep": (lambda: nested(100_000), "InvalidResult"),
+    "bytes that are no text": (lambda: b"\xff", "InvalidResult"),
+    "an object": (lambda: object(), "InvalidResult"),
+    "a lock": (lambda: {"lock": threading.Lock()}, "InvalidResult"),
+    "a coroutine": (lambda: forgotten(), "InvalidResult"),
+    "too many digits": (lambda: 10**5000, "InvalidResult"),
+    "one byte too large": (lambda: "x" * (MIB - 1), "ResultTooLarge"),
+    "too large in bytes": (lambda: "€" * (MIB // 3), "ResultTooLarge"),
+}
+
+RAISES = {
+    # what: (call, kind, message contains, retryable)
+    "error": (lambda: raise_(ValueError("wrong")), "ValueError", "wrong", True),
+    "own error": (lambda: raise_(OddError("odd")), f"{__name__}.OddError", "odd", True),
+    "assertion": (lambda: raise_(AssertionError), "AssertionError", "", True),
+    "timeout": (lambda: raise_(TimeoutError("slow")), "TimeoutError", "slow", True),
+    "exit": (lambda: sys.exit(3), "SystemExit", "3", True),
+    "exit without a word": (lambda: sys.exit(), "SystemExit", "", True),
+    "interrupt": (lambda: raise_(KeyboardInterrupt()), "KeyboardInterrupt", "", True),
+    "generator exit": (lambda: raise_(GeneratorExit()), "GeneratorExit", "", True),
+    "cancelled": (
+        lambda: raise_(asyncio.CancelledError()),
+        "asyncio.exceptions.CancelledError",
+        "",
+        True,
+    ),
+    "memory": (lambda: raise_(MemoryError()), "MemoryError", "", True),
+    "recursion": (recurse, "RecursionError", "maximum recursion depth", True),
+    "unprintable": (
+        lambda: raise_(UnprintableError()),
+        f"{__name__}.UnprintableError",
+        "RuntimeError",
+        True,
+    ),
+    "hostile": (
+        lambda: raise_(HostileError()),
+        f"{__name__}.HostileError",
+        "KeyboardInterrupt",
+        True,
+    ),
+    "wordless": (lambda: raise_(WordlessError()), f"{__name__}.WordlessError", "TypeError", True),
+    "unpicklable": (
+        lambda: raise_(UnpicklableError()),
+        f"{__name__}.UnpicklableError",
+        "locked",
+        True,
+    ),
+    "long message": (lambda: raise_(ValueError("y" * 10_000_000)), "ValueError", "yyy…", True),
+    "nul message": (lambda: raise_(ValueError("a\0b")), "ValueError", "a\ufffdb", True),
+    "surrogate message": (lambda: raise_(ValueError("\udcff")), "ValueError", "\ufffd", True),
+    "circular cause": (circular_cause, "ValueError", "first", True),
+    "long chain": (long_chain, "ValueError", "2999", True),
+    "group": (
+        lambda: raise_(ExceptionGroup("two", [ValueError("a"), TypeError("b")])),
+        "ExceptionGroup",
+        "two",
+        True,
+    ),
+    "base group": (
+        lambda: raise_(BaseExceptionGroup("one", [KeyboardInterrupt()])),
+        "BaseExceptionGroup",
+        "one",
+        True,
+    ),
+    "never to be retried": (lambda: raise_(KeyError("k")), "KeyError", "k", False),
+    "never to be retried in a group": (
+        lambda: raise_(ExceptionGroup("g", [KeyError("k"), ExceptionGroup("h", [KeyError("l")])])),
+        "ExceptionGroup",
+        "g",
+        False,
+    ),
+    "sometimes to be retried in a group": (
+        lambda: raise_(ExceptionGroup("g", [KeyError("k"), ValueError("v")])),
+        "ExceptionGroup",
+        "g",
+        True,
+    ),
+    "retry": (lambda: raise_(Retry("busy")), "Retry", "busy", True),
+    "retry in a group": (
+        lambda: raise_(ExceptionGroup("g", [ExceptionGroup("h", [Retry("busy")])])),
+        "Retry",
+        "busy",
+        True,
+    ),
+    "reject": (lambda: raise_(Reject("never")), "Reject", "never", False),
+}
+
+
+def declare(what, call):
+    name = what.replace(" ", "-")
+
+    @handler(f"{name}.loop", never_retry=(LookupError,))
+    async def in_loop():
+        return call()
+
+    @handler(f"{name}.thread", never_retry=(LookupError,))
+    def in_thread():
+        return call()
+
+    @handler(f"{name}.process", isolation="process", never_retry=(LookupError,))
+    def in_process():
+        return call()
+
+    @handler(f"{name}.process-async", isolation="process", never_retry=(LookupError,))
+    async def in_process_async():
+        return call()
+
+
+for table in (RETURNS, UNSTORABLE, RAISES):
+    for what, (call, *_) in table.items():
+        declare(what, call)
+
+declare("stop", lambda: raise_(StopIteration("early")))
+
+
+# What runs until it is stopped. Each tells by its progress that it has begun.
+
+
+@handler("wait.loop")
+async def wait_in_loop(context: Context):
+    context.progress(message="begun")
+    await asyncio.get_running_loop().create_future()
+
+
+@handler("wait.process-async", isolation="process")
+async def wait_in_async_process(context: Context):
+    context.progress(message="begun")
+    await asyncio.get_running_loop().create_future()
+
+
+@handler("poll.thread")
+def poll_in_thread(context: Context):
+    poll(context)
+
+
+@handler("poll.process", isolation="process")
+def poll_in_process(context: Context):
+    poll(context)
+
+
+def poll(context):
+    context.progress(message="begun")
+    while not context.cancelled:
+        time.sleep(0.005)
+    context.raise_if_cancelled()
+
+
+@handler("shrug.loop")
+async def shrug_in_loop(context: Context):
+    context.progress(message="begun")
+    try:
+        await asyncio.get_running_loop().create_future()
+    except asyncio.CancelledError:
+        return "half"
+
+
+@handler("shrug.thread")
+def shrug_in_thread(context: Context):
+    context.progress(message="begun")
+    while not context.cancelled:
+        time.sleep(0.005)
+    return "half"
+
+
+@handler("shrug.process", isolation="process")
+def shrug_in_process(context: Context):
+    return shrug_in_thread(context)
+
+
+@handler("shrug.process-async", isolation="process")
+async def shrug_in_async_process(context: Context):
+    return await shrug_in_loop(context)
+
+
+UNSTUCK = threading.Event()
+
+
+@handler("ignore.loop")
+async def ignore_in_loop(context: Context):
+    context.progress(message="begun")
+    while not UNSTUCK.is_set():
+        try:
+            await asyncio.sleep(0.005)
+        except asyncio.CancelledError:
+            pass
+
+
+@handler("ignore.thread")
+def ignore_in_thread(context: Context):
+    context.progress(message="begun")
+    UNSTUCK.wait()
+
+
+@handler("ignore.process", isolation="process")
+def ignore_in_process(context: Context):
+    context.progress(message="begun")
+    while True:
+        try:
+            time.sleep(1_000)
+        except BaseException:
+            pass
+
+
+@handler("hog.process", isolation="process")
+def hog_the_lock_in_process(context: Context):
+    # PyDLL keeps the interpreter's lock: no other thread of the child gets a turn any more.
+    context.progress(message="begun")
+    time.sleep(0.2)  # for the report to leave
+    ctypes.PyDLL(None).sleep(1_000)
+
+
+@handler("late.thread")
+def late_in_thread(context: Context):
+    context.progress(message="begun")
+    time.sleep(0.1)
+    return "whole"
+
+
+@handler("late.process", isolation="process")
+def late_in_process(context: Context):
+    return late_in_thread(context)
+
+
+# What it does to its process.
+
+
+@handler("leave.process", isolation="process")
+def exit_in_process(status: int):
+    os._exit(status)
+
+
+@handler("signal.process", isolation="process")
+def signal_in_process(number: int):
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+@handler("pid.process", isolation="process")
+def pid_in_process():
+    return os.getpid()
+
+
+@handler("family.process", isolation="process")
+def family_in_process(context: Context):
+    program = subprocess.Popen(["sleep", "1000"])
+    context.progress(message=f"{os.getpid()} {program.pid}")
+    time.sleep(1_000)
+
+
+@handler("grow.process", isolation="process", memory_bytes_max=64 * MIB)
+def grow_in_process(context: Context):
+    context.progress(message="begun")
+    hold = bytearray(b"x" * (128 * MIB))
+    time.sleep(1_000)
+    return len(hold)
+
+
+@handler("grow-a-program.process", isolation="process", memory_bytes_max=64 * MIB)
+def grow_a_program_in_process():
+    code = "x = b'x' * (128 << 20); import time; time.sleep(1000)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+
+
+@handler("chat.process", isolation="process")
+def chat_in_process(context: Context, times: int):
+    for n in range(times):
+        context.progress(n / times, f"step {n}")
+    context.progress(1.0, "last")
+    time.sleep(0.2)
+
+
+@handler("describe.process", isolation="process")
+def describe_in_process(context: Context):
+    return {
+        "task_id": context.task_id,
+        "lease_id": context.lease_id,
+        "tenant_id": context.tenant_id,
+        "queue": context.queue,
+        "attempt": context.attempt,
+        "max_attempts": context.max_attempts,
+        "remaining": context.remaining_seconds(),
+    }
+
+
+@handler("print.process", isolation="process")
+def print_in_process():
+    print("to standard output")
+    print("to standard error", file=sys.stderr)
+    os.write(1, b"raw\n")
+
+
+@handler("close.process", isolation="process")
+def close_everything_in_process():
+    os.closerange(3, 256)
+    return "closed"

@@ -1,0 +1,536 @@
+"""
+Whatever a handler does, its attempt ends with one outcome, and in time.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from contextvars import ContextVar
+
+import psutil
+import pytest
+import pytest_asyncio
+from worker import odd_handlers
+
+from asyncflow.domain.outcome import Cancelled, Completed, Crashed, Failed
+from asyncflow.handlers import Context, Handler, load_handlers
+from asyncflow.worker.isolation import Cancellation, Isolation
+
+ISOLATIONS = ["loop", "thread", "process", "process-async"]
+
+# One loop for the module, so that one warm child serves most of the table.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture(scope="module")
+def registry():
+    return load_handlers(["worker.odd_handlers"])
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def isolation():
+    isolation = Isolation(slots=4, cancel_grace_seconds=0.2)
+    yield isolation
+    await isolation.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def patient():
+    """An isolation that stops nothing by force within the time of a test."""
+    isolation = Isolation(slots=4, cancel_grace_seconds=60)
+    yield isolation
+    await isolation.close()
+
+
+def a_context(*, timeout_seconds=60.0, on_progress=None):
+    return Context(
+        task_id=uuid.uuid4(),
+        name="odd",
+        queue="default",
+        attempt=1,
+        max_attempts=5,
+        lease_id=uuid.uuid4(),
+        tenant_id=1,
+        timeout_seconds=timeout_seconds,
+        on_progress=on_progress,
+    )
+
+
+class Begun:
+    """Collects progress; the first report, from whatever thread, is a signal to wait for."""
+
+    def __init__(self):
+        self._loop = asyncio.get_running_loop()
+        self._first = asyncio.Event()
+        self.reports = []
+
+    def __call__(self, progress):
+        self.reports.append(progress)
+        self._loop.call_soon_threadsafe(self._first.set)
+
+    async def __aenter__(self):
+        return self
+
+    async def message(self):
+        await asyncio.wait_for(self._first.wait(), 10)
+        return self.reports[0].message
+
+
+async def start(isolation, handler, *, payload="{}", timeout_seconds=60.0):
+    """Run a handler that reports when it has begun, and wait until it has."""
+    begun, cancellation = Begun(), Cancellation()
+    context = a_context(timeout_seconds=timeout_seconds, on_progress=begun)
+    running = asyncio.ensure_future(
+        isolation.run(handler, payload, context, cancelled=cancellation)
+    )
+    message = await begun.message()
+    return running, cancellation, message
+
+
+async def run(isolation, handler, payload="{}", *, timeout_seconds=60.0):
+    context = a_context(timeout_seconds=timeout_seconds)
+    running = isolation.run(handler, payload, context, cancelled=Cancellation())
+    return await asyncio.wait_for(running, 30)
+
+
+def named(what, isolation):
+    return f"{what.replace(' ', '-')}.{isolation}"
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+@pytest.mark.parametrize("what", odd_handlers.RETURNS)
+async def test_whatever_json_can_say_is_a_result(isolation, registry, what, where):
+    """Values of plain and of rich types complete, and what PostgreSQL refuses is replaced."""
+    expected = odd_handlers.RETURNS[what][1]
+
+    outcome = await run(isolation, registry.get(named(what, where)))
+
+    assert Completed(expected) == outcome
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+@pytest.mark.parametrize("what", odd_handlers.UNSTORABLE)
+async def test_a_result_that_cannot_be_kept_fails_for_good(isolation, registry, what, where):
+    """No retry makes an unusable result right, and a sentence says why."""
+    kind = odd_handlers.UNSTORABLE[what][1]
+
+    outcome = await run(isolation, registry.get(named(what, where)))
+
+    assert (kind, False) == (outcome.failure.kind, outcome.retryable)
+    assert outcome.failure.message.startswith(("The result ", "The handler returned "))
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+@pytest.mark.parametrize("what", odd_handlers.RAISES)
+async def test_whatever_is_raised_is_a_failure(isolation, registry, what, where):
+    """Every exception, printable or not, ends the attempt and nothing else."""
+    _, kind, message, retryable = odd_handlers.RAISES[what]
+
+    outcome = await run(isolation, registry.get(named(what, where)))
+
+    assert (kind, retryable) == (outcome.failure.kind, outcome.retryable)
+    assert message in outcome.failure.message
+    _assert_storable(outcome.failure)
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+async def test_stop_iteration_is_a_failure(isolation, registry, where):
+    """Python itself turns it into a RuntimeError inside of a coroutine."""
+    outcome = await run(isolation, registry.get(named("stop", where)))
+
+    assert outcome.failure.kind in ("StopIteration", "RuntimeError")
+    assert outcome.retryable
+
+
+def _assert_storable(failure):
+    for text, bytes_max in ((failure.message, 4096), (failure.traceback or "", 16384)):
+        assert len(text.encode()) <= bytes_max
+        assert "\0" not in text
+
+
+async def test_a_traceback_begins_in_the_handler(isolation, registry):
+    """People read their own code, not how it was called."""
+    outcome = await run(isolation, registry.get("error.thread"))
+
+    lines = outcome.failure.traceback.splitlines()
+    assert "odd_handlers.py" in lines[1]
+    assert "ValueError: wrong" == lines[-1]
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+async def test_a_payload_that_does_not_fit_fails_for_good(isolation, registry, where):
+    """The handler is not entered, and the fault names the place."""
+    outcome = await run(isolation, registry.get(named("nothing", where)), '{"more": 1}')
+
+    assert ("InvalidPayload", False) == (outcome.failure.kind, outcome.retryable)
+    assert "/more" in outcome.failure.message
+
+
+@pytest.mark.parametrize(
+    "name", ["wait.loop", "poll.thread", "poll.process", "wait.process-async"]
+)
+async def test_a_handler_that_listens_times_out_within_the_grace_period(patient, registry, name):
+    """Asked to stop, it stops; the attempt is a failure that may be retried."""
+    outcome = await run(patient, registry.get(name), timeout_seconds=0.3)
+
+    assert ("TimedOut", True) == (outcome.failure.kind, outcome.retryable)
+    assert "timeout of 0.3 s" in outcome.failure.message
+    assert "odd_handlers.py" in outcome.failure.traceback
+    assert 0 == patient.stuck
+
+
+@pytest.mark.parametrize(
+    "name", ["wait.loop", "poll.thread", "poll.process", "wait.process-async"]
+)
+async def test_a_handler_that_listens_is_cancelled_within_the_grace_period(patient, registry, name):
+    """A cancellation reaches the handler in every isolation."""
+    running, cancellation, _ = await start(patient, registry.get(name))
+
+    cancellation.set()
+
+    assert isinstance(await asyncio.wait_for(running, 10), Cancelled)
+
+
+@pytest.mark.parametrize("name", ["nothing.loop", "poll.thread", "poll.process", "wait.loop"])
+async def test_an_attempt_cancelled_before_it_starts_still_ends(patient, registry, name):
+    """A cancellation that is older than the attempt counts."""
+    cancellation = Cancellation()
+    cancellation.set()
+
+    running = patient.run(registry.get(name), "{}", a_context(), cancelled=cancellation)
+
+    assert isinstance(await asyncio.wait_for(running, 10), Cancelled)
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+async def test_what_a_stopped_handler_returns_does_not_count(patient, registry, where):
+    """It knew that it should stop, so its result may be half the work."""
+    running, cancellation, _ = await start(patient, registry.get(f"shrug.{where}"))
+
+    cancellation.set()
+
+    assert isinstance(await asyncio.wait_for(running, 10), Cancelled)
+
+
+@pytest.mark.parametrize("where", ["thread", "process"])
+async def test_what_an_unaware_handler_returns_in_the_grace_period_counts(patient, registry, where):
+    """It never looked at `cancelled`, so its work is whole."""
+    running, cancellation, _ = await start(patient, registry.get(f"late.{where}"))
+
+    cancellation.set()
+
+    assert Completed('"whole"') == await asyncio.wait_for(running, 10)
+
+
+@pytest.mark.parametrize("where", ["loop", "thread"])
+async def test_a_handler_that_cannot_be_stopped_is_given_up(isolation, registry, where):
+    """Its attempt ends, it counts as stuck, and no longer once it has really ended."""
+    odd_handlers.UNSTUCK.clear()
+    before = isolation.stuck
+
+    outcome = await run(isolation, registry.get(f"ignore.{where}"), timeout_seconds=0.05)
+
+    assert "TimedOut" == outcome.failure.kind
+    assert 'isolation="process"' in outcome.failure.message
+    assert before + 1 == isolation.stuck
+    odd_handlers.UNSTUCK.set()
+    await _until(lambda: isolation.stuck == before)
+
+
+@pytest.mark.parametrize("name", ["ignore.process", "hog.process"])
+async def test_a_child_that_does_not_stop_is_killed(isolation, registry, name):
+    """Neither a stubborn handler nor one that holds the interpreter's lock survives the grace."""
+    running, cancellation, _ = await start(isolation, registry.get(name))
+
+    cancellation.set()
+
+    outcome = await asyncio.wait_for(running, 10)
+    assert isinstance(outcome, Cancelled)
+    assert "was killed" in outcome.failure.message
+
+
+async def test_a_stuck_thread_does_not_take_a_live_ones_place(isolation, registry):
+    """However many are stuck, the next attempt gets a thread."""
+    odd_handlers.UNSTUCK.clear()
+    handler = registry.get("ignore.thread")
+    await asyncio.gather(*(run(isolation, handler, timeout_seconds=0.01) for _ in range(8)))
+
+    outcome = await run(isolation, registry.get("number.thread"), timeout_seconds=5)
+
+    assert Completed("1.5") == outcome
+    odd_handlers.UNSTUCK.set()
+    await _until(lambda: isolation.stuck == 0)
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [('{"status": 0}', "status 0"), ('{"status": 137}', "status 137")],
+)
+async def test_a_child_that_exits_is_a_crash(isolation, registry, payload, words):
+    """Even with status 0: the handler did not return."""
+    outcome = await run(isolation, registry.get("leave.process"), payload)
+
+    assert isinstance(outcome, Crashed)
+    assert f"exited with {words}." in outcome.failure.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+async def test_a_child_that_dies_of_a_signal_is_a_crash(isolation, registry, number):
+    """The outcome names the signal."""
+    outcome = await run(isolation, registry.get("signal.process"), f'{{"number": {number:d}}}')
+
+    assert isinstance(outcome, Crashed)
+    assert f"killed by signal {number:d} ({number.name})" in outcome.failure.message
+
+
+async def test_a_killed_child_is_noticed_at_once(isolation, registry):
+    """Between the kill and the outcome lie milliseconds."""
+    running, _, message = await start(isolation, registry.get("family.process"))
+
+    killed_at = time.monotonic()
+    os.kill(int(message.split()[0]), signal.SIGKILL)
+    await running
+
+    assert time.monotonic() - killed_at < 0.5
+
+
+async def test_what_a_handler_started_dies_with_it(isolation, registry):
+    """A cancelled handler's programs do not live on."""
+    running, cancellation, message = await start(isolation, registry.get("family.process"))
+
+    cancellation.set()
+    await running
+
+    await _until_gone(*map(int, message.split()))
+
+
+WORKER = """
+import asyncio, sys
+sys.path[:] = {path!r}
+from worker.test_isolation import a_context
+from asyncflow.handlers import load_handlers
+from asyncflow.worker.isolation import Cancellation, Isolation
+
+async def main():
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    handler = load_handlers(["worker.odd_handlers"]).get({name!r})
+    context = a_context(on_progress=lambda _: loop.call_soon_threadsafe(begun.set))
+    attempt = Isolation(slots=1).run(handler, "{{}}", context, cancelled=Cancellation())
+    running = asyncio.create_task(attempt)
+    await begun.wait()
+    print("begun", flush=True)
+    await asyncio.wait([running], timeout={patience})
+
+asyncio.run(main())
+"""
+
+
+def a_worker(name, *, patience):
+    """A process that runs one handler and says when it has begun."""
+    code = WORKER.format(path=sys.path, name=name, patience=patience)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("name", ["family.process", "hog.process"])
+async def test_children_die_with_their_worker(name):
+    """Killed without warning, a worker leaves no handler running, nor what the handler started."""
+    with a_worker(name, patience=60) as worker:
+        worker.stdout.readline()
+        family = psutil.Process(worker.pid).children(recursive=True)
+        worker.kill()
+
+    assert len(family) >= 2
+    await _until_gone(*(process.pid for process in family))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_children_leave_signals_to_their_worker(patient, registry, number):
+    """A service manager signals every process; whether handlers may finish is the worker's word."""
+    running, cancellation, _ = await start(patient, registry.get("poll.process"))
+    for process in psutil.Process().children(recursive=True):
+        if "asyncflow.worker.child" in process.cmdline():
+            process.send_signal(number)
+
+    cancellation.set()
+
+    assert isinstance(await asyncio.wait_for(running, 10), Cancelled)
+
+
+async def test_a_child_is_reused_and_then_replaced(registry):
+    """Warm for a number of attempts, then fresh, so that leaks do not add up."""
+    isolation = Isolation(slots=1, tasks_per_child_max=2)
+
+    pids = [(await run(isolation, registry.get("pid.process"))).result for _ in range(3)]
+
+    await isolation.close()
+    assert pids[0] == pids[1] != pids[2]
+
+
+async def test_a_child_that_died_idle_costs_no_attempt(registry):
+    """Another child takes the attempt over."""
+    isolation = Isolation(slots=1)
+    first = await run(isolation, registry.get("pid.process"))
+    os.kill(int(first.result), signal.SIGKILL)
+
+    second = await run(isolation, registry.get("pid.process"))
+
+    await isolation.close()
+    assert isinstance(second, Completed)
+    assert first != second
+
+
+async def test_closing_ends_every_child(registry):
+    """Idle and busy ones alike."""
+    isolation = Isolation(slots=2)
+    idle = await run(isolation, registry.get("pid.process"))
+    running, _, message = await start(isolation, registry.get("family.process"))
+
+    await isolation.close()
+
+    await _until_gone(int(idle.result), *map(int, message.split()))
+    assert isinstance(await running, Crashed)
+
+
+@pytest.mark.parametrize("name", ["grow.process", "grow-a-program.process"])
+async def test_a_memory_limit_holds_for_the_whole_process_tree(isolation, registry, name):
+    """The attempt is killed and the outcome gives both figures."""
+    outcome = await run(isolation, registry.get(name))
+
+    assert ("MemoryExceeded", True) == (outcome.failure.kind, outcome.retryable)
+    assert "more than its limit of 64.0 MiB" in outcome.failure.message
+
+
+async def test_progress_comes_through_from_a_child_without_flooding(isolation, registry):
+    """The latest report arrives, most of a hundred thousand do not."""
+    begun = Begun()
+    context = a_context(on_progress=begun)
+
+    await isolation.run(
+        registry.get("chat.process"), '{"times": 100000}', context, cancelled=Cancellation()
+    )
+
+    assert (1.0, "last") == (begun.reports[-1].fraction, begun.reports[-1].message)
+    assert len(begun.reports) < 1_000
+
+
+async def test_a_child_sees_the_same_context(isolation, registry):
+    """Ids, queue and attempt cross the pipe, and the time that is left."""
+    context = a_context(timeout_seconds=60)
+
+    outcome = await isolation.run(
+        registry.get("describe.process"), "{}", context, cancelled=Cancellation()
+    )
+
+    seen = __import__("json").loads(outcome.result)
+    assert 0 < seen.pop("remaining") <= 60
+    assert {
+        "task_id": str(context.task_id),
+        "lease_id": str(context.lease_id),
+        "tenant_id": 1,
+        "queue": "default",
+        "attempt": 1,
+        "max_attempts": 5,
+    } == seen
+
+
+async def test_standard_output_belongs_to_the_handler(registry, capfd):
+    """What a handler prints arrives when its attempt ends, and disturbs nothing."""
+    isolation = Isolation(slots=1)
+
+    outcome = await run(isolation, registry.get("print.process"))
+
+    output = capfd.readouterr()
+    await isolation.close()
+    assert Completed("null") == outcome
+    assert {"to standard output", "raw"} == set(output.out.split("\n")) - {""}
+    assert "to standard error\n" == output.err
+
+
+async def test_a_handler_that_closes_the_connection_is_a_crash(isolation, registry):
+    """It may close every file it can find; the attempt still ends."""
+    outcome = await run(isolation, registry.get("close.process"))
+
+    assert isinstance(outcome, Crashed)
+
+
+VARIABLE: ContextVar[str] = ContextVar("variable", default="unset")
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_context_variables_go_in_but_do_not_come_out(isolation, is_async):
+    """A handler sees what its worker set, and what it sets stays its own."""
+
+    async def in_loop():
+        seen = VARIABLE.get()
+        VARIABLE.set("changed")
+        return seen
+
+    def in_thread():
+        seen = VARIABLE.get()
+        VARIABLE.set("changed")
+        return seen
+
+    token = VARIABLE.set("the worker's")
+    function, kind = (in_loop, "loop") if is_async else (in_thread, "thread")
+    handler = Handler(name="variables", function=function, isolation=kind)
+
+    outcomes = [await run(isolation, handler) for _ in range(2)]
+
+    assert [Completed('"the worker\'s"')] * 2 == outcomes
+    assert "the worker's" == VARIABLE.get()
+    VARIABLE.reset(token)
+
+
+@pytest.mark.parametrize("where", ["loop", "thread", "process"])
+async def test_a_cancelled_worker_task_takes_its_handler_along(isolation, registry, where):
+    """`run` passes the cancellation on to its caller and leaves no handler behind."""
+    names = {"loop": "wait.loop", "thread": "poll.thread", "process": "ignore.process"}
+    running, _, _ = await start(isolation, registry.get(names[where]))
+
+    running.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, 10)
+    assert 0 == isolation.stuck
+
+
+async def test_a_timer_is_gone_when_its_attempt_is(isolation, registry):
+    """A worker that runs for months keeps no trace of attempts."""
+    loop = asyncio.get_running_loop()
+    before = sum(not timer.cancelled() for timer in loop._scheduled)
+
+    for _ in range(100):
+        await run(isolation, registry.get("number.loop"), timeout_seconds=900)
+
+    # `run` of this test has a timer of its own per call, cancelled as well.
+    assert sum(not timer.cancelled() for timer in loop._scheduled) <= before
+
+
+async def test_stuck_threads_do_not_keep_a_process_alive():
+    """A worker exits although a handler never ends."""
+    with a_worker("ignore.thread", patience=0) as worker:
+        assert "begun\n" == worker.stdout.readline()
+
+        assert 0 == worker.wait(timeout=10)
+
+
+async def _until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def _until_gone(*pids):
+    def is_gone(pid):
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    await _until(lambda: all(map(is_gone, pids)))
+
