@@ -2,29 +2,43 @@
 Keeps several processes of ours running under one parent: `asyncflow dev`, and a worker with
 `--processes`.
 
-A child that ends unasked is started again, with a growing pause. The first SIGINT or SIGTERM
-asks all children to stop, the second is passed on to hurry them. If the parent is killed, the
-children get a parent-death signal on Linux and stop in good order.
+A child that ends unasked is started again, with a growing pause. A child that refuses to run
+(exit status 2: its settings, schema or handlers are wrong) has said why, and ends the whole.
+
+The first SIGINT, SIGTERM or SIGHUP asks all children to stop, later ones hurry them. Each
+child reads from a pipe that only the parent holds open; if the parent is killed, however
+suddenly, the pipe ends and the child stops as if it had been asked to.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
+from asyncflow.settings import PREFIX, Settings
 from asyncflow.telemetry import events
 
-PAUSE_SECONDS_MAX = 10.0
+PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.25, 10.0
 STEADY_SECONDS = 10.0
+"""A child that ran this long was well; its next restart is a quick one again."""
+
 KILL_SECONDS = 15.0
-PR_SET_PDEATHSIG = 1
+"""How long beyond their grace period children may take to stop before they are killed."""
+
+REFUSED = 2
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+CHILD_OPTION = "--stop-with-parent"
+"""Before the command: this process was started by a supervisor."""
 
 
 @dataclass(slots=True)
@@ -35,7 +49,9 @@ class Child:
     Attributes:
         role: What it is, for people.
         arguments: Of `asyncflow`, for example ("worker", "--queues", "video").
-        environment: Added to the parent's.
+        environment: Added to the parent's; the place for what others must not read, since
+            arguments are public.
+        process: The running one; None before the first.
     """
 
     role: str
@@ -44,58 +60,79 @@ class Child:
     process: asyncio.subprocess.Process | None = None
 
 
-async def supervise(children: Sequence[Child], *, grace_seconds: float) -> int:
+class Supervisor:
     """
-    Run the children until a signal, then until all have ended; return the exit status.
+    Receives the signals to stop from `with` on, and runs children until one came.
 
     Args:
         grace_seconds: How long after the first signal the children may take, plus a
             margin, before they are killed.
     """
-    supervisor = _Supervisor(children, grace_seconds)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, supervisor.receive, number)
-    return await supervisor.run()
 
-
-class _Supervisor:
-    def __init__(self, children: Sequence[Child], grace_seconds: float) -> None:
-        self._children = children
+    def __init__(self, *, grace_seconds: float) -> None:
+        self.stopping = asyncio.Event()
         self._grace_seconds = grace_seconds
-        self._stopping = asyncio.Event()
+        self._children: Sequence[Child] = ()
 
-    def receive(self, received: signal.Signals) -> None:
-        self._stopping.set()
+    def __enter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self.stop)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """
+        Ask the children to stop; asked again, hurry them.
+        """
+        self.stopping.set()
         for child in self._children:
-            _send(child, received)
+            _terminate(child)
 
-    async def run(self) -> int:
-        keeping = [asyncio.create_task(self._keep(child)) for child in self._children]
-        failed = False
+    async def run(self, children: Sequence[Child]) -> int:
+        """
+        Run the children until all have ended; return the exit status of the whole.
+
+        Returns:
+            0 if all ended well after they were asked to stop, 2 if one refused to run, 1 if
+            one had to be killed or failed while it stopped.
+        """
+        self._children = children
+        keeping = [asyncio.create_task(self._keep(child)) for child in children]
+        statuses = []
         for task in asyncio.as_completed(keeping):
-            failed |= not await task
-            if not self._stopping.is_set():
-                # A child refuses to run at all; without it the rest makes no sense.
-                self.receive(signal.SIGTERM)
-        return 1 if failed else 0
+            statuses.append(await task)
+            if not self.stopping.is_set():
+                # Without the one that ended, the rest makes no sense.
+                self.stop()
+        return REFUSED if REFUSED in statuses else int(any(statuses))
 
-    async def _keep(self, child: Child) -> bool:
+    async def _keep(self, child: Child) -> int:
         """
-        Run one child again and again; True if it ended well after it was asked to.
+        Run one child again and again until it stops for good; return its last status.
         """
-        pause_seconds = 0.25
-        while True:
+        pause_seconds = PAUSE_SECONDS_MIN
+        while not self.stopping.is_set():
             started = time.monotonic()
             child.process = await _start(child)
+            if self.stopping.is_set():
+                _terminate(child)
             status = await self._wait(child.process)
-            if self._stopping.is_set():
-                return status == 0
-            if status in (0, 2):
-                # It ended on purpose: done, or refused its settings and said why.
-                return status == 0
+            if self.stopping.is_set() and status == -signal.SIGTERM:
+                return 0  # It was too young to know what the signal meant.
+            if self.stopping.is_set() or status in (0, REFUSED):
+                return status
             if time.monotonic() - started > STEADY_SECONDS:
-                pause_seconds = 0.25
+                pause_seconds = PAUSE_SECONDS_MIN
             events.child_process_ended(
                 role=child.role,
                 pid=child.process.pid,
@@ -104,13 +141,13 @@ class _Supervisor:
             )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_seconds):
-                    await self._stopping.wait()
-                    return True
+                    await self.stopping.wait()
             pause_seconds = min(PAUSE_SECONDS_MAX, 2 * pause_seconds)
+        return 0
 
     async def _wait(self, process: asyncio.subprocess.Process) -> int:
         ended = asyncio.ensure_future(process.wait())
-        stopping = asyncio.ensure_future(self._stopping.wait())
+        stopping = asyncio.ensure_future(self.stopping.wait())
         await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not stopping.cancel():
             await asyncio.wait({ended}, timeout=self._grace_seconds + KILL_SECONDS)
@@ -122,27 +159,53 @@ class _Supervisor:
 async def _start(child: Child) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
-        "-m",
-        "asyncflow",
+        # -P: modules in the current folder must not take the place of Python's own.
+        *("-P", "-m", "asyncflow", CHILD_OPTION),
         *child.arguments,
         env={**os.environ, **child.environment},
+        stdin=asyncio.subprocess.PIPE,
         # The terminal's Ctrl-C goes to the parent alone, which passes it on once.
         start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _send(child: Child, number: signal.Signals) -> None:
+def _terminate(child: Child) -> None:
     if child.process is not None and child.process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
-            child.process.send_signal(number)
+            child.process.terminate()
 
 
 def _in_words(status: int) -> str:
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return f"exit status {status}"
+
+
+def as_environment(settings: Settings) -> dict[str, str]:
+    """
+    The variables that give a child these settings, as far as they differ from the defaults.
+    """
+    values = settings.model_dump(exclude_defaults=True)
+    return {PREFIX + name.upper(): _as_text(value) for name, value in values.items()}
+
+
+def _as_text(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def stop_with_parent() -> None:
+    """
+    In a supervised child: send ourselves a SIGTERM when the parent is gone.
+    """
+    pipe = os.dup(sys.stdin.fileno())
+    # What handlers start inherits standard input; they shall find it empty, not waiting.
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, sys.stdin.fileno())
+    os.close(nothing)
+    threading.Thread(target=_watch_parent, args=[pipe], daemon=True, name="parent").start()
+
+
+def _watch_parent(pipe: int) -> None:
+    while os.read(pipe, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

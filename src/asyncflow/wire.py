@@ -107,7 +107,7 @@ class SubmitTask(BaseModel):
         json_schema_extra={"examples": [{"name": "sample-task", "payload": {"seconds": 5}}]},
     )
 
-    name: Name = Field(description="Which handler runs it.")
+    name: Name = Field(description="Which handler runs it: 1 to 128 of A-Z a-z 0-9 . _ -")
     payload: dict[str, Any] = Field(
         default_factory=dict,
         description="What the handler gets: a JSON object. Integers must fit 64 bits, other "

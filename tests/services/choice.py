@@ -8,6 +8,7 @@ supported. Tests under tests/store run on the oldest PostgreSQL too, tests marke
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from services import fetch, postgres, rabbitmq
-from services.requirement import is_everything_wanted
 
 ON_EVERY_POSTGRES = Path(__file__).parents[1] / "store"
 
@@ -64,11 +64,16 @@ def _parametrize(
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if not is_everything_wanted() or session.config.getoption("collectonly"):
-        return
-    fetch.fetch_postgres(_versions(session, "postgres_server"), _say_to(session))
-    if not session.config.getoption("--without-rabbitmq"):
-        fetch.fetch_rabbitmq(_versions(session, "broker"), _say_to(session))
+    # A test that is skipped on a laptop would hide something in CI and in bin/test.
+    is_everything_wanted = "true" in (os.environ.get("CI"), os.environ.get("ASYNCFLOW_TEST_ALL"))
+    if is_everything_wanted and not session.config.getoption("collectonly"):
+        majors = _versions(session, "postgres_server")
+        versions = _versions(session, "broker")
+        if session.config.getoption("--without-rabbitmq"):
+            versions = []
+        fetch.fetch(majors, versions, say=_say_to(session))
+        if missing := postgres.missing(majors) + rabbitmq.missing(versions):
+            pytest.exit("\n".join(missing), returncode=pytest.ExitCode.USAGE_ERROR)
 
 
 def _versions(session: pytest.Session, fixture: str) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,33 +20,37 @@ from services import debian, postgres, rabbitmq
 Say = Callable[[str], None]
 
 
-def fetch_postgres(majors: Iterable[str], say: Say) -> None:
+def fetch(majors: Sequence[str], versions: Sequence[str], *, say: Say) -> None:
     """
-    Install the oldest supported PostgreSQL where it is wanted and Debian has it.
-    """
-    if postgres.OLDEST in majors and postgres.oldest_bin_folder() is None and _has_apt():
-        # Debian would run a server for everybody; the tests only want the programs.
-        configuration = Path("/etc/postgresql-common/createcluster.conf")
-        if not configuration.exists():
-            configuration.parent.mkdir(exist_ok=True)
-            configuration.write_text("create_main_cluster = false\n")
-        _apt_install(f"postgresql-{postgres.OLDEST}", say)
+    Fetch these versions of PostgreSQL and of RabbitMQ, as far as that is possible here.
 
-
-def fetch_rabbitmq(versions: Iterable[str], say: Say) -> None:
+    Args:
+        say: Is given a line for what takes long or fails.
     """
-    Make the Debian folders of the wanted versions, side by side.
-    """
+    if postgres.missing(majors) and _has_apt():
+        _fetch_postgres(say)
     absent = [version for version in versions if debian.ready_tree(version) is None]
-    if not absent or rabbitmq.is_chosen_by_hand() or not debian.may_use_trees():
-        return
+    if absent and debian.may_use_trees() and not rabbitmq.is_chosen_by_hand():
+        _fetch_rabbitmq(absent, say)
+
+
+def _fetch_postgres(say: Say) -> None:
+    # Debian would run a server for everybody; the tests only want the programs.
+    configuration = Path("/etc/postgresql-common/createcluster.conf")
+    if not configuration.exists():
+        configuration.parent.mkdir(exist_ok=True)
+        configuration.write_text("create_main_cluster = false\n")
+    _apt_install(f"postgresql-{postgres.OLDEST}", say)
+
+
+def _fetch_rabbitmq(versions: Sequence[str], say: Say) -> None:
     if shutil.which("debootstrap") is None and _has_apt():
         _apt_install("debootstrap", say)
     if shutil.which("debootstrap") is None:
         return
-    say(f"fetching RabbitMQ {' and '.join(absent)}, once, about a minute")
+    say(f"fetching RabbitMQ {' and '.join(versions)}, once, about a minute")
     with ThreadPoolExecutor() as pool:
-        for made in [pool.submit(debian.make_tree, version) for version in absent]:
+        for made in [pool.submit(debian.make_tree, version) for version in versions]:
             try:
                 made.result()
             except debian.CannotMakeTree as error:

@@ -12,15 +12,15 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
+import pytest
 
 from asyncflow.embedded import Cluster
-from services.requirement import missing
 
 # Newest first: the embedded one, and the oldest that is supported.
 EMBEDDED = "18"
@@ -102,9 +102,9 @@ def running_server(major: str) -> Iterator[PostgresServer]:
     """
     Run a server until the end of the block, or skip the test if it is not installed.
     """
-    bin_folder = oldest_bin_folder() if major == OLDEST else None
-    if major == OLDEST and bin_folder is None:
-        missing(f"PostgreSQL {OLDEST}", WHAT_WOULD_HELP)
+    bin_folder = _oldest_bin_folder() if major == OLDEST else None
+    if lacking := missing([major]):
+        pytest.skip(lacking[0])
     # Not pytest's folder for temporary files: the path of a Unix socket must be short.
     folder = Path(tempfile.mkdtemp(prefix="asyncflow-postgres-"))
     try:
@@ -114,10 +114,16 @@ def running_server(major: str) -> Iterator[PostgresServer]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def oldest_bin_folder() -> Path | None:
+def missing(majors: Sequence[str]) -> list[str]:
     """
-    The folder with the programs of the oldest supported PostgreSQL, None if it is not here.
+    Say which of these versions this machine lacks, one sentence each, and what would help.
     """
+    if OLDEST in majors and _oldest_bin_folder() is None:
+        return [f"PostgreSQL {OLDEST} is missing: {WHAT_WOULD_HELP}."]
+    return []
+
+
+def _oldest_bin_folder() -> Path | None:
     chosen = os.environ.get("ASYNCFLOW_TEST_POSTGRES_BIN")
     for folder in map(Path, [chosen] if chosen else OLDEST_BIN_FOLDERS):
         if (folder / "postgres").is_file() and (folder / "initdb").is_file():

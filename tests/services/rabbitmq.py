@@ -1,71 +1,36 @@
 """
-The RabbitMQ of the tests: one node of their own, with its data in a temporary folder.
-
-It comes from the first of these that the machine has:
+Where the tests get their RabbitMQ: from the first of these that the machine has.
 
     ASYNCFLOW_TEST_BROKER_URL   a broker somewhere, which tests cannot stop or freeze
     a Debian folder             see `debian`; both versions, needs Linux and root
     rabbitmq-server             version 4 or newer on the PATH
     Docker                      both versions
-
-The node's processes live in one group, and in a process namespace where there is one; a
-shell that waits on our pipe ends them all when the test run ends, however it ends.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
-import signal
-import socket
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn
 from urllib.parse import urlsplit
 
-import psutil
 import pytest
 
-from services import debian
+from services import debian, docker
 from services.broker import Broker
-from services.requirement import missing
+from services.docker import DockerBroker
+from services.node import DebianTree, OnPath, ProcessBroker
 
 OLDEST = "4.0"
 NEWEST = "4.3"
 VERSIONS = (OLDEST, NEWEST)
 
-START_SECONDS_MAX = 60.0
-STOP_SECONDS_MAX = 30.0
-POLL_SECONDS = 0.02
-
 WHAT_WOULD_HELP = (
     "run bin/test as root on Debian (it fetches one), install rabbitmq-server 4 or Docker, "
     "or set ASYNCFLOW_TEST_BROKER_URL, or leave these tests out with --without-rabbitmq"
 )
-
-# The distribution's daemon for finding nodes would otherwise start itself and stay.
-GUARD = """
-    epmd -port "$ERL_EPMD_PORT" -address 127.0.0.1 &
-    "$@" &
-    read -r _
-    kill -KILL 0
-"""
-
-CONFIGURATION = """
-listeners.tcp.1 = 127.0.0.1:{port}
-management.tcp.ip = 127.0.0.1
-management.tcp.port = {management_port}
-raft.wal_max_size_bytes = 67108864
-disk_free_limit.absolute = 50MB
-log.console = true
-log.console.level = warning
-"""
 
 
 @contextmanager
@@ -76,24 +41,21 @@ def running_broker(version: str) -> Iterator[Broker]:
     broker = _find_broker(version)
     try:
         broker.start()
+        if int(broker.version.partition(".")[0]) < 4:
+            pytest.skip(f"RabbitMQ {broker.version} is too old: {WHAT_WOULD_HELP}")
         yield broker
     finally:
         broker.close()
 
 
-def _find_broker(version: str) -> Broker:
-    if url := os.environ.get("ASYNCFLOW_TEST_BROKER_URL"):
-        _only_the_oldest(version, "ASYNCFLOW_TEST_BROKER_URL")
-        return RemoteBroker(url)
-    tree = debian.ready_tree(version)
-    if tree is not None:
-        return ProcessBroker(DebianTree(tree))
-    if shutil.which("rabbitmq-server"):
-        _only_the_oldest(version, "the rabbitmq-server on the PATH")
-        return ProcessBroker(OnPath())
-    if docker_answers():
-        return DockerBroker(version)
-    missing(f"RabbitMQ {version}", WHAT_WOULD_HELP)
+def missing(versions: Sequence[str]) -> list[str]:
+    """
+    Say which of these versions cannot be had here, one sentence each, and what would help.
+    """
+    if is_chosen_by_hand() or shutil.which("rabbitmq-server") or docker.is_usable():
+        return []
+    absent = [version for version in versions if debian.ready_tree(version) is None]
+    return [f"RabbitMQ {version} is missing: {WHAT_WOULD_HELP}." for version in absent]
 
 
 def is_chosen_by_hand() -> bool:
@@ -103,269 +65,24 @@ def is_chosen_by_hand() -> bool:
     return "ASYNCFLOW_TEST_BROKER_URL" in os.environ
 
 
-def docker_answers() -> bool:
-    """
-    Tell whether containers can be run here.
-    """
-    docker = shutil.which("docker")
-    return (
-        docker is not None
-        and subprocess.run([docker, "info"], capture_output=True, check=False).returncode == 0
-    )
+def _find_broker(version: str) -> Broker:
+    if is_chosen_by_hand():
+        _only_the_oldest(version, "ASYNCFLOW_TEST_BROKER_URL")
+        return RemoteBroker(os.environ["ASYNCFLOW_TEST_BROKER_URL"])
+    tree = debian.ready_tree(version)
+    if tree is not None:
+        return ProcessBroker(DebianTree(tree))
+    if shutil.which("rabbitmq-server"):
+        _only_the_oldest(version, "the rabbitmq-server on the PATH")
+        return ProcessBroker(OnPath())
+    if docker.is_usable():
+        return DockerBroker(version)
+    pytest.skip(missing([version])[0])
 
 
 def _only_the_oldest(version: str, source: str) -> None:
     if version != OLDEST:
         pytest.skip(f"{source} is one broker; it already served as the {OLDEST} of the tests")
-
-
-class Installation(Protocol):
-    """
-    Programs of RabbitMQ, and where they will see the folder with the node's data.
-    """
-
-    def data_folder(self, folder: Path) -> Path: ...
-
-    def command(self, folder: Path, *argv: str, contained: bool = False) -> list[str]: ...
-
-
-class OnPath:
-    """
-    RabbitMQ as installed on this machine.
-    """
-
-    def data_folder(self, folder: Path) -> Path:
-        return folder
-
-    def command(self, folder: Path, *argv: str, contained: bool = False) -> list[str]:
-        return list(argv)
-
-
-@dataclass(frozen=True, slots=True)
-class DebianTree:
-    """
-    RabbitMQ in a folder with a Debian, entered by chroot.
-
-    Mounts are made in a namespace of the command and vanish with it. `contained` adds a
-    namespace of processes, which vanish with their first one.
-    """
-
-    tree: Path
-
-    def data_folder(self, folder: Path) -> Path:
-        return Path("/var/lib/rabbitmq")
-
-    def command(self, folder: Path, *argv: str, contained: bool = False) -> list[str]:
-        enter = """
-            mount --bind "$2" "$1/var/lib/rabbitmq"
-            mount --bind /etc/hosts "$1/etc/hosts"
-            mount --rbind /dev "$1/dev"
-            mount -t proc proc "$1/proc" 2>/dev/null || mount --bind /proc "$1/proc"
-            tree=$1; shift 2
-            exec chroot "$tree" "$@"
-        """
-        namespaces = ["--pid", "--fork", "--kill-child"] if contained else []
-        return ["unshare", "--mount", *namespaces, "sh", "-ec", enter, "sh"] + [
-            str(self.tree),
-            str(folder),
-            *argv,
-        ]
-
-
-class ProcessBroker(Broker):
-    """
-    A node that is a child process of ours.
-    """
-
-    def __init__(self, installation: Installation) -> None:
-        self._installation = installation
-        self._folder = Path(tempfile.mkdtemp(prefix="asyncflow-rabbitmq-"))
-        self._port, self._management_port, self._dist_port, self._epmd_port = _free_ports(4)
-        self._process: subprocess.Popen[bytes] | None = None
-        super().__init__(
-            f"amqp://guest:guest@127.0.0.1:{self._port}",
-            f"http://127.0.0.1:{self._management_port}",
-        )
-
-    @property
-    def log_file(self) -> Path:
-        """
-        What the node says, over all its starts.
-        """
-        return self._folder / "console.log"
-
-    @property
-    def pid(self) -> int | None:
-        beam = self._beam()
-        return beam.pid if beam else None
-
-    def start(self) -> None:
-        if self.pid is not None:
-            return
-        self._end_process()
-        self._write_configuration()
-        with self.log_file.open("ab") as log:
-            said_before = log.tell()
-            self._process = subprocess.Popen(
-                self._installation.command(
-                    self._folder, "sh", "-c", GUARD, "sh", "rabbitmq-server", contained=True
-                ),
-                env=self._environment(),
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._wait_until_ready(said_before)
-
-    def stop(self) -> None:
-        self.resume()
-        self._end_beam(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self._end_beam(signal.SIGKILL)
-
-    def pause(self) -> None:
-        if beam := self._beam():
-            beam.suspend()
-
-    def resume(self) -> None:
-        if beam := self._beam():
-            beam.resume()
-
-    def wipe(self) -> None:
-        self.kill()
-        shutil.rmtree(self._folder / "mnesia", ignore_errors=True)
-        self.start()
-
-    def close(self) -> None:
-        self.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def ctl(self, *arguments: str) -> str:
-        done = subprocess.run(
-            self._installation.command(self._folder, "rabbitmqctl", *arguments),
-            env=self._environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=60,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"rabbitmqctl {' '.join(arguments)}: {done.stdout}")
-        return done.stdout
-
-    def _beam(self) -> psutil.Process | None:
-        if self._process is None or self._process.poll() is not None:
-            return None
-        for process in psutil.Process(self._process.pid).children(recursive=True):
-            if process.name() == "beam.smp" and process.status() != psutil.STATUS_ZOMBIE:
-                return process
-        return None
-
-    def _end_beam(self, how: signal.Signals) -> None:
-        if beam := self._beam():
-            beam.send_signal(how)
-            # Its parent in the namespace need not collect it; then a zombie is all we see.
-            _wait_until(lambda: self._beam() is None, STOP_SECONDS_MAX, "the broker did not stop")
-        self._end_process()
-
-    def _end_process(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.communicate()
-
-    def _wait_until_ready(self, said_before: int) -> None:
-        def is_ready() -> bool:
-            said = self.log_file.read_bytes()[said_before:]
-            if self._process is None or self._process.poll() is not None:
-                raise RuntimeError(f"RabbitMQ did not start:\n{said.decode()[-4000:]}")
-            # Its ports open a little before it is ready to be stopped in good order.
-            return b"completed with" in said and self.answers()
-
-        _wait_until(is_ready, START_SECONDS_MAX, "the broker did not start")
-
-    def _write_configuration(self) -> None:
-        configuration = CONFIGURATION.format(port=self._port, management_port=self._management_port)
-        (self._folder / "rabbitmq.conf").write_text(configuration)
-        (self._folder / "enabled_plugins").write_text("[rabbitmq_management].")
-
-    def _environment(self) -> dict[str, str]:
-        folder = self._installation.data_folder(self._folder)
-        return {
-            "PATH": f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}",
-            "LANG": "C.UTF-8",
-            "HOME": str(folder),  # Where Erlang keeps its cookie.
-            "RABBITMQ_NODENAME": "asyncflow@localhost",
-            "RABBITMQ_CONF_ENV_FILE": str(folder / "none.conf"),
-            "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
-            "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
-            "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
-            "RABBITMQ_LOG_BASE": str(folder / "log"),
-            "RABBITMQ_LOGS": "-",
-            "RABBITMQ_DIST_PORT": str(self._dist_port),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
-            "ERL_EPMD_PORT": str(self._epmd_port),
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
-        }
-
-
-class DockerBroker(Broker):
-    """
-    A node in a container of the official image.
-    """
-
-    def __init__(self, version: str) -> None:
-        port, management_port = _free_ports(2)
-        self._image = f"rabbitmq:{version}-management"
-        self._name = f"asyncflow-test-{os.getpid()}-{port}"
-        self._publish = [f"127.0.0.1:{port}:5672", f"127.0.0.1:{management_port}:15672"]
-        super().__init__(
-            f"amqp://guest:guest@127.0.0.1:{port}", f"http://127.0.0.1:{management_port}"
-        )
-
-    @property
-    def pid(self) -> int | None:
-        pid = self._docker("inspect", "--format", "{{.State.Pid}}", self._name, check=False)
-        return int(pid) if pid.strip().isdigit() and int(pid) else None
-
-    def start(self) -> None:
-        if not self._docker("ps", "--all", "--quiet", "--filter", f"name={self._name}").strip():
-            ports = [part for mapping in self._publish for part in ("--publish", mapping)]
-            self._docker("create", "--name", self._name, *ports, self._image)
-        self._docker("start", self._name)
-        _wait_until(self.answers, START_SECONDS_MAX, "the broker did not start")
-        self.ctl("await_startup")
-
-    def stop(self) -> None:
-        self.resume()
-        self._docker("stop", "--time", f"{STOP_SECONDS_MAX:.0f}", self._name)
-
-    def kill(self) -> None:
-        self._docker("kill", self._name, check=False)
-
-    def pause(self) -> None:
-        self._docker("pause", self._name)
-
-    def resume(self) -> None:
-        self._docker("unpause", self._name, check=False)
-
-    def wipe(self) -> None:
-        self.close()
-        self.start()
-
-    def close(self) -> None:
-        self._docker("rm", "--force", "--volumes", self._name, check=False)
-
-    def ctl(self, *arguments: str) -> str:
-        return self._docker("exec", self._name, "rabbitmqctl", *arguments)
-
-    def _docker(self, *arguments: str, check: bool = True) -> str:
-        done = subprocess.run(["docker", *arguments], capture_output=True, text=True)
-        if check and done.returncode != 0:
-            raise RuntimeError(f"docker {' '.join(arguments)}: {done.stderr}")
-        return done.stdout
 
 
 class RemoteBroker(Broker):
@@ -383,7 +100,7 @@ class RemoteBroker(Broker):
 
     def start(self) -> None:
         if not self.answers():
-            missing("The broker of ASYNCFLOW_TEST_BROKER_URL", "its management plugin is silent")
+            raise RuntimeError("The management plugin of ASYNCFLOW_TEST_BROKER_URL is silent.")
 
     def stop(self) -> None:
         self._beyond_us("stopped")
@@ -412,31 +129,3 @@ class RemoteBroker(Broker):
 
     def _beyond_us(self, participle: str) -> NoReturn:
         pytest.skip(f"the broker of ASYNCFLOW_TEST_BROKER_URL cannot be {participle} from here")
-
-
-def _free_ports(count: int) -> list[int]:
-    """
-    Find ports outside the range that the system gives to clients.
-
-    Inside it, a client could take the port of a broker that is just restarting.
-    """
-    ports: list[int] = []
-    while len(ports) < count:
-        port = random.randint(20_000, 32_000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in ports:
-            ports.append(port)
-    return ports
-
-
-def _wait_until(condition: Callable[[], bool], seconds: float, failure: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{failure} within {seconds:.0f} seconds")
-        time.sleep(POLL_SECONDS)

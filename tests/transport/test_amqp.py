@@ -644,7 +644,9 @@ async def test_a_connection_closed_by_the_operator_says_so(broker: Broker, broke
     With the operator's words.
     """
     async with connected(broker_url) as connection:
-        await asyncio.to_thread(broker.ctl, "close_all_connections", "maintenance tonight")
+        await asyncio.to_thread(
+            broker.ctl, "close_all_connections", "--global", "maintenance tonight"
+        )
 
         reason = await asyncio.wait_for(connection.wait_closed(), PATIENCE_SECONDS)
 

@@ -3,22 +3,25 @@ Whatever a handler does, its attempt ends with one outcome, and in time.
 """
 
 import asyncio
+import gc
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 
 import psutil
 import pytest
 import pytest_asyncio
-from worker import odd_handlers
 
-from asyncflow.domain.outcome import Cancelled, Completed, Crashed, Failed
-from asyncflow.handlers import Context, Handler, load_handlers
-from asyncflow.worker.isolation import Cancellation, Isolation
+from asyncflow.domain.outcome import Cancelled, Completed, Crashed, Failed, Failure, Outcome
+from asyncflow.handlers import DEFAULT_REGISTRY, Context, Handler, Progress, Registry, handler
+from asyncflow.worker.isolation import Attempt, Cancellation, Isolation
+from worker import odd_handlers
 
 ISOLATIONS = ["loop", "thread", "process", "process-async"]
 
@@ -26,27 +29,41 @@ ISOLATIONS = ["loop", "thread", "process", "process-async"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.fixture(scope="module")
-def registry():
-    return load_handlers(["worker.odd_handlers"])
-
-
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def isolation():
+async def isolation() -> AsyncIterator[Isolation]:
+    """
+    An isolation with little patience.
+    """
     isolation = Isolation(slots=4, cancel_grace_seconds=0.2)
     yield isolation
     await isolation.close()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def patient():
-    """An isolation that stops nothing by force within the time of a test."""
+async def patient() -> AsyncIterator[Isolation]:
+    """
+    An isolation that stops nothing by force within the time of a test.
+    """
     isolation = Isolation(slots=4, cancel_grace_seconds=60)
     yield isolation
     await isolation.close()
 
 
-def a_context(*, timeout_seconds=60.0, on_progress=None):
+def the(name: str) -> Handler:
+    """
+    The odd handler of this name.
+    """
+    found = DEFAULT_REGISTRY.get(name)
+    assert found is not None, name
+    return found
+
+
+def a_context(
+    *, timeout_seconds: float = 60.0, on_progress: Callable[[Progress], None] | None = None
+) -> Context:
+    """
+    The context of a first attempt.
+    """
     return Context(
         task_id=uuid.uuid4(),
         name="odd",
@@ -61,64 +78,92 @@ def a_context(*, timeout_seconds=60.0, on_progress=None):
 
 
 class Begun:
-    """Collects progress; the first report, from whatever thread, is a signal to wait for."""
+    """
+    Collects progress; the first report, from whatever thread, is a signal to wait for.
+    """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._first = asyncio.Event()
-        self.reports = []
+        self.reports: list[Progress] = []
 
-    def __call__(self, progress):
+    def __call__(self, progress: Progress) -> None:
         self.reports.append(progress)
         self._loop.call_soon_threadsafe(self._first.set)
 
-    async def __aenter__(self):
-        return self
-
-    async def message(self):
+    async def message(self) -> str:
+        """
+        The first report's message, once it is there.
+        """
         await asyncio.wait_for(self._first.wait(), 10)
-        return self.reports[0].message
+        return self.reports[0].message or ""
 
 
-async def start(isolation, handler, *, payload="{}", timeout_seconds=60.0):
-    """Run a handler that reports when it has begun, and wait until it has."""
+async def start(
+    isolation: Isolation, handler: Handler
+) -> tuple[asyncio.Task[Outcome], Cancellation, str]:
+    """
+    Run a handler that reports when it has begun, and wait until it has.
+    """
     begun, cancellation = Begun(), Cancellation()
-    context = a_context(timeout_seconds=timeout_seconds, on_progress=begun)
-    running = asyncio.ensure_future(
-        isolation.run(handler, payload, context, cancelled=cancellation)
-    )
-    message = await begun.message()
-    return running, cancellation, message
+    context = a_context(on_progress=begun)
+    running = asyncio.create_task(isolation.run(handler, "{}", context, cancelled=cancellation))
+    return running, cancellation, await begun.message()
 
 
-async def run(isolation, handler, payload="{}", *, timeout_seconds=60.0):
+async def run(
+    isolation: Isolation, handler: Handler, payload: str = "{}", *, timeout_seconds: float = 60.0
+) -> Outcome:
+    """
+    Run a handler to its end.
+    """
     context = a_context(timeout_seconds=timeout_seconds)
     running = isolation.run(handler, payload, context, cancelled=Cancellation())
     return await asyncio.wait_for(running, 30)
 
 
-def named(what, isolation):
-    return f"{what.replace(' ', '-')}.{isolation}"
+async def failure_in(isolation: Isolation, handler: Handler, payload: str = "{}") -> Failed:
+    """
+    Run a handler that is bound to fail.
+    """
+    outcome = await run(isolation, handler, payload)
+    assert isinstance(outcome, Failed)
+    return outcome
+
+
+def named(what: str, where: str) -> Handler:
+    """
+    The handler that does `what`, in the isolation `where`.
+    """
+    return the(f"{what.replace(' ', '-')}.{where}")
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
 @pytest.mark.parametrize("what", odd_handlers.RETURNS)
-async def test_whatever_json_can_say_is_a_result(isolation, registry, what, where):
-    """Values of plain and of rich types complete, and what PostgreSQL refuses is replaced."""
+async def test_whatever_json_can_say_is_a_result(
+    isolation: Isolation, what: str, where: str
+) -> None:
+    """
+    Values of plain and of rich types complete, and what PostgreSQL refuses is replaced.
+    """
     expected = odd_handlers.RETURNS[what][1]
 
-    outcome = await run(isolation, registry.get(named(what, where)))
+    outcome = await run(isolation, named(what, where))
 
     assert Completed(expected) == outcome
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
 @pytest.mark.parametrize("what", odd_handlers.UNSTORABLE)
-async def test_a_result_that_cannot_be_kept_fails_for_good(isolation, registry, what, where):
-    """No retry makes an unusable result right, and a sentence says why."""
+async def test_a_result_that_cannot_be_kept_fails_for_good(
+    isolation: Isolation, what: str, where: str
+) -> None:
+    """
+    No retry makes an unusable result right, and a sentence says why.
+    """
     kind = odd_handlers.UNSTORABLE[what][1]
 
-    outcome = await run(isolation, registry.get(named(what, where)))
+    outcome = await failure_in(isolation, named(what, where))
 
     assert (kind, False) == (outcome.failure.kind, outcome.retryable)
     assert outcome.failure.message.startswith(("The result ", "The handler returned "))
@@ -126,11 +171,13 @@ async def test_a_result_that_cannot_be_kept_fails_for_good(isolation, registry, 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
 @pytest.mark.parametrize("what", odd_handlers.RAISES)
-async def test_whatever_is_raised_is_a_failure(isolation, registry, what, where):
-    """Every exception, printable or not, ends the attempt and nothing else."""
+async def test_whatever_is_raised_is_a_failure(isolation: Isolation, what: str, where: str) -> None:
+    """
+    Every exception, printable or not, ends the attempt and nothing else.
+    """
     _, kind, message, retryable = odd_handlers.RAISES[what]
 
-    outcome = await run(isolation, registry.get(named(what, where)))
+    outcome = await failure_in(isolation, named(what, where))
 
     assert (kind, retryable) == (outcome.failure.kind, outcome.retryable)
     assert message in outcome.failure.message
@@ -138,57 +185,68 @@ async def test_whatever_is_raised_is_a_failure(isolation, registry, what, where)
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
-async def test_stop_iteration_is_a_failure(isolation, registry, where):
-    """Python itself turns it into a RuntimeError inside of a coroutine."""
-    outcome = await run(isolation, registry.get(named("stop", where)))
+async def test_stop_iteration_is_a_failure(isolation: Isolation, where: str) -> None:
+    """
+    Python itself turns it into a RuntimeError inside of a coroutine.
+    """
+    outcome = await failure_in(isolation, named("stop", where))
 
     assert outcome.failure.kind in ("StopIteration", "RuntimeError")
     assert outcome.retryable
 
 
-def _assert_storable(failure):
+def _assert_storable(failure: Failure) -> None:
     for text, bytes_max in ((failure.message, 4096), (failure.traceback or "", 16384)):
         assert len(text.encode()) <= bytes_max
         assert "\0" not in text
 
 
-async def test_a_traceback_begins_in_the_handler(isolation, registry):
-    """People read their own code, not how it was called."""
-    outcome = await run(isolation, registry.get("error.thread"))
+async def test_a_traceback_begins_in_the_handler(isolation: Isolation) -> None:
+    """
+    People read their own code, not how it was called.
+    """
+    outcome = await failure_in(isolation, the("error.thread"))
 
-    lines = outcome.failure.traceback.splitlines()
+    lines = (outcome.failure.traceback or "").splitlines()
     assert "odd_handlers.py" in lines[1]
     assert "ValueError: wrong" == lines[-1]
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
-async def test_a_payload_that_does_not_fit_fails_for_good(isolation, registry, where):
-    """The handler is not entered, and the fault names the place."""
-    outcome = await run(isolation, registry.get(named("nothing", where)), '{"more": 1}')
+async def test_a_payload_that_does_not_fit_fails_for_good(isolation: Isolation, where: str) -> None:
+    """
+    The handler is not entered, and the fault names the place.
+    """
+    outcome = await failure_in(isolation, named("nothing", where), '{"more": 1}')
 
     assert ("InvalidPayload", False) == (outcome.failure.kind, outcome.retryable)
     assert "/more" in outcome.failure.message
 
 
-@pytest.mark.parametrize(
-    "name", ["wait.loop", "poll.thread", "poll.process", "wait.process-async"]
-)
-async def test_a_handler_that_listens_times_out_within_the_grace_period(patient, registry, name):
-    """Asked to stop, it stops; the attempt is a failure that may be retried."""
-    outcome = await run(patient, registry.get(name), timeout_seconds=0.3)
+@pytest.mark.parametrize("name", ["wait.loop", "poll.thread", "poll.process", "wait.process-async"])
+async def test_a_handler_that_listens_times_out_within_the_grace_period(
+    patient: Isolation, name: str
+) -> None:
+    """
+    Asked to stop, it stops; the attempt is a failure that may be retried.
+    """
+    outcome = await run(patient, the(name), timeout_seconds=0.3)
 
+    assert isinstance(outcome, Failed)
     assert ("TimedOut", True) == (outcome.failure.kind, outcome.retryable)
     assert "timeout of 0.3 s" in outcome.failure.message
-    assert "odd_handlers.py" in outcome.failure.traceback
+    assert "odd_handlers.py" in (outcome.failure.traceback or "")
     assert 0 == patient.stuck
 
 
-@pytest.mark.parametrize(
-    "name", ["wait.loop", "poll.thread", "poll.process", "wait.process-async"]
-)
-async def test_a_handler_that_listens_is_cancelled_within_the_grace_period(patient, registry, name):
-    """A cancellation reaches the handler in every isolation."""
-    running, cancellation, _ = await start(patient, registry.get(name))
+@pytest.mark.parametrize("name", ["wait.loop", "poll.thread", "poll.process", "wait.process-async"])
+async def test_a_handler_that_listens_is_cancelled_within_the_grace_period(
+    patient: Isolation, name: str
+) -> None:
+    """
+    A cancellation reaches the handler in every isolation.
+    """
+    running, cancellation, _ = await start(patient, the(name))
 
     cancellation.set()
 
@@ -196,20 +254,28 @@ async def test_a_handler_that_listens_is_cancelled_within_the_grace_period(patie
 
 
 @pytest.mark.parametrize("name", ["nothing.loop", "poll.thread", "poll.process", "wait.loop"])
-async def test_an_attempt_cancelled_before_it_starts_still_ends(patient, registry, name):
-    """A cancellation that is older than the attempt counts."""
+async def test_an_attempt_cancelled_before_it_starts_still_ends(
+    patient: Isolation, name: str
+) -> None:
+    """
+    A cancellation that is older than the attempt counts.
+    """
     cancellation = Cancellation()
     cancellation.set()
 
-    running = patient.run(registry.get(name), "{}", a_context(), cancelled=cancellation)
+    running = patient.run(the(name), "{}", a_context(), cancelled=cancellation)
 
     assert isinstance(await asyncio.wait_for(running, 10), Cancelled)
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
-async def test_what_a_stopped_handler_returns_does_not_count(patient, registry, where):
-    """It knew that it should stop, so its result may be half the work."""
-    running, cancellation, _ = await start(patient, registry.get(f"shrug.{where}"))
+async def test_what_a_stopped_handler_returns_does_not_count(
+    patient: Isolation, where: str
+) -> None:
+    """
+    It knew that it should stop, so its result may be half the work.
+    """
+    running, cancellation, _ = await start(patient, the(f"shrug.{where}"))
 
     cancellation.set()
 
@@ -217,9 +283,13 @@ async def test_what_a_stopped_handler_returns_does_not_count(patient, registry, 
 
 
 @pytest.mark.parametrize("where", ["thread", "process"])
-async def test_what_an_unaware_handler_returns_in_the_grace_period_counts(patient, registry, where):
-    """It never looked at `cancelled`, so its work is whole."""
-    running, cancellation, _ = await start(patient, registry.get(f"late.{where}"))
+async def test_what_an_unaware_handler_returns_in_the_grace_period_counts(
+    patient: Isolation, where: str
+) -> None:
+    """
+    It never looked at `cancelled`, so its work is whole.
+    """
+    running, cancellation, _ = await start(patient, the(f"late.{where}"))
 
     cancellation.set()
 
@@ -227,13 +297,18 @@ async def test_what_an_unaware_handler_returns_in_the_grace_period_counts(patien
 
 
 @pytest.mark.parametrize("where", ["loop", "thread"])
-async def test_a_handler_that_cannot_be_stopped_is_given_up(isolation, registry, where):
-    """Its attempt ends, it counts as stuck, and no longer once it has really ended."""
+async def test_a_handler_that_cannot_be_stopped_is_given_up(
+    isolation: Isolation, where: str
+) -> None:
+    """
+    Its attempt ends, it counts as stuck, and no longer once it has really ended.
+    """
     odd_handlers.UNSTUCK.clear()
     before = isolation.stuck
 
-    outcome = await run(isolation, registry.get(f"ignore.{where}"), timeout_seconds=0.05)
+    outcome = await run(isolation, the(f"ignore.{where}"), timeout_seconds=0.05)
 
+    assert isinstance(outcome, Failed)
     assert "TimedOut" == outcome.failure.kind
     assert 'isolation="process"' in outcome.failure.message
     assert before + 1 == isolation.stuck
@@ -242,9 +317,11 @@ async def test_a_handler_that_cannot_be_stopped_is_given_up(isolation, registry,
 
 
 @pytest.mark.parametrize("name", ["ignore.process", "hog.process"])
-async def test_a_child_that_does_not_stop_is_killed(isolation, registry, name):
-    """Neither a stubborn handler nor one that holds the interpreter's lock survives the grace."""
-    running, cancellation, _ = await start(isolation, registry.get(name))
+async def test_a_child_that_does_not_stop_is_killed(isolation: Isolation, name: str) -> None:
+    """
+    Neither a stubborn handler nor one that holds the interpreter's lock survives the grace.
+    """
+    running, cancellation, _ = await start(isolation, the(name))
 
     cancellation.set()
 
@@ -253,13 +330,15 @@ async def test_a_child_that_does_not_stop_is_killed(isolation, registry, name):
     assert "was killed" in outcome.failure.message
 
 
-async def test_a_stuck_thread_does_not_take_a_live_ones_place(isolation, registry):
-    """However many are stuck, the next attempt gets a thread."""
+async def test_a_stuck_thread_does_not_take_a_live_ones_place(isolation: Isolation) -> None:
+    """
+    However many are stuck, the next attempt gets a thread.
+    """
     odd_handlers.UNSTUCK.clear()
-    handler = registry.get("ignore.thread")
+    handler = the("ignore.thread")
     await asyncio.gather(*(run(isolation, handler, timeout_seconds=0.01) for _ in range(8)))
 
-    outcome = await run(isolation, registry.get("number.thread"), timeout_seconds=5)
+    outcome = await run(isolation, the("number.thread"), timeout_seconds=5)
 
     assert Completed("1.5") == outcome
     odd_handlers.UNSTUCK.set()
@@ -270,26 +349,36 @@ async def test_a_stuck_thread_does_not_take_a_live_ones_place(isolation, registr
     ("payload", "words"),
     [('{"status": 0}', "status 0"), ('{"status": 137}', "status 137")],
 )
-async def test_a_child_that_exits_is_a_crash(isolation, registry, payload, words):
-    """Even with status 0: the handler did not return."""
-    outcome = await run(isolation, registry.get("leave.process"), payload)
+async def test_a_child_that_exits_is_a_crash(
+    isolation: Isolation, payload: str, words: str
+) -> None:
+    """
+    Even with status 0: the handler did not return.
+    """
+    outcome = await run(isolation, the("leave.process"), payload)
 
     assert isinstance(outcome, Crashed)
     assert f"exited with {words}." in outcome.failure.message
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
-async def test_a_child_that_dies_of_a_signal_is_a_crash(isolation, registry, number):
-    """The outcome names the signal."""
-    outcome = await run(isolation, registry.get("signal.process"), f'{{"number": {number:d}}}')
+async def test_a_child_that_dies_of_a_signal_is_a_crash(
+    isolation: Isolation, number: signal.Signals
+) -> None:
+    """
+    The outcome names the signal.
+    """
+    outcome = await run(isolation, the("signal.process"), f'{{"number": {number:d}}}')
 
     assert isinstance(outcome, Crashed)
     assert f"killed by signal {number:d} ({number.name})" in outcome.failure.message
 
 
-async def test_a_killed_child_is_noticed_at_once(isolation, registry):
-    """Between the kill and the outcome lie milliseconds."""
-    running, _, message = await start(isolation, registry.get("family.process"))
+async def test_a_killed_child_is_noticed_at_once(isolation: Isolation) -> None:
+    """
+    Between the kill and the outcome lie milliseconds.
+    """
+    running, _, message = await start(isolation, the("family.process"))
 
     killed_at = time.monotonic()
     os.kill(int(message.split()[0]), signal.SIGKILL)
@@ -298,9 +387,11 @@ async def test_a_killed_child_is_noticed_at_once(isolation, registry):
     assert time.monotonic() - killed_at < 0.5
 
 
-async def test_what_a_handler_started_dies_with_it(isolation, registry):
-    """A cancelled handler's programs do not live on."""
-    running, cancellation, message = await start(isolation, registry.get("family.process"))
+async def test_what_a_handler_started_dies_with_it(isolation: Isolation) -> None:
+    """
+    A cancelled handler's programs do not live on.
+    """
+    running, cancellation, message = await start(isolation, the("family.process"))
 
     cancellation.set()
     await running
@@ -330,17 +421,21 @@ asyncio.run(main())
 """
 
 
-def a_worker(name, *, patience):
-    """A process that runs one handler and says when it has begun."""
+def a_worker(name: str, *, patience: float) -> subprocess.Popen[str]:
+    """
+    A process that runs one handler and says when it has begun.
+    """
     code = WORKER.format(path=sys.path, name=name, patience=patience)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("name", ["family.process", "hog.process"])
-async def test_children_die_with_their_worker(name):
-    """Killed without warning, a worker leaves no handler running, nor what the handler started."""
+async def test_children_die_with_their_worker(name: str) -> None:
+    """
+    Killed without warning, a worker leaves no handler running, nor what the handler started.
+    """
     with a_worker(name, patience=60) as worker:
-        worker.stdout.readline()
+        _wait_until_begun(worker)
         family = psutil.Process(worker.pid).children(recursive=True)
         worker.kill()
 
@@ -349,9 +444,13 @@ async def test_children_die_with_their_worker(name):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_children_leave_signals_to_their_worker(patient, registry, number):
-    """A service manager signals every process; whether handlers may finish is the worker's word."""
-    running, cancellation, _ = await start(patient, registry.get("poll.process"))
+async def test_children_leave_signals_to_their_worker(
+    patient: Isolation, number: signal.Signals
+) -> None:
+    """
+    A service manager signals every process; whether handlers may finish is the worker's word.
+    """
+    running, cancellation, _ = await start(patient, the("poll.process"))
     for process in psutil.Process().children(recursive=True):
         if "asyncflow.worker.child" in process.cmdline():
             process.send_signal(number)
@@ -361,72 +460,97 @@ async def test_children_leave_signals_to_their_worker(patient, registry, number)
     assert isinstance(await asyncio.wait_for(running, 10), Cancelled)
 
 
-async def test_a_child_is_reused_and_then_replaced(registry):
-    """Warm for a number of attempts, then fresh, so that leaks do not add up."""
+async def test_what_a_handler_forks_can_be_terminated(isolation: Isolation) -> None:
+    """
+    Children leave signals to their worker; the processes of a `multiprocessing.Pool` do not.
+    """
+    outcome = await run(isolation, the("fork.process"))
+
+    assert Completed(str(-signal.SIGTERM.value)) == outcome
+
+
+async def _pid(isolation: Isolation) -> int:
+    outcome = await run(isolation, the("pid.process"))
+    assert isinstance(outcome, Completed)
+    return int(outcome.result)
+
+
+async def test_a_child_is_reused_and_then_replaced() -> None:
+    """
+    Warm for a number of attempts, then fresh, so that leaks do not add up.
+    """
     isolation = Isolation(slots=1, tasks_per_child_max=2)
 
-    pids = [(await run(isolation, registry.get("pid.process"))).result for _ in range(3)]
+    pids = [await _pid(isolation) for _ in range(3)]
 
     await isolation.close()
     assert pids[0] == pids[1] != pids[2]
 
 
-async def test_a_child_that_died_idle_costs_no_attempt(registry):
-    """Another child takes the attempt over."""
+async def test_a_child_that_died_idle_costs_no_attempt() -> None:
+    """
+    Another child takes the attempt over.
+    """
     isolation = Isolation(slots=1)
-    first = await run(isolation, registry.get("pid.process"))
-    os.kill(int(first.result), signal.SIGKILL)
+    first = await _pid(isolation)
+    os.kill(first, signal.SIGKILL)
 
-    second = await run(isolation, registry.get("pid.process"))
+    second = await _pid(isolation)
 
     await isolation.close()
-    assert isinstance(second, Completed)
     assert first != second
 
 
-async def test_closing_ends_every_child(registry):
-    """Idle and busy ones alike."""
+async def test_closing_ends_every_child() -> None:
+    """
+    Idle and busy ones alike.
+    """
     isolation = Isolation(slots=2)
-    idle = await run(isolation, registry.get("pid.process"))
-    running, _, message = await start(isolation, registry.get("family.process"))
+    idle = await _pid(isolation)
+    running, _, message = await start(isolation, the("family.process"))
 
     await isolation.close()
 
-    await _until_gone(int(idle.result), *map(int, message.split()))
+    await _until_gone(idle, *map(int, message.split()))
     assert isinstance(await running, Crashed)
 
 
 @pytest.mark.parametrize("name", ["grow.process", "grow-a-program.process"])
-async def test_a_memory_limit_holds_for_the_whole_process_tree(isolation, registry, name):
-    """The attempt is killed and the outcome gives both figures."""
-    outcome = await run(isolation, registry.get(name))
+async def test_a_memory_limit_holds_for_the_whole_process_tree(
+    isolation: Isolation, name: str
+) -> None:
+    """
+    The attempt is killed and the outcome gives both figures.
+    """
+    outcome = await failure_in(isolation, the(name))
 
     assert ("MemoryExceeded", True) == (outcome.failure.kind, outcome.retryable)
     assert "more than its limit of 64.0 MiB" in outcome.failure.message
 
 
-async def test_progress_comes_through_from_a_child_without_flooding(isolation, registry):
-    """The latest report arrives, most of a hundred thousand do not."""
+async def test_progress_comes_through_from_a_child_without_flooding(isolation: Isolation) -> None:
+    """
+    The latest report arrives, most of a hundred thousand do not.
+    """
     begun = Begun()
     context = a_context(on_progress=begun)
 
-    await isolation.run(
-        registry.get("chat.process"), '{"times": 100000}', context, cancelled=Cancellation()
-    )
+    await isolation.run(the("chat.process"), '{"times": 100000}', context, cancelled=Cancellation())
 
     assert (1.0, "last") == (begun.reports[-1].fraction, begun.reports[-1].message)
     assert len(begun.reports) < 1_000
 
 
-async def test_a_child_sees_the_same_context(isolation, registry):
-    """Ids, queue and attempt cross the pipe, and the time that is left."""
+async def test_a_child_sees_the_same_context(isolation: Isolation) -> None:
+    """
+    Ids, queue and attempt cross the pipe, and the time that is left.
+    """
     context = a_context(timeout_seconds=60)
 
-    outcome = await isolation.run(
-        registry.get("describe.process"), "{}", context, cancelled=Cancellation()
-    )
+    outcome = await isolation.run(the("describe.process"), "{}", context, cancelled=Cancellation())
 
-    seen = __import__("json").loads(outcome.result)
+    assert isinstance(outcome, Completed)
+    seen = json.loads(outcome.result)
     assert 0 < seen.pop("remaining") <= 60
     assert {
         "task_id": str(context.task_id),
@@ -438,11 +562,13 @@ async def test_a_child_sees_the_same_context(isolation, registry):
     } == seen
 
 
-async def test_standard_output_belongs_to_the_handler(registry, capfd):
-    """What a handler prints arrives when its attempt ends, and disturbs nothing."""
+async def test_standard_output_belongs_to_the_handler(capfd: pytest.CaptureFixture[str]) -> None:
+    """
+    What a handler prints arrives when its attempt ends, and disturbs nothing.
+    """
     isolation = Isolation(slots=1)
 
-    outcome = await run(isolation, registry.get("print.process"))
+    outcome = await run(isolation, the("print.process"))
 
     output = capfd.readouterr()
     await isolation.close()
@@ -451,9 +577,11 @@ async def test_standard_output_belongs_to_the_handler(registry, capfd):
     assert "to standard error\n" == output.err
 
 
-async def test_a_handler_that_closes_the_connection_is_a_crash(isolation, registry):
-    """It may close every file it can find; the attempt still ends."""
-    outcome = await run(isolation, registry.get("close.process"))
+async def test_a_handler_that_closes_the_connection_is_a_crash(isolation: Isolation) -> None:
+    """
+    It may close every file it can find; the attempt still ends.
+    """
+    outcome = await run(isolation, the("close.process"))
 
     assert isinstance(outcome, Crashed)
 
@@ -462,24 +590,29 @@ VARIABLE: ContextVar[str] = ContextVar("variable", default="unset")
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-async def test_context_variables_go_in_but_do_not_come_out(isolation, is_async):
-    """A handler sees what its worker set, and what it sets stays its own."""
+async def test_context_variables_go_in_but_do_not_come_out(
+    isolation: Isolation, is_async: bool
+) -> None:
+    """
+    A handler sees what its worker set, and what it sets stays its own.
+    """
 
-    async def in_loop():
+    async def in_loop() -> str:
         seen = VARIABLE.get()
         VARIABLE.set("changed")
         return seen
 
-    def in_thread():
+    def in_thread() -> str:
         seen = VARIABLE.get()
         VARIABLE.set("changed")
         return seen
 
     token = VARIABLE.set("the worker's")
-    function, kind = (in_loop, "loop") if is_async else (in_thread, "thread")
-    handler = Handler(name="variables", function=function, isolation=kind)
+    registry = Registry()
+    handler("variables", registry=registry)(in_loop if is_async else in_thread)
+    (variables,) = registry
 
-    outcomes = [await run(isolation, handler) for _ in range(2)]
+    outcomes = [await run(isolation, variables) for _ in range(2)]
 
     assert [Completed('"the worker\'s"')] * 2 == outcomes
     assert "the worker's" == VARIABLE.get()
@@ -487,10 +620,14 @@ async def test_context_variables_go_in_but_do_not_come_out(isolation, is_async):
 
 
 @pytest.mark.parametrize("where", ["loop", "thread", "process"])
-async def test_a_cancelled_worker_task_takes_its_handler_along(isolation, registry, where):
-    """`run` passes the cancellation on to its caller and leaves no handler behind."""
+async def test_a_cancelled_worker_task_takes_its_handler_along(
+    isolation: Isolation, where: str
+) -> None:
+    """
+    `run` passes the cancellation on to its caller and leaves no handler behind.
+    """
     names = {"loop": "wait.loop", "thread": "poll.thread", "process": "ignore.process"}
-    running, _, _ = await start(isolation, registry.get(names[where]))
+    running, _, _ = await start(isolation, the(names[where]))
 
     running.cancel()
 
@@ -499,38 +636,45 @@ async def test_a_cancelled_worker_task_takes_its_handler_along(isolation, regist
     assert 0 == isolation.stuck
 
 
-async def test_a_timer_is_gone_when_its_attempt_is(isolation, registry):
-    """A worker that runs for months keeps no trace of attempts."""
-    loop = asyncio.get_running_loop()
-    before = sum(not timer.cancelled() for timer in loop._scheduled)
+@pytest.mark.parametrize("where", ISOLATIONS)
+async def test_an_attempt_leaves_nothing_behind(isolation: Isolation, where: str) -> None:
+    """
+    A worker that runs for months keeps no trace of attempts: no timer, no task.
+    """
+    for _ in range(10):
+        await run(isolation, named("number", where), timeout_seconds=900)
 
-    for _ in range(100):
-        await run(isolation, registry.get("number.loop"), timeout_seconds=900)
-
-    # `run` of this test has a timer of its own per call, cancelled as well.
-    assert sum(not timer.cancelled() for timer in loop._scheduled) <= before
+    await asyncio.sleep(0)
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, Attempt)]
 
 
-async def test_stuck_threads_do_not_keep_a_process_alive():
-    """A worker exits although a handler never ends."""
+async def test_stuck_threads_do_not_keep_a_process_alive() -> None:
+    """
+    A worker exits although a handler never ends.
+    """
     with a_worker("ignore.thread", patience=0) as worker:
-        assert "begun\n" == worker.stdout.readline()
+        _wait_until_begun(worker)
 
         assert 0 == worker.wait(timeout=10)
 
 
-async def _until(condition):
+def _wait_until_begun(worker: subprocess.Popen[str]) -> None:
+    assert worker.stdout is not None
+    assert "begun\n" == worker.stdout.readline()
+
+
+async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - nobody signals the death of a grandchild
             await asyncio.sleep(0.005)
 
 
-async def _until_gone(*pids):
-    def is_gone(pid):
+async def _until_gone(*pids: int) -> None:
+    def is_gone(pid: int) -> bool:
         try:
             return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
 
     await _until(lambda: all(map(is_gone, pids)))
-

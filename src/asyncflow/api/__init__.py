@@ -6,13 +6,14 @@ HTTP in and out: bytes become `wire` models, errors become problem documents.
     tasks         read, list, cancel, redrive
     health        live and ready
     catalogue     what workers published about their handlers
+    protocol      uvicorn's HTTP protocol with bounds on the head of a request
     body          the bytes of a request: type, size, patience
     strict_json   bytes to values, refusing what could not be stored
     faults        Pydantic's and JSON Schema's errors as sentences with pointers
     problems      every error as an RFC 9457 document
     views         rows as `wire` models
     guard         the outermost layer: headers, HEAD, the last resort for errors
-    openapi       the description of it all
+    openapi       the description of it all, with `examples`
     docs/         the page that shows it
 
 No SQL and no policy: those are `store` and `domain`.

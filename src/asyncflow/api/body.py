@@ -8,6 +8,7 @@ promises is believed only when it is already too much.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 
 from starlette.requests import ClientDisconnect
@@ -17,6 +18,9 @@ from asyncflow.api.problems import Refusal
 
 BODY_SECONDS_MAX = 30.0
 """How long a body may take to arrive; a server that waits for ever can be held for ever."""
+
+DISCARD_SECONDS_MAX = 1.0
+"""How long the rest of a body that is too large is read and thrown away."""
 
 _JSON_TYPE = re.compile(
     rb'\s*application/(?:json|[a-z0-9.+-]+\+json)\s*(?:;\s*charset\s*=\s*"?utf-?8"?\s*)?', re.I
@@ -31,30 +35,38 @@ async def read_json_body(scope: Scope, receive: Receive, *, bytes_max: int) -> b
         Refusal: 408, 413 or 415.
         ClientDisconnect: The client left before the end.
     """
-    _check_headers(scope, bytes_max)
+    headers = dict(scope["headers"])
+    _check_type(headers)
     try:
         async with asyncio.timeout(BODY_SECONDS_MAX):
-            return await _received(receive, bytes_max)
+            if not _promises_too_much(headers, bytes_max):
+                return await _received(receive, bytes_max)
     except TimeoutError:
         raise Refusal(
             "request-timeout",
             f"The body did not arrive within {BODY_SECONDS_MAX:g} seconds.",
             headers={"Connection": "close"},
         ) from None
+    except _TooLarge:
+        pass
+    if headers.get(b"expect") is None:
+        await _discard(receive)
+    # What the client still sends would be read as its next request.
+    raise Refusal(
+        "body-too-large",
+        f"The body is too large; at most {bytes_max} bytes are taken.",
+        headers={"Connection": "close"},
+    )
 
 
-def _check_headers(scope: Scope, bytes_max: int) -> None:
-    content_type = b""
-    for name, value in scope["headers"]:
-        if name == b"content-type":
-            content_type = value
-        elif name == b"content-encoding" and value.strip().lower() != b"identity":
-            raise Refusal(
-                "unsupported-media-type",
-                "Bodies must not be compressed; leave Content-Encoding out.",
-            )
-        elif name == b"content-length" and value.isdigit() and int(value[:20]) > bytes_max:
-            raise _too_large(bytes_max)
+def _check_type(headers: dict[bytes, bytes]) -> None:
+    encoding = headers.get(b"content-encoding", b"identity")
+    if encoding.strip().lower() != b"identity":
+        raise Refusal(
+            "unsupported-media-type",
+            "Bodies must not be compressed; leave Content-Encoding out.",
+        )
+    content_type = headers.get(b"content-type", b"")
     if content_type != b"application/json" and not _JSON_TYPE.fullmatch(content_type):
         raise Refusal(
             "unsupported-media-type",
@@ -62,30 +74,38 @@ def _check_headers(scope: Scope, bytes_max: int) -> None:
         )
 
 
+def _promises_too_much(headers: dict[bytes, bytes], bytes_max: int) -> bool:
+    length = headers.get(b"content-length", b"0")
+    return length.isdigit() and (len(length) > 18 or int(length) > bytes_max)
+
+
+class _TooLarge(Exception):
+    """
+    More bytes than are taken.
+    """
+
+
 async def _received(receive: Receive, bytes_max: int) -> bytes:
-    message = await receive()
-    body: bytes = message.get("body", b"")
-    if message["type"] == "http.request" and not message.get("more_body"):
-        if len(body) > bytes_max:
-            raise _too_large(bytes_max)
-        return body
-    chunks = bytearray(body)
-    while message["type"] == "http.request" and message.get("more_body"):
-        if len(chunks) > bytes_max:
-            raise _too_large(bytes_max)
+    body = b""
+    chunks: list[bytes] = []
+    size = 0
+    more = True
+    while more:
         message = await receive()
-        chunks += message.get("body", b"")
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnect
-    if len(chunks) > bytes_max:
-        raise _too_large(bytes_max)
-    return bytes(chunks)
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body = message.get("body", b"")
+        size += len(body)
+        if size > bytes_max:
+            raise _TooLarge
+        chunks.append(body)
+        more = message.get("more_body", False)
+    return body if len(chunks) == 1 else b"".join(chunks)
 
 
-def _too_large(bytes_max: int) -> Refusal:
-    # What the client still sends would be read as its next request.
-    return Refusal(
-        "body-too-large",
-        f"The body is too large; at most {bytes_max} bytes are taken.",
-        headers={"Connection": "close"},
-    )
+async def _discard(receive: Receive) -> None:
+    # A client that is still sending would see a reset connection and never our answer.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS_MAX):
+            while (await receive()).get("more_body"):
+                pass

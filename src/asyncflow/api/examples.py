@@ -63,7 +63,7 @@ TASK_VIEW: dict[str, Any] = {
         }
     ],
     "payload": {"seconds": 5},
-    "result": {"slept_seconds": 5},
+    "result": {"message": "Processed for 5 seconds.", "seconds": 5},
 }
 
 PROBLEM: dict[str, Any] = {

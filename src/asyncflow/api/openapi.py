@@ -48,7 +48,10 @@ def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
     titles: dict[int, list[str]] = {}
     for kind in (*kinds, "internal"):
         titles.setdefault(KINDS[kind].status, []).append(KINDS[kind].title)
-    return {status: _problem_response(" or ".join(texts)) for status, texts in titles.items()}
+    return {
+        status: _problem_response(" or ".join(texts).capitalize())
+        for status, texts in sorted(titles.items())
+    }
 
 
 def describe(app: FastAPI) -> dict[str, Any]:

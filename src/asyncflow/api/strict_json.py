@@ -24,9 +24,11 @@ INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
 FAULTS_MAX = 20
 """More wrong places than this are not listed."""
 
-_NUL_OR_SURROGATE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
+_NUL_OR_ONE_KIND = str.maketrans("{}", "[]")
+_SURROGATE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 _NOT_A_BRACKET = re.compile(r"[^\[\]{}]+")
+_ONE_KIND = str.maketrans("{}", "[]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -116,10 +118,10 @@ _DECODER = json.JSONDecoder(
 
 def _is_too_deep(text: str) -> bool:
     # `text` is JSON by now, so strings end where they seem to. Each round takes the
-    # innermost brackets away, in C.
-    brackets = _NOT_A_BRACKET.sub("", _STRING.sub("", text))
+    # innermost level away, in C.
+    brackets = _NOT_A_BRACKET.sub("", _STRING.sub("", text)).translate(_ONE_KIND)
     for _ in range(DEPTH_MAX):
-        brackets = brackets.replace("[]", "").replace("{}", "")
+        brackets = brackets.replace("[]", "")
     return bool(brackets)
 
 

@@ -12,6 +12,7 @@ Starting and stopping the server is `cluster`'s.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -104,7 +105,8 @@ def launcher_for(folder: Path, program: Path) -> Launcher:
 
     account = _account(folder)
     owner = (account.pw_uid, account.pw_gid)
-    os.chown(folder, *owner)
+    with contextlib.suppress(PermissionError):  # Then the probes below fail as well.
+        os.chown(folder, *owner)
     candidates = [Launcher(uid=account.pw_uid, gid=account.pw_gid, owner=owner)]
     if setpriv := shutil.which("setpriv"):
         candidates += [
@@ -165,4 +167,7 @@ def _keeping(capability: str, setpriv: str, user: str) -> tuple[str, ...]:
 
 def _reaches(launcher: Launcher, program: Path, folder: Path) -> bool:
     probe = ["sh", "-c", 'test -x "$0" && test -w "$1"', str(program), str(folder)]
-    return launcher.popen(probe, environment=os.environ).wait() == 0
+    try:
+        return launcher.popen(probe, environment=os.environ).wait() == 0
+    except PermissionError:  # Some containers forbid even root to change the user.
+        return False

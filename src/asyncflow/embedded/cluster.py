@@ -204,6 +204,7 @@ class Cluster:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = self._take_lock()
             self._launcher = launcher_for(self.folder, program)
+            self._launcher.take(self.folder / "lock")
             if not self._data.exists():
                 self._initialise()
             self._check_version(program)
@@ -378,6 +379,7 @@ class Cluster:
             self.log_file.replace(self.log_file.with_suffix(".log.1"))
         with self.log_file.open("ab") as log:
             said_before = log.tell()
+            self._launcher.take(self.log_file)
             self._process = self._launcher.popen(
                 [str(program), "-D", str(self._data)], environment=_environment(), output=log
             )

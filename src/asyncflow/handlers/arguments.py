@@ -306,7 +306,8 @@ def _validated(
                 detail = "Unknown key" + (
                     f"; the handler takes {', '.join(takes)}." if takes else "."
                 )
-            faults.append(Fault(_pointer(*_path(whole, error["loc"])), detail))
+            path = _path(whole, error["loc"], is_missing=error["type"] == "missing")
+            faults.append(Fault(_pointer(*path), detail))
         # The faults quote no input: payloads may hold secrets, and failures are shown widely.
         raise InvalidPayload(name, faults) from None
 
@@ -321,17 +322,18 @@ def _json_object(name: str, payload: str) -> dict[str, Any]:
     return whole
 
 
-def _path(whole: Any, location: tuple[int | str, ...]) -> list[int | str]:
+def _path(whole: Any, location: tuple[int | str, ...], *, is_missing: bool) -> list[int | str]:
     """
     The part of Pydantic's location that leads through the document.
 
-    Locations also name branches of unions and validators, which no document contains.
+    Locations also name branches of unions and validators, which no document contains. The
+    last step to what is missing is not in this document either, but belongs there.
     """
     path: list[int | str] = []
     place = whole
     for index, step in enumerate(location):
-        last = index == len(location) - 1
-        if isinstance(place, dict) and isinstance(step, str) and (step in place or last):
+        belongs = is_missing and index == len(location) - 1
+        if isinstance(place, dict) and isinstance(step, str) and (step in place or belongs):
             path.append(step)
             place = place.get(step)
         elif isinstance(place, list) and isinstance(step, int) and step < len(place):

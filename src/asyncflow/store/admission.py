@@ -34,9 +34,8 @@ class OpenQueue(NamedTuple):
 OPEN_QUEUES = """
     SELECT open.queue AS name, open.names, open.slots,
            (SELECT count(*)
-              FROM asyncflow.tasks t
-             WHERE t.state = 'queued'
-               AND t.queued_at IS NOT NULL AND t.lease_id IS NULL   -- index tasks_queued
+              FROM asyncflow.tasks_live t
+             WHERE t.queued_at IS NOT NULL AND t.lease_id IS NULL   -- queued; index tasks_queued
                AND t.queue = open.queue) AS queued
       FROM (SELECT queue, array_agg(DISTINCT handler) AS names,
                    sum(w.concurrency) FILTER (WHERE number = 1)::int AS slots
@@ -74,9 +73,8 @@ ADMISSIBLE = """
       FROM generate_series(9, 0, -1) AS level (priority)
      CROSS JOIN LATERAL (
            SELECT t.id
-             FROM asyncflow.tasks t
-            WHERE t.state = 'pending'
-              AND t.queued_at IS NULL AND t.lease_id IS NULL   -- index tasks_due
+             FROM asyncflow.tasks_live t
+            WHERE t.queued_at IS NULL AND t.lease_id IS NULL   -- pending; index tasks_due
               AND t.queue = $1
               AND t.priority = level.priority
               AND t.run_at <= now()
@@ -101,17 +99,20 @@ async def admissible(
 
 
 MARK_QUEUED = """
+    WITH sent AS MATERIALIZED (
+        SELECT t.id
+          FROM asyncflow.tasks t
+         WHERE t.id = ANY ($1)
+           AND t.state = 'pending'
+           -- Not if it was claimed and failed meanwhile: its hint is used up.
+           AND t.run_at <= now()
+         ORDER BY t.id
+           -- A row that is locked is being claimed, cancelled or expired: leave it.
+           FOR UPDATE SKIP LOCKED)
     UPDATE asyncflow.tasks t
        SET state = 'queued',
            queued_at = now()
-      FROM (SELECT id
-              FROM asyncflow.tasks
-             WHERE id = ANY ($1)
-               AND state = 'pending'
-             ORDER BY id
-               -- A row that is locked is being claimed, cancelled or expired: leave it.
-               FOR UPDATE SKIP LOCKED) AS sent
-     WHERE t.id = sent.id
+     WHERE t.id = ANY (ARRAY (SELECT id FROM sent))
        AND t.state = 'pending'
 """
 
@@ -128,8 +129,7 @@ UNQUEUE = """
        SET state = 'pending',
            queued_at = NULL,
            run_at = now() + $2 * interval '1 second'
-      FROM unnest($1::uuid[]) AS hint (id)
-     WHERE t.id = hint.id
+     WHERE t.id = ANY ($1)
        AND t.state = 'queued'
        AND NOT t.name = ANY ($3)
 """
@@ -144,30 +144,28 @@ async def decline(
     They become due again after `delay_seconds`, so that a worker that cannot run them
     and the relay do not play ball with them.
     """
-    await db.execute(UNQUEUE, sorted(task_ids), delay_seconds, list(names))
+    await db.execute(UNQUEUE, list(task_ids), delay_seconds, list(names))
 
 
 UNQUEUE_LOST = """
-    WITH lost AS (
-        SELECT id
-          FROM asyncflow.tasks
-         WHERE state = 'queued'
-           AND queue = $1
-           AND lease_id IS NULL
-           AND queued_at < now() - $2 * interval '1 second'
-         ORDER BY queued_at
+    WITH lost AS MATERIALIZED (
+        SELECT t.id
+          FROM asyncflow.tasks_live t
+         WHERE t.lease_id IS NULL                               -- index tasks_queued
+           AND t.queue = $1
+           AND t.queued_at < now() - $2 * interval '1 second'
+         ORDER BY t.queued_at
          LIMIT greatest(0, least($4::bigint, (
                SELECT count(*)
-                 FROM asyncflow.tasks
-                WHERE state = 'queued'
-                  AND queue = $1
-                  AND queued_at < now() - $2 * interval '1 second') - $3))
+                 FROM asyncflow.tasks_live q
+                WHERE q.lease_id IS NULL
+                  AND q.queue = $1
+                  AND q.queued_at < now() - $2 * interval '1 second') - $3))
            FOR UPDATE SKIP LOCKED)
     UPDATE asyncflow.tasks t
        SET state = 'pending',
            queued_at = NULL
-      FROM lost
-     WHERE t.id = lost.id
+     WHERE t.id = ANY (ARRAY (SELECT id FROM lost))
        AND t.state = 'queued'
     RETURNING t.id
 """

@@ -62,7 +62,8 @@ class Claim:
 
 
 # $1 lease_id, $2 worker_id, $3 names, $4 max_attempts, $5 timeouts: parallel arrays of offers.
-_TAKE = """
+_TAKE_CHOSEN = """
+    UPDATE asyncflow.tasks t
        SET state = 'running',
            lease_id = $1,
            worker_id = $2,
@@ -72,44 +73,40 @@ _TAKE = """
            started_at = now(),
            failure = NULL,
            progress = NULL
-"""
-_OFFERS = """unnest($3::text[], $4::int[], $5::float8[])
-             AS offer (name, max_attempts, timeout_seconds)"""
-_TAKEN = """
+      FROM unnest($3::text[], $4::int[], $5::float8[])
+           AS offer (name, max_attempts, timeout_seconds)
+     WHERE t.id = ANY (ARRAY (SELECT id FROM chosen))
+       AND t.state IN ('pending', 'queued')
+       AND offer.name = t.name
     RETURNING t.id, t.tenant_id, t.name, t.queue, t.attempt, t.failures,
               t.max_attempts, t.timeout_seconds, t.payload, t.started_at
 """
 
 CLAIM_DUE = f"""
-    WITH due AS MATERIALIZED (
+    WITH chosen AS MATERIALIZED (
         SELECT found.id
-          FROM generate_series(9, 0, -1) AS level (priority)
-         CROSS JOIN unnest($6::text[]) AS open (queue)
+          FROM (SELECT level.priority, open.queue
+                  FROM generate_series(9, 0, -1) AS level (priority)
+                 CROSS JOIN unnest($6::text[]) WITH ORDINALITY AS open (queue, turn)
+                 WHERE NOT EXISTS (SELECT FROM asyncflow.queues q
+                                    WHERE q.name = open.queue AND q.paused_at IS NOT NULL)
+                 ORDER BY level.priority DESC, open.turn) AS look
          CROSS JOIN LATERAL (
                -- One index range per priority and queue: tasks that are not due yet are
                -- never stepped over, however many there are.
                SELECT t.id
-                 FROM asyncflow.tasks t
-                WHERE t.state = 'pending'
-                  AND t.queued_at IS NULL AND t.lease_id IS NULL   -- index tasks_due
-                  AND t.queue = open.queue
-                  AND t.priority = level.priority
+                 FROM asyncflow.tasks_live t
+                WHERE t.queued_at IS NULL AND t.lease_id IS NULL   -- pending; index tasks_due
+                  AND t.queue = look.queue
+                  AND t.priority = look.priority
                   AND t.run_at <= now()
                   AND (t.expires_at IS NULL OR t.expires_at > now())
                   AND t.name = ANY ($3)
                 ORDER BY t.run_at, t.id
                 LIMIT $7
                   FOR UPDATE SKIP LOCKED) AS found
-         WHERE NOT EXISTS (SELECT FROM asyncflow.queues q
-                            WHERE q.name = open.queue AND q.paused_at IS NOT NULL)
          LIMIT $7)
-    UPDATE asyncflow.tasks t
-    {_TAKE}
-      FROM due, {_OFFERS}
-     WHERE t.id = due.id
-       AND t.state = 'pending'
-       AND offer.name = t.name
-    {_TAKEN}
+    {_TAKE_CHOSEN}
 """
 
 
@@ -137,18 +134,21 @@ async def claim_due(
 
 
 CLAIM_HINTED = f"""
-    UPDATE asyncflow.tasks t
-    {_TAKE}
-      FROM unnest($6::uuid[]) AS hint (id), {_OFFERS}
-     WHERE t.id = hint.id
-       -- `pending` too: a hint may overtake the relay's note that it was sent.
-       AND t.state IN ('pending', 'queued')
-       AND t.run_at <= now()
-       AND (t.expires_at IS NULL OR t.expires_at > now())
-       AND offer.name = t.name
-       AND NOT EXISTS (SELECT FROM asyncflow.queues q
-                        WHERE q.name = t.queue AND q.paused_at IS NOT NULL)
-    {_TAKEN}
+    WITH chosen AS MATERIALIZED (
+        SELECT t.id
+          FROM asyncflow.tasks t
+         WHERE t.id = ANY ($6)
+           -- `pending` too: a hint may overtake the relay's note that it was sent.
+           AND t.state IN ('pending', 'queued')
+           AND t.run_at <= now()
+           AND (t.expires_at IS NULL OR t.expires_at > now())
+           AND t.name = ANY ($3)
+           AND NOT EXISTS (SELECT FROM asyncflow.queues q
+                            WHERE q.name = t.queue AND q.paused_at IS NOT NULL)
+         ORDER BY t.id
+           -- Waits for locked rows: the relay may be noting just now that it sent this hint.
+           FOR UPDATE OF t)
+    {_TAKE_CHOSEN}
 """
 
 
@@ -170,7 +170,7 @@ async def claim_hinted(
         lease_id: Fresh for this call.
     """
     rows = await db.fetch(
-        CLAIM_HINTED, lease_id, worker_id, *_columns(offers), sorted(task_ids)
+        CLAIM_HINTED, lease_id, worker_id, *_columns(offers), list(task_ids)
     )
     return [_claim(row, lease_id) for row in rows]
 
@@ -181,7 +181,8 @@ SETTLE_COMPLETED = """
            result = done.result::json,
            finished_at = now()
       FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS done (id, lease_id, result)
-     WHERE t.id = done.id
+     WHERE t.id = ANY ($1)
+       AND t.id = done.id
        AND t.state = 'running'
        AND t.lease_id = done.lease_id      -- fence: a newer claim owns the row
     RETURNING t.id, t.lease_id
@@ -194,7 +195,8 @@ SETTLE_FAILED = """
            failure = done.failure::json,
            finished_at = now()
       FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS done (id, lease_id, failure)
-     WHERE t.id = done.id
+     WHERE t.id = ANY ($1)
+       AND t.id = done.id
        AND t.state = 'running'
        AND t.lease_id = done.lease_id
     RETURNING t.id, t.lease_id
@@ -206,7 +208,8 @@ SETTLE_CANCELLED = """
            failure = coalesce(done.failure, '{"kind": "Cancelled", "message": "Cancelled."}')::json,
            finished_at = now()
       FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS done (id, lease_id, failure)
-     WHERE t.id = done.id
+     WHERE t.id = ANY ($1)
+       AND t.id = done.id
        AND t.state = 'running'
        AND t.lease_id = done.lease_id
     RETURNING t.id, t.lease_id
@@ -215,7 +218,18 @@ SETTLE_CANCELLED = """
 # A retry and a release both put the task back to pending, and keep the attempt's record
 # beside it, in one statement. They differ in what they charge.
 _BACK_TO_PENDING = """
-    WITH back AS (
+    WITH held AS MATERIALIZED (
+        SELECT t.id, t.worker_id, done.lease_id, done.failure, done.delay_seconds
+          FROM asyncflow.tasks t
+          JOIN unnest($1::uuid[], $2::uuid[], $3::text[], $4::float8[])
+               AS done (id, lease_id, failure, delay_seconds)
+            ON done.id = t.id AND done.lease_id = t.lease_id
+         WHERE t.id = ANY ($1)
+           AND t.state = 'running'
+           AND t.cancel_requested_at IS NULL
+         ORDER BY t.id
+           FOR UPDATE OF t),
+    back AS (
         UPDATE asyncflow.tasks t
            SET state = 'pending',
                {charge}
@@ -223,16 +237,13 @@ _BACK_TO_PENDING = """
                worker_id = NULL,
                lease_id = NULL,
                progress = NULL
-          FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::float8[])
-               AS done (id, lease_id, failure, delay_seconds)
-          JOIN asyncflow.tasks held
-            ON held.id = done.id AND held.state = 'running'
-         WHERE t.id = done.id
+          FROM held
+         WHERE t.id = ANY ($1)
+           AND t.id = held.id
            AND t.state = 'running'
-           AND t.lease_id = done.lease_id
-           AND t.cancel_requested_at IS NULL
+           AND t.lease_id = held.lease_id
         RETURNING t.id, t.attempt, t.tenant_id, t.generation, t.started_at,
-                  held.worker_id, done.lease_id, done.failure)
+                  held.worker_id, held.lease_id, held.failure)
     INSERT INTO asyncflow.attempts
            (task_id, attempt, tenant_id, generation, outcome,
             started_at, finished_at, worker_id, lease_id, failure)
@@ -245,8 +256,8 @@ _BACK_TO_PENDING = """
 SETTLE_RETRIED = _BACK_TO_PENDING.format(
     outcome="retried",
     charge="""failures = t.failures + 1,
-               failure = done.failure::json,
-               run_at = now() + done.delay_seconds * interval '1 second',""",
+               failure = held.failure::json,
+               run_at = now() + held.delay_seconds * interval '1 second',""",
 )
 
 SETTLE_RELEASED = _BACK_TO_PENDING.format(outcome="released", charge="")
@@ -316,7 +327,8 @@ RECORD_PROGRESS = """
     UPDATE asyncflow.tasks t
        SET progress = new.progress::json
       FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS new (id, lease_id, progress)
-     WHERE t.id = new.id
+     WHERE t.id = ANY ($1)
+       AND t.id = new.id
        AND t.state = 'running'
        AND t.lease_id = new.lease_id
 """

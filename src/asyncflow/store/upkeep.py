@@ -26,9 +26,8 @@ class LostLease(NamedTuple):
 LOST_LEASES = """
     SELECT t.id, t.lease_id, t.worker_id, t.failures, t.max_attempts,
            t.cancel_requested_at IS NOT NULL AS cancel_requested
-      FROM asyncflow.tasks t
-     WHERE t.state = 'running'
-       AND t.worker_id IS NOT NULL                      -- index tasks_running
+      FROM asyncflow.tasks_live t
+     WHERE t.worker_id IS NOT NULL                      -- running; index tasks_running
        AND NOT EXISTS (SELECT
                          FROM asyncflow.workers w
                         WHERE w.id = t.worker_id
@@ -46,21 +45,19 @@ async def lost_leases(db: Executor, *, limit: int) -> list[LostLease]:
 
 
 EXPIRE = """
-    WITH due AS (
-        SELECT id
-          FROM asyncflow.tasks
-         WHERE expires_at <= now()
-           AND lease_id IS NULL                         -- index tasks_expiring
-           AND state IN ('pending', 'queued')
-         ORDER BY expires_at
+    WITH due AS MATERIALIZED (
+        SELECT t.id
+          FROM asyncflow.tasks_live t
+         WHERE t.expires_at <= now()
+           AND t.lease_id IS NULL                       -- waiting; index tasks_expiring
+         ORDER BY t.expires_at
          LIMIT $1
            FOR UPDATE SKIP LOCKED)
     UPDATE asyncflow.tasks t
        SET state = 'cancelled',
            finished_at = now(),
            failure = '{"kind": "Expired", "message": "Its expires_at passed before it started."}'
-      FROM due
-     WHERE t.id = due.id
+     WHERE t.id = ANY (ARRAY (SELECT id FROM due))
        AND t.state IN ('pending', 'queued')
     RETURNING t.id
 """
@@ -74,21 +71,18 @@ async def expire(db: Executor, *, limit: int) -> int:
 
 
 PRUNE_FINISHED = """
-    WITH old AS (
-        SELECT id
-          FROM asyncflow.tasks
-         WHERE state IN ('completed', 'failed', 'cancelled')
-           AND finished_at < now() - $1 * interval '1 day'
-         ORDER BY finished_at
+    WITH old AS MATERIALIZED (
+        SELECT t.id
+          FROM asyncflow.tasks_finished t
+         WHERE t.finished_at < now() - $1 * interval '1 day'
+         ORDER BY t.finished_at
          LIMIT $2
            FOR UPDATE SKIP LOCKED),
     history AS (
         DELETE FROM asyncflow.attempts a
-         USING old
-         WHERE a.task_id = old.id)
+         WHERE a.task_id = ANY (ARRAY (SELECT id FROM old)))
     DELETE FROM asyncflow.tasks t
-     USING old
-     WHERE t.id = old.id
+     WHERE t.id = ANY (ARRAY (SELECT id FROM old))
        AND t.state IN ('completed', 'failed', 'cancelled')
     RETURNING t.id
 """

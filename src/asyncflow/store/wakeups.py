@@ -100,14 +100,18 @@ class Listener:
 
     async def _listen_until_broken(self) -> None:
         connection = await self._db.connect("wake-ups", timeout_seconds=CHECK_SECONDS)
+        broken = asyncio.Event()
+        connection.add_termination_listener(lambda _: broken.set())
         try:
             with translated_errors():
                 await connection.add_listener(CHANNEL, lambda *_: self._on_wakeup())
                 # What was notified before this moment went unheard.
                 self._on_wakeup()
-                while True:
-                    # A connection can die without a word; a statement finds out.
-                    await asyncio.sleep(CHECK_SECONDS)
+                while not broken.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(CHECK_SECONDS):
+                            await broken.wait()
+                    # A connection can also die without a word; a statement finds out.
                     await connection.execute("SELECT 1")
         finally:
             connection.terminate()

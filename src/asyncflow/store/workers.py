@@ -43,7 +43,7 @@ class Registration:
 
 def lock_key(worker_id: UUID) -> int:
     """
-    The advisory lock that stands for this worker's life: 63 random bits of its id.
+    The advisory lock that stands for this worker's life: the 62 random bits at the end of its id.
     """
     return worker_id.int & 0x3FFF_FFFF_FFFF_FFFF
 
@@ -116,9 +116,8 @@ class Held(NamedTuple):
 
 HELD = """
     SELECT id, lease_id, cancel_requested_at IS NOT NULL AS cancel_requested
-      FROM asyncflow.tasks
-     WHERE state = 'running'
-       AND worker_id = $1
+      FROM asyncflow.tasks_live
+     WHERE worker_id = $1                               -- running; index tasks_running
        AND (started_at < now() - $2 * interval '1 second' OR cancel_requested_at IS NOT NULL)
 """
 
@@ -158,7 +157,7 @@ MARK_LOST = """
             -- A free lock is proof of death only if the heartbeat is overdue as well, and
             -- if PostgreSQL itself did not just restart and free every lock.
             OR (w.heartbeat_at < now() - (2 * w.heartbeat_seconds + 0.5) * interval '1 second'
-                AND pg_postmaster_start_time() < now() - interval '10 seconds'
+                AND pg_postmaster_start_time() < now() - $1 * interval '1 second'
                 AND NOT EXISTS (
                     SELECT
                       FROM pg_locks l
@@ -172,13 +171,18 @@ MARK_LOST = """
 """
 
 
-async def mark_lost(db: Executor) -> list[tuple[UUID, str]]:
+async def mark_lost(
+    db: Executor, *, restart_grace_seconds: float = 10.0
+) -> list[tuple[UUID, str]]:
     """
     Give up workers that are dead or cut off; return the id and name of each.
 
     From here on they hold no lease: `upkeep.lost_leases` lists what they were running.
+
+    Args:
+        restart_grace_seconds: How long after a start of PostgreSQL its locks prove nothing.
     """
-    rows = await db.fetch(MARK_LOST)
+    rows = await db.fetch(MARK_LOST, restart_grace_seconds)
     return [(row["id"], row["name"]) for row in rows]
 
 

@@ -46,6 +46,8 @@ LEAVE_SECONDS = 0.5
 PROGRESS_SECONDS = 0.05
 """Progress leaves at most this often; the latest report wins."""
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -57,13 +59,14 @@ def main() -> None:
     connection.set_inheritable(False)  # a program that a handler starts must not hold it open
     # Service managers signal every process of a group; when to stop is for the worker to say.
     # Not SIG_IGN, which programs started by handlers would inherit.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, _ignore)
     keeper_pid = os.getpid()
     server_pid = os.fork()
     if server_pid:
         _keep(connection, server_pid)
     _die_with(keeper_pid)
+    os.register_at_fork(after_in_child=_take_signals)  # multiprocessing ends its own by SIGTERM
     Server(connection).serve()
 
 
@@ -276,6 +279,11 @@ def _die_with(keeper_pid: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != keeper_pid:
         os._exit(1)
+
+
+def _take_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

@@ -296,7 +296,7 @@ class Children:
         is_fit = child.is_idle and child.tasks < self._tasks_max
         if is_fit and len(self._idle) < self._idle_max:
             self._idle.append(child)
-        else:
+        elif not child.reaper.done():
             self._dismiss(child)
 
     async def close(self) -> None:

@@ -409,6 +409,7 @@ class Threads:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # an idle thread would keep the last attempt and its payload alive
             with self._lock:
                 self._idle += 1
         self._jobs.put(None)  # for the next thread

@@ -164,7 +164,10 @@ function tryIt(operation, body, heading, result) {
     name: parameter.name, "data-in": parameter.in, required: parameter.required ? "" : false,
     placeholder: parameter.required ? "" : "any", spellcheck: "false" }));
   const text = body === undefined ? null : node("textarea", { "aria-label": "Body", spellcheck: "false" });
-  if (text) text.value = JSON.stringify(body, null, 2);
+  if (text) {
+    text.value = JSON.stringify(body, null, 2);
+    text.rows = text.value.split("\n").length + 1;
+  }
   const send = async (event) => {
     event.preventDefault();
     const [status, content] = await request(operation, inputs, text?.value);

@@ -1,0 +1,7 @@
+"""
+`python -m asyncflow` is `asyncflow`.
+"""
+
+from asyncflow.cli import main
+
+main()

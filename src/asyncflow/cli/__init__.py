@@ -1,0 +1,15 @@
+"""
+The command line: `asyncflow …`.
+
+    app          every command, its options, and what it starts
+    dev          all of AsyncFlow on this machine under one parent
+    tasks        looking at tasks and steering them, over the store
+    queues       pausing and resuming queues
+
+Commands import what they run when they run: a worker starts without the web framework, the
+migrations and Rich. No command decides anything; that is `processes`' and the store's.
+"""
+
+from asyncflow.cli.app import main
+
+__all__ = ["main"]

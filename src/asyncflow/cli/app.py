@@ -1,0 +1,222 @@
+"""
+Every command, its options, and what it starts.
+
+Options only override settings; what a setting means is in `settings` and `.env.example`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from asyncflow.cli import queues, tasks
+from asyncflow.errors import AsyncFlowError, InvalidSettings, StoreUnavailable, TransportError
+from asyncflow.supervisor import CHILD_OPTION
+
+if TYPE_CHECKING:
+    from asyncflow.settings import Settings
+
+NOT_NOW, REFUSED, INTERRUPTED = 1, 2, 130
+"""Exit statuses: try again later; wrong as it stands; Ctrl-C."""
+
+app = typer.Typer(
+    name="asyncflow",
+    help="AsyncFlow: durable distributed task processing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(tasks.app, name="task")
+app.add_typer(queues.app, name="queue")
+
+Host = Annotated[str | None, typer.Option(help="Address to listen on.", show_default=False)]
+Port = Annotated[int | None, typer.Option(help="Port to listen on.", show_default=False)]
+Concurrency = Annotated[
+    int | None,
+    typer.Option(help="How many tasks a worker process runs at once.", show_default=False),
+]
+Handlers = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE,…",
+        help="Modules with handlers, such as billing.tasks or billing/tasks.py.",
+        show_default=False,
+    ),
+]
+
+
+def main() -> NoReturn:
+    """
+    Run the command that the arguments name, and exit.
+
+    Everything AsyncFlow raises on purpose ends as its sentence on standard error: with exit
+    status 1 if the same command may work later, with 2 if not.
+    """
+    try:
+        app(prog_name="asyncflow")
+    except AsyncFlowError as error:
+        typer.echo(f"asyncflow: {_sentences(error)}", err=True)
+        may_work_later = isinstance(error, StoreUnavailable | TransportError)
+        sys.exit(NOT_NOW if may_work_later else REFUSED)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    sys.exit(0)
+
+
+def _sentences(error: AsyncFlowError) -> str:
+    if isinstance(error, InvalidSettings) and len(error.mistakes) > 1:
+        return "\n  ".join(["These settings cannot be used:", *error.mistakes])
+    return str(error)
+
+
+@app.callback()
+def begin(
+    supervised: Annotated[bool, typer.Option(CHILD_OPTION, hidden=True)] = False,
+) -> None:
+    if supervised:
+        from asyncflow.supervisor import stop_with_parent
+
+        stop_with_parent()
+
+
+@app.command()
+def dev(
+    host: Host = None,
+    port: Port = None,
+    concurrency: Concurrency = None,
+    handlers: Handlers = None,
+) -> None:
+    """
+    Run all of AsyncFlow on this machine, with a PostgreSQL of its own.
+
+    Data lives in .asyncflow/ of the current folder, unless ASYNCFLOW_DATABASE_URL names
+    another database.
+    """
+    from asyncflow.cli.dev import develop
+
+    settings = _settings(
+        # The log's reader is whoever started this, also when it goes through `tee`.
+        log_format="console",
+        api_host=host,
+        api_port=port,
+        worker_concurrency=concurrency,
+        worker_handlers=_names(handlers),
+    )
+    _configure_logs(settings, "dev")
+    sys.exit(asyncio.run(develop(settings)))
+
+
+@app.command()
+def migrate() -> None:
+    """
+    Bring the database to the schema of this version. Safe to repeat, and at the same time.
+    """
+    from asyncflow.settings import masked, required_database_url
+    from asyncflow.store.migrations import migrate as bring_up_to_date
+    from asyncflow.store.schema import SCHEMA_VERSION
+
+    url = required_database_url(_settings())
+    before = asyncio.run(bring_up_to_date(url))
+    change = f"is at {before} already" if before == SCHEMA_VERSION else f"is now {SCHEMA_VERSION}"
+    typer.echo(f"The schema of {masked(url)} {change}.")
+
+
+@app.command()
+def api(host: Host = None, port: Port = None) -> None:
+    """
+    Serve the HTTP API.
+    """
+    from asyncflow.processes import run, serve_api
+
+    settings = _settings(api_host=host, api_port=port)
+    _configure_logs(settings, "api")
+    run(serve_api(settings))
+
+
+@app.command()
+def worker(
+    queues: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…",
+            help="Queues to take tasks from; all that its handlers name if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    concurrency: Concurrency = None,
+    processes: Annotated[
+        int | None, typer.Option(help="How many worker processes.", show_default=False)
+    ] = None,
+    handlers: Handlers = None,
+) -> None:
+    """
+    Run tasks.
+    """
+    settings = _settings(
+        worker_queues=queues,
+        worker_concurrency=concurrency,
+        worker_processes=processes,
+        worker_handlers=_names(handlers),
+    )
+    _configure_logs(settings, "worker")
+    if settings.worker_processes > 1:
+        sys.exit(asyncio.run(_several_workers(settings)))
+
+    from asyncflow.processes import run, work
+
+    run(work(settings))
+
+
+@app.command()
+def maintenance() -> None:
+    """
+    Do the chores: recover tasks of dead workers, prune old ones, feed RabbitMQ. Run two.
+    """
+    from asyncflow.processes import maintain, run
+
+    settings = _settings()
+    _configure_logs(settings, "maintenance")
+    run(maintain(settings))
+
+
+@app.command()
+def version() -> None:
+    """
+    Say which version this is.
+    """
+    from asyncflow import __version__
+
+    typer.echo(__version__)
+
+
+async def _several_workers(settings: Settings) -> int:
+    from asyncflow.supervisor import Child, Supervisor, as_environment
+
+    one = settings.model_copy(update={"worker_processes": 1})
+    children = [
+        Child(f"worker {number}", ["worker"], as_environment(one))
+        for number in range(1, settings.worker_processes + 1)
+    ]
+    with Supervisor(grace_seconds=settings.shutdown_grace_seconds) as supervisor:
+        return await supervisor.run(children)
+
+
+def _settings(**overrides: object) -> Settings:
+    from asyncflow.settings import load_settings
+
+    return load_settings(**overrides)
+
+
+def _configure_logs(settings: Settings, process: str) -> None:
+    from asyncflow.telemetry.logs import configure_logs
+
+    configure_logs(level=settings.log_level, log_format=settings.log_format, process=process)
+
+
+def _names(handlers: list[str] | None) -> str | None:
+    return ",".join(handlers) if handlers else None

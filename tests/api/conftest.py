@@ -1,0 +1,87 @@
+"""
+The real application over a fresh database, and a client that speaks to it in process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from asyncflow.api.app import create_app
+from asyncflow.api.catalogue import Catalogue
+from asyncflow.settings import Settings
+from asyncflow.store.database import Database
+from asyncflow.store.wakeups import Waker
+
+BODY_BYTES_MAX = 400_000
+PAYLOAD_BYTES_MAX = 100_000
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """
+    Settings with limits that are quickly exceeded.
+    """
+    return Settings(api_body_bytes_max=BODY_BYTES_MAX, payload_bytes_max=PAYLOAD_BYTES_MAX)
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[Database]:
+    """
+    The pool the application uses.
+    """
+    async with Database(database_url, timeout_seconds=5) as db:
+        yield db
+
+
+@pytest.fixture
+def catalogue(db: Database) -> Catalogue:
+    """
+    The application's copy of the published handlers; refreshed by hand.
+    """
+    return Catalogue(db)
+
+
+@pytest.fixture
+async def app(db: Database, settings: Settings, catalogue: Catalogue) -> AsyncIterator[FastAPI]:
+    """
+    The application as `processes` makes it.
+    """
+    waker = Waker(db)
+    yield create_app(
+        db,
+        settings,
+        catalogue=catalogue,
+        waker=waker,
+        version="1.2.3",
+        broker_state=lambda: "connected",
+    )
+    await waker.close()
+
+
+@pytest.fixture
+async def offline_client(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    """
+    A client of an application whose database cannot be reached: what is refused all the
+    same was refused before anything was stored, and what is not refused answers 503.
+    """
+    async with Database("postgresql://nobody@127.0.0.1:1/nothing") as db:
+        waker = Waker(db)
+        app = create_app(db, settings, catalogue=Catalogue(db), waker=waker, version="1.2.3")
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+            yield client
+        await waker.close()
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """
+    A client of `app`. An exception that leaves the application fails the test.
+    """
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        yield client

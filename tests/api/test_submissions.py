@@ -1,0 +1,365 @@
+"""
+`POST /tasks` and `POST /tasks/batch`: what is taken, what is stored, what is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+
+from asyncflow.store.database import Database
+from asyncflow.store.tasks import get
+from asyncflow.store.wakeups import Listener
+from asyncflow.wire import SubmittedTask, rfc3339
+
+
+async def stored_tasks(db: Database) -> int:
+    count: int = await db.fetchval("SELECT count(*) FROM asyncflow.tasks")
+    return count
+
+
+def in_seconds(seconds: float) -> str:
+    return rfc3339(datetime.now(UTC) + timedelta(seconds=seconds))
+
+
+async def test_a_submitted_task_is_stored_before_it_is_answered(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    The smallest request there is: 202, a Location, and a row with the defaults.
+    """
+    answer = await client.post("/tasks", json={"name": "sample-task"})
+
+    assert answer.status_code == 202
+    view = SubmittedTask.model_validate_json(answer.content, strict=True)
+    assert answer.headers["location"] == f"/tasks/{view.id}"
+    assert (view.name, view.status, view.queue, view.priority) == (
+        "sample-task",
+        "PENDING",
+        "default",
+        4,
+    )
+    assert view.run_at == view.created_at
+    assert view.id.version == 7
+    task = await get(db, 1, view.id)
+    assert (task.name, task.payload, task.created_at) == ("sample-task", "{}", view.created_at)
+    assert (task.max_attempts, task.timeout_seconds, task.expires_at) == (None, None, None)
+
+
+async def test_every_field_reaches_the_row(client: httpx.AsyncClient, db: Database) -> None:
+    """
+    What a submitter says about a task is what is stored, times in UTC.
+    """
+    answer = await client.post(
+        "/tasks",
+        json={
+            "name": "charge",
+            "payload": {"order": 17, "note": "naïve 🎉 \\ \" \u2028", "deep": [[{"a": None}]]},
+            "queue": "billing",
+            "priority": 9,
+            "run_at": "2031-05-01T12:00:00.25+02:00",
+            "max_attempts": 3,
+            "timeout_seconds": 1.5,
+            "expires_at": "2031-05-01T10:00:01z",
+        },
+    )
+
+    assert answer.status_code == 202
+    assert answer.json()["status"] == "SCHEDULED"
+    assert answer.json()["run_at"] == "2031-05-01T10:00:00.250000Z"
+    assert answer.json()["expires_at"] == "2031-05-01T10:00:01.000000Z"
+    task = await get(db, 1, UUID(answer.json()["id"]))
+    assert json.loads(task.payload or "") == {
+        "order": 17,
+        "note": "naïve 🎉 \\ \" \u2028",
+        "deep": [[{"a": None}]],
+    }
+    assert (task.queue, task.priority) == ("billing", 9)
+    assert (task.max_attempts, task.timeout_seconds) == (3, 1.5)
+    assert task.run_at == datetime(2031, 5, 1, 10, 0, 0, 250_000, UTC)
+
+
+async def test_a_delay_counts_from_the_databases_clock(client: httpx.AsyncClient) -> None:
+    """
+    `delay_seconds` is added to `created_at`, exactly.
+    """
+    answer = await client.post("/tasks", json={"name": "later", "delay_seconds": 90.5})
+
+    view = SubmittedTask.model_validate_json(answer.content)
+    assert view.status == "SCHEDULED"
+    assert view.run_at - view.created_at == timedelta(seconds=90.5)
+
+
+async def test_a_payload_is_stored_as_compact_json(client: httpx.AsyncClient, db: Database) -> None:
+    """
+    Spaces go, escapes become characters, the order of keys stays.
+    """
+    body = b'{"name": "x", "payload": {"b" : 1.50, "a": "\\u00e9\\ud83c\\udf89\\/" }}'
+    answer = await client.post(
+        "/tasks", content=body, headers={"Content-Type": "application/json"}
+    )
+
+    task = await get(db, 1, UUID(answer.json()["id"]))
+    assert task.payload == '{"b":1.5,"a":"é🎉/"}'
+
+
+WRONG_TASKS: list[tuple[Any, list[str]]] = [
+    ({}, ["/name"]),
+    ([], [""]),
+    ("sample-task", [""]),
+    (None, [""]),
+    (7, [""]),
+    ({"name": ""}, ["/name"]),
+    ({"name": "a b"}, ["/name"]),
+    ({"name": "a\n"}, ["/name"]),
+    ({"name": "ä"}, ["/name"]),
+    ({"name": "x" * 129}, ["/name"]),
+    ({"name": "../../etc"}, ["/name"]),
+    ({"name": 5}, ["/name"]),
+    ({"name": None}, ["/name"]),
+    ({"name": ["x"]}, ["/name"]),
+    ({"name": "x", "payload": []}, ["/payload"]),
+    ({"name": "x", "payload": "{}"}, ["/payload"]),
+    ({"name": "x", "payload": None}, ["/payload"]),
+    ({"name": "x", "queue": "two words"}, ["/queue"]),
+    ({"name": "x", "queue": ""}, ["/queue"]),
+    ({"name": "x", "priority": 10}, ["/priority"]),
+    ({"name": "x", "priority": -1}, ["/priority"]),
+    ({"name": "x", "priority": "4"}, ["/priority"]),
+    ({"name": "x", "priority": 4.0}, ["/priority"]),
+    ({"name": "x", "priority": True}, ["/priority"]),
+    ({"name": "x", "priority": None}, ["/priority"]),
+    ({"name": "x", "run_at": "2031-05-01T12:00:00"}, ["/run_at"]),
+    ({"name": "x", "run_at": "2031-05-01"}, ["/run_at"]),
+    ({"name": "x", "run_at": "2031-02-30T12:00:00Z"}, ["/run_at"]),
+    ({"name": "x", "run_at": "0001-01-01T00:00:00+14:00"}, ["/run_at"]),
+    ({"name": "x", "run_at": "9999-12-31T23:59:59-12:00"}, ["/run_at"]),
+    ({"name": "x", "run_at": "٢٠٣١-05-01T12:00:00Z"}, ["/run_at"]),
+    ({"name": "x", "run_at": 1_900_000_000}, ["/run_at"]),
+    ({"name": "x", "run_at": "tomorrow"}, ["/run_at"]),
+    ({"name": "x", "delay_seconds": -0.1}, ["/delay_seconds"]),
+    ({"name": "x", "delay_seconds": 34_560_001}, ["/delay_seconds"]),
+    ({"name": "x", "delay_seconds": "5"}, ["/delay_seconds"]),
+    (
+        {"name": "x", "run_at": "2031-05-01T12:00:00Z", "delay_seconds": 5},
+        ["/delay_seconds"],
+    ),
+    ({"name": "x", "max_attempts": 0}, ["/max_attempts"]),
+    ({"name": "x", "max_attempts": 1001}, ["/max_attempts"]),
+    ({"name": "x", "timeout_seconds": 0}, ["/timeout_seconds"]),
+    ({"name": "x", "timeout_seconds": 604_801}, ["/timeout_seconds"]),
+    ({"name": "x", "expires_at": "2020-01-01T00:00:00Z"}, ["/expires_at"]),
+    (
+        {
+            "name": "x",
+            "run_at": "2031-05-01T12:00:00Z",
+            "expires_at": "2031-05-01T14:00:00+02:00",
+        },
+        ["/expires_at"],
+    ),
+    ({"name": "x", "nmae": 1}, ["/nmae"]),
+    ({"name": "x", "a/b~c": 1}, ["/a~1b~0c"]),
+    ({"nam": "x", "priority": 11, "extra": 1}, ["/name", "/priority", "/nam", "/extra"]),
+]
+
+
+@pytest.mark.parametrize(("task", "pointers"), WRONG_TASKS, ids=lambda value: str(value)[:60])
+async def test_a_wrong_task_is_refused_with_a_pointer_to_each_fault(
+    offline_client: httpx.AsyncClient, task: Any, pointers: list[str]
+) -> None:
+    """
+    422, every wrong place named, before the database is asked; the same inside a batch.
+    """
+    alone = await offline_client.post("/tasks", json=task)
+    batched = await offline_client.post("/tasks/batch", json={"tasks": [{"name": "good"}, task]})
+
+    assert alone.status_code == batched.status_code == 422
+    assert alone.headers["content-type"] == "application/problem+json"
+    assert alone.json()["type"] == "/problems/invalid-task"
+    assert pointers == [error["pointer"] for error in alone.json()["errors"]]
+    assert [f"/tasks/1{pointer}" for pointer in pointers] == [
+        error["pointer"] for error in batched.json()["errors"]
+    ]
+
+
+async def test_a_fault_says_what_would_have_worked(offline_client: httpx.AsyncClient) -> None:
+    """
+    The sentences people read, word by word.
+    """
+    task = {
+        "name": "a b",
+        "priority": 12,
+        "payload": 1,
+        "run_at": "soon",
+        "delay_seconds": 1e9,
+        "prioritty": 1,
+    }
+    answer = await offline_client.post("/tasks", json=task)
+
+    assert answer.json()["detail"] == (
+        "/name must be 1 to 128 of A-Z a-z 0-9 . _ -. (One of 6 faults; see `errors`.)"
+    )
+    assert {error["pointer"]: error["detail"] for error in answer.json()["errors"]} == {
+        "/name": "must be 1 to 128 of A-Z a-z 0-9 . _ -",
+        "/priority": "must be at most 9",
+        "/payload": "must be an object",
+        "/run_at": "must be an RFC 3339 time with its offset, such as 2030-01-31T09:30:00Z "
+        "or 2030-01-31T10:30:00+01:00",
+        "/delay_seconds": "must be at most 34560000",
+        "/prioritty": "is not known (did you mean priority?); allowed are name, payload, "
+        "queue, priority, run_at, delay_seconds, max_attempts, timeout_seconds, expires_at",
+    }
+
+
+async def test_a_task_that_would_expire_before_its_delay_is_refused(
+    client: httpx.AsyncClient,
+) -> None:
+    """
+    `expires_at` must lie behind `delay_seconds`, or the task could never run.
+    """
+    task = {"name": "x", "delay_seconds": 3600, "expires_at": in_seconds(1800)}
+    refused = await client.post("/tasks", json=task)
+    taken = await client.post("/tasks", json={**task, "expires_at": in_seconds(5400)})
+
+    assert refused.status_code == 422
+    assert refused.json()["errors"] == [
+        {"pointer": "/expires_at", "detail": "must be later than the end of `delay_seconds`"}
+    ]
+    assert taken.status_code == 202
+
+
+async def test_a_payload_beyond_the_limit_is_refused(
+    client: httpx.AsyncClient, settings: Any
+) -> None:
+    """
+    The limit counts bytes of compact JSON in UTF-8, not characters and not spaces.
+    """
+    room = settings.payload_bytes_max - len('{"x":""}')
+    fits = await client.post("/tasks", json={"name": "x", "payload": {"x": "é" * (room // 2)}})
+    exceeds = await client.post(
+        "/tasks", json={"name": "x", "payload": {"x": "é" * (room // 2) + "abc"}}
+    )
+
+    assert fits.status_code == 202
+    assert exceeds.status_code == 422
+    assert exceeds.json()["errors"][0]["pointer"] == "/payload"
+    assert f"at most {settings.payload_bytes_max} are kept" in exceeds.json()["detail"]
+
+
+async def test_a_batch_is_answered_in_its_order(client: httpx.AsyncClient, db: Database) -> None:
+    """
+    A thousand tasks at once, all stored, each answered at its place.
+    """
+    tasks = [{"name": f"n-{i}", "priority": i % 10, "payload": {"i": i}} for i in range(1000)]
+    answer = await client.post("/tasks/batch", json={"tasks": tasks})
+
+    assert answer.status_code == 202
+    views = answer.json()["tasks"]
+    assert [task["name"] for task in tasks] == [view["name"] for view in views]
+    assert sorted(view["id"] for view in views) == [view["id"] for view in views]
+    assert await stored_tasks(db) == 1000
+    last = await get(db, 1, UUID(views[-1]["id"]))
+    assert last.payload == '{"i":999}'
+
+
+@pytest.mark.parametrize(
+    ("batch", "pointer"),
+    [
+        ({}, "/tasks"),
+        ([], ""),
+        ({"tasks": {}}, "/tasks"),
+        ({"tasks": []}, "/tasks"),
+        ({"tasks": [{"name": "x"}] * 1001}, "/tasks"),
+        ({"tasks": [{"name": "x"}, 3]}, "/tasks/1"),
+        ({"tasks": [{"name": "x"}], "all": True}, "/all"),
+        ({"tasks": [{"name": "x"}] * 9 + [{"name": "x", "payload": 1}]}, "/tasks/9/payload"),
+        ({"tasks": [{"name": "x", "payload": {"x": "y" * 200_000}}]}, "/tasks/0/payload"),
+        (
+            {"tasks": [{"name": "x"}, {"name": "x", "expires_at": "2020-01-01T00:00:00Z"}]},
+            "/tasks/1/expires_at",
+        ),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+async def test_a_batch_with_a_fault_is_refused_as_a_whole(
+    offline_client: httpx.AsyncClient, batch: Any, pointer: str
+) -> None:
+    """
+    Before the database is asked, with a pointer into the batch.
+    """
+    answer = await offline_client.post("/tasks/batch", json=batch)
+
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["pointer"] == pointer
+
+
+async def test_a_batch_postgresql_refuses_is_stored_not_at_all(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    All or nothing also when the fault shows in the database only.
+    """
+    await db.execute("ALTER TABLE asyncflow.tasks ADD CHECK (name <> 'refused')")
+    answer = await client.post("/tasks/batch", json={"tasks": [{"name": "x"}, {"name": "refused"}]})
+
+    assert answer.status_code == 500
+    assert await stored_tasks(db) == 0
+
+
+async def test_concurrent_submissions_share_inserts_and_get_their_own_answers(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    200 clients at once: 200 rows, and every answer is about its own task.
+    """
+    answers = await asyncio.gather(
+        *(client.post("/tasks", json={"name": f"n-{i}", "payload": {"i": i}}) for i in range(200))
+    )
+
+    assert [f"n-{i}" for i in range(200)] == [answer.json()["name"] for answer in answers]
+    rows = await db.fetch("SELECT id::text, name, created_at FROM asyncflow.tasks")
+    assert {(a.json()["id"], a.json()["name"]) for a in answers} == {
+        (row["id"], row["name"]) for row in rows
+    }
+    # now() is the transaction's: far fewer of them than tasks.
+    assert len({row["created_at"] for row in rows}) < 50
+
+
+async def test_a_task_postgresql_refuses_fails_alone(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    One bad row does not take the other submissions of its batch along.
+    """
+    await db.execute("ALTER TABLE asyncflow.tasks ADD CHECK (name <> 'refused')")
+    answers = await asyncio.gather(
+        *(client.post("/tasks", json={"name": "refused" if i == 7 else "x"}) for i in range(20))
+    )
+
+    assert [500 if i == 7 else 202 for i in range(20)] == [a.status_code for a in answers]
+    assert await stored_tasks(db) == 19
+
+
+async def test_a_due_submission_wakes_listeners_and_a_later_one_does_not(
+    client: httpx.AsyncClient, database_url: str
+) -> None:
+    """
+    Idle workers hear of a task at once, and are left alone for one that is not due.
+    """
+    heard: asyncio.Queue[None] = asyncio.Queue()
+    async with Listener(database_url, lambda: heard.put_nowait(None), name="test"):
+        await asyncio.wait_for(heard.get(), 5)  # It listens now.
+        await client.post("/tasks", json={"name": "x", "delay_seconds": 60})
+        await client.post("/tasks/batch", json={"tasks": [{"name": "x", "delay_seconds": 60}]})
+        silent = heard.empty()
+        await client.post("/tasks", json={"name": "x"})
+        await asyncio.wait_for(heard.get(), 5)
+
+    assert silent
+    assert heard.empty()

@@ -1,0 +1,331 @@
+"""
+Reading, listing, cancelling and redriving tasks over HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+
+from asyncflow.domain.outcome import Failure, Settlement
+from asyncflow.domain.states import Event
+from asyncflow.store.claims import Claim, Offer, Settling, claim_due, settle
+from asyncflow.store.database import Database
+from asyncflow.store.tasks import STATUS_FILTERS
+from asyncflow.wire import STATUSES, TaskPage, TaskView
+
+FAILURE = Failure("ValueError", "no such order", "Traceback …\nValueError: no such order")
+
+
+async def submitted(client: httpx.AsyncClient, **task: Any) -> str:
+    answer = await client.post("/tasks", json={"name": "x", **task})
+    assert answer.status_code == 202
+    return str(answer.json()["id"])
+
+
+async def claimed(db: Database, name: str = "x") -> Claim:
+    [claim] = await claim_due(
+        db,
+        lease_id=uuid4(),
+        worker_id=uuid4(),
+        offers=[Offer(name, 5, 60.0)],
+        queues=["default"],
+        limit=1,
+    )
+    return claim
+
+
+async def settled(db: Database, settlement: Settlement) -> None:
+    claim = await claimed(db)
+    assert await settle(db, [Settling(claim.task_id, claim.lease_id, settlement)]) == [True]
+
+
+async def test_a_fresh_task_shows_that_nobody_offers_its_name(client: httpx.AsyncClient) -> None:
+    """
+    A due task without a worker says what it waits for.
+    """
+    task_id = await submitted(client, payload={"b": 1, "a": [1.0]})
+    answer = await client.get(f"/tasks/{task_id}")
+
+    assert answer.status_code == 200
+    view = TaskView.model_validate_json(answer.content)
+    assert str(view.id) == task_id
+    assert (view.status, view.attempt, view.generation, view.result) == ("PENDING", 0, 1, None)
+    assert view.payload == {"b": 1, "a": [1.0]}
+    assert view.waiting_for == "No live worker offers 'x' on queue 'default'; it runs when one starts."
+    assert (view.attempts, view.error) == ([], None)
+    assert set(answer.json()) == set(TaskView.model_fields)
+
+
+async def test_the_life_of_a_task_is_visible(client: httpx.AsyncClient, db: Database) -> None:
+    """
+    RUNNING with a worker, RETRYING with an error, COMPLETED with result, attempts and timings.
+    """
+    task_id = await submitted(client)
+    claim = await claimed(db)
+    running = (await client.get(f"/tasks/{task_id}")).json()
+    retry = Settlement(Event.RETRY, delay_seconds=3600, failure=FAILURE)
+    await settle(db, [Settling(claim.task_id, claim.lease_id, retry)])
+    retrying = (await client.get(f"/tasks/{task_id}")).json()
+    await db.execute("UPDATE asyncflow.tasks SET run_at = now()")
+    await settled(db, Settlement(Event.COMPLETE, result='{"ok": true}'))
+    completed = (await client.get(f"/tasks/{task_id}")).json()
+
+    assert (running["status"], running["attempt"]) == ("RUNNING", 1)
+    assert running["worker_id"] == running["attempts"][0]["worker_id"] is not None
+    assert running["attempts"][0]["outcome"] == "RUNNING"
+    assert running["timings"]["wait_seconds"] >= 0
+    assert running["timings"]["run_seconds"] is None
+    assert (retrying["status"], retrying["failures"]) == ("RETRYING", 1)
+    assert retrying["error"] == {
+        "kind": FAILURE.kind,
+        "message": FAILURE.message,
+        "traceback": FAILURE.traceback,
+    }
+    assert retrying["timings"]["wait_seconds"] is None
+    assert (completed["status"], completed["result"]) == ("COMPLETED", {"ok": True})
+    assert ["RETRIED", "COMPLETED"] == [a["outcome"] for a in completed["attempts"]]
+    assert completed["attempts"][0]["error"]["kind"] == "ValueError"
+    assert completed["attempts"][1]["duration_seconds"] == completed["timings"]["run_seconds"]
+    assert completed["timings"]["total_seconds"] >= completed["timings"]["run_seconds"] >= 0
+
+
+async def test_a_result_is_given_out_as_it_was_stored(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    However deep it is nested and however long its integers are.
+    """
+    result = "[" * 500 + "12345678901234567890123" + "]" * 500
+    task_id = await submitted(client)
+    await settled(db, Settlement(Event.COMPLETE, result=result))
+    answer = await client.get(f"/tasks/{task_id}")
+
+    assert answer.status_code == 200
+    assert f'"result":{result}}}' in answer.text
+    json.loads(answer.text)
+
+
+@pytest.mark.parametrize(
+    "task_id",
+    [
+        "x",
+        "0",
+        "%00",
+        "..%2f..%2fetc",
+        "{0192f0c1-2b3c-7d4e-8f50-123456789abc}",
+        "urn:uuid:0192f0c1-2b3c-7d4e-8f50-123456789abc",
+        "0192f0c12b3c7d4e8f50123456789abc",
+        "0192F0C1-2B3C-7D4E-8F50-123456789ABC",
+        "0192f0c1-2b3c-7d4e-8f50-123456789abc%0a",
+        "٠192f0c1-2b3c-7d4e-8f50-123456789abc",
+    ],
+)
+async def test_what_is_no_id_is_not_found(offline_client: httpx.AsyncClient, task_id: str) -> None:
+    """
+    404 for each verb; no other spelling of a UUID is an id.
+    """
+    assert [404, 404, 404] == await statuses(offline_client, task_id)
+
+
+async def test_an_unknown_id_is_not_found(client: httpx.AsyncClient) -> None:
+    """
+    404 for each verb.
+    """
+    assert [404, 404, 404] == await statuses(client, "0192f0c1-2b3c-7d4e-8f50-123456789abc")
+
+
+async def statuses(client: httpx.AsyncClient, task_id: str) -> list[int]:
+    answers = [
+        await client.get(f"/tasks/{task_id}"),
+        await client.post(f"/tasks/{task_id}/cancel"),
+        await client.post(f"/tasks/{task_id}/redrive"),
+    ]
+    return [answer.status_code for answer in answers]
+
+
+async def test_pages_follow_each_other_without_gaps(client: httpx.AsyncClient) -> None:
+    """
+    Newest first; what is submitted meanwhile moves nothing.
+    """
+    ids = [await submitted(client, payload={"i": i}) for i in range(5)]
+    first = (await client.get("/tasks", params={"limit": 2})).json()
+    await submitted(client)
+    second = (
+        await client.get("/tasks", params={"limit": 2, "cursor": first["next_cursor"]})
+    ).json()
+    third = (
+        await client.get("/tasks", params={"limit": 2, "cursor": second["next_cursor"]})
+    ).json()
+
+    listed = [task["id"] for page in (first, second, third) for task in page["tasks"]]
+    assert ids[::-1] == listed
+    assert third["next_cursor"] is None
+    assert "payload" not in first["tasks"][0]
+    TaskPage.model_validate(first)
+
+
+async def test_lists_filter_by_status_name_and_queue(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    Each status people see can be asked for, in any case; filters combine.
+    """
+    failed = await submitted(client)
+    await settled(db, Settlement(Event.FAIL, failure=FAILURE))
+    retrying = await submitted(client)
+    await settled(db, Settlement(Event.RETRY, delay_seconds=60, failure=FAILURE))
+    completed = await submitted(client)
+    await settled(db, Settlement(Event.COMPLETE, result="null"))
+    running = await submitted(client)
+    await claimed(db)
+    cancelled = await submitted(client)
+    await client.post(f"/tasks/{cancelled}/cancel")
+    scheduled = await submitted(client, delay_seconds=60)
+    pending = await submitted(client, name="y", queue="q")
+    queued = await submitted(client)
+    await db.execute(
+        "UPDATE asyncflow.tasks SET state = 'queued', queued_at = now() WHERE id = $1",
+        UUID(queued),
+    )
+
+    async def listed(**params: str) -> list[str]:
+        answer = await client.get("/tasks", params=params)
+        return [task["id"] for task in answer.json()["tasks"]]
+
+    assert {
+        "PENDING": [pending],
+        "SCHEDULED": [scheduled],
+        "RETRYING": [retrying],
+        "QUEUED": [queued],
+        "RUNNING": [running],
+        "COMPLETED": [completed],
+        "FAILED": [failed],
+        "CANCELLED": [cancelled],
+    } == {status: await listed(status=status) for status in STATUSES}
+    assert await listed(status="FaiLed") == [failed]
+    assert await listed(name="y") == await listed(queue="q", status="pending") == [pending]
+    assert await listed(name="y", queue="default") == []
+
+
+async def test_lists_show_errors_without_tracebacks(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    A page of dead letters stays readable.
+    """
+    await submitted(client)
+    await settled(db, Settlement(Event.FAIL, failure=FAILURE))
+    page = (await client.get("/tasks", params={"status": "FAILED"})).json()
+
+    assert page["tasks"][0]["error"] == {
+        "kind": "ValueError",
+        "message": "no such order",
+        "traceback": None,
+    }
+
+
+def test_the_statuses_of_the_api_are_those_of_the_store() -> None:
+    """
+    No status can be shown that cannot be asked for.
+    """
+    assert list(STATUSES) == list(STATUS_FILTERS)
+
+
+@pytest.mark.parametrize(
+    ("query", "parameter"),
+    [
+        ("limit=0", "limit"),
+        ("limit=-1", "limit"),
+        ("limit=501", "limit"),
+        ("limit=1e9", "limit"),
+        ("limit=ten", "limit"),
+        ("limit=", "limit"),
+        ("status=done", "status"),
+        ("status=", "status"),
+        ("status=%00", "status"),
+        ("name=a%20b", "name"),
+        ("name=%27%20OR%201=1", "name"),
+        ("queue=%00", "queue"),
+        ("queue=", "queue"),
+        ("cursor=nonsense", "cursor"),
+        ("cursor=%F0%9F%8E%89", "cursor"),
+        ("cursor=" + "A" * 22 + "A", "cursor"),
+        ("cursor=" + "A" * 1000, "cursor"),
+        ("statsu=FAILED", "statsu"),
+        ("offset=10", "offset"),
+    ],
+)
+async def test_a_wrong_query_is_refused_by_parameter(
+    offline_client: httpx.AsyncClient, query: str, parameter: str
+) -> None:
+    """
+    422 that names the parameter; a misspelt filter must not list everything.
+    """
+    answer = await offline_client.get(f"/tasks?{query}")
+
+    assert answer.status_code == 422
+    assert answer.json()["type"] == "/problems/invalid-query"
+    assert [parameter] == [error["parameter"] for error in answer.json()["errors"]]
+
+
+async def test_a_wrong_status_lists_the_right_ones(offline_client: httpx.AsyncClient) -> None:
+    """
+    The sentence is complete.
+    """
+    answer = await offline_client.get("/tasks?status=done")
+
+    assert answer.json()["detail"] == (
+        "status must be one of PENDING, SCHEDULED, RETRYING, QUEUED, RUNNING, COMPLETED, "
+        "FAILED or CANCELLED."
+    )
+
+
+async def test_a_waiting_task_is_cancelled_at_once(client: httpx.AsyncClient) -> None:
+    """
+    200 with the cancelled task; a second time is a conflict that names its state.
+    """
+    task_id = await submitted(client)
+    cancelled = await client.post(f"/tasks/{task_id}/cancel")
+    again = await client.post(f"/tasks/{task_id}/cancel")
+
+    assert (cancelled.status_code, cancelled.json()["status"]) == (200, "CANCELLED")
+    assert cancelled.json()["error"]["kind"] == "Cancelled"
+    assert again.status_code == 409
+    assert again.json()["type"] == "/problems/illegal-transition"
+    assert again.json()["state"] == "CANCELLED"
+    assert again.json()["detail"] == (
+        f"Task {task_id} is cancelled; only pending, queued or running tasks can be cancelled."
+    )
+
+
+async def test_a_running_task_is_asked_to_stop(client: httpx.AsyncClient, db: Database) -> None:
+    """
+    202 while its worker has not stopped it yet.
+    """
+    task_id = await submitted(client)
+    await claimed(db)
+    answer = await client.post(f"/tasks/{task_id}/cancel")
+
+    assert (answer.status_code, answer.json()["status"]) == (202, "RUNNING")
+    assert answer.json()["cancel_requested_at"] is not None
+
+
+async def test_a_dead_letter_can_be_redriven(client: httpx.AsyncClient, db: Database) -> None:
+    """
+    202, pending again in a new generation with its history; a pending task cannot be.
+    """
+    task_id = await submitted(client)
+    await settled(db, Settlement(Event.FAIL, failure=FAILURE))
+    redriven = await client.post(f"/tasks/{task_id}/redrive")
+    again = await client.post(f"/tasks/{task_id}/redrive")
+
+    view = redriven.json()
+    assert redriven.status_code == 202
+    assert (view["status"], view["generation"], view["failures"]) == ("PENDING", 2, 0)
+    assert ["FAILED"] == [attempt["outcome"] for attempt in view["attempts"]]
+    assert (again.status_code, again.json()["state"]) == (409, "PENDING")

@@ -1,0 +1,221 @@
+"""
+Builders that put tasks and workers into any state, for every test that needs one.
+
+They go the product's own way there: submit, claim, settle. So a row they leave behind is
+one that can exist; only time is cheated, by `backdate`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
+
+from asyncflow.domain.outcome import Failure, Settlement
+from asyncflow.domain.states import Event, State
+from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
+from asyncflow.store import admission, claims, tasks, workers
+from asyncflow.store.claims import Claim, Offer, Settling
+from asyncflow.store.database import Executor
+from asyncflow.store.workers import Registration
+
+NAME = "greet"
+QUEUE = "default"
+PAYLOAD = '{"name": "Ada"}'
+OFFERS = (Offer(NAME, max_attempts=5, timeout_seconds=900.0),)
+FAILURE = Failure("ValueError", "It did not work.", "Traceback …")
+
+SETTLEMENTS = {
+    Event.COMPLETE: Settlement(Event.COMPLETE, result='"done"'),
+    Event.FAIL: Settlement(Event.FAIL, failure=FAILURE),
+    Event.RETRY: Settlement(Event.RETRY, failure=FAILURE),
+    Event.RELEASE: Settlement(Event.RELEASE),
+    Event.CANCEL: Settlement(Event.CANCEL, failure=Failure("Cancelled", "It was asked to stop.")),
+}
+"""One settlement for each way in which an attempt can end."""
+
+_ENDS = {
+    State.COMPLETED: Event.COMPLETE,
+    State.FAILED: Event.FAIL,
+    State.CANCELLED: Event.CANCEL,
+}
+
+_ids = TaskIds()
+
+
+class ATask(NamedTuple):
+    """
+    A task in the database.
+
+    Attributes:
+        lease_id: Of its latest claim, also when that lease is no longer valid; None if it
+            was never claimed.
+        worker_id: Who claimed it last.
+    """
+
+    id: UUID
+    lease_id: UUID | None
+    worker_id: UUID | None
+
+
+def new_task(**changes: Any) -> NewTask:
+    """
+    A task nobody stored yet.
+    """
+    values: dict[str, Any] = {
+        "id": _ids.next(),
+        "tenant_id": DEFAULT_TENANT_ID,
+        "name": NAME,
+        "queue": QUEUE,
+        "priority": 4,
+        "payload": PAYLOAD,
+    }
+    return NewTask(**{**values, **changes})
+
+
+async def submitted(db: Executor, count: int, **changes: Any) -> list[UUID]:
+    """
+    Store `count` equal tasks; return their ids, oldest first.
+    """
+    new = [new_task(**changes) for _ in range(count)]
+    await tasks.submit(db, new)
+    return [task.id for task in new]
+
+
+async def a_task(
+    db: Executor,
+    *,
+    state: State = State.PENDING,
+    attempt: int | None = None,
+    failures: int | None = None,
+    due_in_seconds: float = 0.0,
+    cancel_requested: bool = False,
+    worker_id: UUID | None = None,
+    **changes: Any,
+) -> ATask:
+    """
+    Store a task and move it to `state`.
+
+    Args:
+        attempt: Claims until then; None is 1 for a state that needs one, else 0.
+        failures: How many of the earlier attempts were retried; the others were
+            released. None means all.
+        due_in_seconds: For a pending task: when it is due. If it had attempts before,
+            at least one of them must have been retried.
+        cancel_requested: For a running task: its cancellation was asked for.
+        worker_id: Who claims it; None makes up a worker that is not registered.
+        changes: Fields of `NewTask`.
+    """
+    waits = state in (State.PENDING, State.QUEUED)
+    if attempt is None:
+        attempt = 0 if waits else 1
+    earlier = attempt if waits else max(0, attempt - 1)
+    retried = earlier if failures is None else failures
+    task = new_task(**changes)
+    if not earlier and state is State.PENDING:
+        task = new_task(**changes, id=task.id, delay_seconds=due_in_seconds)
+    await tasks.submit(db, [task])
+
+    worker_id = worker_id or uuid4()
+    lease_id = None
+    for number in range(1, earlier + 1):
+        lease_id = await _claim(db, task, worker_id)
+        is_last = number == earlier and state is State.PENDING
+        settlement = SETTLEMENTS[Event.RELEASE if number <= earlier - retried else Event.RETRY]
+        if is_last and due_in_seconds:
+            settlement = Settlement(Event.RETRY, delay_seconds=due_in_seconds, failure=FAILURE)
+        await settled(db, task.id, lease_id, settlement)
+    if attempt > earlier:
+        lease_id = await _claim(db, task, worker_id)
+        if state in _ENDS:
+            await settled(db, task.id, lease_id, SETTLEMENTS[_ENDS[state]])
+    elif state is State.QUEUED:
+        await admission.mark_queued(db, [task.id])
+    elif state is State.CANCELLED:
+        await tasks.cancel(db, task.tenant_id, task.id)
+    if cancel_requested:
+        await tasks.cancel(db, task.tenant_id, task.id)
+    return ATask(task.id, lease_id, worker_id if lease_id else None)
+
+
+async def a_worker(db: Executor, **changes: Any) -> Registration:
+    """
+    Register a worker that is alive.
+    """
+    values: dict[str, Any] = {
+        "id": uuid4(),
+        "name": "host:1",
+        "queues": (QUEUE,),
+        "handlers": (NAME,),
+        "concurrency": 10,
+        "heartbeat_seconds": 1.0,
+        "lease_seconds": 15.0,
+    }
+    worker = Registration(**{**values, **changes})
+    await workers.register(db, worker)
+    return worker
+
+
+async def claimed(db: Executor, *task_ids: UUID, **changes: Any) -> list[Claim]:
+    """
+    Claim these tasks by their hints; those that may not run are missing from the answer.
+    """
+    values: dict[str, Any] = {"lease_id": uuid4(), "worker_id": uuid4(), "offers": OFFERS}
+    return await claims.claim_hinted(db, task_ids, **{**values, **changes})
+
+
+async def claimed_due(db: Executor, limit: int = 1, **changes: Any) -> list[Claim]:
+    """
+    Claim what is due.
+    """
+    values: dict[str, Any] = {
+        "lease_id": uuid4(),
+        "worker_id": uuid4(),
+        "offers": OFFERS,
+        "queues": (QUEUE,),
+    }
+    return await claims.claim_due(db, limit=limit, **{**values, **changes})
+
+
+async def settled(
+    db: Executor, task_id: UUID, lease_id: UUID, settlement: Settlement
+) -> bool:
+    """
+    Settle one attempt; False if the lease was not valid.
+    """
+    (written,) = await claims.settle(db, [Settling(task_id, lease_id, settlement)])
+    return written
+
+
+async def row_of(db: Executor, task_id: UUID) -> dict[str, Any]:
+    """
+    Everything the database knows of a task, for comparisons.
+    """
+    rows = await db.fetch("SELECT * FROM asyncflow.tasks WHERE id = $1", task_id)
+    (row,) = rows
+    return dict(row)
+
+
+async def state_of(db: Executor, task_id: UUID) -> State:
+    """
+    The state a task is in.
+    """
+    return State((await row_of(db, task_id))["state"])
+
+
+async def backdate(db: Executor, table: str, row_id: UUID, **seconds_ago: float) -> None:
+    """
+    Set timestamps of a row to so many seconds ago, in place of waiting.
+    """
+    for column, seconds in seconds_ago.items():
+        await db.execute(
+            f"UPDATE asyncflow.{table} SET {column} = now() - $2 * interval '1 second' "
+            "WHERE id = $1",
+            row_id,
+            seconds,
+        )
+
+
+async def _claim(db: Executor, task: NewTask, worker_id: UUID) -> UUID:
+    offers = [Offer(task.name, max_attempts=5, timeout_seconds=900.0)]
+    (claim,) = await claimed(db, task.id, worker_id=worker_id, offers=offers)
+    return claim.lease_id

@@ -1,0 +1,364 @@
+"""
+A handler's signature is its contract: what it takes, what it refuses, what it publishes.
+"""
+
+import dataclasses
+import datetime
+import decimal
+import json
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, cast
+
+import annotated_types
+import jsonschema_rs
+import pydantic
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typing_extensions import TypedDict
+
+from asyncflow.errors import HandlerError, InvalidPayload
+from asyncflow.handlers import Context, Handler
+
+
+class Order(pydantic.BaseModel):
+    id: uuid.UUID
+    lines: list[int] = []
+
+
+class StrictOrder(Order):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int = 0
+
+
+class Address(TypedDict):
+    street: str
+
+
+Function = Callable[..., Any]
+
+
+def declared(function: Function) -> Handler:
+    return Handler(name="sample", function=function, isolation="thread")
+
+
+def nothing(): ...
+def only_context(context: Context): ...
+def bare(payload: dict[str, Any]): ...
+def bare_without_a_type(payload): ...
+def bare_mapping(payload: Mapping[str, Any]): ...
+def rest_only(**rest): ...
+def typed_rest(first: int, **rest: int): ...
+def model(payload: Order): ...
+def strict_model(payload: StrictOrder): ...
+def point(payload: Point): ...
+def address(payload: Address): ...
+def counts(payload: dict[str, int]): ...
+def one_model(order: Order): ...
+def number_named_payload(payload: int): ...
+def plain(name: str, count: int = 1, tags: list[str] | None = None): ...
+def with_context(name: str, ctx: Context | None, day: datetime.date): ...
+def bounded(seconds: Annotated[float, annotated_types.Interval(ge=0, le=10)] = 5.0): ...
+def choice(colour: Literal["red", "green"]): ...
+def awkward(schema: int, json: int, model_config: int, _private: int, copy: int = 0): ...
+def rich(at: datetime.datetime, price: decimal.Decimal, key: uuid.UUID, where: Point): ...
+def either(value: int | list[str]): ...
+
+
+MODEL = Order(id=uuid.UUID(int=1), lines=[1])
+
+FITTING = [
+    (nothing, {}, {}),
+    (only_context, {}, {}),
+    (bare, {"a": [1]}, {"payload": {"a": [1]}}),
+    (bare_without_a_type, {"a": 1}, {"payload": {"a": 1}}),
+    (bare_mapping, {}, {"payload": {}}),
+    (rest_only, {"a": 1, "b": None}, {"a": 1, "b": None}),
+    (typed_rest, {"first": 1, "b": 2}, {"first": 1, "b": 2}),
+    (model, {"id": str(MODEL.id), "lines": [1]}, {"payload": MODEL}),
+    (point, {"x": 1}, {"payload": Point(1)}),
+    (address, {"street": "x"}, {"payload": {"street": "x"}}),
+    (counts, {"a": 1}, {"payload": {"a": 1}}),
+    (one_model, {"order": {"id": str(MODEL.id), "lines": [1]}}, {"order": MODEL}),
+    (number_named_payload, {"payload": 3}, {"payload": 3}),
+    (plain, {"name": "n"}, {"name": "n"}),
+    (plain, {"name": "n", "count": 2, "tags": None}, {"name": "n", "count": 2, "tags": None}),
+    (
+        with_context,
+        {"name": "n", "day": "2026-01-02"},
+        {"name": "n", "day": datetime.date(2026, 1, 2)},
+    ),
+    (bounded, {}, {}),
+    (bounded, {"seconds": 10}, {"seconds": 10.0}),
+    (choice, {"colour": "red"}, {"colour": "red"}),
+    (
+        awkward,
+        {"schema": 1, "json": 2, "model_config": 3, "_private": 4},
+        {"schema": 1, "json": 2, "model_config": 3, "_private": 4},
+    ),
+    (
+        rich,
+        {
+            "at": "2026-01-02T03:04:05Z",
+            "price": "1.10",
+            "key": str(uuid.UUID(int=2)),
+            "where": {"x": 1, "y": 2},
+        },
+        {
+            "at": datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC),
+            "price": decimal.Decimal("1.10"),
+            "key": uuid.UUID(int=2),
+            "where": Point(1, 2),
+        },
+    ),
+    (either, {"value": ["a"]}, {"value": ["a"]}),
+]
+
+RICH = {"at": "2026-01-02T03:04:05Z", "price": "1", "key": str(MODEL.id), "where": {"x": 1}}
+
+UNFITTING = [
+    (nothing, {"a": 1}, "/a"),
+    (only_context, {"context": {}}, "/context"),
+    (typed_rest, {"first": 1, "b": "x"}, "/b"),
+    (model, {}, "/id"),
+    (model, {"id": "no", "lines": []}, "/id"),
+    (model, {"id": str(MODEL.id), "lines": [1, [], 3]}, "/lines/1"),
+    (strict_model, {"id": str(MODEL.id), "more": 1}, "/more"),
+    (point, {"x": "no"}, "/x"),
+    (address, {}, "/street"),
+    (counts, {"a/b~c": "no"}, "/a~1b~0c"),
+    (one_model, {"order": {"id": None}}, "/order/id"),
+    (number_named_payload, {"payload": "no"}, "/payload"),
+    (plain, {}, "/name"),
+    (plain, {"name": "n", "nmae": "n"}, "/nmae"),
+    (plain, {"name": "n", "count": None}, "/count"),
+    (plain, {"name": "n", "tags": ["a", 1]}, "/tags/1"),
+    (with_context, {"name": "n", "day": "2026-01-02", "ctx": None}, "/ctx"),
+    (bounded, {"seconds": 10.5}, "/seconds"),
+    (choice, {"colour": "blue"}, "/colour"),
+    (rich, RICH | {"at": "yesterday"}, "/at"),
+    (rich, RICH | {"where": {}}, "/where/x"),
+    (either, {"value": {}}, "/value"),
+    (either, {"value": [{}]}, "/value/0"),
+]
+
+
+@pytest.mark.parametrize(("function", "payload", "arguments"), FITTING)
+def test_a_payload_becomes_arguments(
+    function: Function, payload: Any, arguments: dict[str, Any]
+) -> None:
+    """
+    Keys are parameters, defaults stay the function's own, types are the annotated ones.
+    """
+    assert arguments == declared(function).bind(json.dumps(payload))
+
+
+@pytest.mark.parametrize(("function", "payload", "pointer"), UNFITTING)
+def test_a_wrong_payload_is_refused_with_its_place(
+    function: Function, payload: Any, pointer: str
+) -> None:
+    """
+    The fault's JSON pointer leads to what is wrong, or to where something is missing.
+    """
+    with pytest.raises(InvalidPayload) as refusal:
+        declared(function).bind(json.dumps(payload))
+
+    assert pointer in [fault.pointer for fault in refusal.value.faults]
+
+
+@pytest.mark.parametrize(("function", "payload", "arguments"), FITTING)
+def test_the_schema_allows_what_bind_takes(
+    function: Function, payload: Any, arguments: dict[str, Any]
+) -> None:
+    """
+    A submitter that checks against the published schema is not refused in vain.
+    """
+    schema = declared(function).payload_schema()
+
+    assert jsonschema_rs.is_valid(schema, payload, validate_formats=True)
+
+
+@pytest.mark.parametrize(("function", "payload", "pointer"), UNFITTING)
+def test_the_schema_refuses_what_bind_refuses(
+    function: Function, payload: Any, pointer: str
+) -> None:
+    """
+    What passes the API's check does not fail in the worker.
+    """
+    schema = declared(function).payload_schema()
+
+    assert not jsonschema_rs.is_valid(schema, payload, validate_formats=True)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["", "n", "red"]),
+    lambda children: (
+        st.lists(children, max_size=2)
+        | st.dictionaries(st.sampled_from(["x", "y"]), children, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None)  # the first example imports pydantic
+@given(
+    function=st.sampled_from([nothing, typed_rest, point, plain, bounded, choice, either, counts]),
+    payload=st.dictionaries(
+        st.sampled_from(
+            ["first", "x", "y", "name", "count", "tags", "seconds", "colour", "value", "other"]
+        ),
+        json_values,
+        max_size=3,
+    ),
+)
+def test_schema_and_bind_agree(function: Function, payload: Any) -> None:
+    """
+    What the schema allows, bind takes; it takes more only by Pydantic's lax conversions.
+    """
+    handler = declared(function)
+    try:
+        handler.bind(json.dumps(payload))
+        taken = True
+    except InvalidPayload:
+        taken = False
+
+    allowed = jsonschema_rs.is_valid(handler.payload_schema(), payload)
+
+    assert taken or not allowed
+    if taken and not allowed:
+        # Lax: true for a number. There are no numbers in strings among the examples.
+        assert any(isinstance(leaf, bool) for leaf in _leaves(payload))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each)
+    else:
+        yield value
+
+
+@pytest.mark.parametrize("payload", ["", "{", "[]", "null", '"text"', "7"])
+@pytest.mark.parametrize("function", [nothing, bare, rest_only, plain, model])
+def test_only_objects_are_payloads(function: Function, payload: Any) -> None:
+    """
+    Anything else is refused as a whole.
+    """
+    with pytest.raises(InvalidPayload) as refusal:
+        declared(function).bind(payload)
+
+    assert "" == refusal.value.faults[0].pointer
+
+
+def test_an_unknown_key_names_what_the_handler_takes() -> None:
+    """
+    The author of a misspelt key sees the right one.
+    """
+    with pytest.raises(InvalidPayload, match="the handler takes name, count, tags"):
+        declared(plain).bind('{"name": "n", "cuont": 1}')
+
+
+def test_a_refusal_does_not_quote_the_payload() -> None:
+    """
+    Payloads may hold secrets, and failures are shown to more people.
+    """
+    with pytest.raises(InvalidPayload) as refusal:
+        declared(plain).bind('{"name": {"password": "s3cret"}}')
+
+    assert "s3cret" not in str(refusal.value)
+
+
+def test_the_schema_says_which_dialect_it_is_and_what_is_left_out() -> None:
+    """
+    Defaults are published as far as JSON can say them.
+    """
+    schema = declared(plain).payload_schema()
+
+    assert "https://json-schema.org/draft/2020-12/schema" == schema["$schema"]
+    assert ["name"] == schema["required"]
+    assert {1, None} == {schema["properties"][name]["default"] for name in ("count", "tags")}
+
+
+def test_a_default_that_is_no_json_is_left_out_of_the_schema() -> None:
+    """
+    A sentinel is the author's own business, and arrives as itself.
+    """
+    sentinel = object()
+
+    def function(value: Any = sentinel): ...
+
+    assert "default" not in declared(function).payload_schema()["properties"]["value"]
+    assert {} == declared(function).bind("{}")
+
+
+def positional_only(a: int, /): ...
+def any_number(*values: int): ...
+def two_contexts(a: Context, b: Context): ...
+def field_as_default(a: int = pydantic.Field(5)): ...
+def unknown_name(a: "Missing"): ...  # type: ignore[name-defined] # noqa: F821
+def arbitrary(a: HandlerError): ...
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (positional_only, "'a' is positional-only"),
+        (any_number, r"\*values cannot be filled"),
+        (two_contexts, "two Context parameters: a, b"),
+        (field_as_default, "write Annotated"),
+        (unknown_name, "'Missing' is not defined"),
+    ],
+)
+def test_a_signature_that_no_payload_fills_is_an_error(function: Function, sentence: str) -> None:
+    """
+    At the worker's start, with a sentence for the handler's author.
+    """
+    with pytest.raises(HandlerError, match=sentence):
+        declared(function).check()
+
+
+def test_a_type_that_json_cannot_say_is_an_error() -> None:
+    """
+    It shows when the schema is published, at the worker's start.
+    """
+    with pytest.raises(HandlerError, match="its parameters cannot be read"):
+        declared(arbitrary).payload_schema()
+
+
+def test_the_context_comes_under_any_name() -> None:
+    """
+    It is known by its type, and no key of the payload can take its place.
+    """
+    marker = cast(Context, object())
+
+    arguments = declared(with_context).arguments('{"name": "n", "day": "2026-01-02"}', marker)
+
+    assert marker is arguments["ctx"]
+
+
+def test_handlers_without_types_run_without_pydantic() -> None:
+    """
+    A child process that runs simple handlers stays small and starts fast.
+    """
+    code = """
+import sys
+from asyncflow.handlers import Context, Handler
+def f(payload: dict, context: Context): ...
+def g(**rest): ...
+async def h(): ...
+Handler(name="f", function=f, isolation="thread").arguments('{"a": 1}', None)
+Handler(name="g", function=g, isolation="thread").arguments('{"a": 1}', None)
+Handler(name="h", function=h).arguments('{}', None)
+import asyncflow.worker.isolation, asyncflow.worker.child
+sys.exit("pydantic" in sys.modules)
+"""
+    path = f"import sys; sys.path[:] = {sys.path!r}\n"
+    assert 0 == subprocess.run([sys.executable, "-c", path + code], check=False).returncode

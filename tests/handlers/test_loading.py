@@ -1,0 +1,187 @@
+"""
+Modules of handlers load by name or path, or their author learns why not.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Load = Callable[..., str]
+
+HANDLER = """
+from asyncflow.handlers import handler
+@handler("greet")
+def greet(name: str): ...
+"""
+
+SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+from asyncflow.handlers import load_handlers
+from asyncflow.errors import HandlerError
+try:
+    print(*load_handlers(sys.argv[1:]).names)
+except HandlerError as error:
+    print("HandlerError:", error)
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """
+    Load modules in a fresh interpreter whose current folder is `tmp_path`.
+    """
+
+    def run(*modules: str) -> str:
+        code = SCRIPT.format(path=[entry for entry in sys.path if entry])
+        finished = subprocess.run(
+            [sys.executable, "-P", "-c", code, *modules],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return finished.stdout.strip()
+
+    return run
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = folder / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_the_built_in_handler_is_always_there(load: Load) -> None:
+    """
+    A worker without modules can run `sample-task`.
+    """
+    assert "sample-task" == load()
+
+
+@pytest.mark.parametrize("name", ["billing", "billing.py", "./billing.py"])
+def test_a_module_loads_by_name_or_path(load: Load, tmp_path: Path, name: str) -> None:
+    """
+    From the current folder, though it is not installed.
+    """
+    write(tmp_path, billing=HANDLER)
+
+    assert "greet sample-task" == load(name)
+
+
+def test_a_file_in_a_package_keeps_its_relative_imports(load: Load, tmp_path: Path) -> None:
+    """
+    It is imported under its dotted name.
+    """
+    (tmp_path / "src/shop").mkdir(parents=True)
+    (tmp_path / "src/shop/__init__.py").touch()
+    (tmp_path / "src/shop/names.py").write_text("NAME = 'greet'")
+    (tmp_path / "src/shop/tasks.py").write_text(
+        HANDLER.replace('"greet"', "NAME").replace("\nfrom", "from .names import NAME\nfrom", 1)
+    )
+
+    assert "greet sample-task" == load("src/shop/tasks.py")
+
+
+def test_a_package_that_imports_its_handlers_counts(load: Load, tmp_path: Path) -> None:
+    """
+    Whether they are declared in it or below it.
+    """
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop/__init__.py").write_text("from . import tasks")
+    (tmp_path / "shop/tasks.py").write_text(HANDLER)
+
+    assert "greet sample-task" == load("shop")
+
+
+def test_naming_a_module_twice_is_no_mistake(load: Load, tmp_path: Path) -> None:
+    """
+    By the same name or as a path.
+    """
+    write(tmp_path, billing=HANDLER)
+
+    assert "greet sample-task" == load("billing", "billing", "billing.py")
+
+
+def test_a_missing_module_is_named_with_where_it_was_looked_for(load: Load, tmp_path: Path) -> None:
+    """
+    The commonest cause is the wrong current folder.
+    """
+    answer = load("billing.tasks")
+
+    assert answer.startswith("HandlerError: There is no module 'billing.tasks'. Looked in:")
+    assert f"\n  {tmp_path}\n" in answer
+
+
+def test_a_missing_file_is_named_in_full(load: Load, tmp_path: Path) -> None:
+    """
+    As it was understood.
+    """
+    assert f"HandlerError: There is no file {tmp_path}/no/tasks.py." == load("no/tasks.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import surely_missing", "No module named 'surely_missing'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def broken(:", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_an_import_that_fails_shows_the_authors_own_traceback(
+    load: Load, tmp_path: Path, text: str, expected: str
+) -> None:
+    """
+    Their file is its first frame, and nothing of the import machinery.
+    """
+    write(tmp_path, billing=text)
+
+    lines = load("billing").splitlines()
+
+    assert "HandlerError: Module 'billing' failed while it was imported:" == lines[0]
+    assert f'  File "{tmp_path}/billing.py", line 1' in lines[1] + lines[2]
+    assert expected in "\n".join(lines)
+
+
+def test_a_module_without_handlers_is_an_error(load: Load, tmp_path: Path) -> None:
+    """
+    It is most likely the wrong one.
+    """
+    write(tmp_path, billing="def greet(): ...")
+
+    assert "Module 'billing' declares no handler" in load("billing")
+
+
+def test_a_file_whose_name_is_taken_is_an_error(load: Load, tmp_path: Path) -> None:
+    """
+    Another module would have been loaded in its place.
+    """
+    write(tmp_path, json=HANDLER)
+
+    answer = load("json.py")
+
+    assert "json.py cannot be imported as 'json': that name belongs to" in answer
+
+
+def test_a_signature_that_cannot_be_filled_is_told_at_loading(load: Load, tmp_path: Path) -> None:
+    """
+    Not when the first task comes.
+    """
+    write(tmp_path, billing=HANDLER.replace("name: str", "*names"))
+
+    assert "*names cannot be filled" in load("billing")
+
+
+def test_annotations_may_name_classes_from_further_down(load: Load, tmp_path: Path) -> None:
+    """
+    They are read once the module is complete.
+    """
+    later = HANDLER.replace("name: str", "name: 'Name'") + "class Name(str): ...\n"
+    write(tmp_path, billing=later)
+
+    assert "greet sample-task" == load("billing")
