@@ -143,14 +143,13 @@ ACCEPTED: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED)
-async def test_what_is_no_json_is_malformed(
-    offline_client: httpx.AsyncClient, body: bytes
-) -> None:
+async def test_what_is_no_json_is_malformed(offline_client: httpx.AsyncClient, body: bytes) -> None:
     """
     400, for both endpoints that take a body.
     """
     answers = [
-        await offline_client.post(path, content=body, headers=HEADERS) for path in ("/tasks", "/tasks/batch")
+        await offline_client.post(path, content=body, headers=HEADERS)
+        for path in ("/tasks", "/tasks/batch")
     ]
 
     for answer in answers:

@@ -6,42 +6,29 @@ from __future__ import annotations
 
 import json
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import httpx
 import pytest
 
-from asyncflow.domain.outcome import Failure, Settlement
+import builders
+from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
-from asyncflow.store.claims import Claim, Offer, Settling, claim_due, settle
 from asyncflow.store.database import Database
 from asyncflow.store.tasks import STATUS_FILTERS
 from asyncflow.wire import STATUSES, TaskPage, TaskView
-
-FAILURE = Failure("ValueError", "no such order", "Traceback …\nValueError: no such order")
+from builders import FAILURE, NAME, claimed_due
 
 
 async def submitted(client: httpx.AsyncClient, **task: Any) -> str:
-    answer = await client.post("/tasks", json={"name": "x", **task})
+    answer = await client.post("/tasks", json={"name": NAME, **task})
     assert answer.status_code == 202
     return str(answer.json()["id"])
 
 
-async def claimed(db: Database, name: str = "x") -> Claim:
-    [claim] = await claim_due(
-        db,
-        lease_id=uuid4(),
-        worker_id=uuid4(),
-        offers=[Offer(name, 5, 60.0)],
-        queues=["default"],
-        limit=1,
-    )
-    return claim
-
-
 async def settled(db: Database, settlement: Settlement) -> None:
-    claim = await claimed(db)
-    assert await settle(db, [Settling(claim.task_id, claim.lease_id, settlement)]) == [True]
+    [claim] = await claimed_due(db)
+    assert await builders.settled(db, claim.task_id, claim.lease_id, settlement)
 
 
 async def test_a_fresh_task_shows_that_nobody_offers_its_name(client: httpx.AsyncClient) -> None:
@@ -56,7 +43,9 @@ async def test_a_fresh_task_shows_that_nobody_offers_its_name(client: httpx.Asyn
     assert str(view.id) == task_id
     assert (view.status, view.attempt, view.generation, view.result) == ("PENDING", 0, 1, None)
     assert view.payload == {"b": 1, "a": [1.0]}
-    assert view.waiting_for == "No live worker offers 'x' on queue 'default'; it runs when one starts."
+    assert (
+        view.waiting_for == "No live worker offers 'x' on queue 'default'; it runs when one starts."
+    )
     assert (view.attempts, view.error) == ([], None)
     assert set(answer.json()) == set(TaskView.model_fields)
 
@@ -66,10 +55,10 @@ async def test_the_life_of_a_task_is_visible(client: httpx.AsyncClient, db: Data
     RUNNING with a worker, RETRYING with an error, COMPLETED with result, attempts and timings.
     """
     task_id = await submitted(client)
-    claim = await claimed(db)
+    [claim] = await claimed_due(db)
     running = (await client.get(f"/tasks/{task_id}")).json()
     retry = Settlement(Event.RETRY, delay_seconds=3600, failure=FAILURE)
-    await settle(db, [Settling(claim.task_id, claim.lease_id, retry)])
+    await builders.settled(db, claim.task_id, claim.lease_id, retry)
     retrying = (await client.get(f"/tasks/{task_id}")).json()
     await db.execute("UPDATE asyncflow.tasks SET run_at = now()")
     await settled(db, Settlement(Event.COMPLETE, result='{"ok": true}'))
@@ -89,7 +78,7 @@ async def test_the_life_of_a_task_is_visible(client: httpx.AsyncClient, db: Data
     assert retrying["timings"]["wait_seconds"] is None
     assert (completed["status"], completed["result"]) == ("COMPLETED", {"ok": True})
     assert ["RETRIED", "COMPLETED"] == [a["outcome"] for a in completed["attempts"]]
-    assert completed["attempts"][0]["error"]["kind"] == "ValueError"
+    assert completed["attempts"][0]["error"]["kind"] == FAILURE.kind
     assert completed["attempts"][1]["duration_seconds"] == completed["timings"]["run_seconds"]
     assert completed["timings"]["total_seconds"] >= completed["timings"]["run_seconds"] >= 0
 
@@ -182,7 +171,7 @@ async def test_lists_filter_by_status_name_and_queue(
     completed = await submitted(client)
     await settled(db, Settlement(Event.COMPLETE, result="null"))
     running = await submitted(client)
-    await claimed(db)
+    await claimed_due(db)
     cancelled = await submitted(client)
     await client.post(f"/tasks/{cancelled}/cancel")
     scheduled = await submitted(client, delay_seconds=60)
@@ -223,8 +212,8 @@ async def test_lists_show_errors_without_tracebacks(
     page = (await client.get("/tasks", params={"status": "FAILED"})).json()
 
     assert page["tasks"][0]["error"] == {
-        "kind": "ValueError",
-        "message": "no such order",
+        "kind": FAILURE.kind,
+        "message": FAILURE.message,
         "traceback": None,
     }
 
@@ -308,7 +297,7 @@ async def test_a_running_task_is_asked_to_stop(client: httpx.AsyncClient, db: Da
     202 while its worker has not stopped it yet.
     """
     task_id = await submitted(client)
-    await claimed(db)
+    await claimed_due(db)
     answer = await client.post(f"/tasks/{task_id}/cancel")
 
     assert (answer.status_code, answer.json()["status"]) == (202, "RUNNING")

@@ -73,7 +73,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             versions = []
         fetch.fetch(majors, versions, say=_say_to(session))
         if missing := postgres.missing(majors) + rabbitmq.missing(versions):
-            pytest.exit("\n".join(missing), returncode=pytest.ExitCode.USAGE_ERROR)
+            raise pytest.UsageError("\n".join(missing))
 
 
 def _versions(session: pytest.Session, fixture: str) -> list[str]:
@@ -90,10 +90,10 @@ def _say_to(session: pytest.Session) -> fetch.Say:
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or config.getoption("collectonly"):
+    if reporter is None or not reporter.stats:
         return
     reasons = Counter(report.longrepr[2] for report in reporter.stats.get("skipped", []))
     for reason, count in reasons.items():
-        reporter.write_line(f"not run: {count} tests, {reason.removeprefix('Skipped: ')}")
+        reporter.write_line(f"skipped {count}: {reason.removeprefix('Skipped: ')}")
     if not reasons:
-        reporter.write_line("not run: none of the chosen tests")
+        reporter.write_line("skipped nothing")

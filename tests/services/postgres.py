@@ -116,10 +116,10 @@ def running_server(major: str) -> Iterator[PostgresServer]:
 
 def missing(majors: Sequence[str]) -> list[str]:
     """
-    Say which of these versions this machine lacks, one sentence each, and what would help.
+    Say which of these versions this machine lacks and what would help; empty if it has all.
     """
     if OLDEST in majors and _oldest_bin_folder() is None:
-        return [f"PostgreSQL {OLDEST} is missing: {WHAT_WOULD_HELP}."]
+        return [f"There is no PostgreSQL {OLDEST} here: {WHAT_WOULD_HELP}."]
     return []
 
 

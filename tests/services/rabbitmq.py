@@ -50,12 +50,14 @@ def running_broker(version: str) -> Iterator[Broker]:
 
 def missing(versions: Sequence[str]) -> list[str]:
     """
-    Say which of these versions cannot be had here, one sentence each, and what would help.
+    Say which of these versions cannot be had here and what would help; empty if all can.
     """
     if is_chosen_by_hand() or shutil.which("rabbitmq-server") or docker.is_usable():
         return []
     absent = [version for version in versions if debian.ready_tree(version) is None]
-    return [f"RabbitMQ {version} is missing: {WHAT_WOULD_HELP}." for version in absent]
+    if absent:
+        return [f"There is no RabbitMQ {' or '.join(absent)} here: {WHAT_WOULD_HELP}."]
+    return []
 
 
 def is_chosen_by_hand() -> bool:

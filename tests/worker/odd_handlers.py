@@ -452,6 +452,11 @@ def print_in_process():
     os.write(1, b"raw\n")
 
 
+@handler("log.process", isolation="process")
+def log_in_process(context: Context):
+    context.logger.info("looked", at="stars")
+
+
 @handler("close.process", isolation="process")
 def close_everything_in_process():
     os.closerange(3, 256)

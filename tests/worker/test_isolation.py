@@ -577,6 +577,24 @@ async def test_standard_output_belongs_to_the_handler(capfd: pytest.CaptureFixtu
     assert "to standard error\n" == output.err
 
 
+async def test_a_child_logs_as_its_worker_does(capfd: pytest.CaptureFixture[str]) -> None:
+    """
+    One line per event, which names the task and the attempt.
+    """
+    isolation = Isolation(slots=1, log_level="info", log_format="json")
+
+    await run(isolation, the("log.process"))
+
+    line = json.loads(capfd.readouterr().err)
+    await isolation.close()
+    assert ("looked", "stars", "odd", 1) == (
+        line["event"],
+        line["at"],
+        line["task"],
+        line["attempt"],
+    )
+
+
 async def test_a_handler_that_closes_the_connection_is_a_crash(isolation: Isolation) -> None:
     """
     It may close every file it can find; the attempt still ends.

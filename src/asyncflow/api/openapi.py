@@ -78,6 +78,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
     )
     schemas = document["components"]["schemas"]
     schemas.update(definitions["$defs"])
+    _forget_default_errors(document)
     for name, example in EXAMPLES.items():
         schemas[name]["examples"] = [example]
     paths = document["paths"]
@@ -88,6 +89,16 @@ def describe(app: FastAPI) -> dict[str, Any]:
     }
     document["x-problems"] = {kind: told._asdict() for kind, told in KINDS.items()}
     return document
+
+
+def _forget_default_errors(document: dict[str, Any]) -> None:
+    # FastAPI adds a 422 of its own shape to every operation with parameters.
+    for name in ("HTTPValidationError", "ValidationError"):
+        del document["components"]["schemas"][name]
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
 
 
 def _problem_response(description: str) -> dict[str, Any]:

@@ -13,15 +13,18 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-HEAD_SECONDS_MAX = 10.0
-HEAD_BYTES_MAX = 64 * 1024
-"""Counted in what a read of the socket brings, so a head may exceed it by one read."""
-
 
 class BoundedProtocol(HttpToolsProtocol):
     """
     Closes connections whose request head is too slow (408) or too large (431).
+
+    Attributes:
+        head_seconds_max: From the connection or the head's first byte to its last.
+        head_bytes_max: Counted by reads of the socket, so a head may exceed it by one read.
     """
+
+    head_seconds_max = 10.0
+    head_bytes_max = 64 * 1024
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
@@ -40,7 +43,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._head_timer is not None:
             self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES_MAX:
+            if self._head_bytes > self.head_bytes_max:
                 self._refuse(b"431 Request Header Fields Too Large")
 
     def on_message_begin(self) -> None:
@@ -68,7 +71,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_ended()
         self._head_bytes = 0
         self._head_timer = self.loop.call_later(
-            HEAD_SECONDS_MAX, self._refuse, b"408 Request Timeout"
+            self.head_seconds_max, self._refuse, b"408 Request Timeout"
         )
 
     def _head_ended(self) -> None:

@@ -24,8 +24,7 @@ INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
 FAULTS_MAX = 20
 """More wrong places than this are not listed."""
 
-_NUL_OR_ONE_KIND = str.maketrans("{}", "[]")
-_SURROGATE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
+_NUL_OR_SURROGATE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 _NOT_A_BRACKET = re.compile(r"[^\[\]{}]+")
 _ONE_KIND = str.maketrans("{}", "[]")

@@ -44,7 +44,7 @@ class State(StrEnum):
     """A dead letter: attempts used up, rejected, or not retryable. Terminal until redriven."""
 
     CANCELLED = "cancelled"
-    """Cancelled by request or expired before it ran. Terminal until redriven."""
+    """Cancelled by request, or expired while it waited. Terminal until redriven."""
 
 
 class Event(StrEnum):
@@ -77,7 +77,7 @@ class Event(StrEnum):
     """A cancellation was asked for and, if it was running, obeyed."""
 
     EXPIRE = "expire"
-    """Its `expires_at` passed before any attempt began."""
+    """Its `expires_at` passed while it waited."""
 
     REDRIVE = "redrive"
     """An operator opened a new generation of a dead letter."""

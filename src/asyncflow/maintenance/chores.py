@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
-from asyncflow.errors import AsyncFlowError
 from asyncflow.maintenance.expirer import expire
 from asyncflow.maintenance.pruner import prune
 from asyncflow.maintenance.reaper import reap
@@ -61,7 +60,8 @@ async def run_chore(chore: Chore, db: Executor, waker: Waker) -> None:
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 count = await chore.run_once(db)
-        except (AsyncFlowError, TimeoutError) as error:
+        except Exception as error:
+            # Whatever it is, the other chores go on; the log says so at every turn.
             events.chore_failed(chore=chore.name, reason=str(error) or "it took too long")
         if count and chore.wakes:
             waker.wake()

@@ -38,6 +38,7 @@ from asyncflow.store.leadership import leadership
 from asyncflow.store.wakeups import Listener
 from asyncflow.telemetry import events
 from asyncflow.transport.amqp import (
+    BrokerTimeout,
     Channel,
     Connection,
     Message,
@@ -55,7 +56,9 @@ from asyncflow.transport.topology import (
 POLL_SECONDS = 0.5
 REFILL_SECONDS = 0.02
 RECONNECT_SECONDS = (0.3, 1.0)
-PUBLISH_TIMEOUT_SECONDS = 5.0
+PUBLISH_TIMEOUT_SECONDS = 3.0
+"""Less than the leader's session may idle, so that an alarm does not end it."""
+
 BATCH = 500
 WINDOW_PER_SLOT = 2
 WINDOW_MIN, WINDOW_MAX = 16, 4_000
@@ -117,7 +120,9 @@ class Relay:
                 await asyncio.sleep(random.uniform(*RECONNECT_SECONDS))
 
     async def _relay_on_one_connection(self) -> None:
-        connection = await connect(self._broker_url, name="asyncflow relay")
+        connection = await connect(
+            self._broker_url, name="asyncflow relay", on_blocked=_report_blocked
+        )
         try:
             channel = await connection.channel()
             await declare_unreadable(channel)
@@ -134,17 +139,38 @@ class Relay:
     async def _lead(self, db: Executor, connection: Connection, channel: Channel) -> None:
         while connection.is_open:
             self._woken.clear()
-            left_over = await self.run_once(db, channel)
+            left_over = await self._run_unless_blocked(db, connection, channel)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REFILL_SECONDS if left_over else POLL_SECONDS):
                     await self._woken.wait()
+
+    async def _run_unless_blocked(
+        self, db: Executor, connection: Connection, channel: Channel
+    ) -> bool:
+        """
+        A round, or none while RabbitMQ takes no messages (a memory or disk alarm).
+
+        The connection is kept through an alarm. RabbitMQ stops reading it, and on every new
+        one it would find another batch of the same hints when the alarm is over.
+        """
+        if connection.blocked:
+            # A session that is silent for too long loses the leadership.
+            await admission.open_queues(db)
+            return False
+        try:
+            return await self.run_once(db, channel)
+        except BrokerTimeout:
+            if not connection.blocked:
+                raise
+            return False
 
     async def run_once(self, db: Executor, channel: Channel) -> bool:
         """
         One round over all open queues.
 
         Returns:
-            Whether some queue may have more to send than its window allowed.
+            Whether some queue may have more to send than its window allowed, and workers
+            make room in it.
 
         Raises:
             TransportError, StoreUnavailable: Nothing is lost; begin again.
@@ -174,7 +200,7 @@ class Relay:
             if len(confirmed) < limit:
                 break
         window.note(room=room, sent=sent)
-        return sent >= room
+        return sent >= room > 0
 
     async def _publish(
         self, channel: Channel, queue: str, admitted: Sequence[Admitted]
@@ -207,3 +233,8 @@ class Relay:
         )
         if count:
             events.hints_lost(queue=queue.name, count=count)
+
+
+def _report_blocked(blocked: bool) -> None:
+    if blocked:
+        events.broker_blocked(role="relay", reason="a memory or disk alarm")

@@ -99,6 +99,8 @@ class RabbitTransport:
         """
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._supervise()), loop.create_task(self._tick())]
+        for task in self._tasks:
+            task.add_done_callback(lambda _: self._arrived.set())
 
     async def take(self, slots: int, *, window: int) -> list[Claim]:
         """
@@ -109,6 +111,9 @@ class RabbitTransport:
         try:
             while not self._stopped:
                 self._arrived.clear()
+                for task in self._tasks:
+                    if task.done():
+                        task.result()  # It failed by our own mistake; better lame than deaf.
                 if self._inbox:
                     count = min(slots, len(self._inbox))
                     taken = await self._claim([self._inbox.popleft() for _ in range(count)])
@@ -279,10 +284,8 @@ class RabbitTransport:
     def _want(self, window: int) -> None:
         resume, self._paused = self._paused, False
         # Changing a prefetch costs two calls per queue, so small wishes are not followed.
-        resize = window >= 2 * self._window or window <= self._window // 4
-        if resize:
+        if resume or window >= 2 * self._window or window <= self._window // 4:
             self._window = window
-        if resume or resize:
             self._changed.set()
 
     async def _tick(self) -> None:

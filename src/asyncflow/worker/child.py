@@ -57,16 +57,12 @@ def main() -> None:
     """
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)  # a program that a handler starts must not hold it open
-    # Service managers signal every process of a group; when to stop is for the worker to say.
-    # Not SIG_IGN, which programs started by handlers would inherit.
-    for number in STOP_SIGNALS:
-        signal.signal(number, _ignore)
     keeper_pid = os.getpid()
     server_pid = os.fork()
+    _leave_signals_to_worker()
     if server_pid:
         _keep(connection, server_pid)
     _die_with(keeper_pid)
-    os.register_at_fork(after_in_child=_take_signals)  # multiprocessing ends its own by SIGTERM
     Server(connection).serve()
 
 
@@ -281,9 +277,24 @@ def _die_with(keeper_pid: int) -> None:
         os._exit(1)
 
 
+def _leave_signals_to_worker() -> None:
+    # Service managers signal every process of a group; when to stop is for the worker to say.
+    # Not SIG_IGN, which programs started by handlers would inherit.
+    for number in STOP_SIGNALS:
+        signal.signal(number, _ignore)
+    # What a handler forks is its own, and multiprocessing ends it by SIGTERM. Python forgets
+    # signals that arrive while it forks, so they are held up until they can take effect.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),
+        after_in_child=_take_signals,
+    )
+
+
 def _take_signals() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

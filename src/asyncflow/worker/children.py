@@ -202,7 +202,8 @@ class Child(asyncio.Protocol):
         asyncio.get_running_loop().call_later(LEAVE_SECONDS, self.kill)
 
     def _send(self, message: Message) -> None:
-        self._transport.write(write(message))
+        if not self._transport.is_closing():  # else it is dying, and its reaper will say so
+            self._transport.write(write(message))
 
     def _receive(self, message: Message) -> None:
         if self._listener is None or message["number"] != self.tasks:

@@ -16,7 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from asyncflow.batching import Batcher
-from asyncflow.domain.outcome import Failed, Failure, Outcome, Released, Settlement, decide
+from asyncflow.domain.outcome import (
+    Crashed,
+    Failed,
+    Failure,
+    Outcome,
+    Released,
+    Settlement,
+    decide,
+)
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
@@ -29,6 +37,7 @@ from asyncflow.transport import Transport
 from asyncflow.worker.isolation import Cancellation, Isolation
 
 SETTLE_RETRY_SECONDS = (0.1, 0.6)
+REASON_LENGTH_MAX = 1_000
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +89,7 @@ class Tools:
     Attributes:
         settler: Writes settlements in natural batches; True means written.
         on_progress: Takes what handlers report, from any thread.
-        on_end: Told how long each attempt ran, in seconds.
+        on_end: Told how long each handler ran that ended by itself, in seconds.
     """
 
     registry: Registry
@@ -112,12 +121,16 @@ async def execute(attempt: Attempt, tools: Tools) -> None:
         attempt.in_handler = True
         try:
             outcome = await _run_handler(attempt, tools)
+            tools.on_end(time.monotonic() - started)
         except asyncio.CancelledError:
             pass  # By `give_back` or `make_void`: the settle below knows what to do.
+        except Exception as error:
+            # Ours, or the machine's, such as no more threads. Punished all the same, or a task
+            # that always ends like this would run for ever.
+            outcome = Crashed(Failure("Crashed", f"The attempt could not be run: {error!r}"))
         finally:
             attempt.in_handler = False
     run_seconds = time.monotonic() - started
-    tools.on_end(run_seconds)
     await _settle(attempt, outcome, run_seconds, tools)
     tools.transport.finished(attempt.claim)
 
@@ -187,7 +200,8 @@ async def _settle_while_leased(attempt: Attempt, settlement: Settlement, tools: 
             if settlement.event is Event.FAIL:
                 attempt.void = f"its outcome cannot be stored: {error!r}"
             # PostgreSQL will not take this result, now or ever; the task must still end.
-            failure = Failure("Unstorable", f"The outcome cannot be stored: {error!r}")
+            why = repr(error)[:REASON_LENGTH_MAX]
+            failure = Failure("Unstorable", f"The outcome cannot be stored: {why}")
             settlement = Settlement(Event.FAIL, failure=failure)
     return False
 

@@ -251,12 +251,19 @@ class Attempt:
         return Failed(Failure("TimedOut", message, traceback))
 
     def _stop(self) -> None:
-        if not self.is_stopping and not self._ended.done():
+        if not self.is_stopping and not self._has_ended:
             self.is_stopping = True
             self._timer.cancel()
-            self._timer = self.loop.call_later(self.isolation.cancel_grace_seconds, self.give_up)
+            self._timer = self.loop.call_later(
+                self.isolation.cancel_grace_seconds, self._end_of_grace
+            )
             self.context.ask_to_stop()
             self.ask_to_stop()
+
+    def _end_of_grace(self) -> None:
+        # A timer that is due in the same turn of the loop as the end may still fire after it.
+        if not self._has_ended:
+            self.give_up()
 
     async def _interrupt(self) -> None:
         # Nobody waits for the outcome, but the task may soon run elsewhere: a moment of patience

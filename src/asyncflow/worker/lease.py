@@ -7,7 +7,7 @@ this worker holds, which brings cancellations and shows claims whose answer got 
 
 Four things can happen to a lease, and each has one answer:
 
-- The beat fails for a while. Nobody knows whether the leases still hold, so at
+- The beat fails for a while, whatever the reason. Nobody knows whether the leases still hold, so at
   `FENCE_SHARE` of their length the worker stops what it runs (it *fences* itself) before
   anyone else may start the same tasks.
 - The reaper declared this worker lost. It ends and comes back under a new id.
@@ -27,7 +27,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 from uuid import UUID
 
-from asyncflow.errors import StoreUnavailable
 from asyncflow.store import workers
 from asyncflow.store.database import Database, Executor, translated_errors
 from asyncflow.store.workers import Held, Published, Registration
@@ -35,6 +34,7 @@ from asyncflow.telemetry import events
 
 FENCE_SHARE = 0.6
 RETRY_SECONDS = 0.3
+WATCH_SECONDS = 0.1
 STALLED_EXIT_STATUS = 70
 
 
@@ -98,7 +98,7 @@ class LeaseKeeper:
         self._kept_at = time.monotonic()
         self._fenced = True  # Until the first beat there is no lease to trust.
         self._lost = False
-        self._seen_at = time.monotonic()
+        self._unanswered = 0
         self._stopping = threading.Event()
         self._wake: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
@@ -123,14 +123,18 @@ class LeaseKeeper:
     async def _keep(self) -> None:
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(woken.set)
+        # Beside the beats, not between them: a statement that hangs must not delay the fence.
+        watching = loop.create_task(self._watch())
         while not (self._stopping.is_set() or self._lost):
             try:
                 await self._keep_on_one_connection(woken)
-            except StoreUnavailable as error:
+            except Exception as error:
+                # Not only outages: a thread that ends here would leave a worker that runs on
+                # while its leases run out.
                 if not self._stopping.is_set():
                     events.heartbeat_failed(reason=str(error))
-            self._fence_if_overdue()
             await _wait(woken, RETRY_SECONDS)
+        watching.cancel()
 
     async def _keep_on_one_connection(self, woken: asyncio.Event) -> None:
         timeout_seconds = max(0.5, self._registration.lease_seconds / 6)
@@ -167,7 +171,12 @@ class LeaseKeeper:
         )
         if held:
             self._tell(self._holder.on_held, held)
-        self._check_stall()
+
+    async def _watch(self) -> None:
+        while True:
+            self._fence_if_overdue()
+            self._check_stall()
+            await asyncio.sleep(WATCH_SECONDS)
 
     def _fence_if_overdue(self) -> None:
         overdue = time.monotonic() - self._kept_at
@@ -176,15 +185,17 @@ class LeaseKeeper:
             self._tell(self._holder.on_fenced, f"no heartbeat for {overdue:.1f} s")
 
     def _check_stall(self) -> None:
-        stalled = time.monotonic() - self._seen_at
+        # Counted, not measured: if the whole process stood still, its loop is not to blame.
+        stalled = self._unanswered * WATCH_SECONDS
         if stalled > self._stall_seconds:
             events.worker_stalled(seconds=stalled, tasks=self._holder.running_ids())
             # The loop cannot be asked to stop, and finally-blocks would wait for it.
             os._exit(STALLED_EXIT_STATUS)
-        self._tell(self._see)
+        self._unanswered += 1
+        self._tell(self._answer)
 
-    def _see(self) -> None:
-        self._seen_at = time.monotonic()
+    def _answer(self) -> None:
+        self._unanswered = 0
 
     def _tell(self, call: Callable[..., None], *arguments: object) -> None:
         try:

@@ -91,9 +91,9 @@ class Worker:
         self._running = 0
         self._progress: dict[tuple[UUID, UUID], Progress] = {}
         self._background: set[asyncio.Task[None]] = set()
-        self._has_room = asyncio.Event()
+        self._leases_hold = False
+        self._may_take_more = asyncio.Event()
         self._is_idle = asyncio.Event()
-        self._leases_hold = asyncio.Event()
         self._ending = asyncio.Event()
         self._hurried = asyncio.Event()
         self._lost = False
@@ -119,7 +119,7 @@ class Worker:
         """
         if self._ending.is_set():
             self._hurried.set()
-        self._ending.set()
+        self._end()
 
     async def run(self) -> None:
         """
@@ -141,44 +141,46 @@ class Worker:
         intake = asyncio.create_task(self._take_in())
         ending = asyncio.create_task(self._ending.wait())
         try:
-            await asyncio.wait({intake, ending}, return_when=asyncio.FIRST_COMPLETED)
+            # Neither intake nor tick ends by itself; should one fail, the worker ends with it.
+            await asyncio.wait({intake, ticking, ending}, return_when=asyncio.FIRST_COMPLETED)
+            self._end()
             await self._transport.stop()
-            await self._finish_intake(intake)
-            await self._drain()
+            try:
+                # Not cancelled: a claim that is under way must come home.
+                await intake
+            finally:
+                await self._drain()
+            if ticking.done():
+                ticking.result()
         finally:
-            for task in (ticking, intake, ending, *self._background):
-                task.cancel()
+            await _cancel(ticking, intake, ending, *self._background, *self._attempt_tasks())
             await keeper.stop()
             await self._transport.close()
             await self._isolation.close()
         if self._lost:
             raise WorkerLost(self._registration.id)
 
+    def _end(self) -> None:
+        self._ending.set()
+        self._may_take_more.set()
+
     # Intake
 
     async def _take_in(self) -> None:
         while not self._ending.is_set():
-            await self._leases_hold.wait()
             room = self._pace.window - len(self._attempts)
-            if room <= 0:
-                self._has_room.clear()
-                await self._has_room.wait()
+            if room <= 0 or not self._leases_hold:
+                self._may_take_more.clear()
+                await self._may_take_more.wait()
                 continue
             taken = await self._transport.take(
                 min(room, self._pace.batch), window=self._pace.window
             )
             for claim in taken:
                 self._accept(claim)
-            if not self._leases_hold.is_set() and not self._ending.is_set():
+            if not self._leases_hold:
                 # Fenced while the claim was under way.
                 self._make_void("its worker was fenced")
-
-    async def _finish_intake(self, intake: asyncio.Task[None]) -> None:
-        # Not cancelled: a claim that is under way must come home. It waits for nothing but
-        # PostgreSQL now; the two other waits end here.
-        self._leases_hold.set()
-        self._has_room.set()
-        await intake
 
     def _accept(self, claim: Claim) -> None:
         attempt = Attempt(claim)
@@ -188,28 +190,27 @@ class Worker:
 
     def _start_waiting(self) -> None:
         while self._waiting and self._running + self._isolation.stuck < self._slots:
-            attempt = self._waiting.popleft()
-            self._running += 1
-            attempt.task = asyncio.get_running_loop().create_task(self._work_off(attempt))
+            self._start(self._waiting.popleft())
+
+    def _start(self, attempt: Attempt) -> None:
+        self._running += 1
+        attempt.task = asyncio.get_running_loop().create_task(self._work_off(attempt))
 
     async def _work_off(self, attempt: Attempt) -> None:
         try:
             await execute(attempt, self._tools)
         finally:
             self._running -= 1
-            self._forget(attempt)
-
-    def _forget(self, attempt: Attempt) -> None:
-        self._attempts.pop((attempt.claim.task_id, attempt.claim.lease_id), None)
-        self._start_waiting()
-        self._has_room.set()
-        if not self._attempts:
-            self._is_idle.set()
+            del self._attempts[attempt.claim.task_id, attempt.claim.lease_id]
+            self._start_waiting()
+            self._may_take_more.set()
+            if not self._attempts:
+                self._is_idle.set()
 
     # Drain
 
     async def _drain(self) -> None:
-        await self._give_back_waiting(older_than_seconds=0)
+        self._give_back_waiting(older_than_seconds=0)
         if not self._lost:
             await self._until_idle(self._times.shutdown_grace)
         for attempt in tuple(self._attempts.values()):
@@ -228,21 +229,23 @@ class Worker:
         for wait in waits:
             wait.cancel()
 
-    async def _give_back_waiting(self, *, older_than_seconds: float) -> None:
+    def _give_back_waiting(self, *, older_than_seconds: float) -> None:
         horizon = time.monotonic() - older_than_seconds
         while self._waiting and self._waiting[0].taken_at <= horizon:
             attempt = self._waiting.popleft()
             attempt.give_back()
             # `execute` settles a claim that was given back before it began as a release.
-            await execute(attempt, self._tools)
-            self._forget(attempt)
+            self._start(attempt)
+
+    def _attempt_tasks(self) -> list[asyncio.Task[None]]:
+        return [attempt.task for attempt in self._attempts.values() if attempt.task is not None]
 
     # Twice a second
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            await self._give_back_waiting(older_than_seconds=WAIT_SECONDS_MAX)
+            self._give_back_waiting(older_than_seconds=WAIT_SECONDS_MAX)
             self._start_waiting()
             await self._flush_progress()
 
@@ -268,7 +271,8 @@ class Worker:
         """
         See `lease.Holder`.
         """
-        self._leases_hold.set()
+        self._leases_hold = True
+        self._may_take_more.set()
 
     def on_held(self, held: Sequence[Held]) -> None:
         """
@@ -301,7 +305,7 @@ class Worker:
         """
         See `lease.Holder`.
         """
-        self._leases_hold.clear()
+        self._leases_hold = False
         events.worker_fenced(
             worker_id=self._registration.id, reason=reason, running=len(self._attempts)
         )
@@ -313,7 +317,7 @@ class Worker:
         """
         self._lost = True
         self.on_fenced("it was declared lost")
-        self._ending.set()
+        self._end()
 
     def _make_void(self, reason: str) -> None:
         for attempt in tuple(self._attempts.values()):
@@ -324,6 +328,12 @@ class Worker:
         See `lease.Holder`.
         """
         return [task_id for task_id, _ in tuple(self._attempts)]
+
+
+async def _cancel(*tasks: asyncio.Task[None] | asyncio.Task[bool]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _published(registry: Registry) -> list[Published]:

@@ -1,0 +1,137 @@
+"""
+Handlers for the acceptance tests. They write down every execution, see `journal`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from typing import Any
+
+from asyncflow import Backoff, Context, Reject, Retry, handler
+
+QUICKLY = Backoff(base_seconds=0.2, factor=2.0, cap_seconds=1.0, jitter=False)
+
+
+def note(context: Context, what: str) -> None:
+    """
+    Append one line to the journal, whole or not at all.
+    """
+    line = f"{time.monotonic()} {what} {context.task_id} {context.attempt} {os.getpid()}\n"
+    file = os.open(os.environ["ASYNCFLOW_TEST_JOURNAL"], os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(file, line.encode())
+    finally:
+        os.close(file)
+
+
+@handler
+async def work(context: Context, seconds: float = 0.0) -> dict[str, Any]:
+    """
+    Wait in the worker's event loop.
+    """
+    note(context, "start")
+    await asyncio.sleep(seconds)
+    note(context, "end")
+    return {"attempt": context.attempt}
+
+
+@handler
+def work_in_thread(context: Context, seconds: float = 0.0) -> dict[str, Any]:
+    """
+    Wait in a thread, deaf to every request to stop.
+    """
+    note(context, "start")
+    time.sleep(seconds)
+    note(context, "end")
+    return {"attempt": context.attempt}
+
+
+@handler(isolation="process", backoff=QUICKLY)
+def work_in_process(context: Context, seconds: float = 0.0) -> dict[str, Any]:
+    """
+    Wait in a child process, deaf to every request to stop.
+    """
+    note(context, "start")
+    time.sleep(seconds)
+    note(context, "end")
+    return {"attempt": context.attempt}
+
+
+@handler(isolation="process")
+def crunch(context: Context, seconds: float = 0.0) -> int:
+    """
+    Keep a processor busy and never let go of the interpreter for long.
+    """
+    note(context, "start")
+    rounds, until = 0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        rounds += 1
+    note(context, "end")
+    return rounds
+
+
+@handler(backoff=QUICKLY, max_attempts=5)
+async def flaky(context: Context, failures: int) -> dict[str, Any]:
+    """
+    Fail the first `failures` attempts of a generation.
+    """
+    note(context, "start")
+    if context.attempt <= failures:
+        raise ConnectionError(f"attempt {context.attempt} failed")
+    note(context, "end")
+    return {"attempt": context.attempt}
+
+
+@handler(backoff=QUICKLY, max_attempts=2)
+async def broken(context: Context, until_attempt: int = 1_000) -> str:
+    """
+    Fail with a traceback that tells where, until an attempt of this number.
+    """
+    note(context, "start")
+    if context.attempt < until_attempt:
+        _find_the_fault()
+    return "mended"
+
+
+def _find_the_fault() -> None:
+    raise LookupError("nothing to find")
+
+
+@handler
+async def picky(context: Context, after_seconds: float | None = None) -> None:
+    """
+    Ask for another attempt once, then reject the task.
+    """
+    note(context, "start")
+    if after_seconds is not None and context.attempt == 1:
+        raise Retry(after_seconds=after_seconds)
+    raise Reject("not for me")
+
+
+@handler(queue="side-lane")
+async def sidelined(context: Context) -> None:
+    """
+    A handler with a queue of its own.
+    """
+    note(context, "start")
+
+
+@handler(isolation="process", backoff=QUICKLY, max_attempts=3)
+def kill_child(context: Context) -> None:
+    """
+    End the child process without a word.
+    """
+    note(context, "start")
+    os._exit(9)
+
+
+@handler(backoff=QUICKLY, max_attempts=2)
+async def kill_worker(context: Context) -> None:
+    """
+    Take the whole worker down.
+    """
+    note(context, "start")
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,180 @@
+"""
+One `asyncflow` process of a test: started, listened to, signalled, and never left behind.
+
+Its log lines are JSON and are read as they come, so that a test waits for what the process
+says and not for a while. What a whole deployment can do is in `system`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LINE_BYTES_MAX = 1024 * 1024
+TAIL_LINES = 40
+
+LogLine = dict[str, Any]
+
+
+class Process:
+    """
+    A running process; made by `start`.
+
+    Attributes:
+        name: For people, such as `worker-2`.
+        lines: What it logged so far, oldest first.
+        output: What it printed that was not a log line.
+    """
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+        self.name = name
+        self.lines: list[LogLine] = []
+        self.output = ""
+        self._process = process
+        self._said_more = asyncio.Condition()
+        self._reading = asyncio.create_task(self._read())
+
+    @classmethod
+    async def start(
+        cls, name: str, *arguments: str, settings: Mapping[str, object], folder: Path
+    ) -> Process:
+        """
+        Run `asyncflow` with `arguments` in `folder`.
+
+        Args:
+            settings: Environment variables without their prefix `ASYNCFLOW_`, in any case.
+        """
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("ASYNCFLOW_")}
+        given = {f"ASYNCFLOW_{k.upper()}": str(v) for k, v in settings.items()}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "asyncflow", *arguments),
+            cwd=folder,
+            env={**inherited, **given},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            limit=LINE_BYTES_MAX,
+            start_new_session=True,
+        )
+        return cls(name, process)
+
+    @property
+    def pid(self) -> int:
+        """
+        Its process id, which is also that of its group.
+        """
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """
+        Whether it has not ended yet.
+        """
+        return self._process.returncode is None
+
+    async def log_event(
+        self, event: str, *, after: int = 0, timeout_seconds: float = 20.0, **fields: object
+    ) -> LogLine:
+        """
+        Wait until it logged `event` with these fields, and return that line.
+
+        Args:
+            after: How many of `lines` to leave out.
+        """
+
+        def found() -> LogLine | None:
+            for line in self.lines[after:]:
+                if line["event"] == event and fields.items() <= line.items():
+                    return line
+            return None
+
+        async with self._said_more:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_seconds):
+                    while found() is None and not self._reading.done():
+                        await self._said_more.wait()
+        line = found()
+        assert line is not None, f"{self.name} did not log {event} {fields}:\n{self.tail()}"
+        return line
+
+    def has_logged(self, event: str) -> bool:
+        """
+        Whether it said so by now.
+        """
+        return any(line["event"] == event for line in self.lines)
+
+    def send(self, number: signal.Signals) -> None:
+        """
+        Send it a signal.
+        """
+        self._process.send_signal(number)
+
+    async def kill(self) -> None:
+        """
+        End it as a crash would; return when it is gone.
+        """
+        self.send(signal.SIGKILL)
+        await self._process.wait()
+
+    async def exit_status(self, *, timeout_seconds: float = 20.0) -> int:
+        """
+        Wait for its end and for its last words; negative is the signal that killed it.
+        """
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                status = await self._process.wait()
+                await self._reading
+        except TimeoutError:
+            raise AssertionError(f"{self.name} did not end:\n{self.tail()}") from None
+        return status
+
+    async def end(self) -> None:
+        """
+        See to it that it and its group are gone, whatever state they are in.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        await self._process.wait()
+        await self._reading
+
+    def tail(self) -> str:
+        """
+        Its last words, for a test that failed.
+        """
+        lines = [json.dumps(line) for line in self.lines[-TAIL_LINES:]]
+        return "\n".join([*lines, self.output[-4_000:]])
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        while text := (await self._process.stdout.readline()).decode(errors="replace"):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            async with self._said_more:
+                if isinstance(line, dict) and "event" in line:
+                    self.lines.append(line)
+                else:
+                    self.output += text
+                self._said_more.notify_all()
+        async with self._said_more:
+            self._said_more.notify_all()
+
+
+async def is_gone(pid: int) -> bool:
+    """
+    Whether no process of this id does anything any more.
+    """
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

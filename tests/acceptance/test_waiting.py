@@ -1,0 +1,165 @@
+"""
+Tasks that wait: for their time, their turn, their queue, a worker that knows their name; and
+what ends a wait.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from acceptance.process import is_gone
+from acceptance.system import System
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+NEWER_HANDLERS = Path(__file__).with_name("newer_handlers.py")
+
+
+async def test_a_delayed_task_does_not_start_before_its_time(shared: System) -> None:
+    """
+    `delay_seconds` and `run_at` hold by the database's clock, and are kept within a second.
+    """
+    run_at = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
+    delayed = await shared.submit("work", delay_seconds=1)
+    timed = await shared.submit("work", run_at=run_at)
+    assert (await shared.get(delayed))["status"] == "SCHEDULED"
+
+    tasks = [await shared.finishes(delayed), await shared.finishes(timed)]
+
+    for task in tasks:
+        due, started = (datetime.fromisoformat(task[name]) for name in ("run_at", "started_at"))
+        assert timedelta(0) <= started - due < timedelta(seconds=1.5)
+
+
+async def test_a_task_that_expires_before_it_starts_never_runs(shared: System) -> None:
+    """
+    `expires_at` cancels a task that still waits, and says so.
+    """
+    expires_at = (datetime.now(UTC) + timedelta(seconds=0.5)).isoformat()
+    task_id = await shared.submit("work", queue="nobody-consumes", expires_at=expires_at)
+
+    task = await shared.finishes(task_id)
+
+    assert task["status"] == "CANCELLED"
+    assert task["error"]["kind"] == "Expired"
+    assert shared.journal.entries(task_id) == []
+
+
+async def test_a_waiting_task_is_cancelled_at_once(shared: System) -> None:
+    """
+    Cancelling a task that has not started is answered with CANCELLED; it never runs.
+    """
+    task_id = await shared.submit("work", delay_seconds=1)
+
+    response = await shared.post(task_id, "cancel")
+
+    assert response.status_code == 200
+    assert response.json()["status"] == "CANCELLED"
+    after = await shared.submit("work", delay_seconds=1)
+    await shared.finishes(after)
+    assert shared.journal.entries(task_id) == []
+
+
+async def test_a_running_coroutine_is_cancelled(shared: System) -> None:
+    """
+    Cancelling a running `async def` handler is answered 202; its worker stops it.
+    """
+    task_id = await shared.submit("work", {"seconds": 60})
+    await shared.journal.wait_for("start", task_id)
+
+    response = await shared.post(task_id, "cancel")
+    assert response.status_code == 202
+    task = await shared.finishes(task_id, timeout_seconds=5)
+
+    assert task["status"] == "CANCELLED"
+    assert task["cancel_requested_at"] is not None
+    assert [a["outcome"] for a in task["attempts"]] == ["CANCELLED"]
+    assert shared.journal.entries(task_id, what="end") == []
+
+
+async def test_a_deaf_child_process_is_killed_when_its_task_is_cancelled(
+    shared: System,
+) -> None:
+    """
+    A child process that does not stop within the grace period is killed.
+    """
+    task_id = await shared.submit("work-in-process", {"seconds": 60})
+    start = await shared.journal.wait_for("start", task_id)
+
+    await shared.post(task_id, "cancel")
+    task = await shared.finishes(task_id, timeout_seconds=8)
+
+    assert task["status"] == "CANCELLED"
+    await shared.until(lambda: is_gone(start.pid), "the child is gone")
+
+
+async def test_a_task_nobody_offers_says_what_it_waits_for_and_runs_later(
+    shared: System,
+) -> None:
+    """
+    A name that no live worker has is no error: the task runs when such a worker starts.
+    """
+    task_id = await shared.submit("novelty")
+    waiting = await shared.get(task_id)
+    assert waiting["status"] == "PENDING"
+    assert "No live worker offers 'novelty'" in waiting["waiting_for"]
+
+    newer = await shared.start_worker(handlers=[NEWER_HANDLERS])
+    task = await shared.finishes(task_id)
+    await newer.end()
+
+    assert task["status"] == "COMPLETED"
+    assert task["result"] == "new"
+    assert task["attempt"] == 1
+
+
+async def test_a_task_waits_in_the_queue_of_its_handler(shared: System) -> None:
+    """
+    The queue a handler declares is used unless the submitter names another.
+    """
+    usual = await shared.submit("sidelined")
+    chosen = await shared.submit("sidelined", queue="default")
+
+    tasks = [await shared.finishes(usual), await shared.finishes(chosen)]
+
+    assert ["COMPLETED", "COMPLETED"] == [task["status"] for task in tasks]
+    assert ["side-lane", "default"] == [task["queue"] for task in tasks]
+
+
+async def test_a_paused_queue_accepts_tasks_and_starts_none(shared: System) -> None:
+    """
+    `asyncflow queue pause` acts at once, `resume` lets the waiting tasks go.
+    """
+    await shared.command("queue", "pause", "side-lane")
+    task_id = await shared.submit("sidelined")
+    other = await shared.submit("work", delay_seconds=1)
+    await shared.finishes(other)
+    paused = await shared.get(task_id)
+    assert paused["status"] == "PENDING"
+    assert paused["waiting_for"].startswith("Queue 'side-lane' is paused")
+
+    await shared.command("queue", "resume", "side-lane")
+
+    assert (await shared.finishes(task_id))["status"] == "COMPLETED"
+
+
+async def test_an_urgent_task_overtakes_a_backlog(shared: System) -> None:
+    """
+    A higher priority goes first: it waits for what is running or on its way, not for all.
+    """
+    backlog = await shared.submit_batch(
+        [{"name": "work", "payload": {"seconds": 0.03}, "queue": "lane", "priority": 0}] * 80
+    )
+    worker = await shared.start_worker("--queues", "lane", "--concurrency", "1")
+    await shared.journal.wait_for("start", backlog[0])
+
+    urgent = await shared.submit("work", queue="lane", priority=9)
+
+    assert {"completed": 81} == await shared.all_terminal([*backlog, urgent])
+    await worker.end()
+    members = {*backlog, urgent}
+    order = [e.task_id for e in shared.journal.entries(what="start") if e.task_id in members]
+    assert order.index(urgent) < 40

@@ -1,0 +1,188 @@
+"""
+What workers publish: default queues, and payloads checked before they are stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from asyncflow.api.catalogue import Catalogue
+from asyncflow.store.database import Database
+from asyncflow.store.workers import Published, publish_handlers
+
+SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "type": "object",
+    "properties": {
+        "order": {"type": "integer", "minimum": 1},
+        "lines": {"type": "array", "items": {"type": "object", "required": ["sku"]}},
+        "at": {"type": "string", "format": "date-time"},
+    },
+    "required": ["order"],
+    "additionalProperties": False,
+}
+
+
+async def publish(db: Database, catalogue: Catalogue, schema: dict[str, Any]) -> None:
+    await publish_handlers(db, [Published("charge", "billing", schema)])
+    await catalogue.refresh()
+
+
+async def test_a_known_name_gets_its_handlers_queue(
+    client: httpx.AsyncClient, db: Database, catalogue: Catalogue
+) -> None:
+    """
+    Unless the submission names one; unknown names go to `default`.
+    """
+    await publish(db, catalogue, {"type": "object"})
+    known = await client.post("/tasks", json={"name": "charge"})
+    chosen = await client.post("/tasks", json={"name": "charge", "queue": "other"})
+    unknown = await client.post("/tasks", json={"name": "unheard-of"})
+
+    assert ["billing", "other", "default"] == [
+        answer.json()["queue"] for answer in (known, chosen, unknown)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("payload", "faults"),
+    [
+        ({}, {"/payload/order": "is required"}),
+        (
+            {"order": "7"},
+            {"/payload/order": 'does not fit the handler\'s schema: "7" is not of type "integer"'},
+        ),
+        (
+            {"order": 0},
+            {
+                "/payload/order": "does not fit the handler's schema: "
+                "0 is less than the minimum of 1"
+            },
+        ),
+        ({"order": 1, "lines": [{"sku": 1}, {}]}, {"/payload/lines/1/sku": "is required"}),
+        (
+            {"order": 1, "a/b": 2, "c~": 3},
+            {
+                "/payload/a~1b": "is not a key the handler takes",
+                "/payload/c~0": "is not a key the handler takes",
+            },
+        ),
+    ],
+)
+async def test_a_payload_its_handler_cannot_take_is_refused(
+    client: httpx.AsyncClient,
+    db: Database,
+    catalogue: Catalogue,
+    payload: dict[str, Any],
+    faults: dict[str, str],
+) -> None:
+    """
+    422 with pointers below /payload, and below /tasks/N/payload in a batch.
+    """
+    await publish(db, catalogue, SCHEMA)
+    alone = await client.post("/tasks", json={"name": "charge", "payload": payload})
+    batched = await client.post(
+        "/tasks/batch", json={"tasks": [{"name": "x"}, {"name": "charge", "payload": payload}]}
+    )
+
+    assert alone.status_code == batched.status_code == 422
+    assert alone.json()["type"] == "/problems/invalid-payload"
+    assert {e["pointer"]: e["detail"] for e in alone.json()["errors"]} == faults
+    assert {e["pointer"] for e in batched.json()["errors"]} == {f"/tasks/1{at}" for at in faults}
+    assert await db.fetchval("SELECT count(*) FROM asyncflow.tasks") == 0
+
+
+async def test_a_good_payload_and_any_format_pass(
+    client: httpx.AsyncClient, db: Database, catalogue: Catalogue
+) -> None:
+    """
+    `format` is the worker's to judge: Pydantic takes more dates than JSON Schema does.
+    """
+    await publish(db, catalogue, SCHEMA)
+    answer = await client.post(
+        "/tasks", json={"name": "charge", "payload": {"order": 7, "at": "2031-01-01 10:00Z"}}
+    )
+
+    assert answer.status_code == 202
+
+
+async def test_many_faults_are_listed_briefly(
+    client: httpx.AsyncClient, db: Database, catalogue: Catalogue
+) -> None:
+    """
+    At most twenty, and long values are cut.
+    """
+    await publish(db, catalogue, {"type": "object", "additionalProperties": {"type": "integer"}})
+    payload = {f"k{i}": "v" * 900 for i in range(100)}
+    answer = await client.post("/tasks", json={"name": "charge", "payload": payload})
+
+    assert answer.status_code == 422
+    assert len(answer.json()["errors"]) == 20
+    assert len(answer.content) < 20_000
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "strange"},
+        {"$ref": "http://127.0.0.1:9/schema.json"},
+        {"$ref": "file:///etc/passwd"},
+        {"pattern": "("},
+        {"properties": {"x": {"$ref": "#/nowhere"}}},
+    ],
+)
+async def test_a_schema_that_cannot_be_used_refuses_nothing(
+    client: httpx.AsyncClient, db: Database, catalogue: Catalogue, schema: dict[str, Any]
+) -> None:
+    """
+    It is reported, nothing is fetched for it, and the worker checks the payload alone.
+    """
+    await publish(db, catalogue, schema)
+    answer = await client.post("/tasks", json={"name": "charge", "payload": {"x": 1}})
+
+    assert (answer.status_code, answer.json()["queue"]) == (202, "billing")
+
+
+async def test_the_newest_schema_counts(
+    client: httpx.AsyncClient, db: Database, catalogue: Catalogue
+) -> None:
+    """
+    A deployed handler that takes more is believed at the next refresh.
+    """
+    await publish(db, catalogue, SCHEMA)
+    refused = await client.post("/tasks", json={"name": "charge", "payload": {"new": 1}})
+    await publish(db, catalogue, {"type": "object"})
+    taken = await client.post("/tasks", json={"name": "charge", "payload": {"new": 1}})
+
+    assert (refused.status_code, taken.status_code) == (422, 202)
+
+
+async def test_a_running_catalogue_learns_by_itself(db: Database) -> None:
+    """
+    It looks again and again while it is entered.
+    """
+    async with Catalogue(db, refresh_seconds=0.01) as catalogue:
+        assert catalogue.queue_of("charge") is None
+        await publish_handlers(db, [Published("charge", "billing", SCHEMA)])
+        async with asyncio.timeout(5):
+            while catalogue.queue_of("charge") is None:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.01)
+
+    assert catalogue.queue_of("charge") == "billing"
+
+
+async def test_an_outage_leaves_the_last_copy_in_use(db: Database) -> None:
+    """
+    Entering without a database works, too.
+    """
+    catalogue = Catalogue(db, refresh_seconds=0.01)
+    await publish_handlers(db, [Published("charge", "billing", SCHEMA)])
+    async with catalogue:
+        await db.close()
+        await asyncio.sleep(0.05)
+
+    assert catalogue.queue_of("charge") == "billing"

@@ -1,0 +1,115 @@
+"""
+The probes: live looks at nothing, ready at what taking a task needs.
+"""
+
+from __future__ import annotations
+
+import httpx
+from fastapi import FastAPI
+
+from asyncflow.api.app import create_app
+from asyncflow.api.catalogue import Catalogue
+from asyncflow.settings import Settings
+from asyncflow.store.database import Database
+from asyncflow.store.schema import SCHEMA_VERSION
+from asyncflow.store.wakeups import Waker
+
+
+async def test_a_process_without_a_database_is_live(offline_client: httpx.AsyncClient) -> None:
+    """
+    Restarting it would not help.
+    """
+    answer = await offline_client.get("/health/live")
+
+    assert (answer.status_code, answer.json()) == (200, {"status": "live"})
+
+
+async def test_ready_proves_a_write(client: httpx.AsyncClient, db: Database) -> None:
+    """
+    200 with the schema's version and the broker's state, after a row was written.
+    """
+    before = await db.fetchval("SELECT written_at FROM asyncflow.probe")
+    answer = await client.get("/health/ready")
+
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "status": "ready",
+        "schema_version": SCHEMA_VERSION,
+        "broker": "connected",
+    }
+    assert await db.fetchval("SELECT written_at FROM asyncflow.probe") > before
+
+
+async def test_a_database_that_takes_no_writes_is_not_ready(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    A read-only server answers queries, and must not get requests all the same.
+    """
+    name = await db.fetchval("SELECT current_database()")
+    await db.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    await db.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    await db._pool.expire_connections()
+    answer = await client.get("/health/ready")
+
+    assert answer.status_code == 503
+    assert answer.json()["type"] == "/problems/unavailable"
+
+
+async def test_a_wrong_schema_is_not_ready(client: httpx.AsyncClient, db: Database) -> None:
+    """
+    503 that names both versions and the command that helps.
+    """
+    await db.execute("UPDATE asyncflow.schema_version SET version_num = '9999'")
+    answer = await client.get("/health/ready")
+
+    assert answer.status_code == 503
+    assert answer.json()["type"] == "/problems/schema-mismatch"
+    assert "9999" in answer.json()["detail"]
+    assert "asyncflow migrate" in answer.json()["detail"]
+
+
+async def test_a_database_without_a_schema_is_not_ready(
+    empty_database_url: str, settings: Settings
+) -> None:
+    """
+    The same for a database that was never migrated.
+    """
+    async with Database(empty_database_url) as db:
+        waker = Waker(db)
+        app = create_app(db, settings, catalogue=Catalogue(db), waker=waker, version="1")
+        answer = await _ready(app)
+        await waker.close()
+
+    assert answer.status_code == 503
+    assert answer.json()["type"] == "/problems/schema-mismatch"
+
+
+async def test_a_broken_broker_is_told_but_does_not_matter(
+    db: Database, settings: Settings
+) -> None:
+    """
+    Tasks are accepted without it, so the API stays ready.
+    """
+    waker = Waker(db)
+    app = create_app(
+        db,
+        settings,
+        catalogue=Catalogue(db),
+        waker=waker,
+        version="1",
+        broker_state=lambda: "unreachable",
+    )
+    answer = await _ready(app)
+    await waker.close()
+
+    assert (answer.status_code, answer.json()["broker"]) == (200, "unreachable")
+
+
+async def _ready(app: FastAPI) -> httpx.Response:
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        return await client.get("/health/ready")

@@ -1,0 +1,63 @@
+"""
+A database that is away: quick refusals that say when to come back, and recovery by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+
+from asyncflow.api.catalogue import Catalogue
+from services.postgres import PostgresServer
+
+UNKNOWN = "/tasks/0192f0c1-2b3c-7d4e-8f50-123456789abc"
+
+
+async def test_without_a_database_every_endpoint_asks_to_come_back(
+    offline_client: httpx.AsyncClient,
+) -> None:
+    """
+    503 with Retry-After; PostgreSQL's words, which name hosts and users, are not passed on.
+    """
+    answers = [
+        await offline_client.post("/tasks", json={"name": "x"}),
+        await offline_client.post("/tasks/batch", json={"tasks": [{"name": "x"}]}),
+        await offline_client.get("/tasks"),
+        await offline_client.get(UNKNOWN),
+        await offline_client.post(f"{UNKNOWN}/cancel"),
+        await offline_client.post(f"{UNKNOWN}/redrive"),
+        await offline_client.get("/health/ready"),
+    ]
+
+    for answer in answers:
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json()["type"] == "/problems/unavailable"
+        assert "127.0.0.1" not in answer.text
+        assert "nobody" not in answer.text
+
+
+async def test_the_api_recovers_by_itself_when_the_database_returns(
+    client: httpx.AsyncClient, catalogue: Catalogue, postgres_server: PostgresServer
+) -> None:
+    """
+    Killed and started again: 503 meanwhile, 202 after, no task that was answered lost.
+    """
+    kept = await client.post("/tasks", json={"name": "kept"})
+    async with catalogue:
+        await asyncio.to_thread(postgres_server.cluster.kill)
+        try:
+            refused = await client.post("/tasks", json={"name": "x"})
+            live = await client.get("/health/live")
+        finally:
+            await asyncio.to_thread(postgres_server.cluster.start)
+        async with asyncio.timeout(10):
+            while (ready := await client.get("/health/ready")).status_code == 503:
+                pass
+        taken = await client.post("/tasks", json={"name": "y"})
+
+    assert (refused.status_code, live.status_code) == (503, 200)
+    assert (ready.status_code, taken.status_code) == (200, 202)
+    listed = (await client.get("/tasks")).json()["tasks"]
+    assert [taken.json()["id"], kept.json()["id"]] == [task["id"] for task in listed]

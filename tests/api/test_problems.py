@@ -1,0 +1,238 @@
+"""
+Errors as problem documents, and what HTTP itself refuses.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from asyncflow.api.problems import KINDS
+from asyncflow.settings import Settings
+from asyncflow.wire import Problem
+
+GOOD = b'{"name":"x"}'
+
+
+def assert_problem(answer: httpx.Response, kind: str) -> Problem:
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = Problem.model_validate_json(answer.content)
+    assert problem.type == f"/problems/{kind}"
+    assert (problem.status, problem.title) == (answer.status_code, KINDS[kind].title)
+    assert (answer.status_code, problem.instance) == (KINDS[kind].status, answer.url.path)
+    assert problem.detail.endswith(".")
+    return problem
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "",
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "application/jsonp",
+        "application/json; charset=latin-1",
+        "application/json; charset=utf-16",
+        "application/json, text/plain",
+        "json",
+    ],
+)
+async def test_only_json_in_utf_8_is_read(
+    offline_client: httpx.AsyncClient, content_type: str
+) -> None:
+    """
+    415, with the header that would have worked.
+    """
+    answer = await offline_client.post(
+        "/tasks", content=GOOD, headers={"Content-Type": content_type}
+    )
+
+    problem = assert_problem(answer, "unsupported-media-type")
+    assert "Content-Type: application/json" in problem.detail
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/json",
+        "Application/JSON",
+        "application/json; charset=utf-8",
+        'application/json;charset="UTF-8"',
+        "application/vnd.example+json",
+    ],
+)
+async def test_every_way_to_say_json_is_understood(
+    offline_client: httpx.AsyncClient, content_type: str
+) -> None:
+    """
+    It gets as far as the database, which cannot be reached here.
+    """
+    answer = await offline_client.post(
+        "/tasks", content=GOOD, headers={"Content-Type": content_type}
+    )
+
+    assert_problem(answer, "unavailable")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "identity, gzip"])
+async def test_compressed_bodies_are_refused(
+    offline_client: httpx.AsyncClient, encoding: str
+) -> None:
+    """
+    415 without looking inside: no decompression, no bomb.
+    """
+    answer = await offline_client.post(
+        "/tasks",
+        content=gzip.compress(GOOD),
+        headers={"Content-Type": "application/json", "Content-Encoding": encoding},
+    )
+
+    assert_problem(answer, "unsupported-media-type")
+
+
+@pytest.mark.parametrize("path", ["/tasks", "/tasks/batch"])
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
+async def test_a_body_beyond_the_limit_is_refused(
+    offline_client: httpx.AsyncClient, settings: Settings, path: str, declared: bool
+) -> None:
+    """
+    413, whether the length was announced or not; the connection is given up.
+    """
+    body = b'{"name":"x","payload":{"x":"%s"}}' % (b"y" * settings.api_body_bytes_max)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 10_000):
+            yield body[start : start + 10_000]
+
+    answer = await offline_client.post(
+        path,
+        content=body if declared else chunks(),
+        headers={"Content-Type": "application/json"},
+    )
+
+    problem = assert_problem(answer, "body-too-large")
+    assert f"at most {settings.api_body_bytes_max} bytes" in problem.detail
+    assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/tasks/", "/Tasks", "/tasks/x/y", "/%00"])
+async def test_an_unknown_path_is_a_problem(offline_client: httpx.AsyncClient, path: str) -> None:
+    """
+    404, and no redirect to a guess.
+    """
+    answer = await offline_client.get(path)
+
+    assert answer.status_code == 404
+    assert answer.json()["type"] == "/problems/not-found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("PUT", "/tasks", "GET, HEAD, OPTIONS, POST"),
+        ("DELETE", "/tasks/0192f0c1-2b3c-7d4e-8f50-123456789abc", "GET, HEAD, OPTIONS"),
+        ("GET", "/tasks/x/cancel", "OPTIONS, POST"),
+        ("POST", "/health/live", "GET, HEAD, OPTIONS"),
+        ("TRACE", "/docs", "GET, HEAD, OPTIONS"),
+        ("BREW", "/tasks", "GET, HEAD, OPTIONS, POST"),
+    ],
+)
+async def test_a_wrong_method_is_told_the_right_ones(
+    offline_client: httpx.AsyncClient, method: str, path: str, allow: str
+) -> None:
+    """
+    405 with every method of the path, not of the first route only; OPTIONS tells the same.
+    """
+    answer = await offline_client.request(method, path)
+    options = await offline_client.options(path)
+
+    assert_problem(answer, "method-not-allowed")
+    assert (options.status_code, options.content) == (204, b"")
+    assert allow == answer.headers["allow"] == options.headers["allow"]
+
+
+async def test_head_is_answered_like_get(offline_client: httpx.AsyncClient) -> None:
+    """
+    Probes that send HEAD get the status they would get with GET.
+    """
+    assert (await offline_client.head("/health/live")).status_code == 200
+    assert (await offline_client.head("/health/ready")).status_code == 503
+    assert (await offline_client.head("/docs")).status_code == 200
+    assert (await offline_client.head("/tasks/x/cancel")).status_code == 405
+
+
+async def test_a_fault_of_ours_tells_nothing_but_its_incident(
+    app: FastAPI, client: httpx.AsyncClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    500 with an id that the log line has, too; no traceback, no message.
+    """
+
+    async def broken() -> None:
+        raise RuntimeError("the secret is 42")
+
+    app.add_api_route("/broken", broken)
+    answer = await client.get("/broken")
+
+    problem = assert_problem(answer, "internal")
+    assert "42" not in answer.text
+    assert problem.incident_id is not None
+    assert problem.incident_id in problem.detail
+    logged = capsys.readouterr().out
+    assert problem.incident_id in logged
+    assert "request.failed" in logged
+
+
+async def test_every_answer_keeps_browsers_from_guessing_and_caching(
+    offline_client: httpx.AsyncClient,
+) -> None:
+    """
+    The headers are there on good answers, problems and pages alike; CORS is off.
+    """
+    origin = {"Origin": "http://evil.example"}
+    for path in ("/health/live", "/health/ready", "/nothing", "/docs", "/openapi.json"):
+        answer = await offline_client.get(path, headers=origin)
+
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["cache-control"] == "no-store"
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_type_of_a_problem_can_be_opened(
+    offline_client: httpx.AsyncClient, kind: str
+) -> None:
+    """
+    Its URI leads to what it means.
+    """
+    answer = await offline_client.get(f"/problems/{kind}")
+
+    assert answer.status_code == 200
+    assert KINDS[kind].meaning in answer.text
+
+
+async def test_an_unknown_problem_type_lists_the_known_ones(
+    offline_client: httpx.AsyncClient,
+) -> None:
+    """
+    404 with the list.
+    """
+    answer = await offline_client.get("/problems/nothing")
+
+    assert answer.status_code == 404
+    assert "illegal-transition" in answer.json()["detail"]
+
+
+async def test_what_a_problem_quotes_is_cut(offline_client: httpx.AsyncClient) -> None:
+    """
+    A key of 100 kB does not come back in full.
+    """
+    answer = await offline_client.post("/tasks", json={"name": "x", "k" * 100_000: 1})
+
+    assert answer.status_code == 422
+    assert len(answer.content) < 3_000

@@ -1,0 +1,255 @@
+"""
+Over real sockets: what only a server can get wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from asyncflow.api import body
+from asyncflow.api.protocol import BoundedProtocol
+from asyncflow.settings import Settings
+from asyncflow.store.database import Database
+
+
+class ImpatientProtocol(BoundedProtocol):
+    """
+    The protocol the API is served with, with little patience.
+    """
+
+    head_seconds_max = 0.3
+
+
+@pytest.fixture
+async def port(app: FastAPI) -> AsyncIterator[int]:
+    """
+    The port of a server on loopback.
+    """
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app, http=ImpatientProtocol, ws="none", lifespan="off", log_config=None, access_log=False
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve([listening]))
+    yield listening.getsockname()[1]
+    server.should_exit = True
+    await serving
+    listening.close()
+
+
+async def exchange(port: int, sent: bytes, *, then_close: bool = False) -> bytes:
+    """
+    Send some bytes and read until the server closes.
+    """
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(sent)
+    if then_close:
+        writer.write_eof()
+    async with asyncio.timeout(10):
+        received = await reader.read()
+    writer.close()
+    return received
+
+
+def post(content: bytes, *headers: bytes, length: int | None = None) -> bytes:
+    lines = [
+        b"POST /tasks HTTP/1.1",
+        b"Host: api",
+        b"Content-Type: application/json",
+        b"Content-Length: %d" % (len(content) if length is None else length),
+        *headers,
+    ]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + content
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+async def rows(db: Database) -> int:
+    count: int = await db.fetchval("SELECT count(*) FROM asyncflow.tasks")
+    return count
+
+
+async def test_a_task_can_be_submitted_over_a_socket(port: int, db: Database) -> None:
+    """
+    The whole path, with a body that comes in pieces.
+    """
+    request = post(b'{"name":"x"}', b"Connection: close")
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for byte in request:
+        writer.write(bytes([byte]))
+        await writer.drain()
+    answer = await reader.read()
+    writer.close()
+
+    assert status_of(answer) == 202
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["status"] == "PENDING"
+    assert await rows(db) == 1
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["declared", "chunked"])
+async def test_a_client_that_sends_too_much_reads_why(
+    port: int, settings: Settings, chunked: bool
+) -> None:
+    """
+    413 reaches a client that sends everything before it reads; then the connection ends.
+    """
+    content = b" " * (settings.api_body_bytes_max * 4)
+    if chunked:
+        request = (
+            b"POST /tasks HTTP/1.1\r\nHost: api\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
+        )
+    else:
+        request = post(content)
+    answer = await exchange(port, request)
+
+    assert status_of(answer) == 413
+    assert b"connection: close" in answer.lower()
+    assert answer.endswith(b"}")
+
+
+async def test_a_large_body_that_was_only_announced_is_refused_at_once(
+    port: int, settings: Settings
+) -> None:
+    """
+    A client that asks first, with Expect: 100-continue, need not send it.
+    """
+    request = post(b"", b"Expect: 100-continue", length=settings.api_body_bytes_max + 1)
+    answer = await exchange(port, request)
+
+    assert status_of(answer) == 413
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"name":'])
+async def test_a_client_that_leaves_mid_body_leaves_nothing(
+    port: int, db: Database, sent: bytes
+) -> None:
+    """
+    Half a request is no request: nothing stored, nothing logged as a fault.
+    """
+    await exchange(port, post(sent, length=100), then_close=True)
+
+    assert await rows(db) == 0
+
+
+async def test_a_client_that_leaves_after_its_body_leaves_one_task(port: int, db: Database) -> None:
+    """
+    Whole requests count, whether or not anyone waits for the answer.
+    """
+    await exchange(port, post(b'{"name":"x"}'), then_close=True)
+
+    async with asyncio.timeout(5):
+        while await rows(db) == 0:  # noqa: ASYNC110 - no answer tells of it
+            await asyncio.sleep(0.01)
+    assert await rows(db) == 1
+
+
+async def test_a_body_that_never_comes_is_given_up(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    408, and the connection is free again.
+    """
+    monkeypatch.setattr(body, "BODY_SECONDS_MAX", 0.2)
+    answer = await exchange(port, post(b'{"na', length=100))
+
+    assert status_of(answer) == 408
+    assert b"/problems/request-timeout" in answer
+
+
+async def test_a_head_that_dribbles_is_given_up(port: int) -> None:
+    """
+    408 after a bounded time, however regularly single bytes arrive.
+    """
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /health/live HTTP/1.1\r\nX-Slow: ")
+    answer = b""
+    async with asyncio.timeout(5):
+        while not answer:
+            writer.write(b"x")
+            try:
+                answer = await asyncio.wait_for(reader.read(1000), 0.05)
+            except TimeoutError:
+                continue
+    writer.close()
+
+    assert status_of(answer) == 408
+
+
+async def test_a_connection_that_says_nothing_is_given_up(port: int) -> None:
+    """
+    An open socket costs its holder as much as it costs us.
+    """
+    answer = await exchange(port, b"")
+
+    assert status_of(answer) == 408
+
+
+async def test_a_head_without_end_is_refused(port: int) -> None:
+    """
+    431 long before it fills our memory.
+    """
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /health/live HTTP/1.1\r\n")
+    async with asyncio.timeout(5):
+        try:
+            while not writer.is_closing():
+                writer.write(b"X-Filler: " + b"x" * 8000 + b"\r\n")
+                await writer.drain()
+                await asyncio.sleep(0)
+        except ConnectionError:
+            pass
+        try:
+            answer = await reader.read(1000)
+        except ConnectionError:
+            answer = b"HTTP/1.1 431 (reset)"
+    writer.close()
+
+    assert status_of(answer) == 431
+
+
+async def test_a_connection_serves_many_requests(port: int, db: Database) -> None:
+    """
+    Kept alive beyond the patience for a head, and pipelined requests are answered in order.
+    """
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for name in (b"one", b"two"):
+        writer.write(post(b'{"name":"%s"}' % name))
+        answer = await reader.readuntil(b"}")
+        assert status_of(answer) == 202
+        await asyncio.sleep(ImpatientProtocol.head_seconds_max * 1.5)
+    writer.write(post(b'{"name":"three"}') + post(b'{"name":"four"}', b"Connection: close"))
+    answers = await reader.read()
+    writer.close()
+
+    assert answers.index(b'"three"') < answers.index(b'"four"')
+    assert await rows(db) == 4
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+        b"POST /tasks HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+        b"POST /tasks HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+        b"GET /tasks HTTP/1.1\r\nHost : a\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"hello\r\n\r\n",
+    ],
+)
+async def test_ambiguous_requests_are_refused(port: int, request_bytes: bytes) -> None:
+    """
+    400 and the end of the connection: no second reading, no smuggling.
+    """
+    answer = await exchange(port, request_bytes)
+
+    assert status_of(answer) == 400

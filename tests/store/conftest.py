@@ -1,0 +1,44 @@
+"""
+The store's tests talk to PostgreSQL through `Database`, as the product does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from asyncflow.store.database import Database
+from services.postgres import PostgresServer
+
+TABLES = ("tasks", "attempts", "workers", "handlers", "queues")
+
+
+@pytest.fixture(scope="session")
+def shared_database_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """
+    The DSN of one migrated database for all of these tests.
+    """
+    url = postgres_server.create_database()
+    yield url
+    postgres_server.drop_database(url)
+
+
+@pytest.fixture
+async def db(shared_database_url: str) -> AsyncIterator[Database]:
+    """
+    A pool on an empty database: there are hundreds of tests, and emptying is quicker than making.
+    """
+    async with Database(shared_database_url, size=8) as database:
+        for table in TABLES:
+            await database.execute(f"DELETE FROM asyncflow.{table}")
+        yield database
+
+
+@pytest.fixture
+async def fresh_db(database_url: str) -> AsyncIterator[Database]:
+    """
+    A pool on a database of its own, for a test that must be alone in it.
+    """
+    async with Database(database_url, size=8) as database:
+        yield database

@@ -1,0 +1,202 @@
+"""
+Admission for the relay: which queues are open, which tasks may go, which hints were lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from asyncflow.domain.states import Event, State
+from asyncflow.store import admission, queues, workers
+from asyncflow.store.admission import OpenQueue
+from asyncflow.store.database import Database
+from builders import (
+    SETTLEMENTS,
+    a_task,
+    a_worker,
+    backdate,
+    claimed,
+    row_of,
+    settled,
+    state_of,
+    submitted,
+)
+
+
+async def test_a_queue_is_open_while_a_live_worker_consumes_it(db: Database) -> None:
+    """
+    With the names and slots of all its live workers together, and what is queued on it.
+    """
+    await a_worker(db, queues=("a", "b"), handlers=("x", "y"), concurrency=3)
+    await a_worker(db, queues=("b",), handlers=("y", "z"), concurrency=4)
+    for state in (State.QUEUED, State.QUEUED, State.PENDING, State.RUNNING):
+        await a_task(db, state=state, queue="b")
+
+    assert [
+        OpenQueue("a", ["x", "y"], slots=3, queued=0),
+        OpenQueue("b", ["x", "y", "z"], slots=7, queued=2),
+    ] == await admission.open_queues(db)
+
+
+async def test_a_queue_without_a_live_worker_or_that_is_paused_is_closed(db: Database) -> None:
+    """
+    Stopped and lost workers do not count.
+    """
+    stopped = await a_worker(db, queues=("stopped",))
+    await workers.stop(db, stopped.id)
+    lost = await a_worker(db, queues=("lost",))
+    await backdate(db, "workers", lost.id, heartbeat_at=60)
+    await workers.mark_lost(db)
+    await a_worker(db, queues=("paused", "open"))
+    await queues.pause(db, "paused")
+
+    assert ["open"] == [queue.name for queue in await admission.open_queues(db)]
+
+
+async def test_tasks_are_admitted_by_priority_and_then_by_due_time(db: Database) -> None:
+    """
+    In the same order in which they would be claimed.
+    """
+    low = await submitted(db, 2, priority=0)
+    high = await submitted(db, 2, priority=9)
+    await backdate(db, "tasks", low[1], run_at=10)
+
+    found = await admission.admissible(db, queue="default", names=["greet"], limit=3)
+
+    assert [(high[0], 9), (high[1], 9), (low[1], 0)] == found
+
+
+async def test_a_task_that_may_not_go_is_not_admitted(db: Database) -> None:
+    """
+    Not due, expired, of another queue or a name nobody offers, or not pending.
+    """
+    await submitted(db, 1, delay_seconds=60)
+    await submitted(db, 1, queue="other")
+    await submitted(db, 1, name="other")
+    (expired,) = await submitted(db, 1)
+    await backdate(db, "tasks", expired, expires_at=0)
+    for state in State:
+        if state is not State.PENDING:
+            await a_task(db, state=state)
+
+    assert [] == await admission.admissible(db, queue="default", names=["greet"], limit=9)
+
+
+async def test_admission_waits_for_no_lock(db: Database) -> None:
+    """
+    A task that is being claimed just now may be listed; the claim decides.
+    """
+    ids = await submitted(db, 3)
+
+    async with db.transaction() as other:
+        await claimed(other, ids[0])
+        async with asyncio.timeout(5):
+            found = await admission.admissible(db, queue="default", names=["greet"], limit=9)
+            await admission.mark_queued(db, [task_id for task_id, _ in found])
+
+    assert [State.RUNNING, State.QUEUED, State.QUEUED] == [await state_of(db, i) for i in ids]
+
+
+async def test_a_note_never_overtakes_what_happened_meanwhile(db: Database) -> None:
+    """
+    Claimed, finished, cancelled, or waiting for a retry: the hint was used up.
+    """
+    moved = [
+        await a_task(db, state=State.RUNNING),
+        await a_task(db, state=State.COMPLETED),
+        await a_task(db, state=State.CANCELLED),
+        await a_task(db, attempt=1, due_in_seconds=30),
+    ]
+    before = [await row_of(db, task.id) for task in moved]
+
+    await admission.mark_queued(db, [task.id for task in moved])
+
+    assert before == [await row_of(db, task.id) for task in moved]
+
+
+async def test_notes_and_claims_that_race_leave_no_task_behind(db: Database) -> None:
+    """
+    Each task is claimed exactly once, whether its hint or its note came first.
+    """
+    ids = await submitted(db, 600)
+    batches = [ids[i : i + 20] for i in range(0, len(ids), 20)]
+
+    async def relay() -> None:
+        for batch in batches:
+            await admission.mark_queued(db, batch)
+
+    async def worker() -> list[object]:
+        return [c.task_id for batch in batches for c in await claimed(db, *batch)]
+
+    (_, _, one, two) = await asyncio.gather(relay(), relay(), worker(), worker())
+
+    assert sorted(ids) == sorted([*one, *two])  # type: ignore[type-var, misc]
+    states = await db.fetch("SELECT DISTINCT state FROM asyncflow.tasks")
+    assert ["running"] == [row["state"] for row in states]
+
+
+async def test_a_worker_declines_only_what_it_does_not_offer(db: Database) -> None:
+    """
+    The task is due again after the delay, unpunished; tasks it offers stay queued.
+    """
+    unknown = await a_task(db, state=State.QUEUED, name="other")
+    known = await a_task(db, state=State.QUEUED)
+
+    await admission.decline(db, [known.id, unknown.id], names=["greet"], delay_seconds=5.0)
+
+    row = await row_of(db, unknown.id)
+    now = await db.fetchval("SELECT now()")
+    assert (State.PENDING, None, 0, 0) == (
+        row["state"],
+        row["queued_at"],
+        row["attempt"],
+        row["failures"],
+    )
+    assert 4 < (row["run_at"] - now).total_seconds() <= 5
+    assert State.QUEUED == await state_of(db, known.id)
+
+
+@pytest.mark.parametrize(
+    ("ready", "limit", "expected"), [(0, 9, 4), (1, 9, 3), (4, 9, 0), (99, 9, 0), (0, 3, 3)]
+)
+async def test_a_queued_task_is_lost_only_beyond_what_rabbitmq_still_holds(
+    db: Database, ready: int, limit: int, expected: int
+) -> None:
+    """
+    Of four that are old, as many as have a message may stay; the oldest go first.
+    """
+    old = [await a_task(db, state=State.QUEUED) for _ in range(4)]
+    for age, task in enumerate(reversed(old), start=31):
+        await backdate(db, "tasks", task.id, queued_at=age)
+    young = await a_task(db, state=State.QUEUED)
+    elsewhere = await a_task(db, state=State.QUEUED, queue="other")
+    await backdate(db, "tasks", elsewhere.id, queued_at=99)
+
+    count = await admission.unqueue_lost(
+        db, queue="default", older_than_seconds=30, ready=ready, limit=limit
+    )
+
+    states = [await state_of(db, task.id) for task in old]
+    assert expected == count
+    assert [State.PENDING] * expected + [State.QUEUED] * (4 - expected) == states
+    assert [State.QUEUED] * 2 == [await state_of(db, t.id) for t in (young, elsewhere)]
+
+
+async def test_a_task_that_was_queued_once_can_be_admitted_again(db: Database) -> None:
+    """
+    After a lost hint, a retry and a release alike.
+    """
+    lost = await a_task(db, state=State.QUEUED)
+    await admission.unqueue_lost(db, queue="default", older_than_seconds=0, ready=0, limit=1)
+    released = await a_task(db, state=State.QUEUED)
+    (claim,) = await claimed(db, released.id)
+    await settled(db, released.id, claim.lease_id, SETTLEMENTS[Event.RELEASE])
+    retried = await a_task(db, state=State.QUEUED)
+    (claim,) = await claimed(db, retried.id)
+    await settled(db, retried.id, claim.lease_id, SETTLEMENTS[Event.RETRY])
+
+    found = await admission.admissible(db, queue="default", names=["greet"], limit=9)
+
+    assert {lost.id, released.id, retried.id} == {task_id for task_id, _ in found}

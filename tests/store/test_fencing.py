@@ -1,0 +1,165 @@
+"""
+A lease that was lost settles nothing, whatever became of the task since.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from uuid import UUID, uuid4
+
+import pytest
+
+from asyncflow.domain.states import Event, State
+from asyncflow.store import admission, claims, tasks, upkeep, workers
+from asyncflow.store.claims import Settling
+from asyncflow.store.database import Database
+from builders import (
+    SETTLEMENTS,
+    a_task,
+    a_worker,
+    claimed,
+    row_of,
+    settled,
+    state_of,
+)
+
+
+@pytest.mark.parametrize(("state", "event"), list(product(State, SETTLEMENTS)))
+async def test_a_lease_that_was_lost_settles_nothing_in_any_state(
+    db: Database, state: State, event: Event
+) -> None:
+    """
+    The task went on without the stale worker: to any state, by way of another claim.
+    """
+    task = await a_task(db)
+    (stale,) = await claimed(db, task.id)
+    await settled(db, task.id, stale.lease_id, SETTLEMENTS[Event.RELEASE])
+    await _move_on(db, task.id, state)
+    before = await row_of(db, task.id)
+
+    written = await settled(db, task.id, stale.lease_id, SETTLEMENTS[event])
+
+    assert not written
+    assert before == await row_of(db, task.id)
+
+
+@pytest.mark.parametrize("event", SETTLEMENTS)
+async def test_a_lease_settles_only_once(db: Database, event: Event) -> None:
+    """
+    A settlement that is repeated, because its answer was lost, changes nothing more.
+    """
+    task = await a_task(db, state=State.RUNNING)
+    assert task.lease_id
+    first = await settled(db, task.id, task.lease_id, SETTLEMENTS[event])
+    before = await tasks.get(db, 1, task.id)
+
+    again = [await settled(db, task.id, task.lease_id, s) for s in SETTLEMENTS.values()]
+
+    assert first
+    assert not any(again)
+    assert before.attempts == (await tasks.get(db, 1, task.id)).attempts
+
+
+async def test_a_stale_worker_cannot_settle_a_task_that_it_claimed_again(db: Database) -> None:
+    """
+    The fence is the lease, not the worker: the same worker's older claim is void, too.
+    """
+    worker_id = uuid4()
+    task = await a_task(db)
+    (stale,) = await claimed(db, task.id, worker_id=worker_id)
+    await settled(db, task.id, stale.lease_id, SETTLEMENTS[Event.RELEASE])
+    (fresh,) = await claimed(db, task.id, worker_id=worker_id)
+
+    # Both in one batch, as one worker would send them.
+    written = await claims.settle(
+        db,
+        [
+            Settling(task.id, stale.lease_id, SETTLEMENTS[Event.COMPLETE]),
+            Settling(task.id, fresh.lease_id, SETTLEMENTS[Event.COMPLETE]),
+        ],
+    )
+
+    assert [False, True] == written
+
+
+async def test_a_stale_worker_cannot_report_progress(db: Database) -> None:
+    """
+    What it says about a task that another worker runs is not shown.
+    """
+    task = await a_task(db)
+    (stale,) = await claimed(db, task.id)
+    await settled(db, task.id, stale.lease_id, SETTLEMENTS[Event.RELEASE])
+    (fresh,) = await claimed(db, task.id)
+    await claims.record_progress(db, [(task.id, fresh.lease_id, '{"done": 1}')])
+
+    await claims.record_progress(db, [(task.id, stale.lease_id, '{"done": 9}')])
+
+    assert {"done": 1} == (await tasks.get(db, 1, task.id)).progress
+
+
+async def test_the_reaper_cannot_take_a_task_that_was_claimed_after_it_looked(
+    db: Database,
+) -> None:
+    """
+    Its list of lost leases is old by the time it settles them; the fence sorts it out.
+    """
+    worker = await a_worker(db)
+    task = await a_task(db, state=State.RUNNING, worker_id=worker.id)
+    await workers.stop(db, worker.id)
+    (lost,) = await upkeep.lost_leases(db, limit=10)
+    await settled(db, task.id, lost.lease_id, SETTLEMENTS[Event.RELEASE])
+    (fresh,) = await claimed(db, task.id)
+
+    taken = await settled(db, lost.task_id, lost.lease_id, SETTLEMENTS[Event.RETRY])
+
+    assert not taken
+    assert fresh.lease_id == (await row_of(db, task.id))["lease_id"]
+
+
+async def test_a_worker_whose_lease_was_reaped_cannot_settle(db: Database) -> None:
+    """
+    The reaper was first: the worker that wakes up again learns that its result is void.
+    """
+    task = await a_task(db, state=State.RUNNING)
+    (lost,) = await upkeep.lost_leases(db, limit=10)
+    assert await settled(db, lost.task_id, lost.lease_id, SETTLEMENTS[Event.RETRY])
+    assert task.lease_id
+
+    written = await settled(db, task.id, task.lease_id, SETTLEMENTS[Event.COMPLETE])
+
+    assert not written
+    assert State.PENDING == await state_of(db, task.id)
+
+
+async def test_a_batch_settles_each_attempt_by_its_own_lease(db: Database) -> None:
+    """
+    Answers come in the order given; a stale entry spoils no other.
+    """
+    events = [*SETTLEMENTS, *SETTLEMENTS]
+    running = [await a_task(db, state=State.RUNNING) for _ in events]
+    stale = {1, 4, 8}
+
+    written = await claims.settle(
+        db,
+        [
+            Settling(task.id, uuid4() if i in stale else task.lease_id, SETTLEMENTS[event])  # type: ignore[arg-type]
+            for i, (task, event) in reversed(list(enumerate(zip(running, events, strict=True))))
+        ],
+    )
+
+    assert [i not in stale for i in range(len(events))] == written[::-1]
+
+
+async def _move_on(db: Database, task_id: UUID, state: State) -> None:
+    if state is State.PENDING:
+        return
+    if state is State.QUEUED:
+        return await admission.mark_queued(db, [task_id])
+    (fresh,) = await claimed(db, task_id)
+    ends = {
+        State.COMPLETED: Event.COMPLETE,
+        State.FAILED: Event.FAIL,
+        State.CANCELLED: Event.CANCEL,
+    }
+    if state in ends:
+        await settled(db, task_id, fresh.lease_id, SETTLEMENTS[ends[state]])

@@ -1,0 +1,136 @@
+"""
+Submitting: all of a batch or nothing of it, answered in order, exactly as meant.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+
+from asyncflow.domain.states import State
+from asyncflow.store import tasks
+from asyncflow.store.database import Database
+from builders import new_task, row_of
+
+
+async def test_answers_come_in_the_order_of_the_tasks(db: Database) -> None:
+    """
+    Whatever order their ids have.
+    """
+    new = [new_task() for _ in range(50)]
+    new = new[25:] + new[:25][::-1]
+
+    answers = await tasks.submit(db, new)
+
+    assert [task.id for task in new] == [answer.id for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"payload": "{"}, {"priority": 10}, {"max_attempts": 0}, {"timeout_seconds": 0.0}]
+)
+async def test_a_batch_with_one_task_that_cannot_be_stored_stores_nothing(
+    db: Database, wrong: dict[str, Any]
+) -> None:
+    """
+    The constraints of the schema refuse the whole statement.
+    """
+    with pytest.raises(asyncpg.PostgresError):
+        await tasks.submit(db, [new_task(), new_task(**wrong), new_task()])
+
+    assert 0 == await db.fetchval("SELECT count(*) FROM asyncflow.tasks")
+
+
+async def test_a_task_is_stored_as_it_was_meant(db: Database) -> None:
+    """
+    Every field arrives; what was left open stays open for the handler's policy.
+    """
+    run_at = datetime(2031, 5, 1, 12, 30, 0, 123456, tzinfo=UTC)
+    full = new_task(
+        tenant_id=1,
+        name="invoices.render",
+        queue="slow",
+        priority=9,
+        run_at=run_at,
+        delay_seconds=99.0,
+        expires_at=run_at + timedelta(days=1),
+        max_attempts=7,
+        timeout_seconds=0.25,
+    )
+    bare = new_task()
+
+    await tasks.submit(db, [full, bare])
+
+    row = await tasks.get(db, 1, full.id)
+    assert ("invoices.render", "slow", 9, 7, 0.25) == (
+        row.name,
+        row.queue,
+        row.priority,
+        row.max_attempts,
+        row.timeout_seconds,
+    )
+    assert (run_at, run_at + timedelta(days=1)) == (row.run_at, row.expires_at)
+    open_fields = await tasks.get(db, 1, bare.id)
+    assert (None, None, None) == (
+        open_fields.max_attempts,
+        open_fields.timeout_seconds,
+        open_fields.expires_at,
+    )
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.5, 3_600.0, 400 * 86_400.0])
+async def test_a_delay_counts_from_the_database_clock(db: Database, delay: float) -> None:
+    """
+    The submitter's clock plays no part.
+    """
+    (answer,) = await tasks.submit(db, [new_task(delay_seconds=delay)])
+
+    assert timedelta(seconds=delay) == answer.run_at - answer.created_at
+    assert ("SCHEDULED" if delay else "PENDING") == answer.status
+
+
+async def test_a_payload_comes_back_byte_for_byte(db: Database) -> None:
+    """
+    Not normalised: key order, spaces, big numbers, escapes and emptiness are the user's.
+    """
+    payloads = [
+        '{"b": 1,  "a": 2, "a": 3}',
+        '{"n": 12345678901234567890.10}',
+        '{"nul": "\\u0000", "lone": "\\ud800"}',
+        "{}",
+        json.dumps({"text": "ü😀" * 1_000}, ensure_ascii=False),
+    ]
+    new = [new_task(payload=payload) for payload in payloads]
+
+    await tasks.submit(db, new)
+
+    found = [(await tasks.get(db, 1, task.id)).payload for task in new]
+    assert payloads == found
+
+
+async def test_a_submitted_task_waits_untouched(db: Database) -> None:
+    """
+    Pending, no attempt, no lease.
+    """
+    task = new_task()
+
+    await tasks.submit(db, [task])
+
+    row = await row_of(db, task.id)
+    assert (State.PENDING, 1, 0, 0) == (
+        row["state"],
+        row["generation"],
+        row["attempt"],
+        row["failures"],
+    )
+    assert {None} == {row[c] for c in ("lease_id", "worker_id", "queued_at", "finished_at")}
+
+
+async def test_submitting_nothing_is_fine(db: Database) -> None:
+    """
+    An empty batch stores nothing and answers nothing.
+    """
+    assert [] == await tasks.submit(db, [])

@@ -1,0 +1,152 @@
+"""
+Upkeep: expiring, pruning and the readiness probe.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from asyncflow.domain.states import TERMINAL, State
+from asyncflow.errors import StoreUnavailable
+from asyncflow.store import tasks, upkeep
+from asyncflow.store.database import Database
+from builders import a_task, backdate, claimed, state_of, submitted
+
+DAY = 86_400
+
+
+@pytest.mark.parametrize("state", [State.PENDING, State.QUEUED])
+async def test_a_waiting_task_is_cancelled_when_it_expires(db: Database, state: State) -> None:
+    """
+    And says that it did.
+    """
+    task = await a_task(db, state=state)
+    other = await a_task(db, state=state)
+    await backdate(db, "tasks", task.id, expires_at=0)
+    await backdate(db, "tasks", other.id, expires_at=-60)
+
+    count = await upkeep.expire(db, limit=10)
+
+    found = await tasks.get(db, 1, task.id)
+    assert (1, State.CANCELLED) == (count, found.state)
+    assert found.failure and "Expired" == found.failure["kind"]
+    assert state == await state_of(db, other.id)
+
+
+async def test_a_task_that_waits_for_a_retry_expires_too(db: Database) -> None:
+    """
+    Its attempts stay in the history.
+    """
+    task = await a_task(db, attempt=1, due_in_seconds=60)
+    await backdate(db, "tasks", task.id, expires_at=0)
+
+    await upkeep.expire(db, limit=10)
+
+    found = await tasks.get(db, 1, task.id)
+    assert State.CANCELLED == found.state
+    assert ["retried"] == [attempt.outcome for attempt in found.attempts]
+
+
+async def test_a_running_task_does_not_expire(db: Database) -> None:
+    """
+    Expiry is about starting.
+    """
+    task = await a_task(db, state=State.RUNNING)
+    await backdate(db, "tasks", task.id, expires_at=1)
+
+    assert 0 == await upkeep.expire(db, limit=10)
+    assert State.RUNNING == await state_of(db, task.id)
+
+
+async def test_expiring_is_bounded_and_goes_on_where_it_stopped(db: Database) -> None:
+    """
+    The longest expired go first.
+    """
+    ids = await submitted(db, 5)
+    for age, task_id in enumerate(ids, start=1):
+        await backdate(db, "tasks", task_id, expires_at=age)
+
+    counts = [await upkeep.expire(db, limit=2)]
+    first = [await state_of(db, task_id) for task_id in ids]
+    counts += [await upkeep.expire(db, limit=2) for _ in range(3)]
+
+    assert [2, 2, 1, 0] == counts
+    assert [State.PENDING] * 3 + [State.CANCELLED] * 2 == first
+
+
+async def test_expiring_steps_over_a_task_that_is_being_claimed(db: Database) -> None:
+    """
+    Neither waits for the other.
+    """
+    (task_id,) = await submitted(db, 1)
+
+    async with db.transaction() as worker:
+        await claimed(worker, task_id)
+        await backdate(worker, "tasks", task_id, expires_at=1)
+        count = await upkeep.expire(db, limit=10)
+
+    assert (0, State.RUNNING) == (count, await state_of(db, task_id))
+
+
+async def test_only_tasks_finished_before_the_retention_are_pruned(db: Database) -> None:
+    """
+    With all their attempts; live tasks never, however old.
+    """
+    kept = [await a_task(db, state=state, attempt=2) for state in State if state != State.PENDING]
+    old = [await a_task(db, state=state, attempt=3) for state in sorted(TERMINAL)]
+    for task in old:
+        await backdate(db, "tasks", task.id, finished_at=2 * DAY)
+    for task in kept:
+        await db.execute(
+            "UPDATE asyncflow.tasks SET created_at = 'epoch', run_at = 'epoch' WHERE id = $1",
+            task.id,
+        )
+
+    count = await upkeep.prune_finished(db, older_than_days=1, limit=100)
+
+    rows = await db.fetch("SELECT id FROM asyncflow.tasks")
+    history = await db.fetch("SELECT DISTINCT task_id FROM asyncflow.attempts")
+    assert 3 == count
+    assert {task.id for task in kept} == {row["id"] for row in rows}
+    assert {task.id for task in kept} == {row["task_id"] for row in history}
+
+
+async def test_pruning_is_bounded_and_the_oldest_go_first(db: Database) -> None:
+    """
+    So that one run stays short after a long outage.
+    """
+    finished = [await a_task(db, state=State.COMPLETED) for _ in range(5)]
+    for age, task in enumerate(finished, start=2):
+        await backdate(db, "tasks", task.id, finished_at=age * DAY)
+
+    counts = [await upkeep.prune_finished(db, older_than_days=1, limit=3)]
+    rows = await db.fetch("SELECT id FROM asyncflow.tasks")
+    counts += [await upkeep.prune_finished(db, older_than_days=1, limit=3) for _ in range(2)]
+
+    assert [3, 2, 0] == counts
+    assert {task.id for task in finished[:2]} == {row["id"] for row in rows}
+
+
+async def test_a_hint_to_a_pruned_task_is_harmless(db: Database) -> None:
+    """
+    RabbitMQ may keep it for longer than we keep the task.
+    """
+    task = await a_task(db, state=State.COMPLETED)
+    await upkeep.prune_finished(db, older_than_days=0, limit=10)
+
+    assert [] == await claimed(db, task.id)
+
+
+async def test_the_probe_finds_out_that_a_database_takes_no_writes(db: Database) -> None:
+    """
+    A demoted primary answers every SELECT and is of no use.
+    """
+    await upkeep.probe(db)
+
+    async with db.transaction() as connection:
+        await connection.execute("SET TRANSACTION READ ONLY")
+        assert 1 == await connection.fetchval("SELECT 1")
+        with pytest.raises(StoreUnavailable, match="read-only"):
+            async with db.transaction() as standby:
+                await standby.execute("SET TRANSACTION READ ONLY")
+                await upkeep.probe(standby)

@@ -1,0 +1,153 @@
+"""
+Wake-ups arrive at once, come back after a broken connection, and cost no more than needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from asyncflow.store.database import Database
+from asyncflow.store.wakeups import CHANNEL, Listener, Waker, send_wakeup
+
+PATIENCE_SECONDS = 20.0
+
+
+class Bell:
+    """
+    Counts wake-ups and lets a test wait for the next one.
+    """
+
+    def __init__(self) -> None:
+        self.rings = 0
+        self._rang = asyncio.Event()
+
+    def ring(self) -> None:
+        """
+        What a listener calls.
+        """
+        self.rings += 1
+        self._rang.set()
+
+    async def wait(self) -> None:
+        """
+        Wait for a wake-up since the last call.
+        """
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await self._rang.wait()
+        self._rang.clear()
+
+
+async def test_a_listener_is_woken_when_it_begins_and_for_every_wakeup(db: Database) -> None:
+    """
+    What was sent before it listened went unheard, so it looks once by itself.
+    """
+    bell = Bell()
+    async with Listener(db, bell.ring):
+        await bell.wait()
+        for _ in range(3):
+            await send_wakeup(db)
+            await bell.wait()
+
+    assert 4 == bell.rings
+
+
+async def test_every_listener_is_woken(db: Database) -> None:
+    """
+    A wake-up is for whoever has a free slot.
+    """
+    one, two = Bell(), Bell()
+    async with Listener(db, one.ring), Listener(db, two.ring):
+        await one.wait()
+        await two.wait()
+
+        await send_wakeup(db)
+
+        await one.wait()
+        await two.wait()
+
+
+async def test_a_listener_whose_connection_was_cut_comes_back_and_looks(db: Database) -> None:
+    """
+    Soon, not at its next check: a gap in listening may have hidden a wake-up.
+    """
+    bell = Bell()
+    async with Listener(db, bell.ring):
+        await bell.wait()
+
+        cut = await db.fetchval(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND query LIKE $1",
+            f'LISTEN "{CHANNEL}"%',
+        )
+
+        async with asyncio.timeout(4):
+            await bell.wait()
+        await send_wakeup(db)
+        await bell.wait()
+    assert 1 == cut
+
+
+async def test_a_burst_of_wakes_sends_few_wakeups(db: Database) -> None:
+    """
+    A thousand submissions while one wake-up is on its way cause one more.
+    """
+    bell = Bell()
+    waker = Waker(db)
+    async with Listener(db, bell.ring):
+        await bell.wait()
+
+        for _ in range(1_000):
+            waker.wake()
+        await waker.close()
+
+        await bell.wait()
+        # A last one, to see that no others are on their way before it.
+        rings = bell.rings
+        await send_wakeup(db)
+        await bell.wait()
+    assert 2 <= rings <= 3
+    assert rings + 1 >= bell.rings - 1
+
+
+async def test_a_wake_during_a_wakeup_is_not_lost(db: Database) -> None:
+    """
+    It may stand for a task that the one on its way was too early for.
+    """
+    bell = Bell()
+    waker = Waker(db)
+    async with Listener(db, bell.ring):
+        await bell.wait()
+        for _ in range(20):
+            waker.wake()
+            # Let the sending begin.
+            await asyncio.sleep(0)
+            before = bell.rings
+            waker.wake()
+            await waker.close()
+            await bell.wait()
+
+            assert bell.rings > before
+
+
+async def test_waking_fails_silently_while_the_database_is_down() -> None:
+    """
+    Submissions do not depend on it, and the next wake tries again.
+    """
+    async with Database("postgresql://nobody@127.0.0.1:1/nothing") as down:
+        waker = Waker(down)
+        waker.wake()
+        await waker.close()
+        waker.wake()
+        await waker.close()
+
+
+async def test_a_listener_starts_before_its_database() -> None:
+    """
+    It goes on trying, and stops when it is asked to.
+    """
+    bell = Bell()
+    async with Database("postgresql://nobody@127.0.0.1:1/nothing") as down:
+        async with Listener(down, bell.ring):
+            await asyncio.sleep(0)
+
+    assert 0 == bell.rings

@@ -1,0 +1,249 @@
+"""
+Workers: alive while they say so, lost when they are silent or their lock is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from asyncflow.domain.states import State
+from asyncflow.store import upkeep, workers
+from asyncflow.store.database import Database
+from asyncflow.store.workers import Held, Published, lock_key
+from builders import a_task, a_worker, backdate
+
+LEASE_SECONDS = 15.0
+# Past two heartbeats and a half second, well within the lease.
+OVERDUE = 5.0
+
+
+@pytest.fixture
+async def session(db: Database) -> AsyncIterator[asyncpg.Connection]:
+    """
+    The connection that a worker would hold its lock on.
+    """
+    connection = await db.connect("worker")
+    yield connection
+    connection.terminate()
+
+
+async def lost(db: Database, *, restart_grace_seconds: float = 0) -> list[object]:
+    """
+    The workers that the reaper gives up now, as if PostgreSQL had been running long.
+    """
+    marked = await workers.mark_lost(db, restart_grace_seconds=restart_grace_seconds)
+    return [worker_id for worker_id, _ in marked]
+
+
+async def test_a_worker_that_just_registered_is_alive(db: Database) -> None:
+    """
+    It has not had the time to take its lock or to send a heartbeat.
+    """
+    worker = await a_worker(db)
+
+    assert [] == await lost(db)
+    assert await workers.heartbeat(db, worker.id)
+
+
+async def test_a_silent_worker_is_lost_when_its_lease_ends(
+    db: Database, session: asyncpg.Connection
+) -> None:
+    """
+    Although it still holds its lock: it may be frozen, or cut off.
+    """
+    worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
+    await workers.hold_lock(session, worker.id)
+    await backdate(db, "workers", worker.id, heartbeat_at=LEASE_SECONDS + 1)
+
+    assert [(worker.id, worker.name)] == await workers.mark_lost(db)
+
+
+async def test_an_overdue_worker_is_alive_while_it_holds_its_lock(
+    db: Database, session: asyncpg.Connection
+) -> None:
+    """
+    A slow heartbeat alone is no death.
+    """
+    worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
+    assert await workers.hold_lock(session, worker.id)
+    await backdate(db, "workers", worker.id, heartbeat_at=OVERDUE)
+
+    assert [] == await lost(db)
+
+
+async def test_an_overdue_worker_is_lost_once_its_lock_is_free(
+    db: Database, session: asyncpg.Connection
+) -> None:
+    """
+    The kernel closed its connection, PostgreSQL freed the lock: it is dead long before
+    its lease ends.
+    """
+    worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
+    await workers.hold_lock(session, worker.id)
+    await backdate(db, "workers", worker.id, heartbeat_at=OVERDUE)
+    await session.close()
+
+    assert [worker.id] == await lost(db)
+
+
+async def test_a_free_lock_alone_is_no_death(db: Database) -> None:
+    """
+    Behind a pooler no worker holds a lock; their heartbeats count.
+    """
+    worker = await a_worker(db)
+    await backdate(db, "workers", worker.id, heartbeat_at=1.5)
+
+    assert [] == await lost(db)
+
+
+async def test_a_free_lock_proves_nothing_right_after_postgresql_started(db: Database) -> None:
+    """
+    A restart frees every lock at once; the workers need a moment to come back.
+    """
+    worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
+    await backdate(db, "workers", worker.id, heartbeat_at=OVERDUE)
+
+    assert [] == await lost(db, restart_grace_seconds=10**6)
+    assert [worker.id] == await lost(db)
+
+
+async def test_no_heartbeat_revives_a_lost_worker(db: Database) -> None:
+    """
+    Its leases were given away; registering again does not help either.
+    """
+    worker = await a_worker(db)
+    await backdate(db, "workers", worker.id, heartbeat_at=LEASE_SECONDS + 1)
+    await lost(db)
+
+    assert not await workers.heartbeat(db, worker.id)
+    await workers.register(db, worker)
+    assert not await workers.heartbeat(db, worker.id)
+    assert [] == await lost(db)
+
+
+async def test_a_heartbeat_keeps_a_worker_alive(db: Database) -> None:
+    """
+    However late it was, as long as nobody gave the worker up.
+    """
+    worker = await a_worker(db)
+    await backdate(db, "workers", worker.id, heartbeat_at=LEASE_SECONDS + 1)
+
+    assert await workers.heartbeat(db, worker.id)
+    assert [] == await lost(db)
+
+
+async def test_a_stopped_or_unknown_worker_has_no_heartbeat(db: Database) -> None:
+    """
+    It said goodbye, or its row was pruned.
+    """
+    worker = await a_worker(db)
+    await workers.stop(db, worker.id)
+
+    assert not await workers.heartbeat(db, worker.id)
+    assert not await workers.heartbeat(db, uuid4())
+
+
+async def test_registering_twice_is_one_worker(db: Database) -> None:
+    """
+    The answer to the first call may have been lost.
+    """
+    worker = await a_worker(db)
+    await workers.register(db, worker)
+
+    assert 1 == await db.fetchval("SELECT count(*) FROM asyncflow.workers")
+
+
+async def test_a_worker_gets_its_lock_only_once(db: Database, session: asyncpg.Connection) -> None:
+    """
+    Two processes with one id would be found out.
+    """
+    worker = await a_worker(db)
+
+    assert await workers.hold_lock(session, worker.id)
+    assert not await workers.hold_lock(db, worker.id)
+    assert 0 < lock_key(worker.id) < 2**62
+
+
+async def test_a_worker_is_told_of_old_leases_and_of_requested_cancellations(
+    db: Database,
+) -> None:
+    """
+    A young claim may still be on its way to the worker; a request to cancel is urgent.
+    """
+    worker = await a_worker(db)
+    old = await a_task(db, state=State.RUNNING, worker_id=worker.id)
+    await backdate(db, "tasks", old.id, started_at=30)
+    await a_task(db, state=State.RUNNING, worker_id=worker.id)
+    unwanted = await a_task(db, state=State.RUNNING, worker_id=worker.id, cancel_requested=True)
+    await a_task(db, state=State.RUNNING, cancel_requested=True)
+    await a_task(db, state=State.COMPLETED, worker_id=worker.id)
+
+    found = await workers.held(db, worker.id, older_than_seconds=20)
+
+    assert {
+        Held(old.id, old.lease_id, False),  # type: ignore[arg-type]
+        Held(unwanted.id, unwanted.lease_id, True),  # type: ignore[arg-type]
+    } == set(found)
+
+
+async def test_the_leases_of_workers_that_are_gone_are_lost(db: Database) -> None:
+    """
+    Stopped, lost and unknown workers; not those of one that lives.
+    """
+    alive, stopped, silent = [await a_worker(db) for _ in range(3)]
+    kept = await a_task(db, state=State.RUNNING, worker_id=alive.id)
+    gone = [
+        await a_task(db, state=State.RUNNING, worker_id=stopped.id),
+        await a_task(db, state=State.RUNNING, worker_id=silent.id, cancel_requested=True),
+        await a_task(db, state=State.RUNNING),
+    ]
+    await workers.stop(db, stopped.id)
+    await backdate(db, "workers", silent.id, heartbeat_at=LEASE_SECONDS + 1)
+    await lost(db)
+
+    found = {lease.task_id: lease for lease in await upkeep.lost_leases(db, limit=9)}
+
+    assert {task.id for task in gone} == set(found)
+    assert kept.id not in found
+    for task in gone:
+        lease = found[task.id]
+        assert (task.lease_id, task.worker_id, 0, 5) == (
+            lease.lease_id,
+            lease.worker_id,
+            lease.failures,
+            lease.max_attempts,
+        )
+        assert (task is gone[1]) == lease.cancel_requested
+    assert 2 == len(await upkeep.lost_leases(db, limit=2))
+
+
+async def test_workers_that_ended_long_ago_are_forgotten(db: Database) -> None:
+    """
+    A day later; live ones never.
+    """
+    alive, stopped, recent = [await a_worker(db) for _ in range(3)]
+    await backdate(db, "workers", alive.id, started_at=10**6)
+    await backdate(db, "workers", stopped.id, stopped_at=86_500)
+    await backdate(db, "workers", recent.id, stopped_at=86_300)
+
+    await workers.prune(db)
+
+    rows = await db.fetch("SELECT id FROM asyncflow.workers")
+    assert {alive.id, recent.id} == {row["id"] for row in rows}
+
+
+async def test_the_newest_word_on_a_handler_counts(db: Database) -> None:
+    """
+    A deployment may change a handler's queue or payload.
+    """
+    await workers.publish_handlers(db, [Published("a", "x", {}), Published("b", "x", {})])
+
+    await workers.publish_handlers(db, [Published("a", "y", {"type": "object"})])
+
+    assert [Published("a", "y", {"type": "object"}), Published("b", "x", {})] == sorted(
+        await workers.published_handlers(db), key=lambda handler: handler.name
+    )
