@@ -42,9 +42,7 @@ def page() -> str:
 
 def _chart() -> list[str]:
     arrows = [
-        f"    {at} --> {to}: {why}"
-        for at, ways in TRANSITIONS.items()
-        for why, to in ways.items()
+        f"    {at} --> {to}: {why}" for at, ways in TRANSITIONS.items() for why, to in ways.items()
     ]
     ends = [f"    {state} --> [*]" for state in State if state in TERMINAL]
     return ["```mermaid", "stateDiagram-v2", "    [*] --> pending: submit", *arrows, *ends, "```"]

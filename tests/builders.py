@@ -176,9 +176,7 @@ async def claimed_due(db: Executor, limit: int = 1, **changes: Any) -> list[Clai
     return await claims.claim_due(db, limit=limit, **{**values, **changes})
 
 
-async def settled(
-    db: Executor, task_id: UUID, lease_id: UUID, settlement: Settlement
-) -> bool:
+async def settled(db: Executor, task_id: UUID, lease_id: UUID, settlement: Settlement) -> bool:
     """
     Settle one attempt; False if the lease was not valid.
     """

@@ -70,13 +70,21 @@ class Batcher(Generic[Item, Answer]):
     def _start(self) -> None:
         task = asyncio.get_running_loop().create_task(self._run())
         self._flushing.add(task)
+        # Covers a task that is cancelled before it runs at all.
         task.add_done_callback(self._flushing.discard)
 
     async def _run(self) -> None:
-        while self._waiting:
-            batch = self._waiting[: self._size_max]
-            self._waiting = self._waiting[self._size_max :]
-            await self._answer(batch)
+        try:
+            while self._waiting:
+                batch = self._waiting[: self._size_max]
+                self._waiting = self._waiting[self._size_max :]
+                await self._answer(batch)
+        finally:
+            # Not later: a caller that we answered last may submit before this task counts
+            # as done, and would wait for a task that looks no more.
+            task = asyncio.current_task()
+            assert task is not None
+            self._flushing.discard(task)
 
     async def _answer(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
         try:
@@ -94,9 +102,15 @@ class Batcher(Generic[Item, Answer]):
                 future.cancel()
             raise
         else:
-            for (_, future), answer in zip(batch, answers, strict=True):
-                if not future.done():
-                    future.set_result(answer)
+            _resolve(batch, answers)
+
+
+def _resolve(batch: list[tuple[Item, asyncio.Future[Answer]]], answers: Sequence[Answer]) -> None:
+    if len(answers) != len(batch):
+        return _fail(batch, ValueError(f"{len(answers)} answers for {len(batch)} items"))
+    for (_, future), answer in zip(batch, answers, strict=True):
+        if not future.done():
+            future.set_result(answer)
 
 
 def _fail(batch: list[tuple[Item, asyncio.Future[Answer]]], error: Exception) -> None:

@@ -7,6 +7,7 @@ their meaning; a test keeps the two in step.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -129,9 +130,11 @@ def required_database_url(settings: Settings) -> str:
     if settings.database_url is None:
         raise InvalidSettings(
             [
-                f"{PREFIX}DATABASE_URL is not set; give a PostgreSQL 15+ database such as "
-                "postgresql://user:password@host:5432/asyncflow "
-                "(`asyncflow dev` needs none: it brings its own)."
+                (
+                    f"{PREFIX}DATABASE_URL is not set; give a PostgreSQL 15+ database such as "
+                    "postgresql://user:password@host:5432/asyncflow "
+                    "(`asyncflow dev` needs none: it brings its own)."
+                )
             ]
         )
     return settings.database_url
@@ -141,6 +144,7 @@ def masked(url: str) -> str:
     """
     `url` fit for a log or a screen: its password, if any, reads `***`.
     """
+    url = re.sub(r"([?&]password=)[^&]*", r"\1***", url)
     parts = urlsplit(url)
     if parts.password is None:
         return url

@@ -39,6 +39,7 @@ from asyncflow.domain.policy import (
 
 BATCH_SIZE_MAX = 1_000
 PAGE_SIZE_MAX, PAGE_SIZE_DEFAULT = 500, 50
+CURSOR_PATTERN = "^[A-Za-z0-9_-]{22}$"
 
 Status = Literal[
     "PENDING", "SCHEDULED", "RETRYING", "QUEUED", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"
@@ -85,7 +86,7 @@ Name = Annotated[
 Instant = Annotated[
     datetime,
     BeforeValidator(_instant),
-    WithJsonSchema({"type": "string", "format": "date-time", "examples": ["2030-01-31T09:30:00Z"]}),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
 ]
 Timestamp = Annotated[
     datetime,
@@ -187,7 +188,9 @@ class TaskQuery(BaseModel):
     name: Name | None = None
     queue: Name | None = None
     cursor: str | None = Field(
-        default=None, max_length=64, description="The `next_cursor` of the page before."
+        default=None,
+        pattern=CURSOR_PATTERN,
+        description="The `next_cursor` of the page before.",
     )
     limit: int = Field(default=PAGE_SIZE_DEFAULT, ge=1, le=PAGE_SIZE_MAX)
 

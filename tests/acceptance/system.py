@@ -206,14 +206,17 @@ class System:
         self, task_id: str, *statuses: str, timeout_seconds: float = 20.0
     ) -> Json:
         """
-        Wait until the task has one of `statuses`, and return it.
+        Wait until the task has one of `statuses`, and return it; through outages, too.
         """
         task: Json = {}
 
         async def is_there() -> bool:
             nonlocal task
-            task = await self.get(task_id)
-            return task["status"] in statuses
+            response = await self.client.get(f"{self.url}/tasks/{task_id}")
+            if response.status_code != 503:
+                assert response.status_code == 200, response.text
+                task = response.json()
+            return task.get("status") in statuses
 
         try:
             await self.until(is_there, f"{task_id} is {statuses}", timeout_seconds=timeout_seconds)

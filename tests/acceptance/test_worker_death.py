@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 
 import psutil
 
@@ -28,7 +29,7 @@ async def test_a_task_of_a_killed_worker_runs_again_within_five_seconds(system: 
     first = await system.journal.wait_for("start", task_id)
 
     await owner(workers, first.pid).kill()
-    killed_at = asyncio.get_running_loop().time()
+    killed_at = time.monotonic()
     second = await system.journal.wait_for("start", task_id, attempt=2)
     task = await system.finishes(task_id)
 
@@ -64,7 +65,7 @@ async def test_a_task_of_a_killed_child_runs_again_within_two_seconds(system: Sy
     first = await system.journal.wait_for("start", task_id)
 
     os.kill(first.pid, signal.SIGKILL)
-    killed_at = asyncio.get_running_loop().time()
+    killed_at = time.monotonic()
     second = await system.journal.wait_for("start", task_id, attempt=2)
     task = await system.finishes(task_id)
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 from fastapi import FastAPI
+from structlog.testing import capture_logs
 
 from asyncflow.api.problems import KINDS
 from asyncflow.settings import Settings
@@ -137,6 +138,7 @@ async def test_an_unknown_path_is_a_problem(offline_client: httpx.AsyncClient, p
         ("PUT", "/tasks", "GET, HEAD, OPTIONS, POST"),
         ("DELETE", "/tasks/0192f0c1-2b3c-7d4e-8f50-123456789abc", "GET, HEAD, OPTIONS"),
         ("GET", "/tasks/x/cancel", "OPTIONS, POST"),
+        ("PUT", "/tasks/batch", "OPTIONS, POST"),
         ("POST", "/health/live", "GET, HEAD, OPTIONS"),
         ("TRACE", "/docs", "GET, HEAD, OPTIONS"),
         ("BREW", "/tasks", "GET, HEAD, OPTIONS, POST"),
@@ -167,7 +169,7 @@ async def test_head_is_answered_like_get(offline_client: httpx.AsyncClient) -> N
 
 
 async def test_a_fault_of_ours_tells_nothing_but_its_incident(
-    app: FastAPI, client: httpx.AsyncClient, capsys: pytest.CaptureFixture[str]
+    app: FastAPI, client: httpx.AsyncClient
 ) -> None:
     """
     500 with an id that the log line has, too; no traceback, no message.
@@ -177,15 +179,18 @@ async def test_a_fault_of_ours_tells_nothing_but_its_incident(
         raise RuntimeError("the secret is 42")
 
     app.add_api_route("/broken", broken)
-    answer = await client.get("/broken")
+    with capture_logs() as logged:
+        answer = await client.get("/broken")
 
     problem = assert_problem(answer, "internal")
     assert "42" not in answer.text
     assert problem.incident_id is not None
     assert problem.incident_id in problem.detail
-    logged = capsys.readouterr().out
-    assert problem.incident_id in logged
-    assert "request.failed" in logged
+    assert [(problem.incident_id, "GET", "/broken")] == [
+        (line["incident_id"], line["method"], line["path"])
+        for line in logged
+        if line["event"] == "request.failed"
+    ]
 
 
 async def test_every_answer_keeps_browsers_from_guessing_and_caching(

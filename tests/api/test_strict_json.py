@@ -104,6 +104,9 @@ REFUSED: dict[str, tuple[bytes, list[str]]] = {
     "low surrogate alone": (in_payload('"\\udc00"'), ["/payload/a"]),
     "surrogates reversed": (in_payload('"\\udf89\\ud83c"'), ["/payload/a"]),
     "surrogate then letter": (in_payload('"\\uD83Cx"'), ["/payload/a"]),
+    "backslash before half a pair": (in_payload('"\\\\\\ud800"'), ["/payload/a"]),
+    "backslash between two halves": (in_payload('"\\ud83c\\\\\\udf89"'), ["/payload/a"]),
+    "backslashes before nul": (in_payload('"\\\\\\\\\\u0000"'), ["/payload/a"]),
     "surrogate in a key": (in_payload('{"\\ud800":1}'), ["/payload/a/?"]),
     "twice the same key": (in_payload('1,"a":1'), ["/payload/a"]),
     "three times the same key": (in_payload('1,"a":2,"a":3'), ["/payload/a"]),
@@ -130,6 +133,7 @@ ACCEPTED: dict[str, bytes] = {
     "surrogate pair": in_payload('"\\ud83c\\udf89"'),
     "escaped backslash before u0000": in_payload('"\\\\u0000"'),
     "escaped backslash before ud800": in_payload('"\\\\ud800"'),
+    "four backslashes before u0000": in_payload('"\\\\\\\\u0000"'),
     "brackets in strings": in_payload('"' + "[{" * 500 + '"'),
     "quotes and brackets in strings": in_payload('["' + '\\"[{\\\\' * 500 + '"]'),
     "many brackets side by side": in_payload("[" + ",".join(['{"b":[]}'] * 500) + "]"),
@@ -207,6 +211,16 @@ def test_thousands_of_faults_are_listed_briefly() -> None:
     assert len(refused.value.faults) == 20
 
 
+def test_a_very_long_document_is_refused_without_a_search() -> None:
+    """
+    Pointing at the fault would hold up everyone else.
+    """
+    with pytest.raises(InvalidTask) as refused:
+        parse(b"[" + b"1," * 1_000_000 + b"NaN]")
+
+    assert [""] == [fault.pointer for fault in refused.value.faults]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -219,6 +233,10 @@ def test_thousands_of_faults_are_listed_briefly() -> None:
         b"{" + b",".join(b'"%d":1' % i for i in range(100_000)) + b"}",
         b"[" + b"1" * 1_000_000 + b"]",
         b'"' + b"\\" * 1_000_000,
+        b"[" + b"1," * 400_000 + b'{"a":1,"a":2}]',
+        b"[" + b"NaN," * 250_000 + b"1]",
+        b'["' + b"\\\\" * 400_000 + b'\\u0000"]',
+        b'["' + b"\\\\u" * 300_000 + b'"]',
     ],
     ids=lambda body: repr(body[:12]),
 )
@@ -253,6 +271,32 @@ def test_every_good_value_is_read_as_it_was_written(value: object, escaped: bool
     Whatever JSON can say and PostgreSQL can keep passes unchanged, escaped or not.
     """
     assert parse(json.dumps(value, ensure_ascii=escaped).encode()) == value
+
+
+@given(st.text("\\u0dDcC8{[", max_size=60))
+def test_escapes_are_judged_as_the_parser_reads_them(inside: str) -> None:
+    """
+    However backslashes, NULs and surrogates mix: refused exactly when what comes out of
+    the parser could not be stored.
+    """
+    body = f'["{inside}"]'
+    try:
+        [text] = json.loads(body)
+        text.encode()
+        storable = "\x00" not in text
+    except json.JSONDecodeError:
+        with pytest.raises(MalformedJson):
+            parse(body.encode())
+        return
+    except UnicodeEncodeError:
+        storable = False
+
+    if storable:
+        assert parse(body.encode()) == [text]
+    else:
+        with pytest.raises(InvalidTask) as refused:
+            parse(body.encode())
+        assert {"/0"} == {fault.pointer for fault in refused.value.faults}
 
 
 @given(st.binary())

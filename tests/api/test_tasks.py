@@ -43,8 +43,8 @@ async def test_a_fresh_task_shows_that_nobody_offers_its_name(client: httpx.Asyn
     assert str(view.id) == task_id
     assert (view.status, view.attempt, view.generation, view.result) == ("PENDING", 0, 1, None)
     assert view.payload == {"b": 1, "a": [1.0]}
-    assert (
-        view.waiting_for == "No live worker offers 'x' on queue 'default'; it runs when one starts."
+    assert view.waiting_for == (
+        f"No live worker offers {NAME!r} on queue 'default'; it runs when one starts."
     )
     assert (view.attempts, view.error) == ([], None)
     assert set(answer.json()) == set(TaskView.model_fields)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 
+import asyncpg
 import pytest
 
 from asyncflow.store.database import Database
@@ -42,3 +43,13 @@ async def fresh_db(database_url: str) -> AsyncIterator[Database]:
     """
     async with Database(database_url, size=8) as database:
         yield database
+
+
+@pytest.fixture
+async def connection(fresh_db: Database) -> AsyncIterator[asyncpg.Connection]:
+    """
+    A connection to `fresh_db`, with the settings of every connection of the product.
+    """
+    one = await fresh_db.connect("test")
+    yield one
+    await one.close()

@@ -5,6 +5,7 @@ Admission for the relay: which queues are open, which tasks may go, which hints 
 from __future__ import annotations
 
 import asyncio
+from uuid import UUID
 
 import pytest
 
@@ -127,12 +128,12 @@ async def test_notes_and_claims_that_race_leave_no_task_behind(db: Database) -> 
         for batch in batches:
             await admission.mark_queued(db, batch)
 
-    async def worker() -> list[object]:
+    async def worker() -> list[UUID]:
         return [c.task_id for batch in batches for c in await claimed(db, *batch)]
 
     (_, _, one, two) = await asyncio.gather(relay(), relay(), worker(), worker())
 
-    assert sorted(ids) == sorted([*one, *two])  # type: ignore[type-var, misc]
+    assert sorted(ids) == sorted([*one, *two])
     states = await db.fetch("SELECT DISTINCT state FROM asyncflow.tasks")
     assert ["running"] == [row["state"] for row in states]
 

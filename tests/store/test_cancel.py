@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from uuid import UUID
 
 import pytest
 
@@ -14,6 +15,7 @@ from asyncflow.errors import IllegalTransition
 from asyncflow.store import tasks
 from asyncflow.store.database import Database
 from builders import SETTLEMENTS, a_task, claimed, row_of, settled, state_of, submitted
+from store.waiting import until_someone_waits_for_a_lock
 
 RACES = 1_000
 
@@ -60,17 +62,17 @@ async def test_of_a_cancellation_and_an_attempt_that_race_one_wins(db: Database)
     random.seed(1)
     turns = asyncio.Semaphore(8)
 
-    async def attempt(task_id: object, event: Event) -> bool:
+    async def attempt(task_id: UUID, event: Event) -> bool:
         async with turns:
-            for claim in await claimed(db, task_id):  # type: ignore[arg-type]
+            for claim in await claimed(db, task_id):
                 return await settled(db, claim.task_id, claim.lease_id, SETTLEMENTS[event])
             return False
 
-    async def cancel(task_id: object) -> State:
+    async def cancel(task_id: UUID) -> State:
         await asyncio.sleep(0)
         async with turns:
             try:
-                return (await tasks.cancel(db, 1, task_id)).state  # type: ignore[arg-type]
+                return (await tasks.cancel(db, 1, task_id)).state
             except IllegalTransition as refusal:
                 return State(refusal.state)
 
@@ -105,7 +107,7 @@ async def test_a_cancellation_waits_for_a_settlement_that_is_being_committed(
     async with db.transaction() as settling:
         await settled(settling, task.id, task.lease_id, SETTLEMENTS[Event.COMPLETE])
         cancelling = asyncio.create_task(tasks.cancel(db, 1, task.id))
-        await _waits_for_a_lock(db)
+        await until_someone_waits_for_a_lock(db)
 
     with pytest.raises(IllegalTransition):
         await cancelling
@@ -121,7 +123,7 @@ async def test_a_claim_waits_for_a_cancellation_that_is_being_committed(db: Data
     async with db.transaction() as cancelling:
         await tasks.cancel(cancelling, 1, task.id)
         claiming = asyncio.create_task(claimed(db, task.id))
-        await _waits_for_a_lock(db)
+        await until_someone_waits_for_a_lock(db)
 
     assert [] == await claiming
     assert State.CANCELLED == await state_of(db, task.id)
@@ -142,7 +144,7 @@ async def test_cancelling_twice_changes_nothing_more(db: Database) -> None:
 
 
 def _possible_ends(event: Event, written: bool, answer: State) -> set[State]:
-    settled_to = {
+    settled_to: set[State] = {
         Event.COMPLETE: {State.COMPLETED},
         Event.FAIL: {State.FAILED},
         # Retried; then cancelled while it waited, or before the retry was written.
@@ -152,10 +154,4 @@ def _possible_ends(event: Event, written: bool, answer: State) -> set[State]:
         return {State.CANCELLED}
     if answer is State.RUNNING:
         return settled_to if written else set()
-    return {answer} & settled_to
-
-
-async def _waits_for_a_lock(db: Database) -> None:
-    async with asyncio.timeout(10):
-        while not await db.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
-            await asyncio.sleep(0.005)
+    return settled_to & {answer}

@@ -15,6 +15,7 @@ from asyncflow.store import admission, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from builders import OFFERS, a_task, backdate, claimed, state_of, submitted
+from store.waiting import until_someone_waits_for_a_lock
 
 
 async def test_hints_that_cannot_be_followed_are_left_alone(db: Database) -> None:
@@ -64,9 +65,7 @@ async def test_a_hint_waits_for_a_note_that_is_being_committed(db: Database) -> 
     async with db.transaction() as relay:
         await admission.mark_queued(relay, [task.id])
         claiming = asyncio.create_task(claimed(db, task.id))
-        async with asyncio.timeout(10):
-            while not await db.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
-                await asyncio.sleep(0.005)
+        await until_someone_waits_for_a_lock(db)
 
     assert [task.id] == [claim.task_id for claim in await claiming]
 

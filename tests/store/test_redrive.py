@@ -76,9 +76,7 @@ async def test_a_task_cancelled_before_it_ran_has_no_attempt_after_a_redrive(
     assert () == (await tasks.get(db, 1, task.id)).attempts
 
 
-@pytest.mark.parametrize(
-    "state", [State.PENDING, State.QUEUED, State.RUNNING, State.COMPLETED]
-)
+@pytest.mark.parametrize("state", [State.PENDING, State.QUEUED, State.RUNNING, State.COMPLETED])
 async def test_only_a_dead_letter_can_be_redriven(db: Database, state: State) -> None:
     """
     A completed task stays completed.

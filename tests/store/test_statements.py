@@ -25,7 +25,10 @@ def _statements() -> dict[str, str]:
             {
                 f"{module.name}.{name}": text
                 for name, text in content.items()
-                if name.isupper() and name[0] != "_" and isinstance(text, str) and IS_STATEMENT.match(text)
+                if name.isupper()
+                and name[0] != "_"
+                and isinstance(text, str)
+                and IS_STATEMENT.match(text)
             }
         )
     # A template, filled in by its caller.

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from asyncflow.api.strict_json import FAULTS_MAX, joined
 from asyncflow.domain.policy import NAME_PATTERN
 from asyncflow.errors import Fault
-from asyncflow.wire import SubmitBatch, SubmitTask, TaskQuery
+from asyncflow.wire import CURSOR_PATTERN, SubmitBatch, SubmitTask, TaskQuery
 
 _EXPECTED = {
     "string_type": "must be a string",
@@ -44,15 +44,13 @@ def document_faults(error: ValidationError, model: type[BaseModel]) -> list[Faul
     ]
 
 
-def parameter_faults(error: RequestValidationError) -> list[dict[str, str]]:
+def parameter_faults(error: RequestValidationError) -> list[tuple[str, str]]:
     """
-    Every wrong query parameter.
+    Every wrong query parameter: its name, and what is wrong with it.
     """
+    fields = list(TaskQuery.model_fields)
     return [
-        {
-            "parameter": str(mistake["loc"][-1]),
-            "detail": _sentence(mistake, list(TaskQuery.model_fields)),
-        }
+        (str(mistake["loc"][-1]), _sentence(mistake, fields))
         for mistake in error.errors()[:FAULTS_MAX]
     ]
 
@@ -105,10 +103,10 @@ def _sentence(mistake: Any, fields: list[str]) -> str:
             return f"must have at least {limits['min_length']} item"
         case "too_long":
             return f"must have at most {limits['max_length']} items"
-        case "string_too_long":
-            return f"must have at most {limits['max_length']} characters"
         case "string_pattern_mismatch" if limits["pattern"] == f"^{NAME_PATTERN.pattern}$":
             return "must be 1 to 128 of A-Z a-z 0-9 . _ -"
+        case "string_pattern_mismatch" if limits["pattern"] == CURSOR_PATTERN:
+            return "is not a cursor; pass the `next_cursor` of the page before"
         case "literal_error":
             return f"must be one of {limits['expected'].replace(chr(39), '')}"
         case "value_error":

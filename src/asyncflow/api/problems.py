@@ -113,23 +113,22 @@ KINDS = {
 class Refusal(AsyncFlowError):
     """
     A request that HTTP itself refuses; `kind` is a key of `KINDS`.
-
-    Args:
-        parameters: Each wrong query parameter and what is wrong with it.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        detail: str,
-        *,
-        parameters: Iterable[tuple[str, str]] = (),
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, kind: str, detail: str, *, headers: Mapping[str, str] | None = None) -> None:
         self.kind = kind
-        self.parameters = tuple(parameters)
         self.headers = headers
         super().__init__(detail)
+
+
+class InvalidQuery(AsyncFlowError):
+    """
+    Wrong query parameters: the name of each, and what is wrong with it.
+    """
+
+    def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(f"{name} {detail}" for name, detail in self.faults))
 
 
 def install_problems(app: FastAPI) -> None:
@@ -148,16 +147,18 @@ async def answer_error(request: Request, error: Exception) -> Response:
     path = request.url.path
     match error:
         case Refusal():
-            entries = [{"parameter": name, "detail": text} for name, text in error.parameters]
-            return problem(error.kind, str(error), path, entries, headers=error.headers)
+            return problem(error.kind, str(error), path, headers=error.headers)
         case MalformedJson():
             return problem("malformed-json", str(error), path)
         case InvalidTask():
             return _invalid("invalid-task", path, _entries(error.faults))
         case InvalidPayload():
             return _invalid("invalid-payload", path, _entries(error.faults))
+        case InvalidQuery():
+            entries = [{"parameter": name, "detail": text} for name, text in error.faults]
+            return _invalid("invalid-query", path, entries)
         case RequestValidationError():
-            return _invalid("invalid-query", path, parameter_faults(error))
+            return await answer_error(request, InvalidQuery(parameter_faults(error)))
         case TaskNotFound():
             return problem("task-not-found", str(error), path)
         case IllegalTransition():
@@ -253,9 +254,9 @@ def _method_not_allowed(request: Request) -> Response:
 
 
 def _allowed_methods(scope: Scope) -> set[str]:
-    # Starlette's own answer names the first matching route only.
-    methods = {"OPTIONS"}
-    for route in scope["app"].routes:
-        if route.matches(scope)[0] is not Match.NONE:
-            methods |= route.methods
+    # Starlette's own answer names the first matching route only. A path of its own, such as
+    # /tasks/batch, is not also an id.
+    matching = [r for r in scope["app"].routes if r.matches(scope)[0] is not Match.NONE]
+    exact = [route for route in matching if route.path == scope["path"]]
+    methods = {"OPTIONS"}.union(*(route.methods for route in exact or matching))
     return methods | {"HEAD"} if "GET" in methods else methods

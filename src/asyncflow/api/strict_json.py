@@ -11,6 +11,7 @@ one is walked in Python, to say where it is wrong.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -24,7 +25,12 @@ INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
 FAULTS_MAX = 20
 """More wrong places than this are not listed."""
 
-_NUL_OR_SURROGATE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
+WALKED_LENGTH_MAX = 1_000_000
+"""Longer documents are refused without saying where they are wrong: it would take seconds."""
+
+# Backslashes pair up from the left: after an even number of them, `\\u0000` is NUL.
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 _NOT_A_BRACKET = re.compile(r"[^\[\]{}]+")
 _ONE_KIND = str.maketrans("{}", "[]")
@@ -60,8 +66,8 @@ def parse(body: bytes) -> Any:
     if text.count("{") + text.count("[") > DEPTH_MAX and _is_too_deep(text):
         raise _too_deep()
     # Escapes are the only way in: raw NULs are no JSON and raw surrogates no UTF-8.
-    if _NUL_OR_SURROGATE.search(text) and (faults := _faults(text)):
-        raise InvalidTask(faults)
+    if "\\u" in text and (_NUL.search(text) or _has_half_a_pair(text, value)):
+        raise InvalidTask(_faults(text))
     return value
 
 
@@ -115,6 +121,16 @@ _DECODER = json.JSONDecoder(
 )
 
 
+def _has_half_a_pair(text: str, value: Any) -> bool:
+    if not _SURROGATE_ESCAPE.search(text):
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _is_too_deep(text: str) -> bool:
     # `text` is JSON by now, so strings end where they seem to. Each round takes the
     # innermost level away, in C.
@@ -126,6 +142,12 @@ def _is_too_deep(text: str) -> bool:
 
 def _too_deep() -> InvalidTask:
     return InvalidTask([Fault("", f"is nested too deeply; at most {DEPTH_MAX} levels are kept")])
+
+
+_SOMETHING_ODD = (
+    "holds something that cannot be kept: a key twice, NaN or an infinity, a number beyond 64 "
+    "bits, NUL or half of a surrogate pair in a string"
+)
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -168,6 +190,8 @@ _SLOW_DECODER = json.JSONDecoder(
 
 
 def _faults(text: str) -> list[Fault]:
+    if len(text) > WALKED_LENGTH_MAX:
+        return [Fault("", _SOMETHING_ODD)]
     try:
         root = _SLOW_DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -177,28 +201,35 @@ def _faults(text: str) -> list[Fault]:
         ) from None
     except RecursionError:
         raise _too_deep() from None
-    faults = []
-    for fault in _walk(root):
-        faults.append(fault)
-        if len(faults) == FAULTS_MAX:
-            break
-    return faults
+    return list(itertools.islice(_walk(root), FAULTS_MAX))
 
 
 def _walk(root: Any) -> Iterator[Fault]:
-    stack: list[tuple[str, Any]] = [("", root)]
+    stack = [iter([("", root)])]
     while stack:
-        pointer, value = stack.pop()
-        match value:
-            case _Odd(detail=detail):
-                yield Fault(pointer, detail)
-            case str():
-                yield from _text_faults(pointer, value, "holds")
-            case _Pairs():
-                yield from _key_faults(pointer, value)
-                stack.extend((joined(pointer, key), item) for key, item in reversed(value))
-            case list():
-                stack.extend((f"{pointer}/{i}", value[i]) for i in reversed(range(len(value))))
+        for pointer, value in stack[-1]:
+            match value:
+                case _Odd(detail=detail):
+                    yield Fault(pointer, detail)
+                case str():
+                    yield from _text_faults(pointer, value, "holds")
+                case _Pairs():
+                    yield from _key_faults(pointer, value)
+                    stack.append(_members(pointer, value))
+                    break
+                case list():
+                    stack.append(_items(pointer, value))
+                    break
+        else:
+            stack.pop()
+
+
+def _members(pointer: str, pairs: _Pairs) -> Iterator[tuple[str, Any]]:
+    return ((joined(pointer, key), value) for key, value in pairs)
+
+
+def _items(pointer: str, values: list[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"{pointer}/{index}", value) for index, value in enumerate(values))
 
 
 def _key_faults(pointer: str, pairs: _Pairs) -> Iterator[Fault]:

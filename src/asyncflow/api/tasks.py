@@ -12,7 +12,7 @@ from fastapi import FastAPI, Path, Query
 from starlette.responses import Response
 
 from asyncflow.api.openapi import problems
-from asyncflow.api.problems import Refusal
+from asyncflow.api.problems import InvalidQuery, Refusal
 from asyncflow.api.views import page_json, task_json
 from asyncflow.domain.states import State
 from asyncflow.domain.task import DEFAULT_TENANT_ID
@@ -119,7 +119,7 @@ async def _page(db: Executor, query: TaskQuery) -> store.Page:
         )
     except InvalidTask as error:
         faults = [(fault.pointer.removeprefix("/"), fault.detail) for fault in error.faults]
-        raise Refusal("invalid-query", str(error), parameters=faults) from None
+        raise InvalidQuery(faults) from None
 
 
 def _task_id(text: str) -> UUID:

@@ -5,6 +5,9 @@ The command line: `asyncflow …`.
     dev          all of AsyncFlow on this machine under one parent
     tasks        looking at tasks and steering them, over the store
     queues       pausing and resuming queues
+    views        tasks as a person wants to see them
+    database     which database a command means
+    output       output that may lose its reader
 
 Commands import what they run when they run: a worker starts without the web framework, the
 migrations and Rich. No command decides anything; that is `processes`' and the store's.

@@ -213,8 +213,10 @@ def _settings(**overrides: object) -> Settings:
 
 
 def _configure_logs(settings: Settings, process: str) -> None:
+    from asyncflow.cli.output import outlive_readers
     from asyncflow.telemetry.logs import configure_logs
 
+    outlive_readers()
     configure_logs(level=settings.log_level, log_format=settings.log_format, process=process)
 
 

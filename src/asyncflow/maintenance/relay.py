@@ -29,7 +29,7 @@ import random
 from collections.abc import Sequence
 from uuid import UUID
 
-from asyncflow.errors import StoreUnavailable, TransportError
+from asyncflow.errors import TransportError
 from asyncflow.settings import masked
 from asyncflow.store import admission
 from asyncflow.store.admission import Admitted, OpenQueue
@@ -115,7 +115,8 @@ class Relay:
                     await self._relay_on_one_connection()
                 except TransportError as error:
                     events.broker_unavailable(role="relay", reason=str(error))
-                except StoreUnavailable as error:
+                except Exception as error:
+                    # Not only outages: tasks wait as long as no relay runs.
                     events.database_unavailable(where="relay", reason=str(error))
                 await asyncio.sleep(random.uniform(*RECONNECT_SECONDS))
 

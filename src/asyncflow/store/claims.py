@@ -127,9 +127,7 @@ async def claim_due(
         queues: Looked into in this order within one priority; callers rotate it so that
             no queue waits for another's backlog.
     """
-    rows = await db.fetch(
-        CLAIM_DUE, lease_id, worker_id, *_columns(offers), list(queues), limit
-    )
+    rows = await db.fetch(CLAIM_DUE, lease_id, worker_id, *_columns(offers), list(queues), limit)
     return [_claim(row, lease_id) for row in rows]
 
 
@@ -169,9 +167,7 @@ async def claim_hinted(
     Args:
         lease_id: Fresh for this call.
     """
-    rows = await db.fetch(
-        CLAIM_HINTED, lease_id, worker_id, *_columns(offers), list(task_ids)
-    )
+    rows = await db.fetch(CLAIM_HINTED, lease_id, worker_id, *_columns(offers), list(task_ids))
     return [_claim(row, lease_id) for row in rows]
 
 
@@ -305,9 +301,7 @@ async def settle(db: Executor, settlings: Sequence[Settling]) -> list[bool]:
     return [(s.task_id, s.lease_id) in written for s in settlings]
 
 
-async def _settle(
-    db: Executor, event: Event, group: Sequence[Settling]
-) -> set[tuple[UUID, UUID]]:
+async def _settle(db: Executor, event: Event, group: Sequence[Settling]) -> set[tuple[UUID, UUID]]:
     rows = await db.fetch(_SETTLES[event], *_settle_arguments(event, group))
     return {(row["id"], row["lease_id"]) for row in rows}
 

@@ -30,6 +30,7 @@ ROLLED_BACK = (
 CANNOT_SERVE = (
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # the server's farewell is still being read
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.PostgresSystemError,
@@ -242,9 +243,6 @@ def translated_errors() -> Iterator[None]:
     try:
         yield
     except CANNOT_SERVE as error:
-        if isinstance(error, ValueError):
-            # asyncpg's InterfaceError for an argument or a DSN that can never be right.
-            raise
         fact = str(error) or type(error).__name__
         raise StoreUnavailable(f"PostgreSQL cannot serve now: {fact}") from error
 
@@ -258,11 +256,15 @@ def check_url(url: str) -> None:
     """
     try:
         parts = urlsplit(url)
-        port = parts.port
+        # Several hosts are fine: that is how asyncpg finds the primary after a failover.
+        hosts = parts.netloc.rpartition("@")[2].split(",")
+        ports = [urlsplit(f"//{host}").port for host in hosts]
     except ValueError as error:
         raise InvalidSettings([f"ASYNCFLOW_DATABASE_URL cannot be parsed: {error}."]) from None
-    if parts.scheme not in ("postgresql", "postgres") or port == 0:
-        raise InvalidSettings(["ASYNCFLOW_DATABASE_URL must look like postgresql://host:5432/name."])
+    if parts.scheme not in ("postgresql", "postgres") or 0 in ports:
+        raise InvalidSettings(
+            ["ASYNCFLOW_DATABASE_URL must look like postgresql://host:5432/name."]
+        )
 
 
 def in_id_order(ids: Sequence[Any], *columns: Sequence[Any]) -> tuple[list[Any], ...]:

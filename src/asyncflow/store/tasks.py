@@ -367,9 +367,7 @@ async def redrive(db: Executor, tenant_id: int, task_id: UUID) -> Task:
 
 def _task(row: Record, **details: Any) -> Task:
     state = State(row["state"])
-    status = display_status(
-        state, run_at=row["run_at"], failures=row["failures"], now=row["now"]
-    )
+    status = display_status(state, run_at=row["run_at"], failures=row["failures"], now=row["now"])
     return Task(
         id=row["id"],
         name=row["name"],

@@ -171,9 +171,7 @@ MARK_LOST = """
 """
 
 
-async def mark_lost(
-    db: Executor, *, restart_grace_seconds: float = 10.0
-) -> list[tuple[UUID, str]]:
+async def mark_lost(db: Executor, *, restart_grace_seconds: float = 10.0) -> list[tuple[UUID, str]]:
     """
     Give up workers that are dead or cut off; return the id and name of each.
 

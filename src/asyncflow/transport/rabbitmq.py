@@ -106,10 +106,10 @@ class RabbitTransport:
         """
         See `Transport.take`.
         """
-        self._want(window)
         self._taking = True
         try:
             while not self._stopped:
+                self._want(window)
                 self._arrived.clear()
                 for task in self._tasks:
                     if task.done():
@@ -167,9 +167,10 @@ class RabbitTransport:
                 offers=self._claimant.offers,
             )
         except StoreUnavailable as error:
-            # This worker cannot now; another may.
+            # This worker cannot now; another may, so ask the broker for nothing meanwhile.
             events.database_unavailable(where="claim", reason=str(error))
             _give_back(hints)
+            self._pause()
             await asyncio.sleep(random.uniform(*OUTAGE_SECONDS))
             return []
         for claim in taken:
@@ -288,6 +289,10 @@ class RabbitTransport:
             self._window = window
             self._changed.set()
 
+    def _pause(self) -> None:
+        self._paused = True
+        self._changed.set()
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
@@ -298,8 +303,7 @@ class RabbitTransport:
                 and now - self._inbox[0].arrived > WAIT_SECONDS_MAX
                 and not self._paused
             ):
-                self._paused = True
-                self._changed.set()
+                self._pause()
             for hints in self._claimed.values():
                 for hint in hints:
                     if now - hint.arrived > EARLY_ACK_SECONDS:

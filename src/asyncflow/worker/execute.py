@@ -37,6 +37,7 @@ from asyncflow.transport import Transport
 from asyncflow.worker.isolation import Cancellation, Isolation
 
 SETTLE_RETRY_SECONDS = (0.1, 0.6)
+REFUSALS_MAX = 3
 REASON_LENGTH_MAX = 1_000
 
 
@@ -189,6 +190,7 @@ async def _settle(attempt: Attempt, outcome: Outcome, run_seconds: float, tools:
 
 async def _settle_while_leased(attempt: Attempt, settlement: Settlement, tools: Tools) -> bool:
     claim = attempt.claim
+    refusals = 0
     while attempt.void is None:
         settling = Settling(claim.task_id, claim.lease_id, settlement)
         try:
@@ -197,12 +199,18 @@ async def _settle_while_leased(attempt: Attempt, settlement: Settlement, tools: 
             events.settle_delayed(task_id=claim.task_id, reason=str(error))
             await asyncio.sleep(random.uniform(*SETTLE_RETRY_SECONDS))
         except Exception as error:
-            if settlement.event is Event.FAIL:
-                attempt.void = f"its outcome cannot be stored: {error!r}"
-            # PostgreSQL will not take this result, now or ever; the task must still end.
             why = repr(error)[:REASON_LENGTH_MAX]
-            failure = Failure("Unstorable", f"The outcome cannot be stored: {why}")
-            settlement = Settlement(Event.FAIL, failure=failure)
+            refusals += 1
+            if refusals < REFUSALS_MAX:
+                # A result is too precious to be thrown away for a mishap on the way.
+                events.settle_delayed(task_id=claim.task_id, reason=why)
+                await asyncio.sleep(random.uniform(*SETTLE_RETRY_SECONDS))
+            elif settlement.event is Event.FAIL:
+                attempt.void = f"its outcome cannot be stored: {why}"
+            else:
+                # PostgreSQL will not take this result, now or ever; the task must still end.
+                failure = Failure("Unstorable", f"The outcome cannot be stored: {why}")
+                settlement = Settlement(Event.FAIL, failure=failure)
     return False
 
 

@@ -1,0 +1,119 @@
+"""
+RabbitMQ stopped, killed, emptied and erased while tasks flow: submissions never notice, no
+task is lost, and tasks flow again within ten seconds of its return.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+import pytest
+
+from acceptance.conftest import Engine
+from acceptance.system import Load, System
+from services.broker import Broker
+
+pytestmark = pytest.mark.needs_rabbitmq
+
+FLOWING_AGAIN_SECONDS = 10.0
+WORKING = {"seconds": 0.1}
+
+Damage = Callable[[Broker, str], None]
+
+
+@asynccontextmanager
+async def flowing(system: System) -> AsyncIterator[Load]:
+    """
+    A load that flows; afterwards, nothing of it may be lost, refused or slow.
+    """
+    await system.start(apis=2, workers=2, maintenances=2)
+    async with system.load(payload=WORKING) as load:
+        await load.has_accepted(20)
+        yield load
+        await flows(system, load)
+
+    assert not load.refused
+    assert load.broken == 0
+    assert load.slowest_seconds < 5
+    assert {"completed": len(load.accepted)} == await system.all_terminal(load.accepted)
+
+
+async def flows(system: System, load: Load) -> None:
+    """
+    Wait until a task that is submitted from now on completes.
+    """
+    await load.has_accepted(5)
+    await system.finishes(load.accepted[-1], timeout_seconds=FLOWING_AGAIN_SECONDS)
+
+
+@pytest.mark.parametrize("ending", ["stop", "kill"])
+async def test_a_broker_that_stops_or_dies_costs_time_and_no_task(
+    system: System, engine: Engine, ending: str
+) -> None:
+    """
+    Tasks are accepted while RabbitMQ is away, and flow when it is back.
+    """
+    assert (broker := engine.broker) is not None
+    end: Callable[[], None] = getattr(broker, ending)
+
+    async with flowing(system) as load:
+        await asyncio.to_thread(end)
+        await load.has_accepted(20)
+        health = await system.client.get(f"{system.url}/health/ready")
+        await asyncio.to_thread(broker.start)
+
+    assert health.status_code == 200
+    assert health.json()["broker"].startswith("down")
+
+
+def purge(broker: Broker, vhost: str) -> None:
+    """
+    Throw away every message that waits.
+    """
+    for queue in broker.api("GET", f"queues/{vhost}"):
+        broker.api("DELETE", f"queues/{vhost}/{queue['name']}/contents")
+
+
+def delete(broker: Broker, vhost: str) -> None:
+    """
+    Delete every queue under its consumers.
+    """
+    for queue in broker.api("GET", f"queues/{vhost}"):
+        broker.api("DELETE", f"queues/{vhost}/{queue['name']}", ignore_missing=True)
+
+
+def erase(broker: Broker, vhost: str) -> None:
+    """
+    Delete the virtual host with all that is in it, and make it anew.
+    """
+    broker.api("DELETE", f"vhosts/{vhost}")
+    broker.api("PUT", f"vhosts/{vhost}", {})
+
+
+@pytest.mark.parametrize("damage", [purge, delete, erase])
+async def test_a_broker_that_forgets_costs_time_and_no_task(
+    system: System, engine: Engine, damage: Damage
+) -> None:
+    """
+    With a backlog inside RabbitMQ, all its messages vanish: each task completes.
+    """
+    assert (broker := engine.broker) is not None
+    assert system.broker_url is not None
+    vhost = urlsplit(system.broker_url).path[1:]
+
+    async with flowing(system):
+        backlog = await system.submit_batch([{"name": "work", "payload": WORKING}] * 300)
+        await system.until(lambda: some_are_queued(system), "a backlog in RabbitMQ")
+        await asyncio.to_thread(damage, broker, vhost)
+
+    assert {"completed": 300} == await system.all_terminal(backlog)
+
+
+def some_are_queued(system: System) -> Awaitable[object]:
+    """
+    Whether some tasks wait inside RabbitMQ.
+    """
+    return system.rows("SELECT 1 FROM asyncflow.tasks WHERE state = 'queued'")

@@ -1,0 +1,74 @@
+"""
+Several workers share tasks evenly and get through them faster: behaviour, not speed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from acceptance.system import System
+
+TASKS = 30
+TASK_SECONDS = 0.5
+SLOTS = 2
+
+
+async def test_more_workers_share_evenly_and_finish_sooner(system: System) -> None:
+    """
+    1, 3 and 5 workers of two slots: the time falls in proportion, and each does its part.
+    """
+    await system.start(workers=0)
+    seconds: dict[int, float] = {}
+    for workers in (1, 3, 5):
+        while await alive(system) < workers:
+            await system.start_worker("--concurrency", str(SLOTS))
+        began = time.monotonic()
+        task_ids = await system.submit_batch(
+            [{"name": "work", "payload": {"seconds": TASK_SECONDS}}] * TASKS
+        )
+        assert {"completed": TASKS} == await system.all_terminal(task_ids)
+        seconds[workers] = time.monotonic() - began
+
+        ideal = TASKS / (workers * SLOTS) * TASK_SECONDS
+        assert ideal <= seconds[workers] < 1.4 * ideal + 0.7
+        shares = await shares_of(system, task_ids)
+        assert len(shares) == workers
+        assert min(shares.values()) >= 0.6 * TASKS / workers
+        assert max(shares.values()) <= 1.4 * TASKS / workers
+
+    assert seconds[1] / seconds[3] > 2
+    assert seconds[1] / seconds[5] > 3
+
+
+async def test_a_busy_worker_leaves_tasks_to_an_idle_one(system: System) -> None:
+    """
+    No worker holds tasks back that it cannot start while another has a free slot.
+    """
+    await system.start(workers=2, worker_concurrency=1)
+    long = await system.submit("work", {"seconds": 3})
+    await system.journal.wait_for("start", long)
+
+    task_ids = await system.submit_batch([{"name": "work", "payload": {"seconds": 0.1}}] * 10)
+
+    assert {"completed": 10} == await system.all_terminal(task_ids)
+    assert (await system.get(long))["status"] == "RUNNING"
+
+
+async def alive(system: System) -> int:
+    """
+    How many workers there are.
+    """
+    query = "SELECT count(*) FROM asyncflow.workers WHERE stopped_at IS NULL AND lost_at IS NULL"
+    return int((await system.rows(query))[0][0])
+
+
+async def shares_of(system: System, task_ids: list[str]) -> Counter[str]:
+    """
+    How many of these tasks each worker completed.
+    """
+    query = """
+        SELECT worker_id::text, count(*)
+          FROM asyncflow.tasks WHERE id = ANY ($1) GROUP BY worker_id
+    """
+    return Counter(dict(await system.rows(query, task_ids)))

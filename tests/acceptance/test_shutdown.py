@@ -1,0 +1,183 @@
+"""
+SIGTERM and SIGINT: processes finish or give back what they have, leave nothing open, and end
+with status 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+
+import pytest
+
+from acceptance.conftest import Engine
+from acceptance.process import Process
+from acceptance.system import System
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_every_process_leaves_in_good_order(
+    system: System, engine: Engine, number: signal.Signals
+) -> None:
+    """
+    Each kind of process ends with status 0 and leaves no session in PostgreSQL and no
+    connection to RabbitMQ.
+    """
+    apis, workers, maintenances = await system.start()
+    task_id = await system.submit("work")
+    await system.finishes(task_id)
+    processes = [*apis, *workers, *maintenances]
+
+    for process in processes:
+        process.send(number)
+    statuses = [await process.exit_status(timeout_seconds=5) for process in processes]
+
+    assert [0, 0, 0] == statuses
+    assert all(process.has_logged("process.stopped") for process in processes)
+    await system.until(lambda: no_sessions(system), "no session is left", timeout_seconds=2)
+    if engine.broker is not None:
+        await system.until(lambda: no_connections(engine), "no connection is left")
+    [worker] = await system.rows("SELECT stopped_at, lost_at FROM asyncflow.workers")
+    assert worker["stopped_at"] is not None
+    assert worker["lost_at"] is None
+
+
+async def test_a_worker_that_stops_finishes_what_it_runs(system: System) -> None:
+    """
+    Within the grace period a long task completes, once; tasks that only wait are not started.
+    """
+    _, [worker], _ = await system.start(worker_concurrency=1)
+    running = await system.submit("work", {"seconds": 2})
+    await system.journal.wait_for("start", running)
+    waiting = await system.submit("work")
+
+    worker.send(signal.SIGTERM)
+
+    assert await worker.exit_status() == 0
+    task = await system.get(running)
+    assert task["status"] == "COMPLETED"
+    assert task["attempt"] == 1
+    assert (await system.get(waiting))["attempt"] == 0
+    await system.start_worker()
+    assert (await system.finishes(waiting))["status"] == "COMPLETED"
+
+
+async def test_what_does_not_finish_in_time_is_given_back_unpunished(system: System) -> None:
+    """
+    When the grace period is over, tasks are released in every isolation; another worker
+    runs them, and no failure is counted.
+    """
+    _, [worker], _ = await system.start(shutdown_grace_seconds=0.5)
+    names = ("work", "work-in-process")
+    task_ids = [await system.submit(name, {"seconds": 4}) for name in names]
+    for task_id in task_ids:
+        await system.journal.wait_for("start", task_id)
+    other = await system.start_worker()
+
+    worker.send(signal.SIGTERM)
+    released_from = time.monotonic()
+    assert await worker.exit_status(timeout_seconds=5) == 0
+
+    for task_id in task_ids:
+        second = await system.journal.wait_for("start", task_id, attempt=2)
+        task = await system.finishes(task_id)
+        assert second.time - released_from < 3
+        assert task["status"] == "COMPLETED"
+        assert task["failures"] == 0
+        assert [a["outcome"] for a in task["attempts"]] == ["RELEASED", "COMPLETED"]
+        assert task["attempts"][1]["worker_id"] == other.lines[0]["worker_id"]
+
+
+async def test_a_second_signal_hurries(system: System) -> None:
+    """
+    The first signal would wait for a minute; the second gives back what runs, at once.
+    """
+    _, [worker], _ = await system.start(shutdown_grace_seconds=60)
+    task_id = await system.submit("work", {"seconds": 50})
+    await system.journal.wait_for("start", task_id)
+
+    worker.send(signal.SIGTERM)
+    stopping = await worker.log_event("process.stopping")
+    worker.send(signal.SIGTERM)
+
+    assert await worker.exit_status(timeout_seconds=5) == 0
+    assert stopping["running"] == 1
+    assert worker.has_logged("process.hurried")
+    task = await system.get(task_id)
+    assert task["failures"] == 0
+    assert [a["outcome"] for a in task["attempts"]] == ["RELEASED"]
+
+
+async def test_an_api_that_stops_answers_what_it_was_asked(system: System) -> None:
+    """
+    SIGTERM under load: every submission that was under way is answered, none is lost.
+    """
+    [first, _], _, _ = await system.start(apis=2)
+
+    async with system.load(clients=8, pause_seconds=0.01) as load:
+        await load.has_accepted(50)
+        first.send(signal.SIGTERM)
+        assert await first.exit_status(timeout_seconds=10) == 0
+        await load.has_accepted(50)
+
+    assert {"completed": len(load.accepted)} == await system.all_terminal(load.accepted)
+    everything = await system.rows("SELECT count(*) FROM asyncflow.tasks")
+    assert len(load.accepted) == everything[0][0]
+
+
+async def test_a_rolling_restart_of_all_workers_loses_and_fails_nothing(
+    system: System,
+) -> None:
+    """
+    Workers replaced one after another under load: every task completes, and no attempt
+    ends in any way but COMPLETED or RELEASED.
+    """
+    _, workers, _ = await system.start(workers=3, shutdown_grace_seconds=0.3)
+
+    async with system.load(payload={"seconds": 0.5}, clients=4) as load:
+        await load.has_accepted(20)
+        for worker in workers:
+            await system.start_worker(shutdown_grace_seconds=0.3)
+            await stop(worker)
+            await load.has_accepted(10)
+
+    assert {"completed": len(load.accepted)} == await system.all_terminal(load.accepted)
+    assert await outcomes(system) <= {"released"}
+    [row] = await system.rows("SELECT max(failures) AS failures FROM asyncflow.tasks")
+    assert row["failures"] == 0
+
+
+async def stop(worker: Process) -> None:
+    """
+    Stop one worker in good order.
+    """
+    worker.send(signal.SIGTERM)
+    assert await worker.exit_status() == 0
+
+
+async def outcomes(system: System) -> set[str]:
+    """
+    How attempts ended that were not the last of their task.
+    """
+    rows = await system.rows("SELECT DISTINCT outcome FROM asyncflow.attempts")
+    return {row["outcome"] for row in rows}
+
+
+async def no_sessions(system: System) -> bool:
+    """
+    Whether nobody but us is connected to the database.
+    """
+    query = """
+        SELECT application_name FROM pg_stat_activity
+         WHERE datname = current_database() AND pid <> pg_backend_pid()
+    """
+    return not await system.rows(query)
+
+
+async def no_connections(engine: Engine) -> bool:
+    """
+    Whether RabbitMQ has no client.
+    """
+    assert engine.broker is not None
+    return not await asyncio.to_thread(engine.broker.api, "GET", "connections")

@@ -1,0 +1,272 @@
+"""
+`asyncflow dev`: one command runs everything, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cli.programs import Program, environment, finished, running
+
+STOP_LINE = r"^Stop +Ctrl-C"
+
+ON_OUR_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "asyncflow", "dev"])
+"""
+"""Makes its standard input the session's terminal, as a shell in a window has it."""
+
+
+@pytest.fixture
+def port() -> int:
+    """
+    A port that is free now.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free: int = server.getsockname()[1]
+    return free
+
+
+@pytest.fixture
+def env(port: int) -> dict[str, str]:
+    """
+    What a stranger has set: nothing but a port, so that tests can run side by side.
+    """
+    return environment(api_port=port)
+
+
+def submit(program: Program, payload: str = '{"seconds": 0}') -> str:
+    """
+    Run the curl line of the banner, with a payload, and return the task's id.
+    """
+    curl = shlex.split(program.until(r"^Try it +(curl .*)$")[1])
+    curl[-1] = json.dumps({**json.loads(curl[-1]), "payload": json.loads(payload)})
+    answer = subprocess.run([*curl, "--silent"], stdout=subprocess.PIPE, check=True)
+    return str(json.loads(answer.stdout)["id"])
+
+
+def test_the_line_to_try_works_and_data_survives_a_restart(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    """
+    The banner's own words, an end on Ctrl-C with nothing left, and the task is still there.
+    """
+    with running("dev", folder=tmp_path, env=env) as dev:
+        dev.until(STOP_LINE)
+        task_id = submit(dev)
+        dev.until(f"attempt.settled.*{task_id}.*outcome=complete")
+        dev.send(signal.SIGINT)
+
+        assert dev.ended() == 0
+        assert dev.survivors() == []
+
+    with running("dev", folder=tmp_path, env=env) as dev:
+        dev.until(STOP_LINE)
+        shown = finished("task", "get", task_id, folder=tmp_path, env=env)
+
+        assert "COMPLETED" in shown.stdout
+
+
+def test_the_first_signal_lets_a_task_finish(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    Nothing is interrupted within the grace period.
+    """
+    with running("dev", folder=tmp_path, env=env) as dev:
+        dev.until(STOP_LINE)
+        _run_until_begun(dev, env, tmp_path, seconds=2)
+        dev.send(signal.SIGTERM)
+
+        assert dev.ended() == 0
+        dev.until("attempt.settled.*outcome=complete")
+        assert dev.survivors() == []
+
+
+def test_the_second_signal_gives_a_task_back(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    Unpunished: it is released and runs again at the next start.
+    """
+    with running("dev", folder=tmp_path, env=env) as dev:
+        dev.until(STOP_LINE)
+        _run_until_begun(dev, env, tmp_path, seconds=600)
+        dev.send(signal.SIGINT)
+        dev.until("process.stopping.*worker")
+        dev.send(signal.SIGINT)
+
+        assert dev.ended() == 0
+        dev.until("attempt.settled.*outcome=release")
+
+
+def test_nothing_outlives_a_killed_parent(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    Not even PostgreSQL; and the next start works.
+    """
+    with running("dev", folder=tmp_path, env=env) as dev:
+        dev.until(STOP_LINE)
+        dev.send(signal.SIGKILL)
+
+        assert dev.survivors() == []
+
+    with running("dev", folder=tmp_path, env=env) as dev:
+        dev.until(STOP_LINE)
+
+
+def test_a_killed_process_is_started_again(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    One crash is not the end of an afternoon's work.
+    """
+    with running("dev", folder=tmp_path, env=env) as dev:
+        dev.until(STOP_LINE)
+        dev.child("worker").kill()
+        dev.until("process.died.*role=worker")
+        task_id = submit(dev)
+
+        dev.until(f"attempt.settled.*{task_id}.*outcome=complete")
+
+
+def test_closing_the_terminal_stops_everything(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    The hang-up counts as a wish to stop, though nobody can be told any more.
+    """
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", ON_OUR_TERMINAL],
+        cwd=tmp_path,
+        env=env,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    said = b""
+    while b"Ctrl-C" not in said:
+        said += os.read(ours, 4096)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.close(ours)
+
+    assert process.wait(60) == 0
+    assert psutil.wait_procs(family, timeout=60)[1] == []
+
+
+def test_a_taken_port_stops_it_before_anything_is_started(
+    env: dict[str, str], port: int, tmp_path: Path
+) -> None:
+    """
+    One sentence, and no database folder was made for nothing.
+    """
+    with socket.create_server(("127.0.0.1", port)):
+        ended = finished("dev", folder=tmp_path, env=env)
+
+    assert ended.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_in_one_folder_do_not_share_a_database(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    The second one says who has it; the first one goes on.
+    """
+    with running("dev", folder=tmp_path, env=env) as dev:
+        dev.until(STOP_LINE)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            other_port = server.getsockname()[1]
+        ended = finished("dev", "--port", str(other_port), folder=tmp_path, env=env)
+
+        assert ended.returncode == 2
+        assert f"already in use by process {dev.process.pid}" in ended.stderr
+        submit(dev)
+
+
+def test_a_file_in_place_of_the_data_folder_is_a_sentence(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    """
+    It names the setting that would help.
+    """
+    (tmp_path / ".asyncflow").touch()
+
+    ended = finished("dev", folder=tmp_path, env=env)
+
+    assert ended.returncode == 2
+    assert "ASYNCFLOW_DATA_FOLDER" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_data_folder_that_is_no_database_is_a_sentence(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    """
+    It names the folder.
+    """
+    data = tmp_path / ".asyncflow" / "postgres" / "data"
+    data.mkdir(parents=True)
+
+    ended = finished("dev", folder=tmp_path, env=env)
+
+    assert ended.returncode == 2
+    assert str(data.parent) in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_missing_module_of_handlers_stops_everything(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    The worker's sentence is the last word of the whole.
+    """
+    with running("dev", "--handlers", "nowhere.tasks", folder=tmp_path, env=env) as dev:
+        assert dev.ended() == 2
+        dev.until("There is no module 'nowhere.tasks'")
+        assert dev.survivors() == []
+
+
+def test_handlers_of_the_current_folder_run(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    Named in `.env`, as a project would.
+    """
+    (tmp_path / "tasks.py").write_text(
+        "import asyncflow\n\n\n@asyncflow.handler\ndef greet(seconds: int) -> str:\n"
+        "    return 'hello'\n"
+    )
+    (tmp_path / ".env").write_text("ASYNCFLOW_WORKER_HANDLERS=tasks\n")
+
+    with running("dev", folder=tmp_path, env=env) as dev:
+        dev.until("process.started.*handlers=2")
+
+
+def test_a_database_that_is_set_is_used_and_left_running(
+    env: dict[str, str], empty_database_url: str, tmp_path: Path
+) -> None:
+    """
+    The banner says so; it is migrated, and nothing is stored in the folder.
+    """
+    env = {**env, "ASYNCFLOW_DATABASE_URL": empty_database_url}
+
+    with running("dev", folder=tmp_path, env=env) as dev:
+        dev.until(r"^Data .*ASYNCFLOW_DATABASE_URL")
+        task_id = submit(dev)
+        dev.until(f"attempt.settled.*{task_id}.*outcome=complete")
+        dev.send(signal.SIGTERM)
+
+        assert dev.ended() == 0
+        assert not (tmp_path / ".asyncflow").exists()
+
+
+def _run_until_begun(dev: Program, env: dict[str, str], folder: Path, *, seconds: int) -> None:
+    task_id = submit(dev, f'{{"seconds": {seconds}}}')
+    begun = threading.Event()
+    while not begun.wait(0.05):
+        shown = finished("task", "get", task_id, "--json", folder=folder, env=env)
+        if json.loads(shown.stdout)["status"] == "RUNNING":
+            begun.set()

@@ -1,0 +1,55 @@
+"""
+A process imports what it runs, and nothing else.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.programs import environment
+
+HEAVY = {
+    "worker": {"alembic", "fastapi", "sqlalchemy", "starlette", "uvicorn"},
+    "maintenance": {"alembic", "fastapi", "sqlalchemy", "starlette", "uvicorn"},
+    "api": {"alembic", "sqlalchemy"},
+}
+
+
+@pytest.mark.parametrize("command", HEAVY)
+def test_a_process_starts_without_what_others_need(
+    command: str, database_url: str, tmp_path: Path
+) -> None:
+    """
+    Memory and start-up time are paid per process, and there are many workers.
+    """
+    env = environment(database_url=database_url, api_port=_any_port())
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "asyncflow", command],
+        cwd=tmp_path,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    imported = set()
+    for line in process.stderr:
+        imported.add(line.rpartition("|")[2].strip().partition(".")[0])
+        if "process.started" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+
+    assert set() == imported & HEAVY[command]
+
+
+def _any_port() -> int:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port

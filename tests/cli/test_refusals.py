@@ -1,0 +1,152 @@
+"""
+What cannot work is one sentence and an exit status, never a traceback.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.programs import environment, finished
+
+NOBODY_LISTENS = "postgresql://someone:very-secret@127.0.0.1:1/none"
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """
+    A port that somebody listens on.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("command", ["api", "worker", "maintenance", "migrate"])
+def test_without_a_database_url_a_process_says_what_to_set(command: str, tmp_path: Path) -> None:
+    """
+    The first thing a stranger meets names the variable and an example.
+    """
+    ended = finished(command, folder=tmp_path, env=environment())
+
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("asyncflow: ASYNCFLOW_DATABASE_URL is not set;")
+    assert "Traceback" not in ended.stderr
+
+
+def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
+    """
+    Nobody has to start three times to find three mistakes.
+    """
+    env = environment(api_port="http", log_level="loud", database_url="mysql://host/name")
+
+    ended = finished("api", folder=tmp_path, env=env)
+
+    assert ended.returncode == 2
+    for name in ("API_PORT", "LOG_LEVEL", "DATABASE_URL"):
+        assert f"  ASYNCFLOW_{name}: " in ended.stderr
+
+
+def test_a_wrong_setting_does_not_show_its_value(tmp_path: Path) -> None:
+    """
+    A URL may hold a password.
+    """
+    env = environment(database_url="mysql://someone:very-secret@host/name")
+
+    ended = finished("api", folder=tmp_path, env=env)
+
+    assert "very-secret" not in ended.stderr
+
+
+def test_settings_are_read_from_a_file_in_the_current_folder(tmp_path: Path) -> None:
+    """
+    `.env` counts where the environment says nothing.
+    """
+    (tmp_path / ".env").write_text("ASYNCFLOW_WORKER_CONCURRENCY=0\n")
+
+    ended = finished("worker", folder=tmp_path, env=environment())
+
+    assert ended.stderr.startswith("asyncflow: ASYNCFLOW_WORKER_CONCURRENCY: ")
+
+
+def test_an_option_wins_over_the_environment(tmp_path: Path) -> None:
+    """
+    What is typed is what is meant.
+    """
+    env = environment(api_port=80_000)
+
+    ended = finished("worker", "--concurrency", "0", folder=tmp_path, env=env)
+
+    assert "WORKER_CONCURRENCY" in ended.stderr
+
+
+def test_a_database_that_cannot_be_reached_is_worth_another_try(tmp_path: Path) -> None:
+    """
+    Exit status 1 says "not now", 2 says "not like this"; the password stays hidden.
+    """
+    ended = finished("migrate", folder=tmp_path, env=environment(database_url=NOBODY_LISTENS))
+
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("asyncflow: PostgreSQL cannot serve now: ")
+    assert "very-secret" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["api", "worker", "maintenance"])
+def test_a_process_refuses_a_database_without_schema(
+    command: str, empty_database_url: str, tmp_path: Path
+) -> None:
+    """
+    It says how to get the schema.
+    """
+    env = environment(database_url=empty_database_url, api_port=_free_port())
+
+    ended = finished(command, folder=tmp_path, env=env)
+
+    assert ended.returncode == 2
+    assert "has no AsyncFlow schema; run `asyncflow migrate`" in ended.stderr
+
+
+def test_a_taken_port_is_named_and_the_way_out_too(
+    taken_port: int, database_url: str, tmp_path: Path
+) -> None:
+    """
+    The API says which address it wanted and how to choose another.
+    """
+    env = environment(database_url=database_url)
+
+    ended = finished("api", "--port", str(taken_port), folder=tmp_path, env=env)
+
+    assert ended.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{taken_port}" in ended.stderr
+    assert "--port" in ended.stderr
+
+
+def test_a_missing_module_of_handlers_is_named(database_url: str, tmp_path: Path) -> None:
+    """
+    The worker says where it looked.
+    """
+    env = environment(database_url=database_url)
+
+    ended = finished("worker", "--handlers", "nowhere.tasks", folder=tmp_path, env=env)
+
+    assert ended.returncode == 2
+    assert "There is no module 'nowhere.tasks'. Looked in:" in ended.stderr
+    assert str(tmp_path) in ended.stderr
+
+
+def test_a_mistyped_command_is_answered_with_the_right_one(tmp_path: Path) -> None:
+    """
+    Nobody has to read the whole help for a slip of the finger.
+    """
+    ended = finished("wroker", folder=tmp_path, env=environment())
+
+    assert ended.returncode == 2
+    assert "Did you mean 'worker'?" in ended.stderr
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port

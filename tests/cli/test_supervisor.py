@@ -1,0 +1,75 @@
+"""
+Several workers under one parent: `asyncflow worker --processes`.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from cli.programs import environment, finished, running
+
+STARTED = r"process\.started"
+
+
+@pytest.fixture
+def env(database_url: str) -> dict[str, str]:
+    """
+    What a worker needs.
+    """
+    return environment(database_url=database_url, log_format="json", lease_seconds=5)
+
+
+def test_a_killed_worker_is_started_again(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    The others go on meanwhile, and an ERROR tells a person.
+    """
+    with running("worker", "--processes", "2", folder=tmp_path, env=env) as parent:
+        parent.until(STARTED, times=2)
+        parent.family()[0].kill()
+        parent.until(r"process\.died.*killed by SIGKILL")
+        parent.until(STARTED, times=3)
+        parent.send(signal.SIGTERM)
+
+        assert parent.ended() == 0
+        assert parent.survivors() == []
+
+
+def test_workers_that_refuse_to_run_end_their_parent(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    Starting them again could not help.
+    """
+    arguments = ("worker", "--processes", "2", "--handlers", "nowhere.tasks")
+
+    ended = finished(*arguments, folder=tmp_path, env=env)
+
+    assert ended.returncode == 2
+    assert "There is no module 'nowhere.tasks'" in ended.stderr
+
+
+def test_options_reach_every_worker(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    Also those that the environment says otherwise.
+    """
+    env = {**env, "ASYNCFLOW_WORKER_CONCURRENCY": "3"}
+    arguments = ("--processes", "2", "--concurrency", "7", "--queues", "slow,fast")
+
+    with running("worker", *arguments, folder=tmp_path, env=env) as parent:
+        line = parent.until(STARTED, times=2).string
+
+        assert '"slots": 7' in line
+        assert '"queues": "slow,fast"' in line
+
+
+def test_workers_end_when_their_parent_is_killed(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    In good order: they say that they stopped.
+    """
+    with running("worker", "--processes", "2", folder=tmp_path, env=env) as parent:
+        parent.until(STARTED, times=2)
+        parent.send(signal.SIGKILL)
+
+        assert parent.survivors() == []
+        parent.until(r"process\.stopped", times=2)

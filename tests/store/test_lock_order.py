@@ -1,0 +1,145 @@
+"""
+Bulk statements that meet the same rows in opposite orders never deadlock.
+
+Everything that moves tasks runs at once over a few dozen of them, each batch in an order of
+its own. `Database` would try a deadlock again and hide it, so PostgreSQL's own count decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from uuid import UUID, uuid4
+
+from asyncflow.domain.states import Event
+from asyncflow.errors import IllegalTransition
+from asyncflow.store import admission, claims, tasks, upkeep, workers
+from asyncflow.store.claims import Claim, Offer, Settling
+from asyncflow.store.database import Database
+from builders import SETTLEMENTS, backdate, new_task
+
+ROUNDS = 300
+TASKS = 48
+NAMES = ("a", "b", "c")
+QUEUE = "default"
+OFFERS = [Offer(name, 1_000, 60.0) for name in NAMES]
+
+Act = Callable[[Database, list[UUID]], Awaitable[object]]
+
+
+async def test_no_two_bulk_statements_deadlock(fresh_db: Database) -> None:
+    """
+    Thousands of statements: claims, settles, the relay, cancellations, the reaper, expiry.
+    """
+    random.seed(7)
+    ids = await _new_tasks(fresh_db, TASKS)
+    acts: list[Act] = [
+        _claim_and_settle,
+        _claim_and_settle,
+        _claim_due_and_settle,
+        _relay,
+        _relay,
+        _reap,
+        _reap,
+        _decline,
+        _cancel_and_redrive,
+        _expire,
+        _report_progress,
+    ]
+
+    await asyncio.gather(*(_many_times(act, fresh_db, ids) for act in acts))
+
+    await fresh_db.fetchval("SELECT pg_stat_force_next_flush()")
+    assert 0 == await fresh_db.fetchval(
+        "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    )
+    # It moved, and nothing is stuck: whatever still runs can be settled.
+    assert TASKS * 10 < await fresh_db.fetchval("SELECT sum(attempt) FROM asyncflow.tasks")
+    await _reap(fresh_db, ids)
+    assert [] == await upkeep.lost_leases(fresh_db, limit=TASKS)
+
+
+async def _many_times(act: Act, db: Database, ids: list[UUID]) -> None:
+    for _ in range(ROUNDS):
+        await act(db, random.sample(ids, len(ids)))
+
+
+async def _claim_and_settle(db: Database, ids: list[UUID]) -> None:
+    found = await claims.claim_hinted(
+        db,
+        ids,
+        lease_id=uuid4(),
+        worker_id=uuid4(),
+        offers=random.sample(OFFERS, len(OFFERS)),
+    )
+    await _settle(db, found)
+
+
+async def _claim_due_and_settle(db: Database, ids: list[UUID]) -> None:
+    found = await claims.claim_due(
+        db,
+        lease_id=uuid4(),
+        worker_id=uuid4(),
+        offers=OFFERS,
+        queues=[QUEUE],
+        limit=TASKS,
+    )
+    await _settle(db, found)
+
+
+async def _settle(db: Database, found: list[Claim]) -> None:
+    events = [Event.RETRY, Event.RETRY, Event.RELEASE, Event.FAIL]
+    settlings = [
+        Settling(claim.task_id, claim.lease_id, SETTLEMENTS[random.choice(events)])
+        for claim in random.sample(found, len(found))
+    ]
+    await claims.settle(db, settlings)
+
+
+async def _relay(db: Database, ids: list[UUID]) -> None:
+    await admission.mark_queued(db, ids)
+    await admission.unqueue_lost(db, queue=QUEUE, older_than_seconds=0, ready=0, limit=5)
+
+
+async def _reap(db: Database, ids: list[UUID]) -> None:
+    lost = await upkeep.lost_leases(db, limit=TASKS)
+    retry = SETTLEMENTS[Event.RETRY]
+    await claims.settle(db, [Settling(one.task_id, one.lease_id, retry) for one in lost[::-1]])
+
+
+async def _decline(db: Database, ids: list[UUID]) -> None:
+    await admission.decline(db, ids, names=["a"], delay_seconds=0)
+
+
+async def _cancel_and_redrive(db: Database, ids: list[UUID]) -> None:
+    for task_id in ids[:3]:
+        for change in (tasks.cancel, tasks.redrive):
+            try:
+                await change(db, 1, task_id)
+            except IllegalTransition:
+                pass
+    # Those that failed by themselves come back, too.
+    for task_id in ids[3:9]:
+        try:
+            await tasks.redrive(db, 1, task_id)
+        except IllegalTransition:
+            pass
+
+
+async def _expire(db: Database, ids: list[UUID]) -> None:
+    await upkeep.expire(db, limit=5)
+    await backdate(db, "tasks", ids[0], expires_at=0)
+    await workers.mark_lost(db)
+
+
+async def _report_progress(db: Database, ids: list[UUID]) -> None:
+    rows = await db.fetch("SELECT id, lease_id FROM asyncflow.tasks WHERE state = 'running'")
+    if rows:
+        await claims.record_progress(db, [(r["id"], r["lease_id"], '{"at": 1}') for r in rows])
+
+
+async def _new_tasks(db: Database, count: int) -> list[UUID]:
+    new = [new_task(name=random.choice(NAMES)) for _ in range(count)]
+    await tasks.submit(db, new)
+    return [task.id for task in new]

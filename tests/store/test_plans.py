@@ -1,0 +1,267 @@
+"""
+Every hot statement finds its rows by an index, whatever the tables held when it was planned.
+
+Tables of tasks swing between empty and millions of rows. PostgreSQL plans a statement once
+per connection and keeps the plan; one made for an empty table must serve a full one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+
+from asyncflow.store import admission, claims, tasks, upkeep, workers
+from asyncflow.store.database import Database
+from builders import claimed_due
+
+ROWS = 4_000
+PAGES_MAX = 300
+
+BY_ID = r"\(id = "
+LIVE_BY_ID = {"tasks_live": ("tasks_live_pkey", BY_ID)}
+DUE = ("tasks_due", r"queue = .*priority = .*run_at <=")
+QUEUED = ("tasks_queued", r"queue = ")
+DEAD_BY_ID = ("tasks_dead", r"tenant_id = .* AND \(id = ")
+
+EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "CLAIM_DUE": (claims.CLAIM_DUE, {"tasks_live": (DUE, LIVE_BY_ID["tasks_live"])}),
+    "CLAIM_HINTED": (claims.CLAIM_HINTED, LIVE_BY_ID),
+    "SETTLE_COMPLETED": (claims.SETTLE_COMPLETED, LIVE_BY_ID),
+    "SETTLE_FAILED": (claims.SETTLE_FAILED, LIVE_BY_ID),
+    "SETTLE_CANCELLED": (claims.SETTLE_CANCELLED, LIVE_BY_ID),
+    "SETTLE_RETRIED": (claims.SETTLE_RETRIED, LIVE_BY_ID),
+    "SETTLE_RELEASED": (claims.SETTLE_RELEASED, LIVE_BY_ID),
+    "RECORD_PROGRESS": (claims.RECORD_PROGRESS, LIVE_BY_ID),
+    "OPEN_QUEUES": (admission.OPEN_QUEUES, {"tasks_live": QUEUED}),
+    "ADMISSIBLE": (admission.ADMISSIBLE, {"tasks_live": DUE}),
+    "MARK_QUEUED": (admission.MARK_QUEUED, LIVE_BY_ID),
+    "UNQUEUE": (admission.UNQUEUE, LIVE_BY_ID),
+    "UNQUEUE_LOST": (
+        admission.UNQUEUE_LOST,
+        {"tasks_live": (QUEUED, LIVE_BY_ID["tasks_live"])},
+    ),
+    "LOST_LEASES": (upkeep.LOST_LEASES, {"tasks_live": ("tasks_running", "")}),
+    "EXPIRE": (
+        upkeep.EXPIRE,
+        {"tasks_live": (("tasks_expiring", r"expires_at <="), LIVE_BY_ID["tasks_live"])},
+    ),
+    "PRUNE_FINISHED": (
+        upkeep.PRUNE_FINISHED,
+        {
+            "tasks_finished": (
+                ("tasks_finished_at", r"finished_at <"),
+                ("tasks_finished_pkey", BY_ID),
+            ),
+            "attempts": ("attempts_pkey", r"task_id = "),
+        },
+    ),
+    "HELD": (workers.HELD, {"tasks_live": ("tasks_running", r"worker_id = ")}),
+    "GET": (
+        tasks.GET,
+        LIVE_BY_ID
+        | {
+            "tasks_finished": ("tasks_finished_pkey", BY_ID),
+            "attempts": ("attempts_pkey", r"task_id = "),
+        },
+    ),
+    "CANCEL_WAITING": (tasks.CANCEL_WAITING, LIVE_BY_ID),
+    "REQUEST_CANCEL": (tasks.REQUEST_CANCEL, LIVE_BY_ID),
+    "REDRIVE": (tasks.REDRIVE, {"tasks_finished": DEAD_BY_ID}),
+}
+"""Each statement, and per table the index (or indexes) it may use and how."""
+
+FILL = """
+    INSERT INTO asyncflow.tasks
+           (id, tenant_id, name, queue, priority, state, run_at, payload, attempt,
+            worker_id, lease_id, queued_at, started_at, expires_at, finished_at)
+    SELECT gen_random_uuid(), 1, 'greet', 'default', n % 10, state,
+           now() + (CASE WHEN state = 'pending' THEN 3600 ELSE 0 END) * interval '1 second',
+           '{}', 1,
+           CASE WHEN state = 'running' THEN gen_random_uuid() END,
+           CASE WHEN state IN ('running', 'failed') THEN gen_random_uuid() END,
+           CASE WHEN state = 'queued' THEN now() END, now(),
+           CASE WHEN n % 2 = 0 THEN now() + interval '1 day' END,
+           CASE WHEN state IN ('completed', 'failed') THEN now() END
+      FROM generate_series(1, $1::int) AS n,
+           unnest('{pending,queued,running,completed,failed}'::text[]) AS state
+"""
+
+
+@pytest.fixture(params=["empty", "filled", "analyzed", "emptied"])
+async def planner(
+    request: pytest.FixtureRequest, connection: asyncpg.Connection
+) -> asyncpg.Connection:
+    """
+    A connection of the product's own, on tables of some history.
+    """
+    if request.param != "empty":
+        await connection.fetch(FILL, ROWS)
+    if request.param == "analyzed":
+        await connection.execute("ANALYZE asyncflow.tasks")
+    if request.param == "emptied":
+        await connection.execute("DELETE FROM asyncflow.tasks")
+        await connection.execute("VACUUM ANALYZE asyncflow.tasks_live, asyncflow.tasks_finished")
+    return connection
+
+
+async def test_every_hot_statement_uses_the_index_made_for_it(planner: asyncpg.Connection) -> None:
+    """
+    Never a sequential scan of tasks or attempts, never an index read from end to end.
+    """
+    wrong = []
+    for name, (statement, indexes) in EXPECTED.items():
+        await _prepare(planner, name, statement)
+        nulls = ["NULL"] * _parameters(statement)
+        (plan,) = await _explain(planner, name, nulls)
+        for node in _nodes(plan):
+            table = node.get("Relation Name")
+            if (
+                table in ("tasks_live", "tasks_finished", "attempts")
+                and "Scan" in node["Node Type"]
+            ):
+                if not _is_expected(node, indexes.get(table, ())):
+                    wrong.append((name, table, node.get("Index Name"), node.get("Index Cond")))
+
+    assert [] == wrong
+
+
+async def test_a_plan_made_while_the_tables_were_empty_serves_full_ones(
+    fresh_db: Database, connection: asyncpg.Connection
+) -> None:
+    """
+    A statement about one task reads a handful of rows among thousands.
+    """
+    ids = {state: uuid4() for state in ("pending", "queued", "running", "completed", "failed")}
+    lease, worker, other = uuid4(), uuid4(), uuid4()
+
+    def array(*values: object) -> str:
+        return "'{" + ",".join(map(str, values)) + "}'"
+
+    def one(value: object) -> str:
+        return f"'{value}'"
+
+    offers = [one(other), one(worker), array("greet"), array(5), array(900)]
+    waiting = array(ids["pending"], ids["queued"])
+    settling = [array(ids["running"]), array(lease), array("null")]
+    arguments = {
+        "CLAIM_HINTED": [*offers, waiting],
+        "SETTLE_COMPLETED": settling,
+        "SETTLE_FAILED": settling,
+        "SETTLE_CANCELLED": settling,
+        "SETTLE_RETRIED": [*settling, array(0)],
+        "SETTLE_RELEASED": [*settling, array(0)],
+        "RECORD_PROGRESS": settling,
+        "MARK_QUEUED": [waiting],
+        "UNQUEUE": [waiting, "0", array("other")],
+        "HELD": [one(worker), "0"],
+        "GET": ["1", one(ids["completed"])],
+        "CANCEL_WAITING": ["1", one(ids["pending"])],
+        "REQUEST_CANCEL": ["1", one(ids["running"])],
+        "REDRIVE": ["1", one(ids["failed"])],
+        "CLAIM_DUE": [*offers, array("default", "other"), "1"],
+        "ADMISSIBLE": [one("default"), array("greet"), "1"],
+        "EXPIRE": ["10"],
+        "PRUNE_FINISHED": ["1", "10"],
+    }
+    for name in arguments:
+        await _prepare(connection, name, EXPECTED[name][0])
+        # Plans it, and on an empty table nothing happens.
+        await connection.execute(f"EXECUTE {name.lower()}({', '.join(arguments[name])})")
+    await fresh_db.fetch(FILL, ROWS)
+    for state, task_id in ids.items():
+        await _make_known(fresh_db, state, task_id, lease=lease, worker=worker)
+
+    read = {}
+    for name, values in arguments.items():
+        async with _undone(connection):
+            (plan,) = await _explain(connection, name, values, options="ANALYZE, BUFFERS, ")
+        read[name] = plan["Shared Hit Blocks"]
+
+    # Each of them meets four rows at most; a scan would meet thousands.
+    assert {} == {name: pages for name, pages in read.items() if pages > PAGES_MAX}
+
+
+async def test_tasks_that_are_not_due_are_not_stepped_over(
+    fresh_db: Database, connection: asyncpg.Connection
+) -> None:
+    """
+    However many wait for later, a claim reads only what it takes.
+    """
+    await fresh_db.fetch(FILL, ROWS)
+    await fresh_db.execute(
+        "UPDATE asyncflow.tasks SET run_at = now() WHERE id IN"
+        " (SELECT id FROM asyncflow.tasks WHERE state = 'pending' LIMIT 5)"
+    )
+    await _prepare(connection, "CLAIM_DUE", claims.CLAIM_DUE)
+    values = [f"'{uuid4()}'", f"'{uuid4()}'", "'{greet}'", "'{5}'", "'{900}'", "'{default}'", "100"]
+
+    async with _undone(connection):
+        (plan,) = await _explain(connection, "CLAIM_DUE", values, options="ANALYZE, BUFFERS, ")
+
+    (scan,) = [node for node in _nodes(plan) if node.get("Index Name") == "tasks_due"]
+    assert 0 == scan.get("Rows Removed by Filter", 0)
+    assert scan["Shared Hit Blocks"] < PAGES_MAX
+    assert 5 == len(await claimed_due(fresh_db, 100))
+
+
+@asynccontextmanager
+async def _undone(connection: asyncpg.Connection) -> AsyncIterator[None]:
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        yield
+    finally:
+        await transaction.rollback()
+
+
+async def _prepare(connection: asyncpg.Connection, name: str, statement: str) -> None:
+    await connection.execute(f"PREPARE {name.lower()} AS {statement}")
+
+
+def _parameters(statement: str) -> int:
+    return len(set(re.findall(r"\$\d+", statement)))
+
+
+async def _explain(
+    connection: asyncpg.Connection, name: str, values: list[str], *, options: str = ""
+) -> list[dict[str, Any]]:
+    call = f"{name.lower()}({', '.join(values)})" if values else name.lower()
+    text = await connection.fetchval(f"EXPLAIN ({options}FORMAT JSON) EXECUTE {call}")
+    return [entry["Plan"] for entry in json.loads(text)]
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", ()):
+        yield from _nodes(child)
+
+
+def _is_expected(node: dict[str, Any], allowed: Any) -> bool:
+    if allowed and isinstance(allowed[0], str):
+        allowed = (allowed,)
+    return any(
+        node.get("Index Name") == index and re.search(condition, node.get("Index Cond", ""))
+        for index, condition in allowed
+    )
+
+
+async def _make_known(
+    db: Database, state: str, task_id: UUID, *, lease: UUID, worker: UUID
+) -> None:
+    await db.execute(
+        "UPDATE asyncflow.tasks SET id = $2, run_at = now(),"
+        " lease_id = CASE WHEN state = 'running' THEN $3::uuid ELSE lease_id END,"
+        " worker_id = CASE WHEN state = 'running' THEN $4::uuid END"
+        " WHERE id = (SELECT id FROM asyncflow.tasks WHERE state = $1 LIMIT 1)",
+        state,
+        task_id,
+        lease,
+        worker,
+    )

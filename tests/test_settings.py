@@ -1,0 +1,211 @@
+"""
+Settings are read once, checked, and complained about by name.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncflow.errors import InvalidSettings
+from asyncflow.settings import PREFIX, load_settings, masked, required_database_url
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """
+    No settings from this machine; an empty working folder for a `.env`.
+    """
+    for name in os.environ:
+        if name.startswith(PREFIX):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def complaint(monkeypatch: pytest.MonkeyPatch, **environment: str) -> list[str]:
+    """
+    What is said about an environment that cannot be right.
+    """
+    for name, value in environment.items():
+        monkeypatch.setenv(PREFIX + name, value)
+    with pytest.raises(InvalidSettings) as refusal:
+        load_settings()
+    return list(refusal.value.mistakes)
+
+
+def test_everything_has_a_default() -> None:
+    """
+    A newcomer sets nothing.
+    """
+    settings = load_settings()
+
+    assert settings.database_url is None
+    assert settings.broker_url is None
+    assert ("127.0.0.1", 3000) == (settings.api_host, settings.api_port)
+
+
+def test_the_environment_wins_over_the_file_and_the_caller_over_both(
+    monkeypatch: pytest.MonkeyPatch, bare_environment: Path
+) -> None:
+    """
+    Command line, environment, `.env`, default.
+    """
+    (bare_environment / ".env").write_text(
+        f"{PREFIX}API_PORT=1\n{PREFIX}WORKER_CONCURRENCY=2\n{PREFIX}RETENTION_DAYS=3\nOTHER=x\n"
+    )
+    monkeypatch.setenv(f"{PREFIX}API_PORT", "10")
+    monkeypatch.setenv(f"{PREFIX}WORKER_CONCURRENCY", "20")
+
+    settings = load_settings(api_port=100, worker_concurrency=None)
+
+    assert (100, 20, 3.0) == (
+        settings.api_port,
+        settings.worker_concurrency,
+        settings.retention_days,
+    )
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    As compose files write it.
+    """
+    monkeypatch.setenv(f"{PREFIX}DATABASE_URL", "")
+    monkeypatch.setenv(f"{PREFIX}API_PORT", "")
+
+    settings = load_settings()
+
+    assert (None, 3000) == (settings.database_url, settings.api_port)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a", ("a",)), ("a,b", ("a", "b")), (" a , ,b,", ("a", "b")), (",", ())]
+)
+def test_names_are_a_comma_separated_list(
+    monkeypatch: pytest.MonkeyPatch, text: str, expected: tuple[str, ...]
+) -> None:
+    """
+    Spaces and empty parts do not matter.
+    """
+    monkeypatch.setenv(f"{PREFIX}WORKER_QUEUES", text)
+
+    assert expected == load_settings().worker_queues
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("API_PORT", "0"),
+        ("API_PORT", "65536"),
+        ("API_PORT", "http"),
+        ("DATABASE_POOL_SIZE", "1"),
+        ("DATABASE_URL", "mysql://host/db"),
+        ("BROKER_URL", "http://host"),
+        ("WORKER_CONCURRENCY", "0"),
+        ("LEASE_SECONDS", "nan"),
+        ("HEARTBEAT_SECONDS", "0"),
+        ("RETENTION_DAYS", "-1"),
+        ("LOG_LEVEL", "loud"),
+        ("DATABASE_POOLER", "perhaps"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """
+    Each mistake by itself.
+    """
+    (sentence,) = complaint(monkeypatch, **{name: value})
+
+    assert sentence.startswith(f"{PREFIX}{name}: ")
+    assert sentence.endswith(".")
+
+
+def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Nobody should have to start three times to find three mistakes.
+    """
+    mistakes = complaint(monkeypatch, API_PORT="x", LOG_LEVEL="y", RETENTION_DAYS="z")
+
+    assert ["API_PORT", "RETENTION_DAYS", "LOG_LEVEL"] == [
+        m.partition(":")[0].removeprefix(PREFIX) for m in mistakes
+    ]
+
+
+@pytest.mark.parametrize(
+    ("environment", "names"),
+    [
+        (
+            {"LEASE_SECONDS": "2.9", "HEARTBEAT_SECONDS": "1"},
+            ["LEASE_SECONDS", "HEARTBEAT_SECONDS"],
+        ),
+        (
+            {"PAYLOAD_BYTES_MAX": "4096", "API_BODY_BYTES_MAX": "4095"},
+            ["PAYLOAD_BYTES_MAX", "API_BODY_BYTES_MAX"],
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], names: list[str]
+) -> None:
+    """
+    The sentence names both.
+    """
+    (sentence,) = complaint(monkeypatch, **environment)
+
+    assert all(f"{PREFIX}{name}=" in sentence for name in names)
+
+
+def test_a_password_is_never_part_of_a_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Complaints end up in logs.
+    """
+    mistakes = complaint(
+        monkeypatch, DATABASE_URL="mysql://me:s3cret@host/db", BROKER_URL="me:s3cret@host"
+    )
+
+    assert 2 == len(mistakes)
+    assert "s3cret" not in " ".join(mistakes)
+
+
+def test_a_missing_database_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    And that `asyncflow dev` needs none.
+    """
+    with pytest.raises(InvalidSettings, match=r"DATABASE_URL is not set.*asyncflow dev"):
+        required_database_url(load_settings())
+
+    assert "postgresql://host/db" == required_database_url(
+        load_settings(database_url="postgresql://host/db")
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgresql://me:s3cret@host:5432/db?x=1", "postgresql://me:***@host:5432/db?x=1"),
+        ("postgresql://me:s3:c@r%40et@a:1,b:2/db", "postgresql://me:***@a:1,b:2/db"),
+        ("postgresql://me:@host/db", "postgresql://me:***@host/db"),
+        ("postgresql:///db?password=s3cret&a=b", "postgresql:///db?password=***&a=b"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
+        ("amqps://host/%2f", "amqps://host/%2f"),
+    ],
+)
+def test_a_url_can_be_shown_without_its_password(url: str, expected: str) -> None:
+    """
+    Everything else stays readable.
+    """
+    assert expected == masked(url)
+
+
+def test_settings_cannot_be_changed_after_they_were_read() -> None:
+    """
+    Every part of a process sees the same.
+    """
+    settings: Any = load_settings()
+
+    with pytest.raises(ValueError, match="frozen"):
+        settings.api_port = 1

@@ -1,0 +1,605 @@
+"""
+What hints through RabbitMQ guarantee beyond `test_conformance`: nothing that happens to a
+message, a queue or a connection loses a task or runs it twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4
+
+import pytest
+
+from asyncflow.maintenance.relay import Relay
+from asyncflow.store import queues
+from asyncflow.store.claims import Claim, Offer
+from asyncflow.store.database import Database
+from asyncflow.transport import Claimant, rabbitmq
+from asyncflow.transport.amqp import Channel, Delivery, Message, PublishResult, connect
+from asyncflow.transport.rabbitmq import RabbitTransport
+from asyncflow.transport.topology import (
+    UNREADABLE,
+    broker_queue,
+    declare_task_queue,
+    declare_unreadable,
+    encode_hint,
+)
+from services.broker import Broker
+from services.postgres import PostgresServer
+from transport.tasks import (
+    NAME,
+    PATIENCE_SECONDS,
+    QUEUE,
+    a_worker,
+    claim,
+    complete,
+    state,
+    submit,
+    until,
+    until_states,
+)
+
+pytestmark = pytest.mark.every_rabbitmq
+
+
+class Workshop:
+    """
+    Takers of hints, and a hand that sends hints as the relay would, or as it never would.
+    """
+
+    def __init__(self, db: Database, broker_url: str) -> None:
+        self.db = db
+        self.broker_url = broker_url
+        self.cleanup = AsyncExitStack()
+
+    @asynccontextmanager
+    async def channel(self) -> AsyncIterator[Channel]:
+        """
+        A channel for one block, on a connection of its own.
+        """
+        connection = await connect(self.broker_url, name="test")
+        try:
+            yield await connection.channel()
+        finally:
+            await connection.close()
+
+    async def declare(self, queue: str) -> None:
+        """
+        Make a task queue exist before any worker does.
+        """
+        async with self.channel() as channel:
+            await declare_unreadable(channel)
+            await declare_task_queue(channel, queue)
+
+    async def taker(
+        self, *, names: Sequence[str] = (NAME,), queues: Sequence[str] = (QUEUE,), slots: int = 1
+    ) -> RabbitTransport:
+        """
+        A transport in the name of a live worker.
+        """
+        worker = await a_worker(self.db, names=names, queues=queues, slots=slots)
+        offers = [Offer(name, 5, 900.0) for name in names]
+        claimant = Claimant(worker.id, tuple(queues), offers)
+        transport = RabbitTransport(self.db, claimant, broker_url=self.broker_url)
+        await transport.open()
+        self.cleanup.push_async_callback(transport.close)
+        return transport
+
+    async def send(self, *bodies: bytes | UUID, queue: str = QUEUE) -> None:
+        """
+        Put messages into a task queue: hints of tasks, or anything else.
+        """
+        messages = [
+            Message(broker_queue(queue), encode_hint(body) if isinstance(body, UUID) else body)
+            for body in bodies
+        ]
+        async with self.channel() as channel:
+            await channel.confirm_select()
+            results = await channel.publish(messages, exchange="", timeout_seconds=10)
+        assert {PublishResult.CONFIRMED} == set(results)
+
+    async def ready(self, queue: str = broker_queue(QUEUE)) -> int:
+        """
+        How many messages a queue holds ready.
+        """
+        async with self.channel() as channel:
+            counts = await channel.inspect_queue(queue)
+        return -1 if counts is None else counts.messages
+
+    async def until_ready(self, count: int, queue: str = broker_queue(QUEUE)) -> None:
+        """
+        Wait until a queue holds exactly this many messages ready.
+        """
+
+        async def as_many() -> bool:
+            return await self.ready(queue) == count
+
+        await until(as_many)
+
+
+@pytest.fixture
+async def workshop(db: Database, broker_url: str) -> AsyncIterator[Workshop]:
+    """
+    A workshop with its queue declared; no relay runs.
+    """
+    workshop = Workshop(db, broker_url)
+    await workshop.declare(QUEUE)
+    async with workshop.cleanup:
+        yield workshop
+
+
+@pytest.fixture
+async def relay(db: Database, broker_url: str) -> AsyncIterator[None]:
+    """
+    A relay, running.
+    """
+    relaying = asyncio.create_task(Relay(db, broker_url).run())
+    yield
+    relaying.cancel()
+    await asyncio.gather(relaying, return_exceptions=True)
+
+
+async def take(
+    taker: RabbitTransport, slots: int = 1, *, window: int | None = None
+) -> list[Claim]:
+    """
+    `take`, with an end to the patience.
+    """
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        return await taker.take(slots, window=window or slots)
+
+
+async def work_off(
+    taker: RabbitTransport, db: Database, taken: Counter[UUID], *, slots: int
+) -> None:
+    """
+    Take, complete, let go, until the taker is stopped.
+    """
+    while claims := await taker.take(slots, window=slots):
+        taken.update(claim.task_id for claim in claims)
+        await complete(db, claims)
+        for done in claims:
+            taker.finished(done)
+
+
+async def test_a_hint_sent_many_times_runs_its_task_once(workshop: Workshop) -> None:
+    """
+    Duplicates are dropped, within one batch and after it.
+    """
+    [task_id] = await submit(workshop.db)
+    [other] = await submit(workshop.db)
+    await workshop.send(*[task_id] * 5, other, *[task_id] * 5)
+    taker = await workshop.taker(slots=20)
+    taken: Counter[UUID] = Counter()
+    working = asyncio.create_task(work_off(taker, workshop.db, taken, slots=20))
+
+    await until_states(workshop.db, completed=2)
+    await workshop.until_ready(0)
+    await taker.stop()
+    await working
+    await taker.close()
+
+    assert {task_id: 1, other: 1} == taken
+    assert 0 == await workshop.ready()
+
+
+async def test_messages_that_are_no_ids_are_parked_and_cost_nothing_else(
+    workshop: Workshop,
+) -> None:
+    """
+    Garbage goes where a person can look at it; the hints around it are served.
+    """
+    ids = await submit(workshop.db, 2)
+    garbage = [
+        b"",
+        b"\x00" * 36,
+        b"not an id",
+        "\N{SNOWMAN}".encode() * 12,
+        str(ids[0]).encode() + b" ",
+        b"{" + str(ids[0]).encode()[1:],
+        ids[0].bytes,
+        b"x" * 2_000_000,
+    ]
+    await workshop.send(ids[0], *garbage, ids[1])
+    taker = await workshop.taker(slots=4)
+
+    taken: list[UUID] = []
+    while len(taken) < 2:
+        taken += [claim.task_id for claim in await take(taker, 4)]
+
+    assert sorted(ids) == sorted(taken)
+    await workshop.until_ready(len(garbage), UNREADABLE)
+
+
+async def test_hints_of_tasks_that_do_not_exist_are_dropped(workshop: Workshop) -> None:
+    """
+    Another system's ids, or those of pruned tasks, do no harm and do not come again.
+    """
+    [task_id] = await submit(workshop.db)
+    await workshop.send(*[uuid4() for _ in range(50)], task_id)
+    taker = await workshop.taker(slots=4)
+
+    [mine] = await take(taker, 4)
+
+    assert task_id == mine.task_id
+    taker.finished(mine)
+    await taker.close()
+    assert 0 == await workshop.ready()
+
+
+async def test_a_forged_hint_hurries_no_task(workshop: Workshop) -> None:
+    """
+    A message cannot start a task that is not due, finished, running elsewhere, or paused.
+    """
+    [later] = await submit(workshop.db, delay_seconds=1_000)
+    [finished] = await submit(workshop.db)
+    worker = await a_worker(workshop.db)
+    await complete(workshop.db, await claim(workshop.db, worker.id))
+    [running] = await submit(workshop.db)
+    await claim(workshop.db, worker.id)
+    await queues.pause(workshop.db, "paused")
+    [paused] = await submit(workshop.db, queue="paused")
+    [now] = await submit(workshop.db)
+    await workshop.send(later, finished, running, paused, now)
+    taker = await workshop.taker(slots=8)
+
+    [mine] = await take(taker, 8)
+
+    assert now == mine.task_id
+    assert ["pending", "completed", "running", "pending"] == [
+        await state(workshop.db, task_id) for task_id in (later, finished, running, paused)
+    ]
+
+
+async def test_a_hint_for_a_name_not_offered_gives_the_task_back(workshop: Workshop) -> None:
+    """
+    A queued task that reached the wrong worker is pending again, so that it is sent again.
+    """
+    [task_id] = await submit(workshop.db, name="special")
+    await workshop.db.execute(
+        "UPDATE asyncflow.tasks SET state = 'queued', queued_at = now() WHERE id = $1", task_id
+    )
+    await workshop.send(task_id)
+    taker = await workshop.taker()
+    waiting = asyncio.create_task(take(taker))
+
+    await until_states(workshop.db, pending=1)
+
+    await workshop.until_ready(0)
+    await taker.stop()
+    assert [] == await waiting
+
+
+async def test_a_hint_is_kept_by_the_broker_until_its_attempt_is_finished(
+    workshop: Workshop,
+) -> None:
+    """
+    A worker that dies gives its hints back without a word.
+    """
+    [task_id] = await submit(workshop.db)
+    await workshop.send(task_id)
+    dying = await workshop.taker()
+    await take(dying)
+    assert 0 == await workshop.ready()
+
+    await dying.close()
+
+    await workshop.until_ready(1)
+
+
+async def test_a_finished_hint_is_gone(workshop: Workshop) -> None:
+    """
+    After `finished` nothing of it is left in the broker.
+    """
+    [task_id] = await submit(workshop.db)
+    await workshop.send(task_id)
+    taker = await workshop.taker()
+    [mine] = await take(taker)
+
+    taker.finished(mine)
+    await taker.close()
+
+    assert 0 == await workshop.ready()
+
+
+async def test_stop_hands_back_exactly_what_was_not_claimed(workshop: Workshop) -> None:
+    """
+    While its attempts drain, a stopping worker holds nothing that others could run.
+    """
+    ids = await submit(workshop.db, 8)
+    await workshop.send(*ids)
+    taker = await workshop.taker(slots=8)
+    [mine] = await take(taker, 1, window=8)
+
+    await taker.stop()
+
+    await workshop.until_ready(7)
+    taker.finished(mine)
+    await taker.close()
+    assert 7 == await workshop.ready()
+
+
+async def test_a_hint_that_finds_no_slot_goes_to_another_worker(workshop: Workshop) -> None:
+    """
+    A worker of two queues gets a hint of each and has one slot; the other hint does not wait.
+    """
+    await workshop.declare("second")
+    [first] = await submit(workshop.db)
+    [second] = await submit(workshop.db, queue="second")
+    await workshop.send(first)
+    await workshop.send(second, queue="second")
+    busy = await workshop.taker(queues=[QUEUE, "second"])
+    [mine] = await take(busy)
+
+    idle = await workshop.taker(queues=[QUEUE, "second"])
+    [theirs] = await take(idle)
+
+    assert {first, second} == {mine.task_id, theirs.task_id}
+
+
+async def test_a_worker_that_gave_hints_back_takes_again_when_it_has_a_slot(
+    workshop: Workshop,
+) -> None:
+    """
+    Giving back for want of a slot is not the end of consuming.
+    """
+    await workshop.declare("second")
+    ids = await submit(workshop.db, 1) + await submit(workshop.db, 1, queue="second")
+    await workshop.send(ids[0])
+    await workshop.send(ids[1], queue="second")
+    taker = await workshop.taker(queues=[QUEUE, "second"])
+    [mine] = await take(taker)
+    rest = broker_queue("second" if mine.task_id == ids[0] else QUEUE)
+    await workshop.until_ready(1, rest)
+
+    await complete(workshop.db, [mine])
+    taker.finished(mine)
+    [other] = await take(taker)
+
+    assert set(ids) == {mine.task_id, other.task_id}
+
+
+async def test_a_long_attempt_is_acknowledged_early(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Before RabbitMQ's consumer timeout strikes, the lease carries on alone.
+    """
+    monkeypatch.setattr(rabbitmq, "EARLY_ACK_SECONDS", 0.1)
+    ids = await submit(workshop.db, 2)
+    await workshop.send(*ids)
+    taker = await workshop.taker()
+    [slow] = await take(taker)
+
+    # Its hint no longer counts, so the broker sends the next one; there is a slot for it.
+    [other] = await take(taker)
+    taker.finished(slow)
+    await taker.close()
+
+    assert set(ids) == {slow.task_id, other.task_id}
+    assert 1 >= await workshop.ready()
+
+
+async def test_hints_may_go_back_any_number_of_times(workshop: Workshop) -> None:
+    """
+    RabbitMQ's delivery limit, 20 by default, is off: a hint that was given back 40 times,
+    by nacks and by connections that broke, is still delivered.
+    """
+    [task_id] = await submit(workshop.db)
+    await workshop.send(task_id)
+    for _ in range(30):
+        await give_back_by_nack(workshop)
+    for _ in range(10):
+        await give_back_by_closing(workshop)
+
+    taker = await workshop.taker()
+    [mine] = await take(taker)
+
+    assert task_id == mine.task_id
+
+
+async def give_back_by_nack(workshop: Workshop) -> None:
+    """
+    Receive the one hint there is and refuse it.
+    """
+    async with workshop.channel() as channel:
+        [delivery], tag = await receive(channel)
+        await channel.cancel(tag)
+        channel.nack(delivery.tag, requeue=True)
+
+
+async def give_back_by_closing(workshop: Workshop) -> None:
+    """
+    Receive the one hint there is and vanish.
+    """
+    async with workshop.channel() as channel:
+        await receive(channel)
+
+
+async def receive(channel: Channel) -> tuple[list[Delivery], str]:
+    """
+    Wait for deliveries; return them and the consumer's tag.
+    """
+    delivered: asyncio.Queue[list[Delivery]] = asyncio.Queue()
+    tag = await channel.consume(
+        broker_queue(QUEUE),
+        prefetch=1,
+        on_deliveries=delivered.put_nowait,
+        on_cancelled=channel.abandon,
+    )
+    return await delivered.get(), tag
+
+
+async def test_a_claim_that_cannot_be_made_now_gives_its_hint_back(
+    workshop: Workshop, postgres_server: PostgresServer
+) -> None:
+    """
+    While the database is away no hint is used up.
+    """
+    ids = await submit(workshop.db, 3)
+    taker = await workshop.taker(slots=3)
+    waiting = asyncio.create_task(take(taker, 3))
+    postgres_server.cluster.stop()
+    await workshop.send(*ids)
+    # Delivered, then given back for another worker to try.
+    await workshop.until_ready(0)
+    await workshop.until_ready(3)
+
+    postgres_server.cluster.start()
+
+    taken = await waiting
+    while len(taken) < 3:
+        taken += await take(taker, 3)
+    assert sorted(ids) == sorted(claim.task_id for claim in taken)
+
+
+async def test_a_connection_the_broker_closed_is_replaced(
+    workshop: Workshop, broker: Broker
+) -> None:
+    """
+    An operator closes every connection; the waiting worker is back by itself.
+    """
+    taker = await workshop.taker()
+    await workshop.send(*await submit(workshop.db))
+    taker.finished(*await take(taker))
+    waiting = asyncio.create_task(take(taker))
+    await close_connections(broker, workshop.broker_url)
+
+    [task_id] = await submit(workshop.db)
+    await workshop.send(task_id)
+
+    [mine] = await waiting
+    assert task_id == mine.task_id
+
+
+async def close_connections(broker: Broker, broker_url: str) -> None:
+    """
+    Have the broker close every connection of a virtual host.
+    """
+    vhost = urlsplit(broker_url).path[1:]
+    closing = ("close_all_connections", "--vhost", vhost, "for a test")
+    await asyncio.to_thread(broker.ctl, *closing)
+
+
+async def test_after_a_reconnect_a_running_attempt_is_not_given_away(
+    workshop: Workshop, broker: Broker
+) -> None:
+    """
+    The redelivered hint of a task that runs meets a live lease and is dropped.
+    """
+    [slow] = await submit(workshop.db)
+    await workshop.send(slow)
+    taker = await workshop.taker(slots=2)
+    [mine] = await take(taker, 1, window=2)
+    await close_connections(broker, workshop.broker_url)
+    [other] = await submit(workshop.db)
+    await workshop.send(other)
+
+    [theirs] = await take(taker, 1, window=2)
+    assert other == theirs.task_id
+    taker.finished(mine)
+    assert [True] == await complete(workshop.db, [mine])
+
+
+async def test_a_deleted_queue_is_declared_and_consumed_again(
+    workshop: Workshop, relay: None
+) -> None:
+    """
+    The broker cancels the consumer; a worker that did not notice would be deaf for ever.
+    """
+    taker = await workshop.taker()
+    await submit(workshop.db)
+    [first] = await take(taker)
+    taker.finished(first)
+    waiting = asyncio.create_task(take(taker))
+
+    async with workshop.channel() as channel:
+        await channel.delete_queue(broker_queue(QUEUE))
+    [task_id] = await submit(workshop.db)
+
+    [mine] = await waiting
+    assert task_id == mine.task_id
+
+
+async def test_a_crashed_broker_costs_time_and_no_task(
+    db: Database, broker_url: str, broker: Broker, workshop: Workshop, relay: None
+) -> None:
+    """
+    RabbitMQ is killed and comes back; relay and worker go on.
+    """
+    taker = await workshop.taker()
+    await submit(workshop.db)
+    [first] = await take(taker)
+    waiting = asyncio.create_task(take(taker))
+    # RabbitMQ writes down half a second later that a queue exists; killed before, it comes
+    # back with a queue that answers nobody.
+    await asyncio.sleep(1.5)
+
+    await asyncio.to_thread(broker.kill)
+    [task_id] = await submit(workshop.db)
+    await asyncio.to_thread(broker.start)
+
+    [mine] = await waiting
+    assert task_id == mine.task_id
+    taker.finished(first)
+
+
+async def test_a_broker_that_comes_up_late_is_waited_for(
+    workshop: Workshop, broker: Broker, relay: None
+) -> None:
+    """
+    A worker may start while RabbitMQ is down.
+    """
+    await asyncio.to_thread(broker.stop)
+    taker = await workshop.taker()
+    waiting = asyncio.create_task(take(taker))
+    [task_id] = await submit(workshop.db)
+
+    await asyncio.to_thread(broker.start)
+
+    [mine] = await waiting
+    assert task_id == mine.task_id
+
+
+async def test_stop_and_close_need_no_broker(workshop: Workshop, broker: Broker) -> None:
+    """
+    A worker can leave while RabbitMQ is down.
+    """
+    taker = await workshop.taker()
+    waiting = asyncio.create_task(take(taker))
+    await asyncio.to_thread(broker.stop)
+
+    async with asyncio.timeout(10):
+        await taker.stop()
+        assert [] == await waiting
+        await taker.close()
+
+    await asyncio.to_thread(broker.start)
+
+
+async def test_ten_thousand_tasks_are_each_claimed_once_and_leave_nothing_behind(
+    workshop: Workshop, relay: None
+) -> None:
+    """
+    Through relay and broker to three workers; in the end the queue is empty.
+    """
+    takers = [await workshop.taker(slots=100) for _ in range(3)]
+    taken: Counter[UUID] = Counter()
+    working = [
+        asyncio.create_task(work_off(taker, workshop.db, taken, slots=100)) for taker in takers
+    ]
+    ids = [task_id for _ in range(10) for task_id in await submit(workshop.db, 1_000)]
+
+    await until_states(workshop.db, completed=10_000)
+    for taker in takers:
+        await taker.stop()
+    await asyncio.gather(*working)
+    for taker in takers:
+        await taker.close()
+
+    assert Counter(ids) == taken
+    assert 0 == await workshop.ready()
