@@ -72,6 +72,7 @@ async def serve_api(settings: Settings) -> None:
 
     from asyncflow.api.app import create_app
     from asyncflow.api.catalogue import Catalogue
+    from asyncflow.api.protocol import BoundedProtocol
     from asyncflow.store.wakeups import Waker
     from asyncflow.transport.watch import BrokerWatch
 
@@ -91,7 +92,7 @@ async def serve_api(settings: Settings) -> None:
             config = uvicorn.Config(
                 app,
                 loop="none",
-                http="httptools",
+                http=BoundedProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -178,6 +179,8 @@ async def _make_worker(db: Database, settings: Settings, registry: Registry) -> 
             slots=settings.worker_concurrency,
             cancel_grace_seconds=settings.cancel_grace_seconds,
             result_bytes_max=settings.result_bytes_max,
+            log_level=settings.log_level,
+            log_format=settings.log_format,
         ),
         times=Times(shutdown_grace=settings.shutdown_grace_seconds, stall=settings.stall_seconds),
     )

@@ -183,9 +183,11 @@ def _in_words(status: int) -> str:
 
 def as_environment(settings: Settings) -> dict[str, str]:
     """
-    The variables that give a child these settings, as far as they differ from the defaults.
+    The variables that give a child these settings, as far as anybody chose them.
     """
-    values = settings.model_dump(exclude_defaults=True)
+    # Not "as far as they differ from the defaults": an option may say the default again where
+    # the inherited environment says something else.
+    values = settings.model_dump(exclude_unset=True)
     return {PREFIX + name.upper(): _as_text(value) for name, value in values.items()}
 
 

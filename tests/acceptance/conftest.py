@@ -8,6 +8,7 @@ tests that disturb nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from services.broker import Broker
 from services.postgres import PostgresServer
 
 ON_POSTGRES = "alone"
+
+# A line per request would bury what the processes said.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +103,7 @@ async def system(
     """
     A system in which nothing runs yet.
     """
-    async with System(
-        database_url=database_url, broker_url=vhost_url, folder=tmp_path
-    ) as system:
+    async with System(database_url=database_url, broker_url=vhost_url, folder=tmp_path) as system:
         yield system
     show_logs(request, system)
 

@@ -80,7 +80,7 @@ class System:
     # Processes
 
     async def start(
-        self, *, apis: int = 1, workers: int = 1, maintenances: int = 1, **settings: object
+        self, *, apis: int = 1, workers: int = 1, maintenances: int = 1, **settings: Any
     ) -> tuple[list[Process], list[Process], list[Process]]:
         """
         Start so many of each at once, and return them when they are ready.
@@ -102,12 +102,17 @@ class System:
         """
         port = port or free_port()
         process = await self.run("api", "--port", str(port), **settings)
-        url = f"http://127.0.0.1:{port}"
+        line = await process.log_event("process.started")
+        await self.reaches_api(line["url"])
+        return process
+
+    async def reaches_api(self, url: str) -> None:
+        """
+        Wait until an API answers at `url`, and use it from now on.
+        """
+        await self.answers(lambda: self.client.get(f"{url}/health/live"))
         if url not in self._urls:
             self._urls.append(url)
-        await process.log_event("process.started")
-        await self.answers(lambda: self.client.get(f"{url}/health/live"))
-        return process
 
     async def start_worker(
         self, *arguments: str, handlers: Sequence[Path] = (HANDLERS,), **settings: object
@@ -202,9 +207,7 @@ class System:
         """
         return await self.client.post(f"{self.url}/tasks/{task_id}/{verb}")
 
-    async def reaches(
-        self, task_id: str, *statuses: str, timeout_seconds: float = 20.0
-    ) -> Json:
+    async def reaches(self, task_id: str, *statuses: str, timeout_seconds: float = 20.0) -> Json:
         """
         Wait until the task has one of `statuses`, and return it; through outages, too.
         """
@@ -267,7 +270,8 @@ class System:
         query = """
             SELECT state, count(*) FROM asyncflow.tasks WHERE id = ANY ($1) GROUP BY state
         """
-        states = Counter(dict(await self.rows(query, list(task_ids))))
+        rows = await self.rows(query, list(task_ids))
+        states = Counter({str(row["state"]): int(row["count"]) for row in rows})
         states["missing"] = len(set(task_ids)) - states.total()
         return +states
 
@@ -285,7 +289,9 @@ class System:
             return sum(states[status.lower()] for status in TERMINAL) == len(set(task_ids))
 
         try:
-            await self.until(are_terminal, "all tasks are terminal", timeout_seconds=timeout_seconds)
+            await self.until(
+                are_terminal, "all tasks are terminal", timeout_seconds=timeout_seconds
+            )
         except AssertionError as error:
             raise AssertionError(f"{error}: {dict(states)}") from None
         return states
@@ -386,6 +392,14 @@ class Load:
                 f"{len(self.accepted)} accepted, {self.refused}, {self.broken} broken"
             ) from None
 
+    async def is_refused(self) -> None:
+        """
+        Wait until a submission was answered with anything but 202.
+        """
+        while not self.refused:
+            self._more.clear()
+            await self._more.wait()
+
     async def run(self) -> None:
         """
         Submit until stopped.
@@ -411,10 +425,10 @@ class Load:
         if response.status_code == 202:
             self.accepted.append(response.json()["id"])
             self.slowest_seconds = max(self.slowest_seconds, seconds)
-            self._more.set()
         else:
             self.refused[response.status_code] += 1
             self.retry_after.add(response.headers.get("Retry-After"))
+        self._more.set()
 
 
 def free_port() -> int:

@@ -63,8 +63,7 @@ async def test_a_database_that_restarts_costs_time_and_no_task(
     async with system.load(payload={"seconds": 0.2}) as load:
         await load.has_accepted(20)
         await asyncio.to_thread(own_server.cluster.stop, mode)
-        while not load.refused:
-            await asyncio.sleep(0.01)
+        await load.is_refused()
         health = await system.client.get(f"{system.url}/health/ready")
         live = await system.client.get(f"{system.url}/health/live")
         await asyncio.to_thread(own_server.cluster.start)

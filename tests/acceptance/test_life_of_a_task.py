@@ -19,7 +19,8 @@ from acceptance.system import System
 from services import postgres
 
 CURL = """
-    curl -sS -i -X POST {url}/tasks -H 'Content-Type: application/json' -d '{{"name": "sample-task"}}'
+    curl -sS -i -X POST {url}/tasks -H 'Content-Type: application/json' \\
+         -d '{{"name": "sample-task"}}'
 """
 
 

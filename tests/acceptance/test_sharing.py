@@ -71,4 +71,5 @@ async def shares_of(system: System, task_ids: list[str]) -> Counter[str]:
         SELECT worker_id::text, count(*)
           FROM asyncflow.tasks WHERE id = ANY ($1) GROUP BY worker_id
     """
-    return Counter(dict(await system.rows(query, task_ids)))
+    rows = await system.rows(query, task_ids)
+    return Counter({row["worker_id"]: row["count"] for row in rows})

@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import time
+from functools import partial
 
 import psutil
 
@@ -47,13 +48,15 @@ async def test_child_processes_die_with_their_worker(system: System) -> None:
     kill -9 of a worker reaches the handlers in its child processes, busy ones too.
     """
     _, [worker], _ = await system.start()
-    task_ids = [await system.submit(name, {"seconds": 60}) for name in ("work-in-process", "crunch")]
+    task_ids = [
+        await system.submit(name, {"seconds": 60}) for name in ("work-in-process", "crunch")
+    ]
     starts = [await system.journal.wait_for("start", task_id) for task_id in task_ids]
 
     await worker.kill()
 
-    for start in starts:
-        await system.until(lambda: is_gone(start.pid), "the child is gone", timeout_seconds=2)
+    for pid in (start.pid for start in starts):
+        await system.until(partial(is_gone, pid), "the child is gone", timeout_seconds=2)
 
 
 async def test_a_task_of_a_killed_child_runs_again_within_two_seconds(system: System) -> None:
@@ -80,10 +83,9 @@ async def test_a_frozen_worker_is_fenced_and_comes_back_under_a_new_id(system: S
     SIGSTOP past the lease, then SIGCONT: what the worker finished is void, each task
     completes once, elsewhere, and the worker returns as a new one.
     """
-    short = {"heartbeat_seconds": 0.25, "lease_seconds": 1.5}
-    _, workers, _ = await system.start(workers=2, **short)
+    _, workers, _ = await system.start(workers=2, heartbeat_seconds=0.25, lease_seconds=1.5)
     names = ("work", "work-in-thread", "work-in-process")
-    task_ids = [await system.submit(name, {"seconds": 3}) for name in names for _ in range(4)]
+    task_ids = [await system.submit(name, {"seconds": 3}) for name in names for _ in range(2)]
     starts = [await system.journal.wait_for("start", task_id) for task_id in task_ids]
     frozen = owner(workers, starts[0].pid)
     held = [s.task_id for s in starts if owner(workers, s.pid) is frozen]

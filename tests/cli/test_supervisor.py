@@ -19,7 +19,7 @@ def env(database_url: str) -> dict[str, str]:
     """
     What a worker needs.
     """
-    return environment(database_url=database_url, log_format="json", lease_seconds=5)
+    return environment(database_url=database_url, log_format="console", lease_seconds=5)
 
 
 def test_a_killed_worker_is_started_again(env: dict[str, str], tmp_path: Path) -> None:
@@ -51,16 +51,16 @@ def test_workers_that_refuse_to_run_end_their_parent(env: dict[str, str], tmp_pa
 
 def test_options_reach_every_worker(env: dict[str, str], tmp_path: Path) -> None:
     """
-    Also those that the environment says otherwise.
+    Also where the environment says otherwise, and where they say the default.
     """
     env = {**env, "ASYNCFLOW_WORKER_CONCURRENCY": "3"}
-    arguments = ("--processes", "2", "--concurrency", "7", "--queues", "slow,fast")
+    arguments = ("--processes", "2", "--concurrency", "10", "--queues", "slow,fast")
 
     with running("worker", *arguments, folder=tmp_path, env=env) as parent:
         line = parent.until(STARTED, times=2).string
 
-        assert '"slots": 7' in line
-        assert '"queues": "slow,fast"' in line
+        assert "slots=10" in line
+        assert "queues=slow,fast" in line
 
 
 def test_workers_end_when_their_parent_is_killed(env: dict[str, str], tmp_path: Path) -> None:

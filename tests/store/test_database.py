@@ -14,7 +14,7 @@ import pytest
 from asyncflow.domain.states import Event, State
 from asyncflow.errors import InvalidSettings, StoreUnavailable
 from asyncflow.store import tasks, upkeep
-from asyncflow.store.database import Database, check_url, in_id_order
+from asyncflow.store.database import Database, check_url
 from builders import SETTLEMENTS, a_task, claimed, new_task, settled, state_of
 from services.postgres import PostgresServer
 from store.waiting import until, until_someone_waits_for_a_lock
@@ -291,14 +291,6 @@ def test_a_dsn_that_asyncpg_takes_is_taken(url: str) -> None:
     Sockets and several hosts, too: that is how a failover is followed.
     """
     check_url(url)
-
-
-def test_parallel_columns_are_sorted_by_id() -> None:
-    """
-    Each row stays together.
-    """
-    assert ([1, 2, 3], ["a", "b", "c"], [9, 8, 7]) == in_id_order([2, 3, 1], "bca", [8, 7, 9])
-    assert ([], []) == in_id_order([], [])
 
 
 async def _two_tasks(db: Database) -> list[UUID]:

@@ -5,6 +5,7 @@ Tasks and workers for tests: made in the real store, looked up there, waited for
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from uuid import UUID, uuid4
 from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
+from asyncflow.errors import StoreUnavailable
 from asyncflow.store import claims, tasks, workers
 from asyncflow.store.claims import Claim, Offer, Settling
 from asyncflow.store.database import Database
@@ -132,9 +134,14 @@ async def until(
 ) -> None:
     """
     Ask the store or a server again until `condition` holds; they cannot call us.
+
+    That the store cannot serve just now is a no.
     """
     async with asyncio.timeout(seconds):
-        while not await condition():
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                if await condition():
+                    return
             await asyncio.sleep(0.01)
 
 

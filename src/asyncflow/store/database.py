@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -56,9 +56,10 @@ PLANNER = {
 millions of rows faster than their statistics. A plan made while a table was empty would
 otherwise scan it for ever (measured: claims at 2 % of their rate).
 
-For the same reason a statement about given tasks says ``id = ANY (…)`` even where a join says
-it, too: without, the planner may read every running task to find the few that are meant. And
-without bitmap scans, which read in the heap's order, such a statement locks in id order."""
+For the same reason a statement about given tasks says ``t.id = ANY (…)`` instead of joining
+them: a join may be planned to read every running task and look for the few that are meant.
+And without bitmap scans, which read in the heap's order, such a statement meets its rows in id
+order, which is the order of locks."""
 
 Record = asyncpg.Record
 
@@ -265,14 +266,6 @@ def check_url(url: str) -> None:
         raise InvalidSettings(
             ["ASYNCFLOW_DATABASE_URL must look like postgresql://host:5432/name."]
         )
-
-
-def in_id_order(ids: Sequence[Any], *columns: Sequence[Any]) -> tuple[list[Any], ...]:
-    """
-    Sort parallel columns by id, so that every batch locks its rows in the same order.
-    """
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    return tuple([column[i] for i in order] for column in (ids, *columns))
 
 
 async def _nothing_to_reset(connection: object) -> None:

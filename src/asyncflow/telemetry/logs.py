@@ -31,7 +31,11 @@ def configure_logs(*, level: str, log_format: Format, process: str) -> None:
     ]
     if console:
         render: Any = structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), pad_event_to=24, sort_keys=False
+            colors=sys.stderr.isatty(),
+            pad_event_to=24,
+            sort_keys=False,
+            # Not the default, which prints local variables: payloads are among them.
+            exception_formatter=structlog.dev.plain_traceback,
         )
         shared.pop()
     else:

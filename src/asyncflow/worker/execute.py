@@ -90,7 +90,8 @@ class Tools:
     Attributes:
         settler: Writes settlements in natural batches; True means written.
         on_progress: Takes what handlers report, from any thread.
-        on_end: Told how long each handler ran that ended by itself, in seconds.
+        on_end: Called once per attempt before it is settled, with the seconds its handler
+            ran; None if it did not run to its end.
     """
 
     registry: Registry
@@ -98,7 +99,7 @@ class Tools:
     transport: Transport
     settler: Batcher[Settling, bool]
     on_progress: Callable[[Claim, Progress], None]
-    on_end: Callable[[float], None]
+    on_end: Callable[[float | None], None]
 
 
 def make_settler(db: Database) -> Batcher[Settling, bool]:
@@ -117,12 +118,13 @@ async def execute(attempt: Attempt, tools: Tools) -> None:
     Work one attempt off. Never raises: whatever happens is an outcome, or the lease is lost.
     """
     started = time.monotonic()
+    ran_seconds: float | None = None
     outcome: Outcome = Released()
     if not attempt.given_back and attempt.void is None:
         attempt.in_handler = True
         try:
             outcome = await _run_handler(attempt, tools)
-            tools.on_end(time.monotonic() - started)
+            ran_seconds = time.monotonic() - started
         except asyncio.CancelledError:
             pass  # By `give_back` or `make_void`: the settle below knows what to do.
         except Exception as error:
@@ -131,6 +133,7 @@ async def execute(attempt: Attempt, tools: Tools) -> None:
             outcome = Crashed(Failure("Crashed", f"The attempt could not be run: {error!r}"))
         finally:
             attempt.in_handler = False
+    tools.on_end(ran_seconds)
     run_seconds = time.monotonic() - started
     await _settle(attempt, outcome, run_seconds, tools)
     tools.transport.finished(attempt.claim)

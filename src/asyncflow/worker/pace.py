@@ -34,6 +34,12 @@ class Pace:
         else:
             self._average_seconds += SMOOTHING * (run_seconds - self._average_seconds)
 
+    def forget(self) -> None:
+        """
+        Begin anew with the slots alone: what was claimed ahead found none.
+        """
+        self._average_seconds = None
+
     @property
     def batch(self) -> int:
         """

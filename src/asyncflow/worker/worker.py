@@ -103,7 +103,7 @@ class Worker:
             transport=transport,
             settler=make_settler(db),
             on_progress=self._note_progress,
-            on_end=self._pace.observe,
+            on_end=self._free_slot,
         )
 
     @property
@@ -200,12 +200,18 @@ class Worker:
         try:
             await execute(attempt, self._tools)
         finally:
-            self._running -= 1
             del self._attempts[attempt.claim.task_id, attempt.claim.lease_id]
-            self._start_waiting()
             self._may_take_more.set()
             if not self._attempts:
                 self._is_idle.set()
+
+    def _free_slot(self, ran_seconds: float | None) -> None:
+        # Before the settle: what waits for PostgreSQL needs no slot, only room in the window,
+        # and attempts that settle together are written together.
+        self._running -= 1
+        if ran_seconds is not None:
+            self._pace.observe(ran_seconds)
+        self._start_waiting()
 
     # Drain
 
@@ -229,13 +235,16 @@ class Worker:
         for wait in waits:
             wait.cancel()
 
-    def _give_back_waiting(self, *, older_than_seconds: float) -> None:
+    def _give_back_waiting(self, *, older_than_seconds: float) -> int:
+        count = 0
         horizon = time.monotonic() - older_than_seconds
         while self._waiting and self._waiting[0].taken_at <= horizon:
             attempt = self._waiting.popleft()
             attempt.give_back()
             # `execute` settles a claim that was given back before it began as a release.
             self._start(attempt)
+            count += 1
+        return count
 
     def _attempt_tasks(self) -> list[asyncio.Task[None]]:
         return [attempt.task for attempt in self._attempts.values() if attempt.task is not None]
@@ -245,7 +254,9 @@ class Worker:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            self._give_back_waiting(older_than_seconds=WAIT_SECONDS_MAX)
+            if self._give_back_waiting(older_than_seconds=WAIT_SECONDS_MAX):
+                # Or they would be claimed ahead again at once, and given back for ever.
+                self._pace.forget()
             self._start_waiting()
             await self._flush_progress()
 

@@ -1,0 +1,200 @@
+"""
+Who takes part, each set up as its own documentation recommends for throughput with
+durability, with the best settings of a scan.
+
+AsyncFlow runs with its defaults. Its rivals' concurrency and batch sizes were scanned for
+the best drain rate; for latency they get what their own defaults or documentation say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """
+    One system in one configuration.
+
+    Attributes:
+        key: In raw lines and on the command line.
+        system: Its module in `bench.systems`.
+        variant: Passed to that module.
+        keeps: Where a task's state is while and after it runs.
+        settings: What differs from the system's defaults, for the report.
+        drain, latency: The system's notion of concurrency in these scenarios.
+        producers: With how many concurrent callers submitting is tried.
+        drain_tasks: A backlog that takes one worker a few seconds, in a full run.
+        needs_broker: It cannot run without RabbitMQ.
+    """
+
+    key: str
+    title: str
+    system: str
+    variant: str
+    keeps: str
+    settings: str
+    drain: str
+    latency: str
+    producers: tuple[int, ...]
+    drain_tasks: int
+    needs_broker: bool
+
+    @property
+    def is_ours(self) -> bool:
+        """
+        Whether it is AsyncFlow.
+        """
+        return self.system == "asyncflow"
+
+
+OURS = (
+    Entrant(
+        key="asyncflow",
+        title="AsyncFlow",
+        system="asyncflow",
+        variant="",
+        keeps="PostgreSQL: state, lease, attempts, result",
+        settings="defaults: 10 slots, leases, JSON log line per attempt",
+        drain="",
+        latency="",
+        producers=(32,),
+        drain_tasks=100_000,
+        needs_broker=False,
+    ),
+    Entrant(
+        key="asyncflow-rabbitmq",
+        title="AsyncFlow, RabbitMQ",
+        system="asyncflow",
+        variant="rabbitmq",
+        keeps="PostgreSQL: state, lease, attempts, result",
+        settings="as above; quorum queue, confirms; the maintenance process relays",
+        drain="",
+        latency="",
+        producers=(32,),
+        drain_tasks=100_000,
+        needs_broker=True,
+    ),
+)
+
+PEERS = (
+    Entrant(
+        key="naive",
+        title="naive",
+        system="naive",
+        variant="",
+        keeps="PostgreSQL: status",
+        settings="FastAPI, SQLAlchemy ORM, aio-pika with confirms; pool 16, prefetch 50 (latency 1)",
+        drain="50",
+        latency="1",
+        producers=(32,),
+        drain_tasks=6_000,
+        needs_broker=True,
+    ),
+    Entrant(
+        key="celery",
+        title="Celery",
+        system="celery",
+        variant="",
+        keeps="RabbitMQ only",
+        settings="quorum queue, confirms, late acks, prefetch ×50, results ignored",
+        drain="prefork",
+        latency="prefork",
+        producers=(1, 8),
+        drain_tasks=8_000,
+        needs_broker=True,
+    ),
+    Entrant(
+        key="celery-results",
+        title="Celery, results",
+        system="celery",
+        variant="results",
+        keeps="RabbitMQ; PostgreSQL: result",
+        settings="as above, results through SQLAlchemy and psycopg",
+        drain="prefork",
+        latency="prefork",
+        producers=(1, 8),
+        drain_tasks=2_000,
+        needs_broker=True,
+    ),
+    Entrant(
+        key="dramatiq",
+        title="Dramatiq",
+        system="dramatiq",
+        variant="",
+        keeps="RabbitMQ only",
+        settings="durable classic queue, confirms, 8 threads",
+        drain="8",
+        latency="8",
+        producers=(1, 8),
+        drain_tasks=20_000,
+        needs_broker=True,
+    ),
+    Entrant(
+        key="taskiq",
+        title="Taskiq",
+        system="taskiq",
+        variant="",
+        keeps="RabbitMQ only",
+        settings="aio-pika broker, quorum queue, confirms, qos 100, 100 async tasks",
+        drain="100",
+        latency="100",
+        producers=(32,),
+        drain_tasks=12_000,
+        needs_broker=True,
+    ),
+    Entrant(
+        key="taskiq-results",
+        title="Taskiq, results",
+        system="taskiq",
+        variant="results",
+        keeps="RabbitMQ; PostgreSQL: result",
+        settings="as above, results by taskiq-asyncpg, pool 16",
+        drain="100",
+        latency="100",
+        producers=(32,),
+        drain_tasks=8_000,
+        needs_broker=True,
+    ),
+    Entrant(
+        key="procrastinate",
+        title="Procrastinate",
+        system="procrastinate",
+        variant="",
+        keeps="PostgreSQL: state",
+        settings="psycopg pool 4 to 16, LISTEN/NOTIFY, concurrency 20",
+        drain="20",
+        latency="20",
+        producers=(32,),
+        drain_tasks=4_000,
+        needs_broker=False,
+    ),
+    Entrant(
+        key="pgqueuer",
+        title="PgQueuer",
+        system="pgqueuer",
+        variant="",
+        keeps="PostgreSQL: state while queued, then a log row",
+        settings="asyncpg pool 4 to 16, uvloop, durable, batch size 500 (latency 10)",
+        drain="500",
+        latency="10",
+        producers=(32,),
+        drain_tasks=100_000,
+        needs_broker=False,
+    ),
+    Entrant(
+        key="awa",
+        title="Awa",
+        system="awa",
+        variant="",
+        keeps="PostgreSQL: state",
+        settings="queue storage, uvloop, 500 workers (latency 64)",
+        drain="500",
+        latency="64",
+        producers=(32,),
+        drain_tasks=40_000,
+        needs_broker=False,
+    ),
+)
+
+ENTRANTS = {entrant.key: entrant for entrant in (*OURS, *PEERS)}

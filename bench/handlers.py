@@ -1,0 +1,42 @@
+"""
+The handlers that AsyncFlow's workers run in the benchmark.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from asyncflow import Backoff, Context, handler
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.probe import hit  # noqa: E402
+
+
+@handler("bench-noop")
+async def noop(number: int = -1, submitted_at: float = 0.0, text: str = "") -> None:
+    """
+    Do nothing.
+    """
+    hit(number, submitted_at)
+
+
+@handler("bench-flaky", backoff=Backoff(base_seconds=0.5))
+async def flaky(context: Context, fails_first: bool = False) -> None:
+    """
+    Do nothing, or fail at the first attempt.
+    """
+    hit()
+    if fails_first and context.attempt == 1:
+        raise ValueError("the first attempt fails")
+
+
+@handler("bench-wait")
+async def wait(seconds: float) -> None:
+    """
+    Wait, as a task does that calls another service.
+    """
+    hit()
+    await asyncio.sleep(seconds)

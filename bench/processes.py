@@ -1,0 +1,119 @@
+"""
+Starts the processes of a measurement, looks at what they use, and ends them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from bench.services import tree_cpu_seconds
+
+STOP_SECONDS_MAX = 10.0
+
+
+class Processes:
+    """
+    Some processes that run side by side, with all their children.
+
+    Attributes:
+        started_at: When the first one was started, by `time.perf_counter`.
+    """
+
+    def __init__(
+        self, commands: Sequence[Sequence[str]], *, environment: Mapping[str, str], log: Path
+    ) -> None:
+        self.started_at = time.perf_counter()
+        with log.open("ab") as output:
+            self._roots = [
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, **environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+                for command in commands
+            ]
+
+    @property
+    def pids(self) -> list[int]:
+        """
+        The ids of the started processes, children not among them.
+        """
+        return [root.pid for root in self._roots]
+
+    def have_ended(self) -> bool:
+        """
+        Tell whether any of them is gone, which none should be.
+        """
+        return any(root.poll() is not None for root in self._roots)
+
+    def cpu_seconds(self) -> float:
+        """
+        CPU time of all of them since their start.
+        """
+        return sum(tree_cpu_seconds(root.pid) for root in self._roots if root.poll() is None)
+
+    def memory_mb(self) -> dict[str, float]:
+        """
+        Resident and unshared memory of all of them, in MiB.
+        """
+        rss = uss = 0.0
+        for process in self._tree():
+            usage = process.memory_full_info()
+            rss += usage.rss / 2**20
+            uss += usage.uss / 2**20
+        return {"rss_mb": round(rss, 1), "uss_mb": round(uss, 1)}
+
+    def stop(self) -> None:
+        """
+        Ask them to stop, and kill what does not.
+        """
+        tree = self._tree()
+        for root in self._roots:
+            if root.poll() is None:
+                root.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(tree, timeout=STOP_SECONDS_MAX)
+        for process in alive:
+            process.kill()
+        for root in self._roots:
+            root.wait()
+
+    def _tree(self) -> list[psutil.Process]:
+        tree: list[psutil.Process] = []
+        for root in self._roots:
+            if root.poll() is None:
+                process = psutil.Process(root.pid)
+                tree += [process, *process.children(recursive=True)]
+        return tree
+
+
+@contextmanager
+def running(
+    commands: Sequence[Sequence[str]], *, environment: Mapping[str, str], log: Path
+) -> Iterator[Processes]:
+    """
+    Run processes until the end of the block.
+    """
+    processes = Processes(commands, environment=environment, log=log)
+    try:
+        yield processes
+    finally:
+        processes.stop()
+
+
+def program(name: str) -> str:
+    """
+    The path of a command that is installed beside this Python.
+    """
+    return str(Path(sys.executable).with_name(name))

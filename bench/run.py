@@ -1,0 +1,241 @@
+"""
+What a scenario is given, and how measurements are carried out and written down.
+
+One raw line per measurement. Measurements of a scenario are interleaved: every system once,
+then every system again, so that a drift of the machine's speed meets all alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.addresses import PROBE, VARIANT
+from bench.entrants import Entrant
+from bench.probe import Probe
+from bench.processes import Processes, running
+from bench.services import Services
+from bench.systems import System, load_system
+
+PRODUCE_SECONDS_MAX = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """
+    How much is measured.
+
+    Attributes:
+        share: Of the tasks of a full run.
+        repetitions: Of each measurement.
+        minutes: Of the sustained load.
+        finished: Tasks in the history, for the scenario with a long one.
+    """
+
+    share: float
+    repetitions: int
+    minutes: float
+    finished: int
+
+
+class Measurement(NamedTuple):
+    """
+    One thing to measure: who, in which case, and how.
+
+    Attributes:
+        case: What tells it from the system's other measurements in the scenario.
+        repetitions: None means as many as the run has.
+    """
+
+    entrant: Entrant
+    case: Mapping[str, Any]
+    measure: Callable[[], Mapping[str, Any]]
+    repetitions: int | None = None
+
+
+class Run:
+    """
+    One run of the benchmark.
+
+    Attributes:
+        folder: Where the raw lines, logs and profiles go.
+        entrants: Who takes part.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        folder: Path,
+        *,
+        entrants: Sequence[Entrant],
+        sizes: Sizes,
+        profiles: bool,
+    ) -> None:
+        self.services = services
+        self.folder = folder
+        self.entrants = entrants
+        self.sizes = sizes
+        self.profiles = profiles
+        self.probe = Probe(folder / "probe")
+
+    def tasks(self, full: int) -> int:
+        """
+        How many tasks to use where a full run uses `full`.
+        """
+        return max(100, round(full * self.sizes.share / 100) * 100)
+
+    def carry_out(self, scenario: str, measurements: Sequence[Measurement]) -> None:
+        """
+        Measure and write down everything, interleaved. A failure is written down, too.
+        """
+        for repetition in range(1, self.sizes.repetitions + 1):
+            for entrant, case, measure, repetitions in measurements:
+                if repetition > (repetitions or self.sizes.repetitions):
+                    continue
+                load_before = os.getloadavg()[0]
+                started = time.time()
+                try:
+                    values = dict(measure())
+                except Exception as error:
+                    traceback.print_exc()
+                    values = {"error": repr(error)}
+                self.write_down(
+                    {
+                        "scenario": scenario,
+                        "system": entrant.key,
+                        "case": dict(case),
+                        "repetition": repetition,
+                        **values,
+                        "at": round(started),
+                        "took_seconds": round(time.time() - started, 1),
+                        "load_before": round(load_before, 2),
+                    }
+                )
+
+    def write_down(self, line: Mapping[str, Any]) -> None:
+        """
+        Append one raw line, and show it.
+        """
+        text = json.dumps(line)
+        with (self.folder / "raw.jsonl").open("a") as raw:
+            raw.write(text + "\n")
+        print(text, flush=True)
+
+    def prepare(self, entrant: Entrant) -> System:
+        """
+        Give a system a new database, new queues, and its tables.
+        """
+        self.probe.reset()
+        self.services.renew()
+        # Our own process asks systems about their progress, and they look at these.
+        os.environ.update(self.environment(entrant))
+        self.produce(entrant, "prepare")
+        return load_system(entrant.system)
+
+    def environment(self, entrant: Entrant) -> dict[str, str]:
+        """
+        What a process of this system must know.
+        """
+        return {
+            **self.services.environment,
+            PROBE: str(self.probe.file),
+            VARIANT: entrant.variant,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    def produce(self, entrant: Entrant, *arguments: object, **environment: str) -> float:
+        """
+        Run `bench.produce` to its end and return the rate it prints.
+        """
+        producing = self.start_producing(entrant, *arguments, **environment)
+        return finish_producing(producing)
+
+    def start_producing(
+        self, entrant: Entrant, *arguments: object, **environment: str
+    ) -> subprocess.Popen[str]:
+        """
+        Start `bench.produce` beside what runs already.
+        """
+        with self.log(entrant).open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "bench.produce", entrant.system, *map(str, arguments)],
+                env={**os.environ, **self.environment(entrant), **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def log(self, entrant: Entrant) -> Path:
+        """
+        Where everything a system says goes.
+        """
+        return self.folder / f"{entrant.key}.log"
+
+    @contextmanager
+    def workers(
+        self, entrant: Entrant, system: System, *, processes: int, concurrency: str
+    ) -> Iterator[Processes]:
+        """
+        Run a system's workers until the end of the block.
+        """
+        commands = system.worker_commands(processes, concurrency)
+        with running(
+            commands, environment=self.environment(entrant), log=self.log(entrant)
+        ) as workers:
+            yield workers
+
+
+def finish_producing(producing: subprocess.Popen[str]) -> float:
+    """
+    Wait until a producer is done and return the rate it prints.
+    """
+    output, _ = producing.communicate(timeout=PRODUCE_SECONDS_MAX)
+    if producing.returncode != 0:
+        raise RuntimeError(f"{producing.args} failed with {producing.returncode}")
+    return float(output.strip().splitlines()[-1])
+
+
+def wait_until(
+    condition: Callable[[], bool], *, seconds: float, poll_seconds: float = 0.005
+) -> None:
+    """
+    Return when `condition` holds.
+
+    Raises:
+        TimeoutError: It does not within `seconds`.
+    """
+    deadline = time.perf_counter() + seconds
+    while not condition():
+        if time.perf_counter() > deadline:
+            raise TimeoutError(f"nothing came of it within {seconds} seconds")
+        time.sleep(poll_seconds)
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """
+    p50, p95, p99 and the largest, in milliseconds; empty for no values.
+    """
+    values = sorted(seconds)
+    if not values:
+        return {}
+
+    def at(share: float) -> float:
+        return round(1_000 * values[min(len(values) - 1, int(share * len(values)))], 3)
+
+    return {
+        "p50_ms": at(0.50),
+        "p95_ms": at(0.95),
+        "p99_ms": at(0.99),
+        "max_ms": round(1_000 * values[-1], 3),
+    }

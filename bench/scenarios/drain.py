@@ -1,0 +1,113 @@
+"""
+Drain: a backlog is waiting, workers start, and the clock runs until the last task is settled.
+
+The rate counts from the moment when every worker process has run its first task, so that
+start-up, measured separately, does not blur it, until nothing is unfinished in durable state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from bench.entrants import Entrant
+from bench.processes import Processes
+from bench.run import Measurement, Run, wait_until
+from bench.systems import System
+from bench.systems.asyncflow import TASK, TEXT_BYTES
+
+NAME = "drain"
+
+SECONDS_MAX = 300.0
+
+
+def measurements(run: Run) -> list[Measurement]:
+    """
+    One and two worker processes for all; heavier and failing tasks for AsyncFlow.
+    """
+    plain = [
+        Measurement(
+            entrant,
+            {"workers": workers, "payload": "small"},
+            partial(drain, run, entrant, workers=workers, tasks=run.tasks(entrant.drain_tasks)),
+        )
+        for workers in (1, 2)
+        for entrant in run.entrants
+    ]
+    return plain + [m for e in run.entrants if e.is_ours for m in _heavier(run, e)]
+
+
+def _heavier(run: Run, entrant: Entrant) -> list[Measurement]:
+    def case(payload: str, tasks: int, **fill: str) -> Measurement:
+        measure = partial(drain, run, entrant, workers=1, tasks=run.tasks(tasks), fill=fill)
+        return Measurement(entrant, {"workers": 1, "payload": payload}, measure)
+
+    return [
+        case("1 KB", 50_000, **{TEXT_BYTES: "1000"}),
+        case("64 KB", 5_000, **{TEXT_BYTES: "64000"}),
+        case("10 % fail once", 50_000, **{TASK: "bench-flaky"}),
+    ]
+
+
+def drain(
+    run: Run,
+    entrant: Entrant,
+    *,
+    workers: int,
+    tasks: int,
+    fill: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """
+    One drain.
+    """
+    system = run.prepare(entrant)
+    run.produce(entrant, "fill", tasks, BENCH_FILLS="yes", **(fill or {}))
+    run.services.vacuum()
+    with run.workers(
+        entrant, system, processes=workers, concurrency=entrant.drain
+    ) as processes:
+        return _timed(run, entrant, system, processes, workers=workers, tasks=tasks)
+
+
+def _timed(
+    run: Run,
+    entrant: Entrant,
+    system: System,
+    processes: Processes,
+    *,
+    workers: int,
+    tasks: int,
+) -> dict[str, Any]:
+    probe = run.probe
+    deadline = processes.started_at + SECONDS_MAX
+    wait_until(lambda: len(probe.slots()) >= workers, seconds=SECONDS_MAX)
+    begun, calls_before = time.perf_counter(), probe.calls()
+    cpu_before = _cpu_seconds(run, processes)
+    # A retry is a second call, so calls alone do not tell the end; durable state does.
+    wait_until(lambda: probe.calls() >= tasks, seconds=deadline - time.perf_counter())
+    wait_until(
+        lambda: system.unfinished(tasks) == 0,
+        seconds=deadline - time.perf_counter(),
+        poll_seconds=0.01,
+    )
+    ended = time.perf_counter()
+    cpu_after = _cpu_seconds(run, processes)
+    counted = tasks - calls_before
+    return {
+        "per_second": round(counted / (ended - begun), 1),
+        "tasks": tasks,
+        "counted": counted,
+        "seconds": round(ended - begun, 3),
+        "first_task_seconds": round(min(s.first for s in probe.slots()) - processes.started_at, 3),
+        "cpu_us_per_task": {
+            kind: round((cpu_after[kind] - cpu_before[kind]) / counted * 1e6, 1)
+            for kind in cpu_after
+        },
+        "loaded": processes.memory_mb(),
+    }
+
+
+def _cpu_seconds(run: Run, processes: Processes) -> dict[str, float]:
+    return {"workers": processes.cpu_seconds(), **run.services.cpu_seconds()}

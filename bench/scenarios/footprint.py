@@ -1,0 +1,78 @@
+"""
+What processes use while they have nothing to do: memory, and CPU over some seconds.
+
+Memory under load and the time from start to first task come with `drain`.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+from bench.entrants import Entrant
+from bench.processes import Processes, program, running
+from bench.run import Measurement, Run
+from bench.systems.asyncflow import environment
+
+NAME = "footprint"
+
+SETTLE_SECONDS = 5.0
+WATCH_SECONDS = 5.0
+
+
+def measurements(run: Run) -> list[Measurement]:
+    """
+    One worker of every entrant, and AsyncFlow's other processes.
+    """
+    workers = [
+        Measurement(entrant, {"process": "worker"}, partial(worker, run, entrant))
+        for entrant in run.entrants
+    ]
+    others = [
+        Measurement(entrant, {"process": kind}, partial(other, run, entrant, kind))
+        for entrant in run.entrants
+        if entrant.is_ours
+        for kind in ("api", "maintenance")
+    ]
+    return workers + others
+
+
+def worker(run: Run, entrant: Entrant) -> dict[str, Any]:
+    """
+    An idle worker; with RabbitMQ, AsyncFlow's first process only.
+    """
+    system = run.prepare(entrant)
+    commands = system.worker_commands(1, entrant.latency)[:1]
+    with running(
+        commands, environment=run.environment(entrant), log=run.log(entrant)
+    ) as processes:
+        return _watch(run, processes)
+
+
+def other(run: Run, entrant: Entrant, kind: str) -> dict[str, Any]:
+    """
+    An idle API or maintenance process.
+    """
+    run.prepare(entrant)
+    with running(
+        [[program("asyncflow"), kind]],
+        environment={**run.environment(entrant), **environment()},
+        log=run.log(entrant),
+    ) as processes:
+        return _watch(run, processes)
+
+
+def _watch(run: Run, processes: Processes) -> dict[str, Any]:
+    time.sleep(SETTLE_SECONDS)
+    before = run.services.cpu_seconds() | {"process": processes.cpu_seconds()}
+    time.sleep(WATCH_SECONDS)
+    after = run.services.cpu_seconds() | {"process": processes.cpu_seconds()}
+    if processes.have_ended():
+        raise RuntimeError("a process ended by itself")
+    return {
+        **processes.memory_mb(),
+        "idle_cpu_percent": {
+            kind: round((after[kind] - before[kind]) / WATCH_SECONDS * 100, 2) for kind in after
+        },
+    }

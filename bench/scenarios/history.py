@@ -1,0 +1,126 @@
+"""
+Claim and settle beside a long history: the store's functions on one connection, in batches
+of 100, with no finished tasks and with millions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Awaitable
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+import uvloop
+
+from asyncflow.domain.outcome import Settlement
+from asyncflow.domain.states import Event
+from asyncflow.store import claims, tasks
+from asyncflow.store.claims import Offer, Settling
+from asyncflow.store.database import Database
+from bench.addresses import database_url
+from bench.entrants import OURS, Entrant
+from bench.run import Measurement, Run
+from bench.systems.asyncflow import new_task
+
+NAME = "history"
+
+BATCH = 100
+OFFERS = [Offer("bench-noop", 5, 900.0)]
+
+FILL = """
+    INSERT INTO asyncflow.tasks
+           (id, tenant_id, name, queue, priority, state, attempt, run_at, created_at,
+            started_at, finished_at, worker_id, lease_id, payload, result)
+    SELECT ('01900000-' || lpad(to_hex(n / 65536 % 65536), 4, '0') || '-7'
+            || lpad(to_hex(n / 16 % 4096), 3, '0') || '-8000-' || lpad(to_hex(n), 12, '0'))::uuid,
+           1, 'bench-noop', 'default', 4, 'completed', 1, moment, moment,
+           moment, moment, gen_random_uuid(), gen_random_uuid(),
+           '{"to": "someone@example.com", "template": "invoice"}', '{"ok": true}'
+      FROM (SELECT n, now() - interval '7 days' + n * interval '10 ms' AS moment
+              FROM generate_series($1::int, $2::int) AS n) AS history
+"""
+FILL_ROWS = 500_000
+
+
+def measurements(run: Run) -> list[Measurement]:
+    """
+    An empty history and a long one, the same code on the same tables.
+    """
+    if not any(entrant.is_ours for entrant in run.entrants):
+        return []
+    ours = OURS[0]
+    rounds = max(3, run.sizes.repetitions)
+    # One measurement of both: the two databases cannot be there at the same time, and the
+    # repetitions of each must not fill the history anew.
+    return [Measurement(ours, {}, partial(measure, run, ours, rounds), repetitions=1)]
+
+
+def measure(run: Run, entrant: Entrant, rounds: int) -> dict[str, Any]:
+    """
+    Rates with an empty history, then with a long one, `rounds` times each.
+    """
+    run.prepare(entrant)
+    count = run.tasks(20_000)
+    return {
+        "finished": run.sizes.finished,
+        "tasks": count,
+        "rounds": uvloop.run(_measure(run, rounds, count)),
+    }
+
+
+async def _measure(run: Run, rounds: int, count: int) -> dict[str, list[dict[str, float]]]:
+    # Long statements and one session for all: this is no worker.
+    async with Database(database_url(), size=1, timeout_seconds=600) as db:
+        await _round(db, count)  # Prepared, cached, warm.
+        await _clear(db)
+        run.services.vacuum()
+        empty = []
+        for _ in range(rounds):
+            empty.append(await _round(db, count))
+            await _clear(db)
+            run.services.vacuum()
+        await _fill(db, run.sizes.finished)
+        run.services.vacuum()
+        await db.execute("CHECKPOINT")
+        return {"empty": empty, "long": [await _round(db, count) for _ in range(rounds)]}
+
+
+async def _clear(db: Database) -> None:
+    await db.execute("TRUNCATE asyncflow.tasks")
+
+
+async def _fill(db: Database, finished: int) -> None:
+    for first in range(1, finished + 1, FILL_ROWS):
+        await db.execute(FILL, first, min(first + FILL_ROWS - 1, finished))
+
+
+async def _round(db: Database, count: int) -> dict[str, float]:
+    seconds = {"submit": 0.0, "claim": 0.0, "settle": 0.0}
+
+    async def timed(verb: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        start = time.perf_counter()
+        answer = await call()
+        seconds[verb] += time.perf_counter() - start
+        return answer
+
+    for _ in range(count // BATCH):
+        new = [new_task('{"to": "someone@example.com"}') for _ in range(BATCH)]
+        await timed("submit", partial(tasks.submit, db, new))
+    worker_id = uuid4()
+    for _ in range(count // BATCH):
+        claim = partial(
+            claims.claim_due,
+            db,
+            lease_id=uuid4(),
+            worker_id=worker_id,
+            offers=OFFERS,
+            queues=["default"],
+            limit=BATCH,
+        )
+        claimed = await timed("claim", claim)
+        done = Settlement(Event.COMPLETE, result='{"ok": true}')
+        settlings = [Settling(c.task_id, c.lease_id, done) for c in claimed]
+        written = await timed("settle", partial(claims.settle, db, settlings))
+        assert len(claimed) == BATCH and all(written)
+    return {verb: round(count / spent, 1) for verb, spent in seconds.items()}

@@ -1,0 +1,60 @@
+"""
+One, three and five workers on tasks that wait 0.5 to 5 seconds: does adding workers add speed?
+
+A backlog larger than the measurement can finish is there from the start. Counted are the
+tasks that start within a window in the middle, when every slot is in use.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+from bench.entrants import Entrant
+from bench.run import Measurement, Run, wait_until
+from bench.systems.asyncflow import TASK
+
+NAME = "waiting"
+
+SLOTS = 100
+WAIT_SECONDS_MEAN = 2.75
+RAMP_SECONDS = 6.0
+WINDOW_SECONDS = 30.0
+
+
+def measurements(run: Run) -> list[Measurement]:
+    """
+    Both engines of AsyncFlow; a peer would only show that waiting costs nothing.
+    """
+    return [
+        Measurement(entrant, {"workers": workers}, partial(measure, run, entrant, workers))
+        for workers in (1, 3, 5)
+        for entrant in run.entrants
+        if entrant.is_ours
+    ]
+
+
+def measure(run: Run, entrant: Entrant, workers: int) -> dict[str, Any]:
+    """
+    The rate of so many workers with `SLOTS` slots each.
+    """
+    system = run.prepare(entrant)
+    window = WINDOW_SECONDS * (1 if run.sizes.share >= 1 else 1 / 3)
+    per_second = workers * SLOTS / WAIT_SECONDS_MEAN
+    tasks = round(1.3 * per_second * (RAMP_SECONDS + window) + 2 * workers * SLOTS)
+    run.produce(entrant, "fill", tasks, **{TASK: "bench-wait"})
+    run.services.vacuum()
+    with run.workers(entrant, system, processes=workers, concurrency=str(SLOTS)):
+        wait_until(lambda: len(run.probe.slots()) >= workers, seconds=30)
+        time.sleep(RAMP_SECONDS)
+        begun, before = time.perf_counter(), [slot.calls for slot in run.probe.slots()]
+        time.sleep(window)
+        seconds, after = time.perf_counter() - begun, [s.calls for s in run.probe.slots()]
+    by_worker = [last - first for first, last in zip(before, after, strict=True)]
+    return {
+        "per_second": round(sum(by_worker) / seconds, 2),
+        "ideal_per_second": round(per_second, 2),
+        "by_worker": by_worker,
+        "window_seconds": round(seconds, 2),
+    }

@@ -1,0 +1,118 @@
+"""
+AsyncFlow. Variant `rabbitmq`: hints travel through RabbitMQ, and the maintenance process,
+which relays them, belongs to the system; otherwise PostgreSQL carries everything.
+
+Submitting from Python goes through `store.tasks` in natural batches, as the API's own
+endpoint does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from asyncflow.batching import Batcher
+from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
+from asyncflow.store import tasks
+from asyncflow.store.database import Database
+from asyncflow.store.migrations import migrate
+from asyncflow.store.wakeups import Waker, send_wakeup
+from bench.addresses import broker_url, database_url, variant
+from bench.processes import program
+from bench.systems import Submit, count_rows, timed_in_bulk
+
+HANDLERS = str(Path(__file__).parents[1] / "handlers.py")
+
+TASK, TEXT_BYTES = "BENCH_TASK", "BENCH_TEXT_BYTES"
+"""What `fill` submits: the handler's name, and how long the payload's text is."""
+
+_ids = TaskIds()
+
+
+def environment() -> dict[str, str]:
+    """
+    The settings of AsyncFlow's processes; what is not here has its default.
+    """
+    settings = {"ASYNCFLOW_DATABASE_URL": database_url(), "ASYNCFLOW_LOG_FORMAT": "json"}
+    if variant() == "rabbitmq":
+        settings["ASYNCFLOW_BROKER_URL"] = broker_url()
+    return settings
+
+
+def prepare() -> None:
+    asyncio.run(migrate(database_url()))
+
+
+def unfinished(count: int) -> int:
+    return count_rows("SELECT count(*) FROM asyncflow.tasks_live")
+
+
+def worker_commands(processes: int, concurrency: str) -> list[list[str]]:
+    settings = [f"{name}={value}" for name, value in environment().items()]
+    command = ["env", *settings, program("asyncflow")]
+    worker = [*command, "worker", "--handlers", HANDLERS]
+    if concurrency:
+        worker += ["--concurrency", concurrency]
+    if processes > 1:
+        worker += ["--processes", str(processes)]
+    return [worker, [*command, "maintenance"]] if variant() == "rabbitmq" else [worker]
+
+
+@asynccontextmanager
+async def producer() -> AsyncIterator[Submit]:
+    async with Database(database_url()) as db:
+        waker = Waker(db)
+        batcher = Batcher(lambda new: tasks.submit(db, new))
+
+        async def submit(number: int, submitted_at: float) -> None:
+            payload = json.dumps({"number": number, "submitted_at": submitted_at})
+            await batcher.submit(new_task(payload))
+            waker.wake()
+
+        await submit(-1, 0.0)
+        yield submit
+        await waker.close()
+
+
+def bulk(count: int) -> float:
+    return asyncio.run(_bulk(count, json.dumps({"number": -1, "submitted_at": 0.0})))
+
+
+def fill(count: int) -> None:
+    name = os.environ.get(TASK, "bench-noop")
+    text = "x" * int(os.environ.get(TEXT_BYTES, "0"))
+    asyncio.run(_bulk(count, json.dumps({"text": text} if text else {}), name))
+
+
+async def _bulk(count: int, payload: str, name: str = "bench-noop") -> float:
+    async with Database(database_url()) as db:
+        numbers = iter(range(count))
+
+        async def submit_many(size: int) -> None:
+            await tasks.submit(db, [new_task(payload, name, next(numbers)) for _ in range(size)])
+            await send_wakeup(db)
+
+        return await timed_in_bulk(count, submit_many)
+
+
+def new_task(payload: str, name: str = "bench-noop", number: int = 0) -> NewTask:
+    """
+    A task for one of `bench.handlers`; of ten `bench-flaky` ones, one will fail first.
+    """
+    if name == "bench-flaky":
+        payload = json.dumps({"fails_first": number % 10 == 0})
+    elif name == "bench-wait":
+        # 0.5 to 5 seconds in an order that repeats and has no pattern a worker could ride.
+        payload = json.dumps({"seconds": 0.5 + number * 7 % 19 / 4})
+    return NewTask(
+        id=_ids.next(),
+        tenant_id=DEFAULT_TENANT_ID,
+        name=name,
+        queue="default",
+        priority=4,
+        payload=payload,
+    )

@@ -1,0 +1,163 @@
+"""
+Starting: on a wrong schema, before the database, before the broker, and migrations in a race.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from acceptance.conftest import show_logs
+from acceptance.process import Process
+from acceptance.system import HANDLERS, System, free_port
+from services import postgres
+from services.postgres import PostgresServer
+
+
+@pytest.fixture
+async def unmigrated(
+    empty_database_url: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> AsyncIterator[System]:
+    """
+    A system on an empty database.
+    """
+    async with System(database_url=empty_database_url, broker_url=None, folder=tmp_path) as system:
+        yield system
+    show_logs(request, system)
+
+
+async def refusals(system: System) -> list[str]:
+    """
+    What each kind of process says as it refuses to start.
+    """
+    commands = (["api", "--port", str(free_port())], ["worker"], ["maintenance"])
+    started = [await system.run(*command) for command in commands]
+    assert [2, 2, 2] == [await process.exit_status() for process in started]
+    return [process.output for process in started]
+
+
+async def test_every_process_refuses_a_database_without_schema(unmigrated: System) -> None:
+    """
+    Status 2 and one sentence that says what to do, no traceback.
+    """
+    for said in await refusals(unmigrated):
+        assert said.startswith("asyncflow: ")
+        assert "asyncflow migrate" in said
+        assert len(said.splitlines()) == 1
+
+
+async def test_every_process_refuses_a_newer_schema(system: System) -> None:
+    """
+    An old version does not touch a database that a newer one has migrated.
+    """
+    await execute(system, "UPDATE asyncflow.schema_version SET version_num = '9999'")
+
+    for said in await refusals(system):
+        assert "9999" in said
+        assert len(said.splitlines()) == 1
+
+
+async def test_migrations_may_run_at_the_same_time(unmigrated: System) -> None:
+    """
+    Five at once all succeed, and the schema is used right after.
+    """
+    migrations = [await unmigrated.run("migrate") for _ in range(5)]
+
+    assert [0] * 5 == [await migration.exit_status() for migration in migrations]
+    again = await unmigrated.command("migrate")
+    assert "already" in again
+    await unmigrated.start()
+    task_id = await unmigrated.submit("work")
+    assert (await unmigrated.finishes(task_id))["status"] == "COMPLETED"
+
+
+@pytest.fixture
+def absent_server() -> Iterator[PostgresServer]:
+    """
+    A PostgreSQL that exists and does not run.
+    """
+    with postgres.running_server(postgres.EMBEDDED) as server:
+        yield server
+
+
+async def test_processes_wait_for_the_database_and_then_work(
+    absent_server: PostgresServer, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """
+    Started before PostgreSQL, each process says that it waits, and needs no restart.
+    """
+    url = await asyncio.to_thread(absent_server.create_database)
+    await asyncio.to_thread(absent_server.cluster.stop)
+    async with System(database_url=url, broker_url=None, folder=tmp_path) as system:
+        started = await asyncio.gather(
+            system.run("api", "--port", str(free_port())),
+            system.run("worker", "--handlers", str(HANDLERS)),
+            system.run("maintenance"),
+        )
+        for process in started:
+            await process.log_event("database.unavailable")
+
+        await asyncio.to_thread(absent_server.cluster.start)
+
+        await work_together(system, started)
+    show_logs(request, system)
+
+
+async def test_a_process_that_waits_for_the_database_stops_at_a_signal(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """
+    Waiting is no reason not to leave with status 0.
+    """
+    url = f"postgresql://nobody@127.0.0.1:{free_port()}/nothing"
+    async with System(database_url=url, broker_url=None, folder=tmp_path) as system:
+        started = [
+            await system.run("api", "--port", str(free_port())),
+            await system.run("worker"),
+            await system.run("maintenance"),
+        ]
+        for process in started:
+            await process.log_event("database.unavailable")
+            process.send(signal.SIGTERM)
+
+        assert [0, 0, 0] == [await process.exit_status() for process in started]
+    show_logs(request, system)
+
+
+async def work_together(system: System, started: Sequence[Process]) -> None:
+    """
+    Complete a task on processes that were not waited for.
+    """
+    api, worker, _ = started
+    line = await api.log_event("process.started")
+    await worker.log_event("process.started")
+    await system.reaches_api(line["url"])
+    task_id = await system.submit("work")
+    assert (await system.finishes(task_id))["status"] == "COMPLETED"
+
+
+async def test_a_missing_handler_module_is_one_sentence(system: System) -> None:
+    """
+    A worker that cannot load its handlers refuses with status 2 and names the module.
+    """
+    worker = await system.run("worker", "--handlers", "no_such_module")
+
+    assert await worker.exit_status() == 2
+    assert "no_such_module" in worker.output
+    assert "Traceback" not in worker.output
+
+
+async def execute(system: System, statement: str) -> None:
+    """
+    Change the database behind the product's back.
+    """
+    connection = await asyncpg.connect(system.database_url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()

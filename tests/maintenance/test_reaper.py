@@ -1,0 +1,192 @@
+"""
+The reaper: what a dead worker was running runs elsewhere, and no living worker is robbed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+from asyncflow.maintenance.reaper import reap
+from asyncflow.store import tasks, workers
+from asyncflow.store.database import Database
+from asyncflow.store.tasks import Task
+from asyncflow.store.workers import Registration
+from services.postgres import PostgresServer
+from transport.tasks import a_worker, claim, complete, states, submit, until
+
+
+@asynccontextmanager
+async def a_living_worker(db: Database, **facts: Any) -> AsyncIterator[Registration]:
+    """
+    A worker that holds its lock for one block.
+    """
+    worker = await a_worker(db, **facts)
+    connection = await db.connect("leases")
+    try:
+        assert await workers.hold_lock(connection, worker.id)
+        yield worker
+    finally:
+        await connection.close()
+
+
+async def age_heartbeat(db: Database, worker_id: UUID, seconds: float) -> None:
+    """
+    Let this worker's last heartbeat be some time ago.
+    """
+    await db.execute(
+        "UPDATE asyncflow.workers SET heartbeat_at = now() - $2 * interval '1 second'"
+        " WHERE id = $1",
+        worker_id,
+        seconds,
+    )
+
+
+async def read(db: Database, task_id: UUID) -> Task:
+    """
+    A task with its attempts.
+    """
+    return await tasks.get(db, 1, task_id)
+
+
+async def test_a_killed_worker_is_known_by_its_lock(db: Database) -> None:
+    """
+    A free lock and a beat or two missed: its tasks run again, long before the lease ends.
+    """
+    [task_id] = await submit(db)
+    async with a_living_worker(db, lease_seconds=3_600) as worker:
+        await claim(db, worker.id)
+        await age_heartbeat(db, worker.id, 2)
+        # The server of this test may have been started just now.
+        assert [] == await workers.mark_lost(db, restart_grace_seconds=0)
+
+    [(lost, _)] = await workers.mark_lost(db, restart_grace_seconds=0)
+    assert worker.id == lost
+    assert 1 == await reap(db)
+
+    task = await read(db, task_id)
+    assert ("PENDING", 1) == (task.status, task.failures)
+    assert "WorkerLost" == (task.failure or {}).get("kind")
+    assert {"pending": 1} == await states(db)
+
+
+async def test_a_worker_cut_off_is_known_by_its_age(db: Database) -> None:
+    """
+    Its lock may live on a connection that nobody misses; its lease does not.
+    """
+    [task_id] = await submit(db)
+    async with a_living_worker(db, lease_seconds=5) as worker:
+        await claim(db, worker.id)
+        await age_heartbeat(db, worker.id, 6)
+
+        assert 1 == await reap(db)
+
+        assert not await workers.heartbeat(db, worker.id)
+    assert "PENDING" == (await read(db, task_id)).status
+
+
+async def test_after_a_restart_of_the_database_free_locks_prove_nothing(
+    db: Database, postgres_server: PostgresServer
+) -> None:
+    """
+    PostgreSQL let go of every lock when it went down; the workers are alive and will beat.
+    """
+    worker = await a_worker(db, lease_seconds=3_600)
+    await submit(db)
+    await claim(db, worker.id)
+    await age_heartbeat(db, worker.id, 60)
+    postgres_server.cluster.stop()
+    postgres_server.cluster.start()
+
+    async def reaped_nothing() -> bool:
+        return await reap(db) == 0
+
+    await until(reaped_nothing)
+    assert await workers.heartbeat(db, worker.id)
+    assert {"running": 1} == await states(db)
+
+
+async def test_a_worker_that_said_goodbye_leaves_nothing_behind(db: Database) -> None:
+    """
+    What it still held is reaped at once.
+    """
+    async with a_living_worker(db) as worker:
+        await submit(db)
+        await claim(db, worker.id)
+        await workers.stop(db, worker.id)
+
+        assert 1 == await reap(db)
+
+
+async def test_a_task_that_kills_its_workers_ends_as_failed(db: Database) -> None:
+    """
+    Each death is a failure, so a poison task runs out of attempts.
+    """
+    [task_id] = await submit(db, max_attempts=3)
+    for _ in range(3):
+        await db.execute("UPDATE asyncflow.tasks SET run_at = now()")
+        worker = await a_worker(db)
+        assert await claim(db, worker.id)
+        await workers.stop(db, worker.id)
+        assert 1 == await reap(db)
+
+    task = await read(db, task_id)
+    assert ("FAILED", 3) == (task.status, task.failures)
+    assert ["retried", "retried", "failed"] == [attempt.outcome for attempt in task.attempts]
+
+
+async def test_the_first_death_costs_no_wait(db: Database) -> None:
+    """
+    Most often the machine was at fault, so the task is due again at once.
+    """
+    worker = await a_worker(db)
+    await submit(db)
+    await claim(db, worker.id)
+    await workers.stop(db, worker.id)
+    await reap(db)
+
+    heir = await a_worker(db)
+    assert 1 == len(await claim(db, heir.id))
+
+
+async def test_a_task_to_be_cancelled_ends_cancelled_when_its_worker_dies(db: Database) -> None:
+    """
+    It must not run once more just to be cancelled.
+    """
+    worker = await a_worker(db)
+    [task_id] = await submit(db)
+    await claim(db, worker.id)
+    await tasks.cancel(db, 1, task_id)
+    await workers.stop(db, worker.id)
+
+    assert 1 == await reap(db)
+
+    assert "CANCELLED" == (await read(db, task_id)).status
+
+
+async def test_whoever_settles_first_wins(db: Database) -> None:
+    """
+    A worker that was not dead after all cannot overwrite what the reaper wrote.
+    """
+    worker = await a_worker(db)
+    [task_id] = await submit(db)
+    taken = await claim(db, worker.id)
+    await workers.stop(db, worker.id)
+    await reap(db)
+
+    assert [False] == await complete(db, taken)
+    assert "PENDING" == (await read(db, task_id)).status
+
+
+async def test_many_leases_are_reaped_in_bounded_turns(db: Database) -> None:
+    """
+    A turn takes a batch; the next turns find the rest.
+    """
+    worker = await a_worker(db)
+    await submit(db, 600)
+    await claim(db, worker.id, 600)
+    await workers.stop(db, worker.id)
+
+    assert [500, 100, 0] == [await reap(db) for _ in range(3)]

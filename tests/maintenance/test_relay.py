@@ -1,0 +1,475 @@
+"""
+The relay: what may go, goes, in the right order and in short supply; nothing gets lost
+between PostgreSQL and RabbitMQ, whatever breaks in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+
+from asyncflow.errors import StoreUnavailable
+from asyncflow.maintenance import relay as relay_module
+from asyncflow.maintenance.relay import BATCH, WINDOW_MAX, WINDOW_MIN, Relay, Window
+from asyncflow.store import admission, claims, leadership, queues
+from asyncflow.store.claims import Offer
+from asyncflow.store.database import Database
+from asyncflow.transport.amqp import Channel, Message, PublishResult, QueueCounts, connect
+from asyncflow.transport.topology import broker_queue, declare_unreadable
+from services.broker import Broker
+from transport.tasks import (
+    NAME,
+    QUEUE,
+    a_worker,
+    complete,
+    cut_every_connection,
+    states,
+    submit,
+    until,
+    until_states,
+)
+
+
+@pytest.fixture
+async def channel(broker_url: str) -> AsyncIterator[Channel]:
+    """
+    A channel such as the relay has.
+    """
+    connection = await connect(broker_url, name="test")
+    channel = await connection.channel()
+    await declare_unreadable(channel)
+    await channel.confirm_select()
+    yield channel
+    await connection.close()
+
+
+@pytest.fixture
+def relay(db: Database, broker_url: str) -> Relay:
+    """
+    A relay that sends when told to.
+    """
+    return Relay(db, broker_url)
+
+
+async def ready(channel: Channel) -> int:
+    """
+    How many hints RabbitMQ holds for the default queue.
+    """
+    counts = await channel.inspect_queue(broker_queue(QUEUE))
+    return counts.messages if counts else 0
+
+
+async def claim_hinted(db: Database, count: int) -> int:
+    """
+    Run queued tasks to their end, as if their hints had arrived; return how many there were.
+    """
+    worker = await a_worker(db)
+    rows = await db.fetch(
+        "SELECT id FROM asyncflow.tasks WHERE state = 'queued' ORDER BY queued_at LIMIT $1", count
+    )
+    taken = await claims.claim_hinted(
+        db,
+        [row["id"] for row in rows],
+        lease_id=uuid4(),
+        worker_id=worker.id,
+        offers=[Offer(NAME, 5, 900.0)],
+    )
+    return sum(await complete(db, taken))
+
+
+async def test_the_window_is_filled_by_priority(
+    db: Database, channel: Channel, relay: Relay
+) -> None:
+    """
+    What was submitted last and is urgent does not wait behind a backlog.
+    """
+    await a_worker(db)
+    await submit(db, 100, priority=0)
+    await submit(db, 10, priority=9)
+
+    assert await relay.run_once(db, channel)
+
+    rows = await db.fetch(
+        "SELECT priority, count(*) FROM asyncflow.tasks WHERE state = 'queued' GROUP BY priority"
+    )
+    assert {9: 10, 0: WINDOW_MIN - 10} == {row["priority"]: row["count"] for row in rows}
+    assert WINDOW_MIN == await ready(channel)
+
+
+async def test_a_full_window_admits_nothing_more(
+    db: Database, channel: Channel, relay: Relay
+) -> None:
+    """
+    The backlog waits in PostgreSQL, where priority and pause can still reach it.
+    """
+    await a_worker(db)
+    await submit(db, 100)
+    await relay.run_once(db, channel)
+
+    assert not await relay.run_once(db, channel)
+
+    assert WINDOW_MIN == await ready(channel)
+    assert Counter(queued=WINDOW_MIN, pending=100 - WINDOW_MIN) == await states(db)
+
+
+async def test_what_may_not_go_stays_pending(
+    db: Database, channel: Channel, relay: Relay
+) -> None:
+    """
+    Not due, of a paused queue, of a name or queue that no live worker serves.
+    """
+    await a_worker(db, queues=[QUEUE, "paused"])
+    await queues.pause(db, "paused")
+    await submit(db, delay_seconds=1_000)
+    await submit(db, queue="paused")
+    await submit(db, name="unoffered")
+    await submit(db, queue="unserved")
+
+    assert not await relay.run_once(db, channel)
+
+    assert Counter(pending=4) == await states(db)
+
+
+async def test_a_crash_between_publish_and_mark_repeats_hints_and_loses_none(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Hints that were sent and not noted are sent again.
+    """
+    await a_worker(db)
+    await submit(db, 5)
+
+    async def crash(db: Any, task_ids: Sequence[Any]) -> None:
+        raise StoreUnavailable("crashed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(admission, "mark_queued", crash)
+        with pytest.raises(StoreUnavailable):
+            await relay.run_once(db, channel)
+    assert Counter(pending=5) == await states(db)
+    assert 5 == await ready(channel)
+
+    await relay.run_once(db, channel)
+
+    assert Counter(queued=5) == await states(db)
+    assert 10 == await ready(channel)
+
+
+async def test_hints_that_the_broker_refuses_stay_pending(
+    db: Database, channel: Channel, relay: Relay, broker: Broker, broker_url: str
+) -> None:
+    """
+    A queue with a limit takes what it takes; the rest goes when there is room again.
+    """
+    await a_worker(db)
+    await submit(db, WINDOW_MIN)
+    vhost = urlsplit(broker_url).path[1:]
+    limit = {"max-length": 1, "overflow": "reject-publish"}
+    policy = {"pattern": ".*", "definition": limit, "apply-to": "quorum_queues"}
+    await relay.run_once(db, channel)
+    await channel.purge_queue(broker_queue(QUEUE))
+    await db.execute("UPDATE asyncflow.tasks SET state = 'pending', queued_at = NULL")
+    broker.api("PUT", f"policies/{vhost}/limit", policy)
+
+    async def some_refused() -> bool:
+        await relay.run_once(db, channel)
+        await channel.purge_queue(broker_queue(QUEUE))
+        await submit(db, WINDOW_MIN)
+        await relay.run_once(db, channel)
+        return (await states(db))["pending"] > 0
+
+    await until(some_refused)
+    broker.api("DELETE", f"policies/{vhost}/limit")
+
+    async def all_sent() -> bool:
+        await channel.purge_queue(broker_queue(QUEUE))
+        await relay.run_once(db, channel)
+        return not (await states(db))["pending"]
+
+    await until(all_sent)
+
+
+async def test_hints_that_no_queue_takes_stay_pending(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A queue that vanished just now returns its hints to the relay.
+    """
+    await a_worker(db)
+    await submit(db, 5)
+
+    async def vanished(channel: Channel, queue: str) -> QueueCounts:
+        return QueueCounts(0, 0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(relay_module, "declare_task_queue", vanished)
+        assert not await relay.run_once(db, channel)
+    assert Counter(pending=5) == await states(db)
+
+    await relay.run_once(db, channel)
+
+    assert Counter(queued=5) == await states(db)
+
+
+@pytest.mark.parametrize("loss", ["purge", "delete"])
+async def test_lost_hints_are_sent_again(
+    db: Database,
+    channel: Channel,
+    relay: Relay,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: str,
+) -> None:
+    """
+    Emptying or deleting a queue of RabbitMQ costs time and no task.
+    """
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    await a_worker(db)
+    await submit(db, 10)
+    await relay.run_once(db, channel)
+    assert 10 == await ready(channel)
+    if loss == "purge":
+        await channel.purge_queue(broker_queue(QUEUE))
+    else:
+        await channel.delete_queue(broker_queue(QUEUE))
+
+    async def sent_again() -> bool:
+        await relay.run_once(db, channel)
+        return await ready(channel) == 10
+
+    await until(sent_again)
+    assert Counter(queued=10) == await states(db)
+
+
+async def test_slow_workers_cause_no_storm_of_hints(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    However long hints wait in RabbitMQ, they are not taken for lost and sent again.
+    """
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    sent = count_messages(channel, monkeypatch)
+    await a_worker(db)
+    await submit(db, 200)
+    done = 0
+
+    while done < 200:
+        for _ in range(3):
+            await relay.run_once(db, channel)
+        await drop_one_hint(channel)
+        done += await claim_hinted(db, 1)
+
+    assert 1.2 * 200 >= sum(sent)
+
+
+def count_messages(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """
+    A list that grows by the size of each batch published on `channel`.
+    """
+    sent: list[int] = []
+    publish = channel.publish
+
+    async def counting(messages: Sequence[Message], **more: Any) -> list[PublishResult]:
+        sent.append(len(messages))
+        return await publish(messages, **more)
+
+    monkeypatch.setattr(channel, "publish", counting)
+    return sent
+
+
+async def drop_one_hint(channel: Channel) -> None:
+    """
+    Consume and acknowledge one hint, as the worker that runs its task would.
+    """
+    received: asyncio.Queue[list[Any]] = asyncio.Queue()
+    tag = await channel.consume(
+        broker_queue(QUEUE),
+        prefetch=1,
+        on_deliveries=received.put_nowait,
+        on_cancelled=channel.abandon,
+    )
+    [delivery] = await received.get()
+    await channel.cancel(tag)
+    channel.ack(delivery.tag)
+
+
+async def test_a_large_backlog_leaves_in_batches(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    One publish never carries more than a batch, so one round trip never takes long.
+    """
+    sent = count_messages(channel, monkeypatch)
+    await a_worker(db, slots=BATCH)
+    await submit(db, 2 * BATCH)
+
+    await relay.run_once(db, channel)
+
+    assert [BATCH, BATCH] == sent
+    assert Counter(queued=2 * BATCH) == await states(db)
+
+
+async def test_a_running_relay_sends_a_new_task_at_once(db: Database, broker_url: str) -> None:
+    """
+    It is woken, rather than finding the task at its next poll.
+    """
+    await a_worker(db)
+    relaying = asyncio.create_task(Relay(db, broker_url).run())
+    await submit(db)
+    await until_states(db, queued=1)
+
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await submit(db)
+    await until_states(db, queued=2)
+
+    assert relay_module.POLL_SECONDS > loop.time() - began
+    await stopped(relaying)
+
+
+async def test_another_relay_takes_over_when_the_leaders_session_dies(
+    db: Database, broker_url: str, database_url: str
+) -> None:
+    """
+    Two relays run; PostgreSQL cuts every session; the work goes on.
+    """
+    await a_worker(db)
+    relaying = [asyncio.create_task(Relay(db, broker_url).run()) for _ in range(2)]
+    await submit(db)
+    await until_states(db, queued=1)
+
+    await cut_every_connection(database_url)
+    await submit(db)
+    await until_states(db, queued=2)
+
+    relaying[0].cancel()
+    await submit(db)
+    await until_states(db, queued=3)
+    await stopped(*relaying)
+
+
+async def test_a_frozen_leader_loses_the_lead(
+    db: Database, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A leader that neither works nor dies is thrown out by PostgreSQL.
+    """
+    impatient = leadership.LIMIT_IDLENESS.replace(f"{leadership.IDLE_SECONDS_MAX}s", "500ms")
+    assert "500ms" in impatient
+    await a_worker(db)
+    with monkeypatch.context() as patched:
+        patched.setattr(leadership, "LIMIT_IDLENESS", impatient)
+        frozen = leadership.leadership(db, purpose="frozen relay")
+        assert await frozen.__aenter__() is not None
+    relaying = asyncio.create_task(Relay(db, broker_url).run())
+
+    await submit(db)
+
+    await until_states(db, queued=1)
+    await frozen.__aexit__(None, None, None)
+    await stopped(relaying)
+
+
+async def test_an_alarm_of_the_broker_is_sat_out(
+    db: Database,
+    channel: Channel,
+    broker: Broker,
+    broker_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    While RabbitMQ takes no messages the relay holds no transaction open and does not pile
+    up hints on ever new connections; afterwards it goes on.
+    """
+    monkeypatch.setattr(relay_module, "PUBLISH_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(relay_module, "RECONNECT_SECONDS", (0.0, 0.1))
+    await a_worker(db)
+    await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0")
+    relaying = asyncio.create_task(Relay(db, broker_url).run())
+    try:
+        await submit(db, 3)
+        for _ in range(20):  # Long enough for many tries in vain.
+            assert 1.0 > await oldest_transaction_seconds(db)
+            await asyncio.sleep(0.1)
+        assert Counter(pending=3) == await states(db)
+    finally:
+        await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0.6")
+
+    await until_states(db, queued=3)
+    assert 6 >= await ready(channel)
+    await stopped(relaying)
+
+
+async def oldest_transaction_seconds(db: Database) -> float:
+    """
+    How long the oldest transaction of others in this database has been open; 0 if there is none.
+    """
+    seconds = await db.fetchval(
+        "SELECT extract(epoch FROM coalesce(max(clock_timestamp() - xact_start), '0'))::float8"
+        "  FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    return float(seconds)
+
+
+async def stopped(*relaying: asyncio.Task[None]) -> None:
+    """
+    Stop relays and wait until they have let go of everything.
+    """
+    for task in relaying:
+        task.cancel()
+    await asyncio.gather(*relaying, return_exceptions=True)
+
+
+def test_the_window_grows_while_workers_drain_it() -> None:
+    """
+    Found empty after it was filled, it doubles; up to a bound.
+    """
+    window = Window()
+    sizes = []
+    for _ in range(20):
+        room = window.room(ready=0, slots=10)
+        window.note(room=room, sent=room)
+        sizes.append(room)
+
+    assert [20, 40, 80, 160] == sizes[:4]
+    assert WINDOW_MAX == sizes[-1]
+
+
+def test_the_window_shrinks_while_workers_are_slow() -> None:
+    """
+    Mostly full between rounds, it goes back to what the slots need.
+    """
+    window = Window()
+    for _ in range(10):
+        room = window.room(ready=0, slots=10)
+        window.note(room=room, sent=room)
+
+    for _ in range(200):
+        window.room(ready=WINDOW_MAX, slots=10)
+
+    assert 0 == window.room(ready=20, slots=10)
+    assert 1 == window.room(ready=19, slots=10)
+
+
+def test_the_window_does_not_grow_for_want_of_tasks() -> None:
+    """
+    An empty queue of RabbitMQ means nothing if there was little to send.
+    """
+    window = Window()
+    window.note(room=window.room(ready=0, slots=10), sent=3)
+
+    assert 20 == window.room(ready=0, slots=10)
+
+
+def test_the_window_follows_the_workers_slots() -> None:
+    """
+    More workers, more hints; never less than the smallest window.
+    """
+    assert WINDOW_MIN == Window().room(ready=0, slots=1)
+    assert 200 == Window().room(ready=0, slots=100)

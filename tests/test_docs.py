@@ -1,0 +1,232 @@
+"""
+What the documentation says exists, and what exists is documented.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from annotated_types import Ge, Le
+from typer.testing import CliRunner
+
+from asyncflow.cli.app import app
+from asyncflow.handlers import Registry
+from asyncflow.settings import PREFIX, Settings
+from asyncflow.wire import SubmitTask
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+EVENTS = ROOT / "src" / "asyncflow" / "telemetry" / "events.py"
+
+NAMES_OF_TESTS_AND_TOOLS = re.compile(rf"{PREFIX}(?:TEST_\w+|PYTHON)$")
+
+
+def in_pages(pattern: str) -> list[Any]:
+    """
+    Every match in every page, with the page, as parameters of a test.
+    """
+    return [
+        pytest.param(page, match[1], id=f"{page.relative_to(ROOT)}-{number}")
+        for page in PAGES
+        for number, match in enumerate(re.finditer(pattern, page.read_text(), re.M | re.S), 1)
+    ]
+
+
+# Settings
+
+
+def default_of(name: str) -> str:
+    """
+    A setting's default as a person writes it; empty if there is none.
+    """
+    value = Settings.model_fields[name].default
+    if value is None or value == ():
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def range_of(name: str) -> str:
+    """
+    The bounds of a number.
+    """
+    bounds = Settings.model_fields[name].metadata
+    low = [bound.ge for bound in bounds if isinstance(bound, Ge)]
+    high = [bound.le for bound in bounds if isinstance(bound, Le)]
+    return f"{low[0]} … {high[0]}" if low and high else ""
+
+
+def test_the_example_of_an_environment_lists_every_setting_with_its_default() -> None:
+    """
+    `.env.example` is complete, and a copy of it changes nothing.
+    """
+    text = (ROOT / ".env.example").read_text()
+    listed = dict(re.findall(rf"^# {PREFIX}(\w+)=(.*)$", text, re.M))
+    examples = {"DATABASE_URL", "BROKER_URL"}
+
+    assert {name.upper() for name in Settings.model_fields} == set(listed)
+    for name in Settings.model_fields:
+        if name.upper() not in examples:
+            assert listed[name.upper()] == default_of(name)
+    assert not re.search(r"^\w+=", text, re.M)
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_the_table_of_settings_is_true(name: str) -> None:
+    """
+    Name, default and, for numbers, range.
+    """
+    row = re.search(rf"^\| `{PREFIX}{name.upper()}` \|([^|]*)\|([^|]*)\|", OPERATIONS, re.M)
+
+    assert row is not None
+    assert row[1].strip() == default_of(name)
+    if range_of(name):
+        assert row[2].strip() == range_of(name)
+
+
+@pytest.mark.parametrize(("page", "name"), in_pages(rf"\b({PREFIX}[A-Z][A-Z_]+)\b"))
+def test_a_setting_that_is_mentioned_exists(page: Path, name: str) -> None:
+    """
+    On whatever page.
+    """
+    known = {PREFIX + field.upper() for field in Settings.model_fields}
+
+    assert name in known or NAMES_OF_TESTS_AND_TOOLS.fullmatch(name)
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("page", "line"),
+    in_pages(r"(?:^|`)((?:asyncflow|bin/dev) [^\n`]*)"),
+)
+def test_a_command_that_is_mentioned_exists(page: Path, line: str) -> None:
+    """
+    With every option it is mentioned with.
+    """
+    words = shlex.split(line.replace("bin/dev", "asyncflow dev"), comments=True)[1:]
+    command = [word for word in words if re.fullmatch("[a-z]+", word)][:2]
+    if command[:1] not in (["task"], ["queue"]):
+        command = command[:1]
+    shown = CliRunner().invoke(app, [*command, "--help"], prog_name="asyncflow")
+
+    assert shown.exit_code == 0
+    for option in (word for word in words if word.startswith("--")):
+        assert option in shown.output
+
+
+def test_every_option_is_documented() -> None:
+    """
+    In the operator's pages.
+    """
+    import typer
+
+    def options(command: Any) -> Iterator[str]:
+        for parameter in command.params:
+            if not getattr(parameter, "hidden", False):
+                yield from (name for name in parameter.opts if name.startswith("--"))
+        for inner in getattr(command, "commands", {}).values():
+            yield from options(inner)
+
+    undocumented = {
+        option for option in options(typer.main.get_command(app)) if option not in OPERATIONS
+    }
+
+    assert undocumented <= {"--help"}
+
+
+# Log events
+
+
+def test_the_list_of_log_events_is_true() -> None:
+    """
+    Every event with its level, and no other.
+    """
+    found: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse(EVENTS.read_text())):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="log"), attr=level),
+                args=[ast.Constant(value=str(event)), *_],
+            ):
+                found.setdefault(event, set()).add(level)
+    listed = {
+        event: set(levels.split(", "))
+        for event, levels in re.findall(r"^\| `([a-z_.]+)` \| ([a-z, ]+) \|", OPERATIONS, re.M)
+    }
+
+    assert found == listed
+
+
+# Code and links
+
+
+@pytest.mark.parametrize(("page", "code"), in_pages(r"^```python\n(.*?)^```"))
+def test_an_example_runs_and_its_handlers_can_be_loaded(
+    page: Path, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Examples are code that works, not drawings of it.
+    """
+    registry = Registry()
+    monkeypatch.setattr("asyncflow.handlers.registry.DEFAULT_REGISTRY", registry)
+
+    exec(compile(code, str(page), "exec", dont_inherit=True), {"__name__": f"example.{page.stem}"})
+
+    for handler in registry:
+        handler.check()
+    assert len(registry) or "@asyncflow.handler" not in code
+
+
+@pytest.mark.parametrize(("page", "line"), in_pages(r"^(curl -X POST(?:[^\n]*\\\n)*[^\n]*)$"))
+def test_a_curl_line_submits_a_task(page: Path, line: str) -> None:
+    """
+    To the address and with a body that `asyncflow dev` takes.
+    """
+    words = shlex.split(line)
+    body = json.loads(words[words.index("-d") + 1])
+
+    assert "http://127.0.0.1:3000/tasks" in words
+    assert "Content-Type: application/json" in words
+    SubmitTask.model_validate(body)
+
+
+@pytest.mark.parametrize(("page", "target"), in_pages(r"\]\(([^)#:]+)(?:#[^)]*)?\)"))
+def test_a_link_leads_somewhere(page: Path, target: str) -> None:
+    """
+    Inside the repository.
+    """
+    assert (page.parent / target).exists()
+
+
+@pytest.mark.parametrize(("page", "name"), in_pages(r"`(\w+/test_\w+\.py::test_\w+)`"))
+def test_a_guarantee_has_the_test_it_names(page: Path, name: str) -> None:
+    """
+    A promise without a test is not one.
+    """
+    path, _, function = name.partition("::")
+
+    assert re.search(rf"def {function}\(", (ROOT / "tests" / path).read_text())
+
+
+def test_every_guarantee_names_a_test() -> None:
+    """
+    The sections of the contract, all of them but the last, which promises nothing.
+    """
+    sections = (ROOT / "docs" / "guarantees.md").read_text().split("\n## ")[1:]
+
+    assert [] == [
+        section.partition("\n")[0]
+        for section in sections
+        if "::test_" not in section and not section.startswith("Not promised")
+    ]

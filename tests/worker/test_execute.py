@@ -1,0 +1,269 @@
+"""
+One attempt always ends with one settlement, or with none because its lease is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from asyncflow.batching import Batcher
+from asyncflow.domain.outcome import Outcome
+from asyncflow.domain.states import Event
+from asyncflow.errors import StoreUnavailable
+from asyncflow.store.claims import Claim, Settling
+from asyncflow.worker import execute as execute_module
+from asyncflow.worker.execute import REFUSALS_MAX, Attempt, Tools, execute
+from asyncflow.worker.isolation import Isolation
+from transport.tasks import NAME, QUEUE
+from worker.running import registry_of
+
+
+class FarSide:
+    """
+    The database and the broker as one attempt sees them.
+
+    Attributes:
+        answers: What settling comes to, one after the other; True when there are none left.
+        settled: Every settlement that was tried.
+        hints: Those that were let go of.
+        ends: What `on_end` was told.
+    """
+
+    def __init__(self, *answers: bool | Exception) -> None:
+        self.answers = list(answers)
+        self.settled: list[Settling] = []
+        self.hints: list[Claim] = []
+        self.ends: list[float | None] = []
+
+    async def settle(self, settlings: Sequence[Settling]) -> Sequence[bool]:
+        """
+        Answer for a batch of one.
+        """
+        self.settled.extend(settlings)
+        answer = self.answers.pop(0) if self.answers else True
+        if isinstance(answer, Exception):
+            raise answer
+        return [answer]
+
+    async def take(self, slots: int, *, window: int) -> list[Claim]:
+        """
+        Nothing comes from here.
+        """
+        return []
+
+    def finished(self, claim: Claim) -> None:
+        """
+        Note it.
+        """
+        self.hints.append(claim)
+
+    async def stop(self) -> None:
+        """
+        Nothing to stop.
+        """
+
+    async def close(self) -> None:
+        """
+        Nothing to close.
+        """
+
+    @property
+    def events(self) -> list[Event]:
+        """
+        The transitions that were tried.
+        """
+        return [settling.settlement.event for settling in self.settled]
+
+
+class NoMoreThreads(Isolation):
+    """
+    A machine on its last legs.
+    """
+
+    async def run(self, *arguments: Any, **more: Any) -> Outcome:
+        """
+        As `Thread.start` fails.
+        """
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Try again at once.
+    """
+    monkeypatch.setattr(execute_module, "SETTLE_RETRY_SECONDS", (0.0, 0.001))
+
+
+async def work() -> str:
+    return "done"
+
+
+def an_attempt(name: str = NAME) -> Attempt:
+    """
+    A claim that is about to be worked off.
+    """
+    return Attempt(
+        Claim(
+            task_id=uuid4(),
+            lease_id=uuid4(),
+            tenant_id=1,
+            name=name,
+            queue=QUEUE,
+            attempt=1,
+            failures=0,
+            max_attempts=5,
+            timeout_seconds=60.0,
+            payload="{}",
+            claimed_at=datetime.now(UTC),
+        )
+    )
+
+
+def tools(far_side: FarSide, *, isolation: Isolation | None = None) -> Tools:
+    """
+    What `execute` needs, with one handler.
+    """
+    return Tools(
+        registry=registry_of(work),
+        isolation=isolation or Isolation(slots=1),
+        transport=far_side,
+        settler=Batcher(far_side.settle),
+        on_progress=lambda claim, progress: None,
+        on_end=far_side.ends.append,
+    )
+
+
+async def test_an_attempt_is_settled_once_and_then_its_hint_goes() -> None:
+    """
+    The usual case.
+    """
+    far_side, attempt = FarSide(), an_attempt()
+
+    await execute(attempt, tools(far_side))
+
+    assert [Event.COMPLETE] == far_side.events
+    assert [attempt.claim] == far_side.hints
+    [ran_seconds] = far_side.ends
+    assert ran_seconds is not None
+
+
+async def test_a_settle_is_tried_until_the_database_answers() -> None:
+    """
+    However long the outage, the result is not lost while the lease holds.
+    """
+    far_side = FarSide(*[StoreUnavailable("down")] * 20)
+
+    await execute(an_attempt(), tools(far_side))
+
+    assert [Event.COMPLETE] * 21 == far_side.events
+
+
+async def test_a_mishap_does_not_throw_a_result_away() -> None:
+    """
+    One strange error is not taken for a refusal of the result.
+    """
+    far_side = FarSide(RuntimeError("a bug in the driver"))
+
+    await execute(an_attempt(), tools(far_side))
+
+    assert [Event.COMPLETE] * 2 == far_side.events
+
+
+async def test_an_outcome_that_is_refused_for_good_becomes_a_failure() -> None:
+    """
+    The task ends, and says why.
+    """
+    far_side = FarSide(*[ValueError("not storable")] * REFUSALS_MAX)
+
+    await execute(an_attempt(), tools(far_side))
+
+    assert [Event.COMPLETE] * REFUSALS_MAX + [Event.FAIL] == far_side.events
+    failure = far_side.settled[-1].settlement.failure
+    assert failure is not None
+    assert "not storable" in failure.message
+
+
+async def test_an_attempt_ends_even_if_nothing_of_it_can_be_stored() -> None:
+    """
+    It is given up, and its lease is found without an attempt at the next heartbeats.
+    """
+    far_side, attempt = FarSide(*[ValueError("no")] * 100), an_attempt()
+
+    await execute(attempt, tools(far_side))
+
+    assert attempt.void is not None
+    assert [attempt.claim] == far_side.hints
+
+
+async def test_a_void_attempt_stops_trying_to_settle() -> None:
+    """
+    Its worker was fenced while PostgreSQL was away.
+    """
+    far_side, attempt = FarSide(*[StoreUnavailable("down")] * 1_000_000), an_attempt()
+    executing = asyncio.create_task(execute(attempt, tools(far_side)))
+    while not far_side.settled:
+        await asyncio.sleep(0)
+
+    attempt.make_void("fenced")
+
+    await executing
+    assert [attempt.claim] == far_side.hints
+
+
+async def test_an_attempt_that_cannot_be_run_is_punished() -> None:
+    """
+    It does not raise, and it does not run for ever.
+    """
+    far_side = FarSide()
+    isolation = NoMoreThreads(slots=1)
+
+    await execute(an_attempt(), tools(far_side, isolation=isolation))
+
+    assert [Event.RETRY] == far_side.events
+    assert [None] == far_side.ends
+
+
+async def test_a_name_nobody_knows_is_a_failure() -> None:
+    """
+    It cannot happen, and is survived.
+    """
+    far_side = FarSide()
+
+    await execute(an_attempt("unknown"), tools(far_side))
+
+    failure = far_side.settled[0].settlement.failure
+    assert failure is not None
+    assert "UnknownHandler" == failure.kind
+
+
+async def test_an_attempt_given_back_before_it_began_is_released() -> None:
+    """
+    Its handler is not entered.
+    """
+    far_side, attempt = FarSide(), an_attempt()
+    attempt.give_back()
+
+    await execute(attempt, tools(far_side))
+
+    assert [Event.RELEASE] == far_side.events
+    assert [None] == far_side.ends
+
+
+async def test_an_attempt_void_before_it_began_writes_nothing() -> None:
+    """
+    Its handler is not entered either.
+    """
+    far_side, attempt = FarSide(), an_attempt()
+    attempt.make_void("fenced")
+
+    await execute(attempt, tools(far_side))
+
+    assert [] == far_side.events
+    assert [attempt.claim] == far_side.hints

@@ -1,0 +1,573 @@
+"""
+A worker on the real store: every end of an attempt becomes the right row, and neither a
+shutdown nor an outage loses a task or lets an attempt without a lease write anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from asyncflow import Context, Reject, Retry
+from asyncflow.domain.retry import Backoff
+from asyncflow.domain.states import State
+from asyncflow.store import claims, tasks, workers
+from asyncflow.store.claims import Offer
+from asyncflow.store.database import Database
+from asyncflow.worker import worker as worker_module
+from asyncflow.worker.lease import STALLED_EXIT_STATUS
+from asyncflow.worker.worker import WorkerLost
+from services.postgres import PostgresServer
+from transport.tasks import (
+    NAME,
+    PATIENCE_SECONDS,
+    QUEUE,
+    claim,
+    cut_every_connection,
+    state,
+    states,
+    submit,
+    until,
+    until_states,
+)
+from worker.running import a_running_worker, read
+
+NO_WAIT = Backoff(base_seconds=0.0)
+
+
+class Gate:
+    """
+    A handler that waits: it says when it was entered, and returns when it may.
+    """
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.interrupted = asyncio.Event()
+        self.returned = asyncio.Event()
+        self.open = asyncio.Event()
+
+    @property
+    def handler(self) -> Callable[..., Any]:
+        """
+        As a function for a registry.
+        """
+
+        async def gate() -> str:
+            self.entered.set()
+            try:
+                await self.open.wait()
+            except asyncio.CancelledError:
+                self.interrupted.set()
+                raise
+            self.returned.set()
+            return "through"
+
+        return gate
+
+
+async def soon(event: asyncio.Event) -> None:
+    """
+    Wait for an event that is about to happen.
+    """
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await event.wait()
+
+
+async def test_what_a_handler_returns_is_the_result(db: Database) -> None:
+    """
+    The payload becomes arguments, the return value the result.
+    """
+
+    async def double(n: int) -> int:
+        return 2 * n
+
+    [task_id] = await submit(db, payload='{"n": 21}')
+    async with a_running_worker(db, double) as running:
+        await until_states(db, completed=1)
+
+        task = await read(db, task_id)
+
+    assert ("42", 1, 0) == (task.result, task.attempt, task.failures)
+    assert running.registration.id == task.worker_id
+
+
+async def test_a_failing_handler_is_retried_until_its_attempts_are_used_up(db: Database) -> None:
+    """
+    Then the task is a dead letter that says why.
+    """
+
+    async def fail() -> None:
+        raise ValueError("no luck")
+
+    [task_id] = await submit(db)
+    async with a_running_worker(db, fail, max_attempts=3, backoff=NO_WAIT):
+        await until_states(db, failed=1)
+
+    task = await read(db, task_id)
+    assert ["retried", "retried", "failed"] == [a.outcome for a in task.attempts]
+    assert task.failure is not None
+    assert ("ValueError", "no luck") == (task.failure["kind"], task.failure["message"])
+    assert 3 == task.failures
+
+
+async def test_a_retry_waits_as_long_as_its_handler_asks(db: Database) -> None:
+    """
+    `Retry(after_seconds=…)` sets when the next attempt is due.
+    """
+
+    async def later() -> None:
+        raise Retry(after_seconds=500)
+
+    [task_id] = await submit(db)
+    async with a_running_worker(db, later):
+
+        async def is_retrying() -> bool:
+            return (await read(db, task_id)).status == "RETRYING"
+
+        await until(is_retrying)
+
+    task = await read(db, task_id)
+    assert 480 < (task.run_at - task.created_at).total_seconds() < 520
+
+
+async def test_a_rejected_task_is_not_tried_again(db: Database) -> None:
+    """
+    `Reject` ends it at the first attempt.
+    """
+
+    async def reject() -> None:
+        raise Reject("unreadable scan")
+
+    [task_id] = await submit(db)
+    async with a_running_worker(db, reject):
+        await until_states(db, failed=1)
+
+    task = await read(db, task_id)
+    assert 1 == task.attempt
+    assert task.failure is not None
+    assert "Reject" == task.failure["kind"]
+
+
+async def test_an_attempt_ends_when_its_time_is_up(db: Database) -> None:
+    """
+    A timeout is a failure like any other.
+    """
+    gate = Gate()
+    [task_id] = await submit(db, timeout_seconds=0.05, max_attempts=1)
+    async with a_running_worker(db, gate.handler):
+        await until_states(db, failed=1)
+
+    task = await read(db, task_id)
+    assert gate.interrupted.is_set()
+    assert task.failure is not None
+    assert "TimedOut" == task.failure["kind"]
+
+
+async def test_a_running_task_is_cancelled_on_request(db: Database) -> None:
+    """
+    The next heartbeat brings the request, and the handler is stopped.
+    """
+    gate = Gate()
+    [task_id] = await submit(db)
+    async with a_running_worker(db, gate.handler):
+        await soon(gate.entered)
+
+        await tasks.cancel(db, 1, task_id)
+
+        await until_states(db, cancelled=1)
+    assert gate.interrupted.is_set()
+
+
+async def test_no_more_attempts_run_at_once_than_there_are_slots(db: Database) -> None:
+    """
+    Also when tasks are so short that many are claimed ahead.
+    """
+    running = most = 0
+
+    async def count() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+
+    await submit(db, 500)
+    async with a_running_worker(db, count, slots=3):
+        await until_states(db, completed=500)
+
+    assert 3 == most
+
+
+async def test_progress_can_be_read_while_the_handler_runs(db: Database) -> None:
+    """
+    The latest report wins.
+    """
+    gate = Gate()
+
+    async def report(context: Context) -> None:
+        context.progress(0.25, "begun")
+        context.progress(0.5, "half of it")
+        await gate.open.wait()
+
+    [task_id] = await submit(db)
+    async with a_running_worker(db, report):
+
+        async def shows() -> bool:
+            return (await read(db, task_id)).progress is not None
+
+        await until(shows)
+        task = await read(db, task_id)
+        gate.open.set()
+        await until_states(db, completed=1)
+
+    assert {"fraction": 0.5, "message": "half of it"} == task.progress
+
+
+async def test_a_result_the_database_refuses_fails_its_task_and_no_other(db: Database) -> None:
+    """
+    Even what cannot be stored comes to an end; those settled together with it are unharmed.
+    """
+    await db.execute(
+        "ALTER TABLE asyncflow.tasks_finished ADD CHECK (result::text <> '\"cursed\"')"
+    )
+
+    async def say(word: str) -> str:
+        return word
+
+    [cursed] = await submit(db, payload='{"word": "cursed"}')
+    await submit(db, 20, payload='{"word": "fine"}')
+    async with a_running_worker(db, say, slots=30):
+        await until_states(db, completed=20, failed=1)
+
+    task = await read(db, cursed)
+    assert task.failure is not None
+    assert "Unstorable" == task.failure["kind"]
+
+
+async def test_a_stopping_worker_lets_its_attempts_finish(db: Database) -> None:
+    """
+    Within the grace period they complete as usual; nothing new is taken.
+    """
+    gate = Gate()
+    [mine] = await submit(db)
+    async with a_running_worker(db, gate.handler, grace_seconds=60) as running:
+        await soon(gate.entered)
+        running.worker.stop()
+        [later] = await submit(db)
+        await until_said_to_stop(running.transport)
+
+        gate.open.set()
+        await running.end()
+
+    assert ["completed", "pending"] == [await state(db, mine), await state(db, later)]
+    assert await db.fetchval("SELECT stopped_at IS NOT NULL FROM asyncflow.workers")
+
+
+async def until_said_to_stop(transport: Any) -> None:
+    """
+    A stopped transport answers at once and with nothing.
+    """
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        assert [] == await transport.take(1, window=1)
+
+
+async def test_attempts_that_outlast_the_grace_period_are_released(db: Database) -> None:
+    """
+    Interrupted, unpunished, and due at once for another worker.
+    """
+    gate = Gate()
+    [task_id] = await submit(db)
+    async with a_running_worker(db, gate.handler, grace_seconds=0.1) as running:
+        await soon(gate.entered)
+        running.worker.stop()
+        await running.end()
+
+    task = await read(db, task_id)
+    assert gate.interrupted.is_set()
+    assert ("PENDING", 0) == (task.status, task.failures)
+    assert ["released"] == [attempt.outcome for attempt in task.attempts]
+
+
+async def test_a_second_request_to_stop_gives_back_at_once(db: Database) -> None:
+    """
+    Whoever asks twice does not wait for the grace period.
+    """
+    gate = Gate()
+    [task_id] = await submit(db)
+    async with a_running_worker(db, gate.handler, grace_seconds=3_600) as running:
+        await soon(gate.entered)
+        running.worker.stop()
+        running.worker.stop()
+        await running.end()
+
+    assert State.PENDING == (await read(db, task_id)).state
+
+
+async def test_claims_without_a_slot_go_back_and_are_not_claimed_again(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Short tasks are claimed ahead; when a long one takes the slot, the rest is for others.
+    """
+    monkeypatch.setattr(worker_module, "WAIT_SECONDS_MAX", 0.2)
+    monkeypatch.setattr(worker_module, "TICK_SECONDS", 0.05)
+    gate = Gate()
+
+    async def quick() -> None:
+        pass
+
+    await submit(db, 100, name="quick")
+    async with a_running_worker(db, gate.handler, quick, slots=1):
+        await until_states(db, completed=100)
+        [slow] = await submit(db, priority=9)
+        await soon(gate.entered)
+        waiting = await submit(db, 10, name="quick")
+
+        async def all_given_back() -> bool:
+            return await states(db) == {"completed": 100, "running": 1, "pending": 10}
+
+        await until(all_given_back)
+        # Time enough to claim them ahead many times more.
+        await asyncio.sleep(1.0)
+
+        attempts = [(await read(db, task_id)).attempt for task_id in waiting]
+        # Twice, if a take was under way that still hoped for short tasks.
+        assert 2 >= max(attempts)
+        gate.open.set()
+        await until_states(db, completed=111)
+    assert "completed" == await state(db, slow)
+
+
+async def test_a_settle_outlives_an_outage_of_the_database(
+    db: Database, postgres_server: PostgresServer
+) -> None:
+    """
+    A handler that ends while PostgreSQL is down has not worked in vain.
+    """
+    gate = Gate()
+    [task_id] = await submit(db)
+    async with a_running_worker(db, gate.handler, lease_seconds=60):
+        await soon(gate.entered)
+        postgres_server.cluster.kill()
+        gate.open.set()
+        await soon(gate.returned)
+
+        postgres_server.cluster.start()
+
+        await until_completed(db, task_id)
+    task = await read(db, task_id)
+    assert ('"through"', 1) == (task.result, task.attempt)
+
+
+async def until_completed(db: Database, task_id: Any) -> None:
+    """
+    Wait for a completed task on a server that may still be starting.
+    """
+
+    async def is_completed() -> bool:
+        return await state(db, task_id) == "completed"
+
+    await until(is_completed)
+
+
+async def test_a_worker_that_cannot_beat_stops_its_attempts_and_writes_nothing(
+    db: Database, postgres_server: PostgresServer
+) -> None:
+    """
+    It fences itself before its leases run out, and works on when PostgreSQL is back.
+    """
+    gate = Gate()
+    [task_id] = await submit(db)
+    async with a_running_worker(db, gate.handler, lease_seconds=1.0):
+        await soon(gate.entered)
+        postgres_server.cluster.kill()
+        await soon(gate.interrupted)
+        gate.open.set()
+
+        postgres_server.cluster.start()
+
+        await until_completed(db, task_id)
+    task = await read(db, task_id)
+    assert ["released", "completed"] == [attempt.outcome for attempt in task.attempts]
+    assert 0 == task.failures
+
+
+async def test_cut_sessions_do_not_disturb_a_worker(db: Database, database_url: str) -> None:
+    """
+    PostgreSQL ends every session; the attempt under way completes.
+    """
+    gate = Gate()
+    [task_id] = await submit(db)
+    async with a_running_worker(db, gate.handler):
+        await soon(gate.entered)
+
+        await cut_every_connection(database_url)
+        gate.open.set()
+
+        await until_completed(db, task_id)
+    assert 1 == (await read(db, task_id)).attempt
+
+
+async def test_a_worker_declared_lost_ends_and_writes_nothing(db: Database) -> None:
+    """
+    Its tasks belong to others now; it must come back under a new id.
+    """
+    gate = Gate()
+    [task_id] = await submit(db)
+    async with a_running_worker(db, gate.handler) as running:
+        await soon(gate.entered)
+        await db.execute("UPDATE asyncflow.workers SET lost_at = now()")
+
+        with pytest.raises(WorkerLost):
+            await running.end()
+
+    assert gate.interrupted.is_set()
+    task = await read(db, task_id)
+    assert (State.RUNNING, ()) == (task.state, task.attempts[:-1])
+
+
+async def test_a_late_settle_of_a_lost_lease_is_void(db: Database) -> None:
+    """
+    The lease was taken away while the handler ran; what it returns changes nothing.
+    """
+    gate = Gate()
+    [task_id] = await submit(db)
+    async with a_running_worker(db, gate.handler, heartbeat_seconds=60):
+        await soon(gate.entered)
+        await db.execute("UPDATE asyncflow.tasks SET lease_id = $1", uuid4())
+
+        gate.open.set()
+        await soon(gate.returned)
+        [other] = await submit(db)
+        await until_completed(db, other)
+
+        assert "running" == await state(db, task_id)
+
+
+async def test_a_claim_whose_answer_was_lost_is_given_back(db: Database) -> None:
+    """
+    The database says the worker holds a task, the worker knows nothing of it.
+    """
+
+    async def work() -> None:
+        pass
+
+    async with a_running_worker(db, work) as running:
+        await submit(db)
+        await until_states(db, completed=1)
+        offers = [Offer("orphan", 5, 900.0)]
+        [task_id] = await submit(db, name="orphan")
+        await claims.claim_due(
+            db,
+            lease_id=uuid4(),
+            worker_id=running.registration.id,
+            offers=offers,
+            queues=[QUEUE],
+            limit=1,
+        )
+
+        await until_states(db, completed=1, pending=1)
+
+    task = await read(db, task_id)
+    assert (["released"], 0) == ([a.outcome for a in task.attempts], task.failures)
+
+
+async def test_a_thread_that_cannot_be_stopped_keeps_its_slot(db: Database) -> None:
+    """
+    A stuck handler does not make room for ever more of its kind.
+    """
+    entered = 0
+    may_end = threading.Event()
+
+    def stubborn() -> None:
+        nonlocal entered
+        entered += 1
+        may_end.wait(PATIENCE_SECONDS)
+
+    await submit(db, timeout_seconds=0.05, max_attempts=1)
+    await submit(db, timeout_seconds=600, max_attempts=1)
+    async with a_running_worker(db, stubborn, slots=1, cancel_grace_seconds=0.05):
+        await until_states(db, failed=1, pending=1)
+        assert 1 == entered
+        may_end.set()
+        await until_states(db, failed=1, completed=1)
+
+
+STALLING = """
+import asyncio, sys, time
+from transport.tasks import database, submit
+from worker.running import a_running_worker
+
+async def stall():
+    time.sleep(600)
+
+async def main(url):
+    async with database(url) as db:
+        await submit(db)
+        async with a_running_worker(db, stall, stall_seconds=0.5) as running:
+            await running.end()
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_a_worker_whose_loop_stands_still_ends_itself(
+    db: Database, database_url: str
+) -> None:
+    """
+    A blocking `async def` handler would otherwise keep its leases for ever.
+    """
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", STALLING, database_url],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        timeout=PATIENCE_SECONDS,
+    )
+
+    assert STALLED_EXIT_STATUS == ended.returncode, ended.stderr
+    assert {"running": 1} == await states(db)
+
+
+async def test_an_idle_worker_stops_at_once(db: Database) -> None:
+    """
+    Nothing under way, nothing to wait for.
+    """
+    async with a_running_worker(db, Gate().handler, grace_seconds=3_600) as running:
+        await until_registered(db)
+        running.worker.stop()
+        await running.end()
+
+    assert await db.fetchval("SELECT stopped_at IS NOT NULL FROM asyncflow.workers")
+
+
+async def until_registered(db: Database) -> None:
+    """
+    Wait for a worker's first row.
+    """
+
+    async def is_registered() -> bool:
+        return bool(await db.fetchval("SELECT count(*) FROM asyncflow.workers"))
+
+    await until(is_registered)
+
+
+async def test_a_worker_can_be_stopped_while_the_database_is_away(
+    db: Database, postgres_server: PostgresServer
+) -> None:
+    """
+    It says no goodbye then, and goes all the same.
+    """
+    async with a_running_worker(db, Gate().handler) as running:
+        await until_registered(db)
+        postgres_server.cluster.stop()
+        running.worker.stop()
+        await running.end()
+    postgres_server.cluster.start()
