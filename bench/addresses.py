@@ -1,5 +1,6 @@
 """
-Where a process of the benchmark finds its servers and settings: in its environment.
+Where a process of the benchmark finds its servers and settings, in its environment, and the
+programs of the systems.
 
 Every system uses the one database `bench` and one virtual host, made anew for each
 measurement.
@@ -8,6 +9,8 @@ measurement.
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from urllib.parse import urlsplit
 
 DATABASE = "bench"
@@ -35,3 +38,10 @@ def variant() -> str:
     Which of its configurations a system is to run in.
     """
     return os.environ.get(VARIANT, "")
+
+
+def program(name: str) -> str:
+    """
+    The path of a command that is installed beside this Python.
+    """
+    return str(Path(sys.executable).with_name(name))

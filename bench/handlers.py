@@ -12,7 +12,7 @@ from asyncflow import Backoff, Context, handler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.probe import hit  # noqa: E402
+from bench.probe import hit
 
 
 @handler("bench-noop")

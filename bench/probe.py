@@ -81,12 +81,10 @@ class Probe:
 
 class Writer:
     """
-    The file, seen by a process that runs handlers.
+    The file, seen by a process that runs handlers; opened at its first call.
     """
 
-    def __init__(self, file: str) -> None:
-        self._file = open(file, "r+b")  # noqa: SIM115 - it lives as long as the process.
-        self._memory = mmap.mmap(self._file.fileno(), SIZE)
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pid = 0
         self._offset = 0
@@ -108,29 +106,22 @@ class Writer:
 
     def _take_slot(self, now: float) -> None:
         # Also after a fork: the child needs a slot of its own.
-        fcntl.lockf(self._file, fcntl.LOCK_EX)
-        try:
+        with open(os.environ[PROBE], "r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), SIZE)
+            fcntl.lockf(file, fcntl.LOCK_EX)
             for offset in range(0, FIRST_LATENCY, SLOT.size):
                 if SLOT.unpack_from(self._memory, offset)[0] == 0:
                     self._pid, self._offset, self._calls = os.getpid(), offset, 0
                     SLOT.pack_into(self._memory, offset, self._pid, 0, now, now)
                     return
-            raise RuntimeError("More processes ran handlers than the probe has slots for.")
-        finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+        raise RuntimeError("More processes ran handlers than the probe has slots for.")
 
 
-_writer: Writer | None = None
-_writer_lock = threading.Lock()
+_writer = Writer()
 
 
 def hit(number: int = -1, submitted_at: float = 0.0) -> None:
     """
     Count one handler call and, for a `number` from 0, how long after `submitted_at` it came.
     """
-    global _writer
-    if _writer is None:
-        with _writer_lock:
-            if _writer is None:
-                _writer = Writer(os.environ[PROBE])
     _writer.hit(number, submitted_at)

@@ -7,15 +7,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-
-from bench.services import tree_cpu_seconds
 
 STOP_SECONDS_MAX = 10.0
 
@@ -112,8 +109,18 @@ def running(
         processes.stop()
 
 
-def program(name: str) -> str:
+def tree_cpu_seconds(pid: int | None) -> float:
     """
-    The path of a command that is installed beside this Python.
+    CPU time of a process and all its descendants, those that have ended included.
     """
-    return str(Path(sys.executable).with_name(name))
+    if pid is None:
+        return 0.0
+    total = 0.0
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            # The last two are those of ended children.
+            total += sum(process.cpu_times()[:4])
+        except psutil.NoSuchProcess:
+            continue
+    return total

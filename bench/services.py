@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import psycopg
 import pytest
 
 from asyncflow.embedded import Cluster
 from bench import addresses
+from bench.processes import tree_cpu_seconds
 from services import fetch, rabbitmq
 from services.broker import Broker
 
@@ -88,23 +88,6 @@ class Services:
         if self.broker is not None and self.broker.pid is not None:
             used["RabbitMQ"] = tree_cpu_seconds(self.broker.pid)
         return used
-
-
-def tree_cpu_seconds(pid: int | None) -> float:
-    """
-    CPU time of a process and all its descendants, those that have ended included.
-    """
-    if pid is None:
-        return 0.0
-    total = 0.0
-    root = psutil.Process(pid)
-    for process in [root, *root.children(recursive=True)]:
-        try:
-            # The last two are those of ended children.
-            total += sum(process.cpu_times()[:4])
-        except psutil.NoSuchProcess:
-            continue
-    return total
 
 
 @contextmanager

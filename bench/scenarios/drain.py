@@ -65,9 +65,7 @@ def drain(
     system = run.prepare(entrant)
     run.produce(entrant, "fill", tasks, BENCH_FILLS="yes", **(fill or {}))
     run.services.vacuum()
-    with run.workers(
-        entrant, system, processes=workers, concurrency=entrant.drain
-    ) as processes:
+    with run.workers(entrant, system, processes=workers, concurrency=entrant.drain) as processes:
         return _timed(run, entrant, system, processes, workers=workers, tasks=tasks)
 
 

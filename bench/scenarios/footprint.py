@@ -10,8 +10,9 @@ import time
 from functools import partial
 from typing import Any
 
+from bench.addresses import program
 from bench.entrants import Entrant
-from bench.processes import Processes, program, running
+from bench.processes import Processes, running
 from bench.run import Measurement, Run
 from bench.systems.asyncflow import environment
 
@@ -44,9 +45,7 @@ def worker(run: Run, entrant: Entrant) -> dict[str, Any]:
     """
     system = run.prepare(entrant)
     commands = system.worker_commands(1, entrant.latency)[:1]
-    with running(
-        commands, environment=run.environment(entrant), log=run.log(entrant)
-    ) as processes:
+    with running(commands, environment=run.environment(entrant), log=run.log(entrant)) as processes:
         return _watch(run, processes)
 
 

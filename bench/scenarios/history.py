@@ -6,7 +6,7 @@ of 100, with no finished tasks and with millions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Awaitable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 from uuid import uuid4

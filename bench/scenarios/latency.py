@@ -12,9 +12,7 @@ from functools import partial
 from typing import Any
 
 from bench.entrants import Entrant
-from bench.processes import Processes
 from bench.run import Measurement, Run, finish_producing, quantiles, wait_until
-from bench.systems import System
 
 NAME = "latency"
 
@@ -43,7 +41,7 @@ def idle(run: Run, entrant: Entrant) -> dict[str, Any]:
     system = run.prepare(entrant)
     count = run.tasks(500)
     with run.workers(entrant, system, processes=1, concurrency=entrant.latency) as workers:
-        _wait_until_warm(run, entrant)
+        wait_until_warm(run, entrant)
         before = run.services.cpu_seconds() | {"workers": workers.cpu_seconds()}
         run.produce(entrant, "trickle", count, PERIOD_SECONDS, 1)
         after = run.services.cpu_seconds() | {"workers": workers.cpu_seconds()}
@@ -64,9 +62,9 @@ def half_load(run: Run, entrant: Entrant) -> dict[str, Any]:
     system = run.prepare(entrant)
     count = run.tasks(300)
     callers = max(entrant.producers)
-    with run.workers(entrant, system, processes=1, concurrency=entrant.drain) as workers:
-        _wait_until_warm(run, entrant)
-        capacity = _capacity(run, entrant, system, workers, callers)
+    with run.workers(entrant, system, processes=1, concurrency=entrant.drain):
+        wait_until_warm(run, entrant)
+        capacity = find_capacity(run, entrant, callers)
         seconds = count * PERIOD_SECONDS + 3.0
         flow = run.start_producing(entrant, "flow", capacity / 2, seconds, callers)
         time.sleep(1.5)  # Until the flow flows.
@@ -83,16 +81,16 @@ def half_load(run: Run, entrant: Entrant) -> dict[str, Any]:
     }
 
 
-def _wait_until_warm(run: Run, entrant: Entrant) -> None:
-    # One task through the whole system: everything is connected, declared, and compiled.
+def wait_until_warm(run: Run, entrant: Entrant) -> None:
+    """
+    Send one task through the whole system, so that everything is connected and declared.
+    """
     run.produce(entrant, "trickle", 1, 0.0, 0)
     wait_until(lambda: run.probe.calls() > 0, seconds=START_SECONDS_MAX)
     time.sleep(SETTLE_SECONDS)
 
 
-def _capacity(
-    run: Run, entrant: Entrant, system: System, workers: Processes, callers: int
-) -> float:
+def find_capacity(run: Run, entrant: Entrant, callers: int) -> float:
     """
     Tasks per second while submitting flat out and working at the same time.
     """

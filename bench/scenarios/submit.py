@@ -40,7 +40,8 @@ def measurements(run: Run) -> list[Measurement]:
             partial(submit, run, entrant, "bulk", run.tasks(TASKS_IN_BULK)),
         )
         for entrant in run.entrants
-        if _submits_differently(entrant) and entrant.system in ("asyncflow", "procrastinate", "pgqueuer", "awa")
+        if _submits_differently(entrant)
+        and entrant.system in ("asyncflow", "procrastinate", "pgqueuer", "awa")
     ]
     return one + bulk
 

@@ -21,8 +21,7 @@ from asyncflow.store import tasks
 from asyncflow.store.database import Database
 from asyncflow.store.migrations import migrate
 from asyncflow.store.wakeups import Waker, send_wakeup
-from bench.addresses import broker_url, database_url, variant
-from bench.processes import program
+from bench.addresses import broker_url, database_url, program, variant
 from bench.systems import Submit, count_rows, timed_in_bulk
 
 HANDLERS = str(Path(__file__).parents[1] / "handlers.py")

@@ -10,9 +10,8 @@ from __future__ import annotations
 from celery import Celery
 from kombu import Queue
 
-from bench.addresses import broker_url, database_url, variant
+from bench.addresses import broker_url, database_url, program, variant
 from bench.probe import hit
-from bench.processes import program
 from bench.systems import count_rows
 
 QUEUE = "bench"

@@ -9,9 +9,8 @@ import os
 import dramatiq
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
-from bench.addresses import broker_url
+from bench.addresses import broker_url, program
 from bench.probe import hit
-from bench.processes import program
 
 broker = RabbitmqBroker(url=broker_url(), confirm_delivery="BENCH_FILLS" not in os.environ)
 dramatiq.set_broker(broker)

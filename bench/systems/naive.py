@@ -20,7 +20,12 @@ import uvloop
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 from sqlalchemy import JSON, DateTime, String, func
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from bench.addresses import broker_url, database_url

@@ -10,9 +10,8 @@ from contextlib import asynccontextmanager
 
 import procrastinate
 
-from bench.addresses import database_url
+from bench.addresses import database_url, program
 from bench.probe import hit
-from bench.processes import program
 from bench.systems import Submit, count_rows, timed_in_bulk
 
 app = procrastinate.App(
@@ -34,9 +33,7 @@ def prepare() -> None:
 
 
 def unfinished(count: int) -> int:
-    return count_rows(
-        "SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')"
-    )
+    return count_rows("SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')")
 
 
 def worker_commands(processes: int, concurrency: str) -> list[list[str]]:

@@ -15,9 +15,8 @@ from taskiq_aio_pika import AioPikaBroker
 from taskiq_aio_pika.queue import Queue, QueueType
 from taskiq_asyncpg import AsyncpgResultBackend
 
-from bench.addresses import broker_url, database_url, variant
+from bench.addresses import broker_url, database_url, program, variant
 from bench.probe import hit
-from bench.processes import program
 from bench.systems import Submit, count_rows
 
 KEEPS_RESULTS = variant() == "results"

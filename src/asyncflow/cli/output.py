@@ -15,8 +15,8 @@ def outlive_readers() -> None:
     A process that must drain and settle has more to lose than a line of its log, and a
     signal handler that cannot say so would never stop it.
     """
-    sys.stdout = _Lasting(sys.stdout)  # type: ignore[assignment]
-    sys.stderr = _Lasting(sys.stderr)  # type: ignore[assignment]
+    sys.stdout = _Lasting(sys.stdout)
+    sys.stderr = _Lasting(sys.stderr)
 
 
 class _Lasting:

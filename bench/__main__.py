@@ -1,0 +1,103 @@
+"""
+The command `bin/bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests"))  # The tests know where a RabbitMQ is to be had.
+
+from bench.entrants import ENTRANTS, OURS, PEERS, Entrant  # noqa: E402
+from bench.environment import describe  # noqa: E402
+from bench.report import write_report  # noqa: E402
+from bench.run import Run, Sizes  # noqa: E402
+from bench.scenarios import SCENARIOS  # noqa: E402
+from bench.services import running_services  # noqa: E402
+
+FULL = Sizes(share=1.0, repetitions=3, minutes=10.0, finished=10_000_000)
+QUICK = Sizes(share=0.2, repetitions=1, minutes=0.5, finished=2_000_000)
+
+RESULTS = REPOSITORY / "bench" / "results"
+DOCS = REPOSITORY / "docs"
+
+
+def main() -> None:
+    """
+    Measure, write raw lines, and make the report of them.
+    """
+    options = _options()
+    if options.report:
+        folder = options.report
+    else:
+        folder = RESULTS / time.strftime("%Y%m%d-%H%M%S")
+        _measure(options, folder)
+    pages = DOCS if options.publish else folder
+    print(f"bench: the report is {write_report(folder / 'raw.jsonl', pages)}")
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    os.chdir(REPOSITORY)
+    entrants = _entrants(options)
+    with running_services(with_broker=any(e.needs_broker for e in entrants)) as services:
+        if services.broker is None:
+            entrants = [entrant for entrant in entrants if not entrant.needs_broker]
+        run = Run(
+            services,
+            folder,
+            entrants=entrants,
+            sizes=_sizes(options),
+            profiles=options.profile,
+        )
+        run.write_down(describe(run, sys.argv[1:]))
+        for name in options.only or SCENARIOS:
+            run.carry_out(name, SCENARIOS[name].measurements(run))
+
+
+def _entrants(options: argparse.Namespace) -> Sequence[Entrant]:
+    if options.systems:
+        return [ENTRANTS[key] for key in options.systems]
+    return OURS if options.without_peers else (*OURS, *PEERS)
+
+
+def _sizes(options: argparse.Namespace) -> Sizes:
+    usual = QUICK if options.quick else FULL
+    return Sizes(
+        share=usual.share,
+        repetitions=options.repeat or usual.repetitions,
+        minutes=options.minutes or usual.minutes,
+        finished=usual.finished,
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bin/bench", description="Measure AsyncFlow and peers.")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the tasks, once each")
+    parser.add_argument(
+        "--only", nargs="+", metavar="SCENARIO", choices=SCENARIOS, help=", ".join(SCENARIOS)
+    )
+    parser.add_argument(
+        "--systems", nargs="+", metavar="SYSTEM", choices=ENTRANTS, help=", ".join(ENTRANTS)
+    )
+    parser.add_argument("--without-peers", action="store_true", help="only AsyncFlow")
+    parser.add_argument("--repeat", type=int, help="repetitions of each measurement")
+    parser.add_argument("--minutes", type=float, help="length of the sustained load")
+    parser.add_argument("--profile", action="store_true", help="sample with py-spy; slows")
+    parser.add_argument(
+        "--publish", action="store_true", help="write the report into docs/, not beside the lines"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="measure nothing; the report of these lines"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""
+Profiles with py-spy while a measurement runs, and who in them spends the time.
+
+A sample belongs to the innermost frame of a known owner, so that time in the standard
+library counts for whoever called it. Only for runs with `--profile`: sampling slows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.addresses import program
+from bench.run import Run
+
+SAMPLES_PER_SECOND = 250
+LINES = 25
+
+
+@contextmanager
+def profile(run: Run, name: str, pid: int, seconds: float) -> Iterator[None]:
+    """
+    Sample a process while the block runs, for at most `seconds`; nothing unless asked for.
+
+    Writes `profile-NAME.folded` (for flame graphs) and `profile-NAME.json`.
+    """
+    if not run.profiles:
+        yield
+        return
+    folded = run.folder / f"profile-{name}.folded"
+    recording = subprocess.Popen(
+        [program("py-spy"), "record", "--pid", str(pid), "--duration", str(max(1, int(seconds)))]
+        + ["--rate", str(SAMPLES_PER_SECOND), "--format", "raw", "--output", str(folded)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        recording.wait()
+    if folded.exists():
+        folded.with_suffix(".json").write_text(json.dumps(summary(folded), indent=1) + "\n")
+
+
+def summary(folded: Path) -> dict[str, Any]:
+    """
+    Shares of the samples in percent: by owner, by innermost function, and inclusive.
+    """
+    owners: Counter[str] = Counter()
+    leaves: Counter[str] = Counter()
+    inclusive: Counter[str] = Counter()
+    total = 0
+    for line in folded.read_text().splitlines():
+        stack, _, samples = line.rpartition(" ")
+        count = int(samples)
+        frames = [re.sub(r":\d+\)$", ")", frame) for frame in stack.split(";")]
+        total += count
+        owners[next(filter(None, map(_owner, reversed(frames))), "Python and the loop")] += count
+        leaves[frames[-1]] += count
+        for frame in set(frames):
+            inclusive[frame] += count
+
+    def shares(counter: Counter[str]) -> dict[str, float]:
+        return {name: round(100 * n / total, 1) for name, n in counter.most_common(LINES)}
+
+    return {
+        "samples": total,
+        "owners": shares(owners),
+        "innermost": shares(leaves),
+        "inclusive": shares(inclusive),
+    }
+
+
+def _owner(frame: str) -> str | None:
+    if found := re.search(r"\((?:.*/)?(asyncflow/[\w/]+)\.py", frame):
+        return found[1]
+    if found := re.search(r"site-packages/(\w+)", frame):
+        return found[1]
+    return None
