@@ -76,7 +76,7 @@ async def serve_api(settings: Settings) -> None:
     from asyncflow.store.wakeups import Waker
     from asyncflow.transport.watch import BrokerWatch
 
-    listening = _listen(settings.api_host, settings.api_port)
+    listening = listen(settings.api_host, settings.api_port)
     async with _database(settings, "asyncflow api") as db, _signals() as stop:
         await _until_schema_fits(db, stop)
         async with Catalogue(db) as catalogue, BrokerWatch(settings.broker_url) as broker:
@@ -152,6 +152,7 @@ async def _make_worker(db: Database, settings: Settings, registry: Registry) -> 
         concurrency=settings.worker_concurrency,
         heartbeat_seconds=settings.heartbeat_seconds,
         lease_seconds=settings.lease_seconds,
+        holds_lock=not settings.database_pooler,
     )
     offers = [Offer(h.name, h.policy.max_attempts, h.policy.timeout_seconds) for h in registry]
     claimant = Claimant(registration.id, registration.queues, offers)
@@ -322,13 +323,19 @@ def _server(config: Config) -> Server:
     return OurServer(config)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    # Bound here and not by the server, so that a taken port is one sentence.
+def listen(host: str, port: int) -> socket.socket:
+    """
+    Bind the API's address, before the server does, so that a taken port is one sentence.
+
+    Raises:
+        AddressTaken: It cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
     except OSError as error:
+        listening.close()
         raise AddressTaken(host, port, error.strerror or str(error)) from error
     return listening

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from asyncflow.embedded.cluster import (
     MissingBinaries,
     OtherMajorVersion,
 )
+from services import scratch
 
 RUN_UNTIL_KILLED = """
 import sys, threading
@@ -60,8 +60,7 @@ def folder(new_folder: Path, made_folder: Path) -> Path:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    # Not pytest's: a Unix socket lies in it, so its path must be short.
-    parent = Path(tempfile.mkdtemp(prefix="asyncflow-cluster-"))
+    parent = scratch.make_folder("cluster")
     yield parent / "pg"
     shutil.rmtree(parent)
 

@@ -64,7 +64,7 @@ async def test_a_killed_worker_is_known_by_its_lock(db: Database) -> None:
 
     [(lost, _)] = await workers.mark_lost(db, restart_grace_seconds=0)
     assert worker.id == lost
-    assert 1 == await reap(db)
+    assert 1 == await reap(db, restart_grace_seconds=0)
 
     task = await read(db, task_id)
     assert ("PENDING", 1) == (task.status, task.failures)
@@ -81,7 +81,7 @@ async def test_a_worker_cut_off_is_known_by_its_age(db: Database) -> None:
         await claim(db, worker.id)
         await age_heartbeat(db, worker.id, 6)
 
-        assert 1 == await reap(db)
+        assert 1 == await reap(db, restart_grace_seconds=0)
 
         assert not await workers.heartbeat(db, worker.id)
     assert "PENDING" == (await read(db, task_id)).status
@@ -101,7 +101,7 @@ async def test_after_a_restart_of_the_database_free_locks_prove_nothing(
     postgres_server.cluster.start()
 
     async def reaped_nothing() -> bool:
-        return await reap(db) == 0
+        return await reap(db, restart_grace_seconds=0) == 0
 
     await until(reaped_nothing)
     assert await workers.heartbeat(db, worker.id)
@@ -117,7 +117,7 @@ async def test_a_worker_that_said_goodbye_leaves_nothing_behind(db: Database) ->
         await claim(db, worker.id)
         await workers.stop(db, worker.id)
 
-        assert 1 == await reap(db)
+        assert 1 == await reap(db, restart_grace_seconds=0)
 
 
 async def test_a_task_that_kills_its_workers_ends_as_failed(db: Database) -> None:
@@ -130,7 +130,7 @@ async def test_a_task_that_kills_its_workers_ends_as_failed(db: Database) -> Non
         worker = await a_worker(db)
         assert await claim(db, worker.id)
         await workers.stop(db, worker.id)
-        assert 1 == await reap(db)
+        assert 1 == await reap(db, restart_grace_seconds=0)
 
     task = await read(db, task_id)
     assert ("FAILED", 3) == (task.status, task.failures)
@@ -145,7 +145,7 @@ async def test_the_first_death_costs_no_wait(db: Database) -> None:
     await submit(db)
     await claim(db, worker.id)
     await workers.stop(db, worker.id)
-    await reap(db)
+    await reap(db, restart_grace_seconds=0)
 
     heir = await a_worker(db)
     assert 1 == len(await claim(db, heir.id))
@@ -161,7 +161,7 @@ async def test_a_task_to_be_cancelled_ends_cancelled_when_its_worker_dies(db: Da
     await tasks.cancel(db, 1, task_id)
     await workers.stop(db, worker.id)
 
-    assert 1 == await reap(db)
+    assert 1 == await reap(db, restart_grace_seconds=0)
 
     assert "CANCELLED" == (await read(db, task_id)).status
 
@@ -174,7 +174,7 @@ async def test_whoever_settles_first_wins(db: Database) -> None:
     [task_id] = await submit(db)
     taken = await claim(db, worker.id)
     await workers.stop(db, worker.id)
-    await reap(db)
+    await reap(db, restart_grace_seconds=0)
 
     assert [False] == await complete(db, taken)
     assert "PENDING" == (await read(db, task_id)).status
@@ -189,4 +189,4 @@ async def test_many_leases_are_reaped_in_bounded_turns(db: Database) -> None:
     await claim(db, worker.id, 600)
     await workers.stop(db, worker.id)
 
-    assert [500, 100, 0] == [await reap(db) for _ in range(3)]
+    assert [500, 100, 0] == [await reap(db, restart_grace_seconds=0) for _ in range(3)]

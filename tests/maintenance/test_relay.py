@@ -118,9 +118,7 @@ async def test_a_full_window_admits_nothing_more(
     assert Counter(queued=WINDOW_MIN, pending=100 - WINDOW_MIN) == await states(db)
 
 
-async def test_what_may_not_go_stays_pending(
-    db: Database, channel: Channel, relay: Relay
-) -> None:
+async def test_what_may_not_go_stays_pending(db: Database, channel: Channel, relay: Relay) -> None:
     """
     Not due, of a paused queue, of a name or queue that no live worker serves.
     """
@@ -434,7 +432,7 @@ def test_the_window_grows_while_workers_drain_it() -> None:
     sizes = []
     for _ in range(20):
         room = window.room(ready=0, slots=10)
-        window.note(room=room, sent=room)
+        window.note(is_full=True)
         sizes.append(room)
 
     assert [20, 40, 80, 160] == sizes[:4]
@@ -448,7 +446,7 @@ def test_the_window_shrinks_while_workers_are_slow() -> None:
     window = Window()
     for _ in range(10):
         room = window.room(ready=0, slots=10)
-        window.note(room=room, sent=room)
+        window.note(is_full=True)
 
     for _ in range(200):
         window.room(ready=WINDOW_MAX, slots=10)
@@ -462,7 +460,8 @@ def test_the_window_does_not_grow_for_want_of_tasks() -> None:
     An empty queue of RabbitMQ means nothing if there was little to send.
     """
     window = Window()
-    window.note(room=window.room(ready=0, slots=10), sent=3)
+    window.room(ready=0, slots=10)
+    window.note(is_full=False)
 
     assert 20 == window.room(ready=0, slots=10)
 

@@ -15,7 +15,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Protocol
 
 import psutil
 
+from services import scratch
 from services.broker import Broker
 
 START_SECONDS_MAX = 60.0
@@ -56,7 +56,7 @@ class ProcessBroker(Broker):
 
     def __init__(self, installation: Installation) -> None:
         self._installation = installation
-        self._folder = Path(tempfile.mkdtemp(prefix="asyncflow-rabbitmq-"))
+        self._folder = scratch.make_folder("rabbitmq")
         self._port, self._management_port, self._dist_port, self._epmd_port = free_ports(4)
         self._process: subprocess.Popen[bytes] | None = None
         super().__init__(

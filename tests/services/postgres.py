@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import asyncpg
 import pytest
 
 from asyncflow.embedded import Cluster
+from services import scratch
 
 # Newest first: the embedded one, and the oldest that is supported.
 EMBEDDED = "18"
@@ -40,7 +40,7 @@ WHAT_WOULD_HELP = (
     "or leave these tests out with --postgres=18"
 )
 
-SETTINGS = {"max_connections": "200", "max_wal_size": "2GB", "checkpoint_timeout": "30min"}
+SETTINGS = {"max_connections": "200", "max_wal_size": "512MB", "checkpoint_timeout": "30min"}
 
 TEMPLATE = "migrated"
 
@@ -105,8 +105,7 @@ def running_server(major: str) -> Iterator[PostgresServer]:
     bin_folder = _oldest_bin_folder() if major == OLDEST else None
     if lacking := missing([major]):
         pytest.skip(lacking[0])
-    # Not pytest's folder for temporary files: the path of a Unix socket must be short.
-    folder = Path(tempfile.mkdtemp(prefix="asyncflow-postgres-"))
+    folder = scratch.make_folder("postgres")
     try:
         with Cluster(folder, bin_folder=bin_folder, settings=SETTINGS) as cluster:
             yield PostgresServer(cluster, major)

@@ -59,7 +59,7 @@ async def test_a_silent_worker_is_lost_when_its_lease_ends(
     await workers.hold_lock(session, worker.id)
     await backdate(db, "workers", worker.id, heartbeat_at=LEASE_SECONDS + 1)
 
-    assert [(worker.id, worker.name)] == await workers.mark_lost(db)
+    assert [(worker.id, worker.name)] == await workers.mark_lost(db, restart_grace_seconds=0)
 
 
 async def test_an_overdue_worker_is_alive_while_it_holds_its_lock(

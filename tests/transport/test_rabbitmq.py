@@ -143,9 +143,7 @@ async def relay(db: Database, broker_url: str) -> AsyncIterator[None]:
     await asyncio.gather(relaying, return_exceptions=True)
 
 
-async def take(
-    taker: RabbitTransport, slots: int = 1, *, window: int | None = None
-) -> list[Claim]:
+async def take(taker: RabbitTransport, slots: int = 1, *, window: int | None = None) -> list[Claim]:
     """
     `take`, with an end to the patience.
     """

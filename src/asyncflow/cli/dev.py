@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.text import Text
 from asyncflow import __version__
 from asyncflow.cli.database import embedded_cluster
 from asyncflow.errors import EmbeddedDatabaseError
-from asyncflow.processes import AddressTaken
+from asyncflow.processes import listen
 from asyncflow.settings import Settings, masked
 from asyncflow.store.database import Database
 from asyncflow.store.schema import SCHEMA_VERSION, schema_version
@@ -53,7 +52,9 @@ async def develop(settings: Settings) -> int:
         SchemaMismatch: The database's schema is newer than this version.
         StoreUnavailable: The database that is set cannot be reached.
     """
-    _check_address(settings.api_host, settings.api_port)
+    # Before anything is started, and before another program on that port could be taken
+    # for our API.
+    listen(settings.api_host, settings.api_port).close()
     with Supervisor(grace_seconds=settings.shutdown_grace_seconds) as supervisor:
         async with _database(settings, supervisor) as url:
             await _migrate(url)
@@ -66,18 +67,6 @@ async def develop(settings: Settings) -> int:
                 announcing.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await announcing
-
-
-def _check_address(host: str, port: int) -> None:
-    # Before anything is started, and before another program on that port could be taken
-    # for our API.
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        raise AddressTaken(host, port, error.strerror or str(error)) from error
 
 
 @asynccontextmanager

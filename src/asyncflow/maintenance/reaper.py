@@ -21,11 +21,14 @@ from asyncflow.telemetry import events
 BATCH = 500
 
 
-async def reap(db: Executor) -> int:
+async def reap(db: Executor, *, restart_grace_seconds: float = 10.0) -> int:
     """
     Declare dead workers lost and settle what they were running; return how many attempts.
+
+    Args:
+        restart_grace_seconds: How long after a start of PostgreSQL nobody is declared lost.
     """
-    for worker_id, name in await workers.mark_lost(db):
+    for worker_id, name in await workers.mark_lost(db, restart_grace_seconds=restart_grace_seconds):
         events.worker_declared_lost(worker_id=worker_id, name=name)
     lost = await upkeep.lost_leases(db, limit=BATCH)
     if not lost:

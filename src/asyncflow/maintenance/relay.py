@@ -87,11 +87,11 @@ class Window:
         self._size = max(floor, self._size)
         return max(0, self._size - ready)
 
-    def note(self, *, room: int, sent: int) -> None:
+    def note(self, *, is_full: bool) -> None:
         """
         Remember whether the last round filled the window, or ran out of tasks.
         """
-        self._was_filled = room > 0 and sent >= room
+        self._was_filled = is_full
 
 
 class Relay:
@@ -188,20 +188,34 @@ class Relay:
     ) -> bool:
         window = self._windows.setdefault(queue.name, Window())
         room = window.room(ready=counts.messages, slots=queue.slots)
-        sent = 0
-        while sent < room:
-            limit = min(BATCH, room - sent)
+        admitted: list[Admitted] = []
+        if room:
             admitted = await admission.admissible(
-                db, queue=queue.name, names=queue.names, limit=limit
+                db, queue=queue.name, names=queue.names, limit=room
             )
-            confirmed = await self._publish(channel, queue.name, admitted) if admitted else []
-            if confirmed:
-                await admission.mark_queued(db, confirmed)
-            sent += len(confirmed)
-            if len(confirmed) < limit:
-                break
-        window.note(room=room, sent=sent)
-        return sent >= room > 0
+        # Published in order, all at once; each batch is noted while later ones are on their way.
+        results = await asyncio.gather(
+            *[
+                self._send(channel, queue.name, admitted[begin : begin + BATCH])
+                for begin in range(0, len(admitted), BATCH)
+            ],
+            return_exceptions=True,
+        )
+        sent = 0
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            sent += result
+        is_full = sent >= room > 0
+        window.note(is_full=is_full)
+        return is_full
+
+    async def _send(self, channel: Channel, queue: str, admitted: Sequence[Admitted]) -> int:
+        confirmed = await self._publish(channel, queue, admitted)
+        if confirmed:
+            # Through the pool: a connection, such as the leader's, does one thing at a time.
+            await admission.mark_queued(self._db, confirmed)
+        return len(confirmed)
 
     async def _publish(
         self, channel: Channel, queue: str, admitted: Sequence[Admitted]

@@ -3,8 +3,10 @@ One leader among many processes, by a session advisory lock.
 
 The lock lives on the connection that the leader works on. If the process dies, PostgreSQL
 frees it; if the process freezes, the session times out after `IDLE_SECONDS_MAX` and frees it.
-A pooler in transaction mode breaks this promise, so nothing may depend on there being only
-one leader: two of them waste work and harm nothing.
+
+Nothing may depend on there being only one leader: two of them waste work and harm nothing.
+Behind a pooler in transaction mode, where a session lock would stay with a connection that
+serves others, everybody leads.
 """
 
 from __future__ import annotations
@@ -39,9 +41,11 @@ async def leadership(db: Database, *, purpose: str) -> AsyncIterator[Executor | 
     connection = await db.connect(purpose)
     try:
         with translated_errors():
-            if not db.pooler:
-                await connection.fetchrow(LIMIT_IDLENESS)
-            leads = await connection.fetchval(TRY_LOCK, RELAY_LOCK)
-            yield connection if leads else None
+            yield connection if db.pooler or await _wins(connection) else None
     finally:
         connection.terminate()
+
+
+async def _wins(connection: Executor) -> bool:
+    await connection.execute(LIMIT_IDLENESS)
+    return bool(await connection.fetchval(TRY_LOCK, RELAY_LOCK))

@@ -74,7 +74,8 @@ class Listener:
     """
     Calls `on_wakeup` for every wake-up, and after each gap in listening.
 
-    Holds one connection of its own and replaces it when it breaks.
+    Holds one connection of its own and replaces it when it breaks. Behind a pooler in
+    transaction mode, which has no LISTEN, it does nothing: pollers poll.
     """
 
     def __init__(self, db: Database, on_wakeup: Callable[[], None]) -> None:
@@ -83,7 +84,8 @@ class Listener:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Listener:
-        self._task = asyncio.get_running_loop().create_task(self._listen())
+        if not self._db.pooler:
+            self._task = asyncio.get_running_loop().create_task(self._listen())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

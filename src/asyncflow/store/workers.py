@@ -30,6 +30,8 @@ class Registration:
     Attributes:
         name: For people: host and process id.
         handlers: Names it can run.
+        holds_lock: Whether it will hold the lock of its id; False behind a pooler, where
+            its heartbeat alone tells that it lives.
     """
 
     id: UUID
@@ -39,6 +41,7 @@ class Registration:
     concurrency: int
     heartbeat_seconds: float
     lease_seconds: float
+    holds_lock: bool = True
 
 
 def lock_key(worker_id: UUID) -> int:
@@ -69,7 +72,7 @@ async def register(db: Executor, worker: Registration) -> None:
         list(worker.queues),
         list(worker.handlers),
         worker.concurrency,
-        lock_key(worker.id),
+        lock_key(worker.id) if worker.holds_lock else None,
         worker.heartbeat_seconds,
         worker.lease_seconds,
     )
@@ -153,11 +156,12 @@ MARK_LOST = """
        SET lost_at = now()
      WHERE w.stopped_at IS NULL
        AND w.lost_at IS NULL
+       -- While PostgreSQL was down nobody could beat, and its end freed every lock.
+       AND pg_postmaster_start_time() < now() - $1 * interval '1 second'
        AND (w.heartbeat_at < now() - w.lease_seconds * interval '1 second'
-            -- A free lock is proof of death only if the heartbeat is overdue as well, and
-            -- if PostgreSQL itself did not just restart and free every lock.
+            -- A free lock is proof of death only if the heartbeat is overdue as well.
             OR (w.heartbeat_at < now() - (2 * w.heartbeat_seconds + 0.5) * interval '1 second'
-                AND pg_postmaster_start_time() < now() - $1 * interval '1 second'
+                AND w.lock_key IS NOT NULL
                 AND NOT EXISTS (
                     SELECT
                       FROM pg_locks l
@@ -171,14 +175,15 @@ MARK_LOST = """
 """
 
 
-async def mark_lost(db: Executor, *, restart_grace_seconds: float = 10.0) -> list[tuple[UUID, str]]:
+async def mark_lost(db: Executor, *, restart_grace_seconds: float) -> list[tuple[UUID, str]]:
     """
     Give up workers that are dead or cut off; return the id and name of each.
 
     From here on they hold no lease: `upkeep.lost_leases` lists what they were running.
 
     Args:
-        restart_grace_seconds: How long after a start of PostgreSQL its locks prove nothing.
+        restart_grace_seconds: How long after a start of PostgreSQL silence and free locks
+            prove nothing, since living workers need a moment to be back.
     """
     rows = await db.fetch(MARK_LOST, restart_grace_seconds)
     return [(row["id"], row["name"]) for row in rows]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, MutableMapping
 from typing import Any, Literal
 
 import structlog
@@ -24,6 +25,9 @@ def configure_logs(*, level: str, log_format: Format, process: str) -> None:
     """
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     shared: list[Any] = [
+        # By a processor, since context variables do not reach other threads. The console
+        # shows `logger` in front of the fields.
+        _adding("logger" if console else "process", process),
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
@@ -46,7 +50,6 @@ def configure_logs(*, level: str, log_format: Format, process: str) -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(process=process)
     # Libraries (uvicorn, asyncio) speak through the standard module: same look, warnings up.
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -56,3 +59,11 @@ def configure_logs(*, level: str, log_format: Format, process: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+
+
+def _adding(key: str, value: str) -> Callable[..., MutableMapping[str, Any]]:
+    def add(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        event[key] = value
+        return event
+
+    return add

@@ -142,7 +142,8 @@ class LeaseKeeper:
         try:
             with translated_errors():
                 await workers.register(connection, self._registration)
-                await workers.hold_lock(connection, self._registration.id)
+                if self._registration.holds_lock:
+                    await workers.hold_lock(connection, self._registration.id)
                 if self._published is not None:
                     await workers.publish_handlers(connection, self._published)
                     self._published = None

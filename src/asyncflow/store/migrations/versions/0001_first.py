@@ -116,7 +116,7 @@ CREATE TABLE asyncflow.workers (
     queues             text[]      NOT NULL,
     handlers           text[]      NOT NULL,
     concurrency        integer     NOT NULL,
-    lock_key           bigint      NOT NULL,       -- session advisory lock; free means dead
+    lock_key           bigint,                     -- session advisory lock; free means dead
     heartbeat_seconds  float8      NOT NULL,
     lease_seconds      float8      NOT NULL,
     started_at         timestamptz NOT NULL DEFAULT now(),
