@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
-from asyncflow.errors import AsyncFlowError
+from asyncflow.errors import StoreUnavailable, TransportError
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -39,7 +39,7 @@ class Batcher(Generic[Item, Answer]):
         *,
         size_max: int = 500,
         in_flight_max: int = 2,
-        shared_errors: tuple[type[Exception], ...] = (AsyncFlowError,),
+        shared_errors: tuple[type[Exception], ...] = (StoreUnavailable, TransportError),
     ) -> None:
         self._flush = flush
         self._shared_errors = shared_errors

@@ -11,6 +11,7 @@ Every error AsyncFlow raises on purpose, as one tree.
     ├── HandlerError            how handlers are declared or found
     ├── SchemaMismatch          the database's schema is not this version's
     ├── StoreUnavailable        PostgreSQL cannot serve now; a retry may work
+    ├── StatementRefused        PostgreSQL will never take these values
     ├── TransportError          RabbitMQ, see `transport.amqp`
     ├── EmbeddedDatabaseError   the PostgreSQL under .asyncflow/
     └── HandlerSignal           raised *by* handlers to steer their own attempt
@@ -135,6 +136,20 @@ class StoreUnavailable(AsyncFlowError):
 
     The call changed nothing that the caller may rely on; the same call may work later.
     """
+
+
+class StatementRefused(AsyncFlowError):
+    """
+    PostgreSQL will not take these values, now or ever; nothing was changed.
+
+    The message names no value: they may be payloads, and errors end up in logs.
+    """
+
+    def __init__(self, kind: str, *, constraint: str | None) -> None:
+        self.kind = kind
+        self.constraint = constraint
+        by = f" by constraint {constraint}" if constraint else ""
+        super().__init__(f"PostgreSQL refused the values of a statement{by} ({kind}).")
 
 
 class TransportError(AsyncFlowError):

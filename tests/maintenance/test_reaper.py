@@ -101,7 +101,7 @@ async def test_after_a_restart_of_the_database_free_locks_prove_nothing(
     postgres_server.cluster.start()
 
     async def reaped_nothing() -> bool:
-        return await reap(db, restart_grace_seconds=0) == 0
+        return await reap(db, restart_grace_seconds=10) == 0
 
     await until(reaped_nothing)
     assert await workers.heartbeat(db, worker.id)

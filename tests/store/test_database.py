@@ -8,11 +8,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from uuid import UUID
 
-import asyncpg
 import pytest
 
 from asyncflow.domain.states import Event, State
-from asyncflow.errors import InvalidSettings, StoreUnavailable
+from asyncflow.errors import InvalidSettings, StatementRefused, StoreUnavailable
 from asyncflow.store import tasks, upkeep
 from asyncflow.store.database import Database, check_url
 from builders import SETTLEMENTS, a_task, claimed, new_task, settled, state_of
@@ -232,7 +231,7 @@ async def test_an_argument_that_can_never_be_right_is_no_outage(db: Database) ->
     Waiting for the database would not help: it is refused as what it is.
     """
     for wrong in ("\ud800", "\x00", 7):
-        with pytest.raises(asyncpg.DataError):
+        with pytest.raises(StatementRefused):
             await db.fetchval("SELECT $1::text", wrong)
 
 

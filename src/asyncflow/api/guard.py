@@ -47,10 +47,10 @@ class Guard:
         except ClientDisconnect:
             # Nobody is left to answer, and nothing was begun.
             pass
-        except Exception:
+        except Exception as error:
             incident_id = new_incident_id()
             events.request_failed(
-                incident_id=incident_id, method=scope["method"], path=scope["path"]
+                incident_id=incident_id, method=scope["method"], path=scope["path"], error=error
             )
             if started:
                 # Half an answer is out: breaking the connection is the only way to say so.

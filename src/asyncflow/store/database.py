@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
-from asyncflow.errors import InvalidSettings, StoreUnavailable
+from asyncflow.errors import InvalidSettings, StatementRefused, StoreUnavailable
 
 ROLLED_BACK = (
     asyncpg.DeadlockDetectedError,
@@ -42,7 +42,12 @@ CANNOT_SERVE = (
 )
 """Down, starting, stopping, full, out of connections, read-only or refusing us."""
 
+REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
+"""The values are at fault; asyncpg's messages quote them."""
+
 TRIES_MAX = 5
+ACQUIRE_SECONDS_MAX = 3.0
+"""A request that has waited this long for a connection is better told to come back."""
 
 PLANNER = {
     "enable_seqscan": "off",
@@ -149,6 +154,7 @@ class Database:
         Raises:
             StoreUnavailable: PostgreSQL cannot serve now, or the connection was lost
                 while the statement ran; then its outcome is unknown.
+            StatementRefused: The values can never be stored.
         """
         for tries_left in reversed(range(TRIES_MAX)):
             try:
@@ -224,7 +230,8 @@ class Database:
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Any]:
         with translated_errors():
-            connection = await self._pool.acquire(timeout=self._timeout_seconds)
+            seconds = min(self._timeout_seconds, ACQUIRE_SECONDS_MAX)
+            connection = await self._pool.acquire(timeout=seconds)
             try:
                 yield connection
             except asyncpg.ReadOnlySQLTransactionError:
@@ -239,13 +246,17 @@ class Database:
 @contextmanager
 def translated_errors() -> Iterator[None]:
     """
-    Raise `StoreUnavailable` in place of the many ways in which PostgreSQL cannot serve.
+    Raise `StoreUnavailable` in place of the many ways in which PostgreSQL cannot serve, and
+    `StatementRefused` in place of errors that quote values.
     """
     try:
         yield
     except CANNOT_SERVE as error:
         fact = str(error) or type(error).__name__
         raise StoreUnavailable(f"PostgreSQL cannot serve now: {fact}") from error
+    except REFUSED as error:
+        constraint = getattr(error, "constraint_name", None)
+        raise StatementRefused(type(error).__name__, constraint=constraint) from None
 
 
 def check_url(url: str) -> None:

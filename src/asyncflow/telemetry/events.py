@@ -244,8 +244,8 @@ def payload_schema_unusable(*, name: str, reason: str) -> None:
     log.warning("payload_schema.unusable", name=name, reason=reason)
 
 
-def request_failed(*, incident_id: str, method: str, path: str) -> None:
+def request_failed(*, incident_id: str, method: str, path: str, error: Exception) -> None:
     """
     A request ended in an error of ours; the log line carries the traceback.
     """
-    log.error("request.failed", incident_id=incident_id, method=method, path=path, exc_info=True)
+    log.error("request.failed", incident_id=incident_id, method=method, path=path, exc_info=error)
