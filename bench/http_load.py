@@ -21,6 +21,9 @@ from urllib.parse import urlsplit
 
 import uvloop
 
+BATCH, BATCH_CONNECTIONS = 100, 8
+"""Tasks per request, and connections, where tasks are posted in batches."""
+
 
 class Answers(NamedTuple):
     """

@@ -1,5 +1,454 @@
+"""
+Makes the report, `benchmarks.md` and its plots, from raw lines. Nothing is measured here,
+and no figure is written here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from bench import plots
+from bench.entrants import ENTRANTS, OURS, Entrant
+from bench.lines import Lines, Spread, read_lines
+from bench.method import CONTENTS, METHOD
+from bench.targets import Target, targets
 
 
 def write_report(raw: Path, folder: Path) -> Path:
-    return folder / "benchmarks.md"
+    """
+    Write `benchmarks.md` into `folder`, and plots and the lines themselves beside it.
+    """
+    lines = read_lines(raw)
+    pictures = folder / "benchmarks"
+    pictures.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(raw, pictures / "raw.jsonl")
+    page = folder / "benchmarks.md"
+    sections = [
+        _head(lines),
+        _targets(lines),
+        _http(lines, pictures),
+        _submit(lines, pictures),
+        _drain(lines, pictures),
+        _heavier(lines),
+        _cpu(lines),
+        _latency(lines, pictures),
+        _waiting(lines, pictures),
+        _sustained(lines, pictures),
+        _history(lines),
+        _footprint(lines),
+        METHOD,
+        _configurations(lines),
+        _versions(lines),
+        _errors(lines),
+    ]
+    page.write_text("\n\n".join(section for section in sections if section) + "\n")
+    return page
+
+
+def _head(lines: Lines) -> str:
+    e = lines.environment
+    servers, repetitions = e["servers"], e["sizes"]["repetitions"]
+    loads = lines.loads()
+    day = time.strftime("%Y-%m-%d", time.gmtime(e["at"]))
+    return f"""# Benchmarks
+
+{CONTENTS}
+
+Measured on {day} on {e["cores"]} cores ({e["cpu"]}), {e["memory_gb"]} GB, {e["system"]}, with
+Python {e["python"]}, PostgreSQL {servers["PostgreSQL"]} and RabbitMQ {servers["RabbitMQ"]}, by
+`bin/bench {" ".join(e["arguments"])}`. Load generator, clients, workers, PostgreSQL and RabbitMQ
+share these cores, so a figure tells about a whole system on this machine. Each is the median of
+{repetitions} repetition{"s" if repetitions != 1 else ""}, the lowest and highest in brackets. The
+load average was {e["load_before"]:g} when the run began and {min(loads):g} to {max(loads):g} before
+single measurements, which includes the work of the measurement before."""
+
+
+def _targets(lines: Lines) -> str:
+    rows = [
+        [t.what, _bounds(t.must, t), _bounds(t.aim, t), _figure(t), t.verdict]
+        for t in targets(lines)
+    ]
+    return "## Targets\n\n" + _table(["", "must", "aim", "this run", ""], rows)
+
+
+def _bounds(bound: float | None, target: Target) -> str:
+    if bound is None:
+        return ""
+    sign = "≥" if target.at_least else "≤"
+    return f"{sign} {_number(bound)} {target.unit}"
+
+
+def _figure(target: Target) -> str:
+    return "" if target.figure is None else f"{_number(target.figure)} {target.unit}"
+
+
+def _http(lines: Lines, pictures: Path) -> str:
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (f"{c} connection{'s' if c > 1 else ''}", {"connections": c, "tasks_per_request": 1})
+        for c in (1, 32, 128)
+    ]
+    rows = []
+    for name, case in cases:
+        for key in ("asyncflow", "naive"):
+            if lines.of("http", key, **case):
+                rows.append([name, ENTRANTS[key].title, *_http_figures(lines, key, case)])
+    for line in lines.of("http", "asyncflow"):
+        if line["case"]["tasks_per_request"] > 1:
+            name = "{connections} connections, {tasks_per_request} tasks each".format(
+                **line["case"]
+            )
+            figures = _http_figures(lines, "asyncflow", line["case"])
+            rows.append([name, ENTRANTS["asyncflow"].title, *figures])
+            break
+    if not rows:
+        return ""
+    picture = _picture(
+        pictures / "http.svg",
+        "POST, tasks per second",
+        plots.bars,
+        lines,
+        field="per_second",
+        scenario="http",
+        cases=cases[1:],
+        label="tasks per second",
+    )
+    return _section(
+        "POST over HTTP",
+        "One API process. AsyncFlow answers when the row is committed, naive when it is committed "
+        "and the message confirmed. CPU is in µs per task.",
+        picture,
+        _table(["", "", "tasks/s", "p50 ms", "p99 ms", "API", "PostgreSQL", "RabbitMQ"], rows),
+    )
+
+
+def _http_figures(lines: Lines, key: str, case: Mapping[str, Any]) -> list[str]:
+    fields = (
+        "p50_ms",
+        "p99_ms",
+        *(f"cpu_us_per_task.{k}" for k in ("API", "PostgreSQL", "RabbitMQ")),
+    )
+    return [
+        _spread(lines.spread("per_second", "http", key, **case)),
+        *(_median(lines.median(field, "http", key, **case)) for field in fields),
+    ]
+
+
+def _submit(lines: Lines, pictures: Path) -> str:
+    ours = lines.median("per_second", "submit", "asyncflow", api="one")
+    rows = []
+    for entrant in _present(lines, "submit"):
+        for callers in entrant.producers:
+            spread = lines.spread("per_second", "submit", entrant.key, api="one", callers=callers)
+            rows.append(
+                [entrant.title, f"{callers}", _spread(spread), _times(ours, spread)]
+                + [_spread(lines.spread("per_second", "submit", entrant.key, api="bulk"))]
+            )
+    if not rows:
+        return ""
+    picture = _picture(
+        pictures / "submit.svg",
+        "Submitting from Python, tasks per second",
+        plots.bars,
+        lines,
+        field="per_second",
+        scenario="submit",
+        cases=[("one by one", {"api": "one"}), ("in bulk", {"api": "bulk"})],
+        label="tasks per second",
+    )
+    return _section(
+        "Submitting from Python",
+        "One process, one by one with so many callers at once, or 1,000 per call of a bulk API.",
+        picture,
+        _table(["", "callers", "tasks/s", "AsyncFlow is", "in bulk"], rows),
+    )
+
+
+def _drain(lines: Lines, pictures: Path) -> str:
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("1 worker", {"workers": 1, "payload": "small"}),
+        ("2 workers", {"workers": 2, "payload": "small"}),
+    ]
+    best = [lines.median("per_second", "drain", "asyncflow", **case) for _, case in cases]
+    rows = []
+    for entrant in _present(lines, "drain"):
+        spreads = [lines.spread("per_second", "drain", entrant.key, **case) for _, case in cases]
+        rows.append(
+            [entrant.title, entrant.keeps, _spread(spreads[0]), _times(best[0], spreads[0])]
+            + [_spread(spreads[1]), _times(best[1], spreads[1])]
+        )
+    if not rows:
+        return ""
+    picture = _picture(
+        pictures / "drain.svg",
+        "Draining a backlog, tasks per second",
+        plots.bars,
+        lines,
+        field="per_second",
+        scenario="drain",
+        cases=cases,
+        label="tasks per second",
+    )
+    heads = ["", "state", "1 worker, tasks/s", "AsyncFlow is", "2 workers, tasks/s", "AsyncFlow is"]
+    return _section(
+        "Draining a backlog",
+        "A no-op handler; until everything is settled in durable state.",
+        picture,
+        _table(heads, rows),
+    )
+
+
+def _heavier(lines: Lines) -> str:
+    rows = []
+    for payload in ("small", "1 KB", "64 KB", "10 % fail once"):
+        found = [
+            lines.spread("per_second", "drain", o.key, workers=1, payload=payload) for o in OURS
+        ]
+        if any(found):
+            rows.append([payload, *map(_spread, found)])
+    if len(rows) < 2:
+        return ""
+    return _section(
+        "Larger payloads, failing tasks",
+        "One worker. Of the failing tasks one in ten raises at its first attempt and is tried "
+        "again after up to half a second.",
+        _table(["", *(o.title for o in OURS)], rows),
+    )
+
+
+def _cpu(lines: Lines) -> str:
+    kinds = ("workers", "PostgreSQL", "RabbitMQ")
+    rows = []
+    for entrant in _present(lines, "drain"):
+        figures = [
+            lines.median(f"cpu_us_per_task.{k}", "drain", entrant.key, workers=1, payload="small")
+            for k in kinds
+        ]
+        total = sum(figure for figure in figures if figure is not None)
+        rows.append([entrant.title, *map(_median, figures), _median(total)])
+    if not rows:
+        return ""
+    return _section(
+        "CPU per drained task",
+        "In µs, one worker. The relay of AsyncFlow with RabbitMQ counts as a worker.",
+        _table(["", *kinds, "all"], rows),
+    )
+
+
+def _latency(lines: Lines, pictures: Path) -> str:
+    rows = []
+    fields = ("p50_ms", "p95_ms", "p99_ms")
+    for entrant in _present(lines, "latency"):
+        idle = [lines.median(f, "latency", entrant.key, load="idle") for f in fields]
+        half = [lines.median(f, "latency", entrant.key, load="half") for f in fields]
+        flow = lines.median("flow_per_second", "latency", entrant.key, load="half")
+        rows.append([entrant.title, *map(_median, idle), *map(_median, half), _median(flow)])
+    if not rows:
+        return ""
+    picture = _picture(
+        pictures / "latency.svg",
+        "Latency from submission to start, idle, p50 and p99 in ms",
+        plots.bars,
+        lines,
+        field="p50_ms",
+        scenario="latency",
+        cases=[("idle", {"load": "idle"}), ("half load", {"load": "half"})],
+        label="p50 in ms, logarithmic",
+        logarithmic=True,
+    )
+    heads = ["", "idle p50", "p95", "p99", "half load p50", "p95", "p99", "at tasks/s"]
+    return _section(
+        "Latency from submission to start",
+        "In ms. Half load is half of what the system, submitting and working at once, sustained "
+        "just before; the last column tells how much that is.",
+        picture,
+        _table(heads, rows),
+    )
+
+
+def _waiting(lines: Lines, pictures: Path) -> str:
+    rows = []
+    for entrant in OURS:
+        one = lines.median("per_second", "waiting", entrant.key, workers=1)
+        for workers in (1, 3, 5):
+            spread = lines.spread("per_second", "waiting", entrant.key, workers=workers)
+            if spread is not None:
+                ideal = lines.median("ideal_per_second", "waiting", entrant.key, workers=workers)
+                factor = "" if one is None else f"{spread.median / one:.2f} ×"
+                rows.append([entrant.title, f"{workers}", _spread(spread), _median(ideal), factor])
+    if not rows:
+        return ""
+    picture = _picture(
+        pictures / "waiting.svg", "Workers and tasks per second", plots.waiting, lines
+    )
+    return _section(
+        "Adding workers",
+        "Tasks that wait 0.5 to 5 seconds, 100 slots per worker; `every slot in use` is the "
+        "mathematical limit.",
+        picture,
+        _table(["", "workers", "tasks/s", "every slot in use", "against 1"], rows),
+    )
+
+
+def _sustained(lines: Lines, pictures: Path) -> str:
+    parts = []
+    for entrant in OURS:
+        for line in lines.of("sustained", entrant.key):
+            file = pictures / f"sustained-{entrant.key}.svg"
+            plots.sustained(file, line["samples"])
+            title = f"{entrant.title}: {line['flow_per_second']:,.0f} tasks/s"
+            parts += [f"![{title}](benchmarks/{file.name})", _sustained_table(entrant, line)]
+    if not parts:
+        return ""
+    return _section(
+        "Submitting and draining for minutes",
+        "At half of what the system sustains; sizes are table + indexes. A live table that vacuum keeps small stays flat; "
+        "the finished one grows with every task, as it must.",
+        *parts,
+    )
+
+
+def _sustained_table(entrant: Entrant, line: Mapping[str, Any]) -> str:
+    samples = line["samples"]
+    third = max(1, len(samples) // 3)
+    rows = []
+    for name, part in (("first third", samples[:third]), ("last third", samples[-third:])):
+        last = part[-1]
+        live = last["live_table_bytes"], last["live_index_bytes"]
+        finished = last["finished_table_bytes"], last["finished_index_bytes"]
+        rows.append(
+            [name]
+            + [_number(statistics.median(s[f] for s in part)) for f in ("p50_ms", "p99_ms")]
+            + [f"{max(sample['dead'] for sample in part):,}", _mebibytes(*live)]
+            + [_mebibytes(*finished), f"{max(sample['unfinished'] for sample in part):,}"]
+        )
+    heads = [f"{entrant.title}, {line['flow_per_second']:,.0f}/s for {line['seconds']:g} s"]
+    heads += ["p50 ms", "p99 ms", "dead tuples, most", "live MiB", "finished MiB"]
+    return _table([*heads, "unfinished, most"], rows)
+
+
+def _mebibytes(table: int, indexes: int) -> str:
+    return f"{table / 2**20:.0f} + {indexes / 2**20:.0f}"
+
+
+def _history(lines: Lines) -> str:
+    rows = []
+    for line in lines.of("history", "asyncflow"):
+        for length, name in (("empty", "none"), ("long", f"{line['finished'] / 1e6:g} million")):
+            rounds = line["rounds"][length]
+            rows.append([name, *(_spread(_of([r[verb] for r in rounds])) for verb in rounds[0])])
+    if not rows:
+        return ""
+    return _section(
+        "Beside a long history",
+        "The store's functions on one connection, batches of 100, each its own commit.",
+        _table(["finished tasks", "submit/s", "claim/s", "settle/s"], rows),
+    )
+
+
+def _of(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values), len(values))
+
+
+def _footprint(lines: Lines) -> str:
+    rows = []
+    for entrant in _present(lines, "footprint"):
+        for process in ("worker", "api", "maintenance"):
+            where = ("footprint", entrant.key)
+            if not lines.of(*where, process=process):
+                continue
+            cpu = [
+                lines.median(f"idle_cpu_percent.{k}", *where, process=process)
+                for k in ("process", "PostgreSQL", "RabbitMQ")
+            ]
+            drain = {"workers": 1, "payload": "small"} if process == "worker" else {"workers": 0}
+            loaded = lines.median("loaded.rss_mb", "drain", entrant.key, **drain)
+            start = lines.median("first_task_seconds", "drain", entrant.key, **drain)
+            rows.append(
+                [entrant.title, process]
+                + [_median(lines.median(f, *where, process=process)) for f in ("rss_mb", "uss_mb")]
+                + [_median(loaded), _median(start), *map(_median, cpu)]
+            )
+    if not rows:
+        return ""
+    heads = ["", "", "idle RSS MiB", "unshared", "RSS after drain", "first task after s"]
+    return _section(
+        "Memory, start, idle CPU",
+        "All processes of a worker together; after a drain AsyncFlow's relay is among them. CPU "
+        "is in percent of one core.",
+        _table([*heads, "idle CPU", "PostgreSQL", "RabbitMQ"], rows),
+    )
+
+
+def _configurations(lines: Lines) -> str:
+    rows = [
+        [entrant.title, entrant.keeps, entrant.settings]
+        for entrant in ENTRANTS.values()
+        if any(lines.of(s, entrant.key) for s in ("drain", "submit", "latency", "footprint"))
+    ]
+    return "## Configurations\n\n" + _table(["", "state", "settings"], rows) if rows else ""
+
+
+def _versions(lines: Lines) -> str:
+    packages = lines.environment["packages"]
+    return "## Versions\n\n" + ", ".join(f"{name} {v}" for name, v in packages.items()) + "."
+
+
+def _errors(lines: Lines) -> str:
+    errors = [
+        f"- {line['scenario']}, {line['system']}, {line['case']}: `{line['error']}`"
+        for line in lines.errors()
+    ]
+    return "## Measurements that failed\n\n" + "\n".join(errors) if errors else ""
+
+
+def _present(lines: Lines, scenario: str) -> Iterator[Entrant]:
+    return (entrant for entrant in ENTRANTS.values() if lines.of(scenario, entrant.key))
+
+
+def _picture(
+    file: Path, title: str, draw: Callable[..., bool], lines: Lines, **options: Any
+) -> str:
+    return f"![{title}](benchmarks/{file.name})" if draw(file, lines, **options) else ""
+
+
+def _section(title: str, *parts: str) -> str:
+    return "\n\n".join([f"## {title}", *filter(None, parts)])
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    right = [n > 0 and all(_looks_like_a_figure(row[n]) for row in rows) for n in range(len(heads))]
+    lines = [heads, ["--:" if is_right else "---" for is_right in right], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _looks_like_a_figure(cell: str) -> bool:
+    return cell == "" or cell[0].isdigit() or cell[0] in "≥≤"
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return ""
+    if spread.repetitions == 1:
+        return _number(spread.median)
+    return f"{_number(spread.median)} [{_number(spread.lowest)}–{_number(spread.highest)}]"
+
+
+def _median(value: float | None) -> str:
+    return "" if value is None else _number(value)
+
+
+def _times(ours: float | None, theirs: Spread | None) -> str:
+    if ours is None or theirs is None:
+        return ""
+    return f"{ours / theirs.median:.2f} ×"
+
+
+def _number(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

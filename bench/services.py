@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -72,6 +73,19 @@ class Services:
                 self.broker.drop_vhost(self._vhost)
             self._vhost = self.broker.create_vhost()
         os.environ.update(self.environment)
+
+    @contextmanager
+    def another_database(self) -> Iterator[str]:
+        """
+        Make a second database for the block, and give its DSN.
+        """
+        name = f"{addresses.DATABASE}_another"
+        with psycopg.connect(self._postgres.url, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+            try:
+                yield urlsplit(self._postgres.url)._replace(path=f"/{name}").geturl()
+            finally:
+                connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
     def vacuum(self) -> None:
         """

@@ -18,6 +18,7 @@ from asyncflow.domain.states import Event
 from asyncflow.store import claims, tasks
 from asyncflow.store.claims import Offer, Settling
 from asyncflow.store.database import Database
+from asyncflow.store.migrations import migrate
 from bench.addresses import database_url
 from bench.entrants import OURS, Entrant
 from bench.run import Measurement, Run
@@ -26,6 +27,7 @@ from bench.systems.asyncflow import new_task
 NAME = "history"
 
 BATCH = 100
+ROUNDS = 5
 OFFERS = [Offer("bench-noop", 5, 900.0)]
 
 FILL = """
@@ -50,44 +52,40 @@ def measurements(run: Run) -> list[Measurement]:
     if not any(entrant.is_ours for entrant in run.entrants):
         return []
     ours = OURS[0]
-    rounds = max(3, run.sizes.repetitions)
-    # One measurement of both: the two databases cannot be there at the same time, and the
-    # repetitions of each must not fill the history anew.
-    return [Measurement(ours, {}, partial(measure, run, ours, rounds), repetitions=1)]
+    # One measurement of all: filling the history takes longer than the rest.
+    return [Measurement(ours, {}, partial(measure, run, ours), repetitions=1)]
 
 
-def measure(run: Run, entrant: Entrant, rounds: int) -> dict[str, Any]:
+def measure(run: Run, entrant: Entrant) -> dict[str, Any]:
     """
-    Rates with an empty history, then with a long one, `rounds` times each.
+    Rates with an empty and with a long history, in turns.
     """
     run.prepare(entrant)
     count = run.tasks(20_000)
-    return {
-        "finished": run.sizes.finished,
-        "tasks": count,
-        "rounds": uvloop.run(_measure(run, rounds, count)),
-    }
+    with run.services.another_database() as another:
+        rounds = uvloop.run(_measure(run, another, count))
+    return {"finished": run.sizes.finished, "tasks": count, "rounds": rounds}
 
 
-async def _measure(run: Run, rounds: int, count: int) -> dict[str, list[dict[str, float]]]:
-    # Long statements and one session for all: this is no worker.
-    async with Database(database_url(), size=1, timeout_seconds=600) as db:
-        await _round(db, count)  # Prepared, cached, warm.
-        await _clear(db)
-        run.services.vacuum()
-        empty = []
-        for _ in range(rounds):
-            empty.append(await _round(db, count))
-            await _clear(db)
-            run.services.vacuum()
-        await _fill(db, run.sizes.finished)
-        run.services.vacuum()
-        await db.execute("CHECKPOINT")
-        return {"empty": empty, "long": [await _round(db, count) for _ in range(rounds)]}
-
-
-async def _clear(db: Database) -> None:
-    await db.execute("TRUNCATE asyncflow.tasks")
+async def _measure(run: Run, another: str, count: int) -> dict[str, list[dict[str, float]]]:
+    await migrate(another)
+    # Long statements and one session each: these are no workers.
+    async with (
+        Database(database_url(), size=1, timeout_seconds=600) as empty,
+        Database(another, size=1, timeout_seconds=600) as long,
+    ):
+        await _fill(long, run.sizes.finished)
+        rates: dict[str, list[dict[str, float]]] = {"empty": [], "long": []}
+        for number in range(1 + ROUNDS):
+            for length, db in (("empty", empty), ("long", long)):
+                if length == "empty":
+                    await db.execute("TRUNCATE asyncflow.tasks")
+                await db.execute("VACUUM ANALYZE")
+                await db.execute("CHECKPOINT")
+                measured = await _round(db, count)
+                if number > 0:  # The first only warms up.
+                    rates[length].append(measured)
+        return rates
 
 
 async def _fill(db: Database, finished: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.addresses import program
 from bench.entrants import Entrant
-from bench.http_load import post_for
+from bench.http_load import BATCH, BATCH_CONNECTIONS, post_for
 from bench.processes import running
 from bench.profiles import profile
 from bench.run import Measurement, Run, wait_until
@@ -30,7 +30,6 @@ NAME = "http"
 
 WARM_UP_SECONDS = 2.0
 SECONDS = 8.0
-BATCH, BATCH_CONNECTIONS = 100, 8
 
 TASK = {
     "name": "bench-noop",

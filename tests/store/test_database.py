@@ -89,30 +89,36 @@ async def test_a_statement_ends_after_the_timeout(db: Database, small: Database)
     )
 
 
-async def test_callers_that_give_up_leak_no_connections(db: Database, small: Database) -> None:
+async def test_callers_that_give_up_leak_no_connections(
+    db: Database, shared_database_url: str
+) -> None:
     """
     Cancelled while waiting for a connection, for an answer, or inside a transaction.
     """
 
-    async def in_transaction() -> None:
-        async with small.transaction() as connection:
+    async def in_transaction(pool: Database) -> None:
+        async with pool.transaction() as connection:
             await connection.fetchval("SELECT pg_sleep(30)")
 
-    for _ in range(10):
-        callers = [asyncio.ensure_future(small.fetchval("SELECT pg_sleep(30)")) for _ in range(3)]
-        callers += [asyncio.ensure_future(in_transaction()) for _ in range(3)]
-        await until(
-            lambda: db.fetchval(
-                "SELECT count(*) FROM pg_stat_activity"
-                " WHERE application_name = 'small' AND state = 'active'"
+    async with Database(shared_database_url, size=2, timeout_seconds=40, name="leaky") as pool:
+        for _ in range(10):
+            callers = [
+                asyncio.ensure_future(call)
+                for _ in range(3)
+                for call in (pool.fetchval("SELECT pg_sleep(30)"), in_transaction(pool))
+            ]
+            await until(
+                lambda: db.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity"
+                    " WHERE application_name = 'leaky' AND state = 'active'"
+                )
             )
-        )
-        for caller in callers:
-            caller.cancel()
-        await asyncio.gather(*callers, return_exceptions=True)
+            for caller in callers:
+                caller.cancel()
+            await asyncio.gather(*callers, return_exceptions=True)
 
-    assert [1, 1] == await asyncio.gather(*(small.fetchval("SELECT 1") for _ in range(2)))
-    assert await backends(db) <= 2
+        assert [1, 1] == await asyncio.gather(*(pool.fetchval("SELECT 1") for _ in range(2)))
+        assert await backends(db, "leaky") <= 2
 
 
 async def test_a_deadlock_is_tried_again(fresh_db: Database) -> None:
@@ -214,6 +220,18 @@ async def test_a_pool_comes_back_after_every_way_a_server_can_end(
 
             assert [StoreUnavailable] * 2 == [type(error) for error in broken]
             assert State.PENDING == await state_of(db, before.id)
+
+
+async def test_a_refusal_names_the_constraint_and_no_value(db: Database) -> None:
+    """
+    Values may be payloads, and errors end up in logs.
+    """
+    with pytest.raises(StatementRefused) as refusal:
+        await tasks.submit(db, [new_task(payload='{"card": "4111"}', priority=10)])
+
+    assert "priority" in str(refusal.value)
+    assert "4111" not in str(refusal.value)
+    assert refusal.value.__cause__ is None
 
 
 async def test_a_database_that_does_not_exist_is_unavailable(shared_database_url: str) -> None:

@@ -8,10 +8,10 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import asyncpg
 import pytest
 
 from asyncflow.domain.states import State
+from asyncflow.errors import StatementRefused
 from asyncflow.store import tasks
 from asyncflow.store.database import Database
 from builders import new_task, row_of
@@ -38,7 +38,7 @@ async def test_a_batch_with_one_task_that_cannot_be_stored_stores_nothing(
     """
     The constraints of the schema refuse the whole statement.
     """
-    with pytest.raises(asyncpg.PostgresError):
+    with pytest.raises(StatementRefused):
         await tasks.submit(db, [new_task(), new_task(**wrong), new_task()])
 
     assert 0 == await db.fetchval("SELECT count(*) FROM asyncflow.tasks")

@@ -155,3 +155,15 @@ async def test_a_listener_starts_before_its_database() -> None:
             await asyncio.sleep(0)
 
     assert 0 == bell.rings
+
+
+async def test_behind_a_pooler_a_listener_does_nothing(shared_database_url: str) -> None:
+    """
+    In transaction mode there is no LISTEN; whoever waits must poll.
+    """
+    bell = Bell()
+    async with Database(shared_database_url, size=1, pooler=True) as pooled:
+        async with Listener(pooled, bell.ring):
+            await send_wakeup(pooled)
+
+    assert 0 == bell.rings

@@ -92,7 +92,7 @@ async def test_an_overdue_worker_is_lost_once_its_lock_is_free(
 
 async def test_a_free_lock_alone_is_no_death(db: Database) -> None:
     """
-    Behind a pooler no worker holds a lock; their heartbeats count.
+    While heartbeats come, the connection that held it may just be on its way back.
     """
     worker = await a_worker(db)
     await backdate(db, "workers", worker.id, heartbeat_at=1.5)
@@ -100,12 +100,28 @@ async def test_a_free_lock_alone_is_no_death(db: Database) -> None:
     assert [] == await lost(db)
 
 
-async def test_a_free_lock_proves_nothing_right_after_postgresql_started(db: Database) -> None:
+async def test_behind_a_pooler_only_the_heartbeat_tells_that_a_worker_lives(db: Database) -> None:
     """
-    A restart frees every lock at once; the workers need a moment to come back.
+    No worker holds a lock there, so a free one proves nothing; its lease does end.
+    """
+    worker = await a_worker(db, holds_lock=False, lease_seconds=LEASE_SECONDS)
+    await backdate(db, "workers", worker.id, heartbeat_at=OVERDUE)
+    overdue = await lost(db)
+    await backdate(db, "workers", worker.id, heartbeat_at=LEASE_SECONDS + 1)
+
+    assert [] == overdue
+    assert [worker.id] == await lost(db)
+
+
+@pytest.mark.parametrize("silent_seconds", [OVERDUE, LEASE_SECONDS + 1])
+async def test_nobody_is_lost_right_after_postgresql_started(
+    db: Database, silent_seconds: float
+) -> None:
+    """
+    Nobody could send a heartbeat meanwhile, and every lock is free; they need a moment.
     """
     worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
-    await backdate(db, "workers", worker.id, heartbeat_at=OVERDUE)
+    await backdate(db, "workers", worker.id, heartbeat_at=silent_seconds)
 
     assert [] == await lost(db, restart_grace_seconds=10**6)
     assert [worker.id] == await lost(db)

@@ -161,10 +161,8 @@ async def until_states(db: Database, **expected: int) -> None:
 
 async def cut_every_connection(url: str) -> None:
     """
-    Have PostgreSQL end every session of this database but the one that asks.
+    Have PostgreSQL end every session of this database; return when all are gone.
     """
+    others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     async with database(url) as db:
-        await db.fetch(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        )
+        await db.fetch(f"SELECT pg_terminate_backend(pid, 5000) {others}")

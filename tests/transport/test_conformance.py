@@ -28,6 +28,7 @@ from transport.tasks import (
     a_worker,
     complete,
     cut_every_connection,
+    database,
     state,
     submit,
     until_states,
@@ -251,7 +252,7 @@ class Conformance:
         [rare] = await submit(seam.db, queue="rare")
         taker = await seam.taker(queues=["busy", "rare"])
 
-        assert rare in await take_ids_one_by_one(seam, taker, 10)
+        assert rare in await take_ids_one_by_one(seam, taker, 100)
 
     async def test_stop_ends_a_waiting_take_with_nothing(self, seam: Seam) -> None:
         """
@@ -306,7 +307,8 @@ class Conformance:
         waiting = asyncio.create_task(take(taker))
 
         await cut_every_connection(database_url)
-        [task_id] = await submit(seam.db)
+        async with database(database_url) as fresh:
+            [task_id] = await submit(fresh)
 
         [claim] = await waiting
         assert task_id == claim.task_id

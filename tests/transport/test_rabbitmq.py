@@ -443,10 +443,13 @@ async def test_a_claim_that_cannot_be_made_now_gives_its_hint_back(
     waiting = asyncio.create_task(take(taker, 3))
     postgres_server.cluster.stop()
     await workshop.send(*ids)
-    # Delivered, then given back for another worker to try.
-    await workshop.until_ready(0)
-    await workshop.until_ready(3)
 
+    async def were_given_back() -> bool:
+        async with workshop.channel() as channel:
+            deliveries, _ = await receive(channel)
+        return deliveries[0].redelivered
+
+    await until(were_given_back)
     postgres_server.cluster.start()
 
     taken = await waiting

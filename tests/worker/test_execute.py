@@ -31,6 +31,7 @@ class FarSide:
     Attributes:
         answers: What settling comes to, one after the other; True when there are none left.
         settled: Every settlement that was tried.
+        tried: Set when there is one.
         hints: Those that were let go of.
         ends: What `on_end` was told.
     """
@@ -38,6 +39,7 @@ class FarSide:
     def __init__(self, *answers: bool | Exception) -> None:
         self.answers = list(answers)
         self.settled: list[Settling] = []
+        self.tried = asyncio.Event()
         self.hints: list[Claim] = []
         self.ends: list[float | None] = []
 
@@ -46,6 +48,7 @@ class FarSide:
         Answer for a batch of one.
         """
         self.settled.extend(settlings)
+        self.tried.set()
         answer = self.answers.pop(0) if self.answers else True
         if isinstance(answer, Exception):
             raise answer
@@ -208,8 +211,7 @@ async def test_a_void_attempt_stops_trying_to_settle() -> None:
     """
     far_side, attempt = FarSide(*[StoreUnavailable("down")] * 1_000_000), an_attempt()
     executing = asyncio.create_task(execute(attempt, tools(far_side)))
-    while not far_side.settled:
-        await asyncio.sleep(0)
+    await far_side.tried.wait()
 
     attempt.make_void("fenced")
 

@@ -18,7 +18,7 @@ import pytest
 from asyncflow import Context, Reject, Retry
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import State
-from asyncflow.store import claims, tasks, workers
+from asyncflow.store import claims, tasks
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.worker import worker as worker_module
@@ -26,10 +26,8 @@ from asyncflow.worker.lease import STALLED_EXIT_STATUS
 from asyncflow.worker.worker import WorkerLost
 from services.postgres import PostgresServer
 from transport.tasks import (
-    NAME,
     PATIENCE_SECONDS,
     QUEUE,
-    claim,
     cut_every_connection,
     state,
     states,

@@ -151,8 +151,8 @@ class Relay:
         """
         A round, or none while RabbitMQ takes no messages (a memory or disk alarm).
 
-        The connection is kept through an alarm. RabbitMQ stops reading it, and on every new
-        one it would find another batch of the same hints when the alarm is over.
+        The connection is kept through an alarm. RabbitMQ stops reading it once it has seen a
+        message, so every new one would bring some hint again, and so would every timeout.
         """
         if connection.blocked:
             # A session that is silent for too long loses the leadership.
