@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,28 +25,33 @@ LINES = 25
 
 
 @contextmanager
-def profile(run: Run, name: str, pid: int, seconds: float) -> Iterator[None]:
+def profile(run: Run, name: str, pids: Sequence[int]) -> Iterator[None]:
     """
-    Sample a process while the block runs, for at most `seconds`; nothing unless asked for.
+    Sample processes while the block runs; nothing unless it was asked for.
 
-    Writes `profile-NAME.folded` (for flame graphs) and `profile-NAME.json`.
+    Writes `profile-NAME-0.folded` for flame graphs and `profile-NAME-0.json`, and so on.
     """
-    if not run.profiles:
-        yield
-        return
-    folded = run.folder / f"profile-{name}.folded"
-    recording = subprocess.Popen(
-        [program("py-spy"), "record", "--pid", str(pid), "--duration", str(max(1, int(seconds)))]
-        + ["--rate", str(SAMPLES_PER_SECOND), "--format", "raw", "--output", str(folded)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    files = [run.folder / f"profile-{name}-{number}.folded".replace(" ", "-") for number in range(len(pids))]
+    recordings = [_record(*pair) for pair in zip(pids, files, strict=True) if run.profiles]
     try:
         yield
     finally:
-        recording.wait()
-    if folded.exists():
-        folded.with_suffix(".json").write_text(json.dumps(summary(folded), indent=1) + "\n")
+        for recording in recordings:
+            recording.send_signal(signal.SIGINT)  # It writes what it has.
+        for recording in recordings:
+            recording.wait()
+    for file in files:
+        if file.exists():
+            file.with_suffix(".json").write_text(json.dumps(summary(file), indent=1) + "\n")
+
+
+def _record(pid: int, file: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [program("py-spy"), "record", "--pid", str(pid), "--rate", str(SAMPLES_PER_SECOND)]
+        + ["--format", "raw", "--output", str(file)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def summary(folded: Path) -> dict[str, Any]:

@@ -306,8 +306,8 @@ def _sustained(lines: Lines, pictures: Path) -> str:
         return ""
     return _section(
         "Submitting and draining for minutes",
-        "At half of what the system sustains; sizes are table + indexes. A live table that vacuum keeps small stays flat; "
-        "the finished one grows with every task, as it must.",
+        "At half of what the system sustains; sizes are table + indexes. A live table that vacuum "
+        "keeps small stays flat; the finished one grows with every task, as it must.",
         *parts,
     )
 

@@ -213,3 +213,19 @@ async def test_a_flush_that_loses_an_answer_leaves_nobody_waiting() -> None:
         answers = await asyncio.gather(*futures, return_exceptions=True)
 
     assert ["2 answers for 3 items"] * 3 == [str(answer) for answer in answers]
+
+
+async def test_a_batch_ends_before_it_weighs_too_much() -> None:
+    """
+    Large items do not pile up in one statement, and one that is too large alone goes alone.
+    """
+    batches: list[list[int]] = []
+
+    async def flush(items: Sequence[int]) -> list[int]:
+        batches.append(list(items))
+        return list(items)
+
+    batcher = Batcher(flush, weigh=lambda n: n, weight_max=10, in_flight_max=1)
+    await asyncio.gather(*[batcher.submit(n) for n in (4, 6, 1, 99, 2, 3)])
+
+    assert [[4, 6], [1], [99], [2, 3]] == batches

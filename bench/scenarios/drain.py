@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from bench.entrants import Entrant
 from bench.processes import Processes
+from bench.profiles import profile
 from bench.run import Measurement, Run, wait_until
 from bench.systems import System
 from bench.systems.asyncflow import TASK, TEXT_BYTES
@@ -28,50 +28,48 @@ def measurements(run: Run) -> list[Measurement]:
     One and two worker processes for all; heavier and failing tasks for AsyncFlow.
     """
     plain = [
-        Measurement(
-            entrant,
-            {"workers": workers, "payload": "small"},
-            partial(drain, run, entrant, workers=workers, tasks=run.tasks(entrant.drain_tasks)),
-        )
+        _measurement(run, entrant, entrant.drain_tasks, workers, "small")
         for workers in (1, 2)
         for entrant in run.entrants
     ]
-    return plain + [m for e in run.entrants if e.is_ours for m in _heavier(run, e)]
-
-
-def _heavier(run: Run, entrant: Entrant) -> list[Measurement]:
-    def case(payload: str, tasks: int, **fill: str) -> Measurement:
-        measure = partial(drain, run, entrant, workers=1, tasks=run.tasks(tasks), fill=fill)
-        return Measurement(entrant, {"workers": 1, "payload": payload}, measure)
-
-    return [
-        case("1 KB", 50_000, **{TEXT_BYTES: "1000"}),
-        case("64 KB", 5_000, **{TEXT_BYTES: "64000"}),
-        case("10 % fail once", 50_000, **{TASK: "bench-flaky"}),
+    heavier = [
+        _measurement(run, entrant, tasks, 1, payload, fill)
+        for payload, tasks, fill in (
+            ("1 KB", 50_000, {TEXT_BYTES: "1000"}),
+            ("64 KB", 5_000, {TEXT_BYTES: "64000"}),
+            ("10 % fail once", 50_000, {TASK: "bench-flaky"}),
+        )
+        for entrant in run.entrants
+        if entrant.is_ours
     ]
+    return plain + heavier
 
 
-def drain(
+def _measurement(
     run: Run,
     entrant: Entrant,
-    *,
-    workers: int,
     tasks: int,
+    workers: int,
+    payload: str,
     fill: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """
-    One drain.
-    """
-    system = run.prepare(entrant)
-    run.produce(entrant, "fill", tasks, BENCH_FILLS="yes", **(fill or {}))
-    run.services.vacuum()
-    with run.workers(entrant, system, processes=workers, concurrency=entrant.drain) as processes:
-        return _timed(run, entrant, system, processes, workers=workers, tasks=tasks)
+) -> Measurement:
+    def measure() -> dict[str, Any]:
+        system = run.prepare(entrant)
+        count = run.tasks(tasks)
+        run.produce(entrant, "fill", count, BENCH_FILLS="yes", **(fill or {}))
+        run.services.vacuum()
+        with run.workers(
+            entrant, system, processes=workers, concurrency=entrant.drain
+        ) as processes:
+            wait_until(lambda: bool(run.probe.slots()), seconds=SECONDS_MAX)
+            with profile(run, f"drain-{entrant.key}-{workers}-{payload}", processes.pids):
+                return _timed(run, system, processes, workers=workers, tasks=count)
+
+    return Measurement(entrant, {"workers": workers, "payload": payload}, measure)
 
 
 def _timed(
     run: Run,
-    entrant: Entrant,
     system: System,
     processes: Processes,
     *,

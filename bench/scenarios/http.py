@@ -85,7 +85,7 @@ def measure(run: Run, entrant: Entrant, connections: int, tasks: int) -> dict[st
         post_for(WARM_UP_SECONDS, url, body, connections=connections)
         rows = count_rows(f"SELECT count(*) FROM {table}")
         before = run.services.cpu_seconds() | {"API": api.cpu_seconds()}
-        with profile(run, f"http-{entrant.key}-{connections}-{tasks}", api.pids[0], seconds):
+        with profile(run, f"http-{entrant.key}-{connections}-{tasks}", api.pids):
             answers = post_for(seconds, url, body, connections=connections)
         after = run.services.cpu_seconds() | {"API": api.cpu_seconds()}
         rows = count_rows(f"SELECT count(*) FROM {table}") - rows

@@ -26,6 +26,8 @@ class Batcher(Generic[Item, Answer]):
         flush: Takes a batch and returns one answer per item, in order. An exception
             it raises reaches its callers, see `shared_errors`.
         size_max: Most items in one batch, 1 or more.
+        weigh, weight_max: A batch ends before its items weigh more than this together; an
+            item that weighs more alone goes alone.
         in_flight_max: Most batches under way at once, 1 or more. More than one keeps
             a slow round trip from holding up the next.
         shared_errors: What `flush` raises when the whole batch is at fault or none of
@@ -38,12 +40,16 @@ class Batcher(Generic[Item, Answer]):
         flush: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]],
         *,
         size_max: int = 500,
+        weigh: Callable[[Item], int] = lambda _: 0,
+        weight_max: int = 0,
         in_flight_max: int = 2,
         shared_errors: tuple[type[Exception], ...] = (StoreUnavailable, TransportError),
     ) -> None:
         self._flush = flush
         self._shared_errors = shared_errors
         self._size_max = size_max
+        self._weigh = weigh
+        self._weight_max = weight_max
         self._in_flight_max = in_flight_max
         self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
         self._flushing: set[asyncio.Task[None]] = set()
@@ -76,8 +82,8 @@ class Batcher(Generic[Item, Answer]):
     async def _run(self) -> None:
         try:
             while self._waiting:
-                batch = self._waiting[: self._size_max]
-                self._waiting = self._waiting[self._size_max :]
+                size = self._size_of_next()
+                batch, self._waiting = self._waiting[:size], self._waiting[size:]
                 await self._answer(batch)
         finally:
             # Not later: a caller that we answered last may submit before this task counts
@@ -85,6 +91,14 @@ class Batcher(Generic[Item, Answer]):
             task = asyncio.current_task()
             assert task is not None
             self._flushing.discard(task)
+
+    def _size_of_next(self) -> int:
+        weight = 0
+        for size, (item, _) in enumerate(self._waiting[: self._size_max]):
+            weight += self._weigh(item)
+            if weight > self._weight_max:
+                return max(1, size)
+        return self._size_max
 
     async def _answer(self, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
         try:

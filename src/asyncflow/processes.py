@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from asyncflow.worker.worker import Worker
 
 DATABASE_RETRY_SECONDS = 1.0
+EXHAUSTED_EXIT_STATUS = 70
 
 
 class AddressTaken(AsyncFlowError):
@@ -114,14 +116,16 @@ async def serve_api(settings: Settings) -> None:
 
 async def work(settings: Settings) -> None:
     """
-    One worker, until a signal; declared lost, it starts again under a new id.
+    One worker, until a signal; declared lost, it starts again under a new id. If stuck
+    handlers hold all its slots it exits with status 70, to be started again by whoever
+    supervises it.
 
     Raises:
         HandlerError: A module of handlers cannot be loaded.
         SchemaMismatch: The database needs a migration.
     """
     from asyncflow.handlers import load_handlers
-    from asyncflow.worker.worker import WorkerLost
+    from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 
     registry = load_handlers(settings.worker_handlers)
     async with _database(settings, "asyncflow worker") as db, _signals() as stop:
@@ -131,8 +135,12 @@ async def work(settings: Settings) -> None:
             stop.on_first = worker.stop
             stop.on_second = worker.stop
             stop.running = partial(getattr, worker, "running")
-            with contextlib.suppress(WorkerLost):
+            try:
                 await worker.run()
+            except WorkerLost:
+                continue
+            except WorkerExhausted:
+                sys.exit(EXHAUSTED_EXIT_STATUS)
     events.process_stopped()
 
 

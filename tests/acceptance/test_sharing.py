@@ -11,7 +11,7 @@ from collections import Counter
 from acceptance.system import System
 
 TASKS = 30
-TASK_SECONDS = 0.4
+TASK_SECONDS = 0.3
 SLOTS = 2
 SLOTS_OPTION = ("--concurrency", str(SLOTS))
 

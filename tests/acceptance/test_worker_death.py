@@ -26,7 +26,7 @@ async def test_a_task_of_a_killed_worker_runs_again_within_five_seconds(system: 
     """
     _, workers, _ = await system.start(workers=2)
     await system.locks_prove_death()
-    task_id = await system.submit("work", {"seconds": 2})
+    task_id = await system.submit("work", {"seconds": 1})
     first = await system.journal.wait_for("start", task_id)
 
     await owner(workers, first.pid).kill()
@@ -64,7 +64,7 @@ async def test_a_task_of_a_killed_child_runs_again_within_two_seconds(system: Sy
     kill -9 of the child process that runs a handler: its worker runs the task again.
     """
     await system.start()
-    task_id = await system.submit("work-in-process", {"seconds": 2})
+    task_id = await system.submit("work-in-process", {"seconds": 1})
     first = await system.journal.wait_for("start", task_id)
 
     os.kill(first.pid, signal.SIGKILL)

@@ -160,13 +160,15 @@ async def test_a_worker_declines_only_what_it_does_not_offer(db: Database) -> No
 
 
 @pytest.mark.parametrize(
-    ("ready", "limit", "expected"), [(0, 9, 4), (1, 9, 3), (4, 9, 0), (99, 9, 0), (0, 3, 3)]
+    ("ready", "limit", "expected"),
+    [(0, 9, 4), (1, 9, 4), (2, 9, 3), (4, 9, 1), (5, 9, 0), (99, 9, 0), (0, 3, 3)],
 )
 async def test_a_queued_task_is_lost_only_beyond_what_rabbitmq_still_holds(
     db: Database, ready: int, limit: int, expected: int
 ) -> None:
     """
-    Of four that are old, as many as have a message may stay; the oldest go first.
+    Of five, one of them young, as many as there are messages stay; the oldest go first.
+    Else the messages of young tasks would hide what old ones lost.
     """
     old = [await a_task(db, state=State.QUEUED) for _ in range(4)]
     for age, task in enumerate(reversed(old), start=31):

@@ -21,7 +21,7 @@ from asyncflow.store.workers import Registration
 from asyncflow.transport import Claimant, Transport
 from asyncflow.transport.postgres import PostgresTransport
 from asyncflow.worker.isolation import Isolation
-from asyncflow.worker.worker import Times, Worker, WorkerLost
+from asyncflow.worker.worker import Times, Worker, WorkerExhausted, WorkerLost
 from transport.tasks import NAME, PATIENCE_SECONDS, a_registration
 
 
@@ -86,7 +86,7 @@ async def a_running_worker(
     finally:
         worker.stop()
         worker.stop()
-        with contextlib.suppress(WorkerLost):
+        with contextlib.suppress(WorkerLost, WorkerExhausted):
             await ended
 
 

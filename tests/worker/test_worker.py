@@ -23,7 +23,7 @@ from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.worker import worker as worker_module
 from asyncflow.worker.lease import STALLED_EXIT_STATUS
-from asyncflow.worker.worker import WorkerLost
+from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 from services.postgres import PostgresServer
 from transport.tasks import (
     PATIENCE_SECONDS,
@@ -496,6 +496,25 @@ async def test_a_thread_that_cannot_be_stopped_keeps_its_slot(db: Database) -> N
         assert 1 == entered
         may_end.set()
         await until_states(db, failed=1, completed=1)
+
+
+async def test_a_worker_whose_every_slot_is_stuck_ends(db: Database) -> None:
+    """
+    It would beat for ever and run nothing; a new process starts with free slots.
+    """
+    may_end = threading.Event()
+
+    def stubborn() -> None:
+        may_end.wait(PATIENCE_SECONDS)
+
+    await submit(db, timeout_seconds=0.05, max_attempts=1)
+    async with a_running_worker(
+        db, stubborn, slots=1, cancel_grace_seconds=0.05, stall_seconds=0.2
+    ) as running:
+        with pytest.raises(WorkerExhausted):
+            await running.end()
+        may_end.set()
+    assert {"failed": 1} == await states(db)
 
 
 STALLING = """

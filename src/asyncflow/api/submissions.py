@@ -35,6 +35,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 IN_FLIGHT_MAX = 2
 BATCH_SIZE_MAX = 500
+BATCH_BYTES_MAX = 4 * 1024 * 1024
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -64,7 +65,11 @@ class Submissions:
         self._payload_bytes_max = payload_bytes_max
         self._ids = TaskIds()
         self._batcher: Batcher[NewTask, store.Submitted] = Batcher(
-            self._store, size_max=BATCH_SIZE_MAX, in_flight_max=IN_FLIGHT_MAX
+            self._store,
+            size_max=BATCH_SIZE_MAX,
+            weigh=lambda task: len(task.payload),
+            weight_max=BATCH_BYTES_MAX,
+            in_flight_max=IN_FLIGHT_MAX,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

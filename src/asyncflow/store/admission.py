@@ -159,8 +159,8 @@ UNQUEUE_LOST = """
                SELECT count(*)
                  FROM asyncflow.tasks_live q
                 WHERE q.lease_id IS NULL
-                  AND q.queue = $1
-                  AND q.queued_at < now() - $2 * interval '1 second') - $3))
+                  AND q.queued_at IS NOT NULL
+                  AND q.queue = $1) - $3))
            FOR UPDATE SKIP LOCKED)
     UPDATE asyncflow.tasks t
        SET state = 'pending',
@@ -177,9 +177,10 @@ async def unqueue_lost(
     """
     Put queued tasks whose hint must be lost back to pending, oldest first; return how many.
 
-    Of the tasks queued longer than `older_than_seconds`, at most `ready` can still have
-    a hint, the number of messages RabbitMQ holds ready; the rest have none. A wrong
-    guess sends a second hint, which a claim ignores.
+    Of all queued tasks, at most `ready` can still have a hint, the number of messages
+    RabbitMQ held ready a moment ago; the surplus has none. Only tasks queued for longer than
+    `older_than_seconds` are taken for it: a younger one's hint may be on its way to a
+    worker. A wrong guess sends a second hint, which a claim ignores.
     """
     rows = await db.fetch(UNQUEUE_LOST, queue, older_than_seconds, ready, limit)
     return len(rows)

@@ -137,6 +137,13 @@ def worker_stalled(*, seconds: float, tasks: Sequence[UUID]) -> None:
     )
 
 
+def worker_exhausted(*, worker_id: UUID, slots: int) -> None:
+    """
+    Every slot is taken by a handler that ignores that its attempt is over: the worker ends.
+    """
+    log.error("worker.exhausted", worker_id=str(worker_id), slots=slots)
+
+
 def heartbeat_failed(*, reason: str) -> None:
     """
     A heartbeat could not be written; leases hold for a while.

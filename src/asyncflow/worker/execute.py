@@ -37,6 +37,7 @@ from asyncflow.transport import Transport
 from asyncflow.worker.isolation import Cancellation, Isolation
 
 SETTLE_RETRY_SECONDS = (0.1, 0.6)
+SETTLE_BYTES_MAX = 4 * 1024 * 1024
 REFUSALS_MAX = 3
 REASON_LENGTH_MAX = 1_000
 
@@ -110,7 +111,12 @@ def make_settler(db: Database) -> Batcher[Settling, bool]:
     async def flush(settlings: Sequence[Settling]) -> Sequence[bool]:
         return await claims.settle(db, settlings)
 
-    return Batcher(flush, size_max=500, in_flight_max=2)
+    return Batcher(flush, size_max=500, weigh=_weight, weight_max=SETTLE_BYTES_MAX)
+
+
+def _weight(settling: Settling) -> int:
+    result = settling.settlement.result
+    return 0 if result is None else len(result)
 
 
 async def execute(attempt: Attempt, tools: Tools) -> None:

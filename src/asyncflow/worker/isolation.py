@@ -30,6 +30,7 @@ from asyncflow.handlers.calls import call_async, call_blocking, failed
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.encoding import RESULT_BYTES_MAX
 from asyncflow.handlers.registry import Handler
+from asyncflow.telemetry import events
 from asyncflow.telemetry.logs import Format
 from asyncflow.worker.children import Child, Children
 
@@ -228,6 +229,9 @@ class Attempt:
         The grace period is over and the handler still runs.
         """
         self.isolation.stuck_attempts.add(self)
+        events.attempt_stuck(
+            task_id=self.context.task_id, name=self.context.name, attempt=self.context.attempt
+        )
         if not self._ended.done():
             self._ended.set_result(
                 self.stopped(

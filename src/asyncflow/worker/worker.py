@@ -49,6 +49,19 @@ class WorkerLost(AsyncFlowError):
         super().__init__(f"Worker {worker_id} was declared lost.")
 
 
+class WorkerExhausted(AsyncFlowError):
+    """
+    Handlers that ignore their end hold every slot; only a new process helps.
+    """
+
+    def __init__(self, worker_id: UUID) -> None:
+        self.worker_id = worker_id
+        super().__init__(
+            f"Every slot of worker {worker_id} is held by a handler that does not stop; "
+            'handlers with isolation="process" can be stopped.'
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Times:
     """
@@ -56,7 +69,8 @@ class Times:
 
     Attributes:
         shutdown_grace: How long attempts may take to finish once it stops.
-        stall: How long the event loop may stand still before the process ends itself.
+        stall: How long the event loop may stand still, or stuck handlers may hold every
+            slot, before the process ends itself.
     """
 
     shutdown_grace: float = 30.0
@@ -97,6 +111,8 @@ class Worker:
         self._ending = asyncio.Event()
         self._hurried = asyncio.Event()
         self._lost = False
+        self._exhausted = False
+        self._useful_at = time.monotonic()
         self._tools = Tools(
             registry=registry,
             isolation=isolation,
@@ -127,6 +143,7 @@ class Worker:
 
         Raises:
             WorkerLost: It must be replaced by a new worker.
+            WorkerExhausted: It must be replaced by a new process.
         """
         keeper = LeaseKeeper(
             self._db,
@@ -159,6 +176,8 @@ class Worker:
             await self._isolation.close()
         if self._lost:
             raise WorkerLost(self._registration.id)
+        if self._exhausted:
+            raise WorkerExhausted(self._registration.id)
 
     def _end(self) -> None:
         self._ending.set()
@@ -259,6 +278,16 @@ class Worker:
                 self._pace.forget()
             self._start_waiting()
             await self._flush_progress()
+            self._end_if_exhausted()
+
+    def _end_if_exhausted(self) -> None:
+        now = time.monotonic()
+        if self._isolation.stuck < self._slots:
+            self._useful_at = now
+        elif now - self._useful_at > self._times.stall and not self._exhausted:
+            events.worker_exhausted(worker_id=self._registration.id, slots=self._slots)
+            self._exhausted = True
+            self._end()
 
     def _note_progress(self, claim: Claim, progress: Progress) -> None:
         # From any thread; a dictionary's assignment is atomic and the latest word wins.
