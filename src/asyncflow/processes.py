@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 DATABASE_RETRY_SECONDS = 1.0
 EXHAUSTED_EXIT_STATUS = 70
+BACKLOG = 2_048
+"""Connections that may wait for the API to accept them."""
 
 
 class AddressTaken(AsyncFlowError):
@@ -102,12 +104,14 @@ async def serve_api(settings: Settings) -> None:
                 server_header=False,
                 date_header=False,
                 timeout_keep_alive=30,
+                backlog=BACKLOG,
                 timeout_graceful_shutdown=int(settings.shutdown_grace_seconds),
             )
             server = _server(config)
             stop.on_first = lambda: setattr(server, "should_exit", True)
             stop.on_second = lambda: setattr(server, "force_exit", True)
             if not stop.asked:
+                listening.listen(BACKLOG)  # Before the log says so.
                 events.process_started(url=f"http://{settings.api_host}:{settings.api_port}")
                 await server.serve(sockets=[listening])
             await waker.close()

@@ -60,7 +60,7 @@ def folder(new_folder: Path, made_folder: Path) -> Path:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    parent = scratch.make_folder("cluster")
+    parent = scratch.make_folder("cluster", in_memory=True)
     yield parent / "pg"
     shutil.rmtree(parent)
 

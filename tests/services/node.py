@@ -9,6 +9,7 @@ Whether the tests get such a node is decided in `rabbitmq`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -56,7 +57,7 @@ class ProcessBroker(Broker):
 
     def __init__(self, installation: Installation) -> None:
         self._installation = installation
-        self._folder = scratch.make_folder("rabbitmq")
+        self._folder = scratch.make_folder("rabbitmq", in_memory=False)
         self._port, self._management_port, self._dist_port, self._epmd_port = free_ports(4)
         self._process: subprocess.Popen[bytes] | None = None
         super().__init__(
@@ -136,9 +137,9 @@ class ProcessBroker(Broker):
     def _beam(self) -> psutil.Process | None:
         if self._process is None or self._process.poll() is not None:
             return None
-        for process in psutil.Process(self._process.pid).children(recursive=True):
-            if process.name() == "beam.smp" and process.status() != psutil.STATUS_ZOMBIE:
-                return process
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+            family = psutil.Process(self._process.pid).children(recursive=True)
+            return next(filter(_is_beam, family), None)
         return None
 
     def _end_beam(self, how: signal.Signals) -> None:
@@ -186,6 +187,13 @@ class ProcessBroker(Broker):
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
         }
+
+
+def _is_beam(process: psutil.Process) -> bool:
+    # psutil lets a FileNotFoundError through when a process ends while it looks.
+    with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+        return process.name() == "beam.smp" and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 class Installation(Protocol):

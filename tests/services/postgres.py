@@ -105,7 +105,7 @@ def running_server(major: str) -> Iterator[PostgresServer]:
     bin_folder = _oldest_bin_folder() if major == OLDEST else None
     if lacking := missing([major]):
         pytest.skip(lacking[0])
-    folder = scratch.make_folder("postgres")
+    folder = scratch.make_folder("postgres", in_memory=True)
     try:
         with Cluster(folder, bin_folder=bin_folder, settings=SETTINGS) as cluster:
             yield PostgresServer(cluster, major)

@@ -448,12 +448,11 @@ def _quoted(value: str) -> str:
 
 
 def _complaint(output: bytes) -> str:
-    lines = [line.strip() for line in output.decode(errors="replace").splitlines()]
-    for word in ("PANIC:", "FATAL:", "error:"):
-        for line in reversed(lines):
-            if word in line:
-                return line.split(word, 1)[1].strip()
-    return " ".join(line for line in lines[-3:] if line) or "the server said nothing"
+    # The first one is the cause; later ones only follow from it.
+    said = output.decode(errors="replace")
+    if complaint := re.search(r"\b(?:PANIC|FATAL|ERROR|error): +(.+)", said):
+        return complaint[1]
+    return " ".join(said.split("\n")[-4:]).strip() or "the server said nothing"
 
 
 def _is_postgres(pid: int, data: Path) -> bool:

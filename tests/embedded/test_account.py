@@ -1,0 +1,64 @@
+"""
+As whom the embedded PostgreSQL runs when AsyncFlow is root.
+"""
+
+import os
+import pwd
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from asyncflow.embedded import Cluster
+from services import scratch
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or sys.platform != "linux", reason="only root has a choice"
+)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = scratch.make_folder("account", in_memory=True)
+    yield path
+    shutil.rmtree(path)
+
+
+def account_of(cluster: Cluster) -> str:
+    return psutil.Process(cluster.pid).username()
+
+
+def test_root_runs_the_server_as_somebody_else(folder):
+    """The server has an ordinary account, and all of its data belong to that account."""
+    with Cluster(folder / "pg") as cluster:
+        owner = pwd.getpwuid((folder / "pg" / "data").stat().st_uid).pw_name
+
+        assert account_of(cluster) == owner
+        assert owner != "root"
+
+
+def test_a_folder_that_only_root_may_enter_is_no_obstacle(folder):
+    """Data below a folder like /root can be used, and that folder keeps its permissions."""
+    private = folder / "private"
+    private.mkdir(mode=0o700)
+
+    with Cluster(private / "pg") as cluster:
+        assert account_of(cluster) != "root"
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert private.stat().st_uid == 0
+
+
+def test_a_users_cluster_stays_that_users_under_sudo(folder):
+    """Root runs the server as the owner of its folder, who can go on with it afterwards."""
+    nobody = pwd.getpwnam("nobody")
+    theirs = folder / "pg"
+    theirs.mkdir(mode=0o700)
+    os.chown(theirs, nobody.pw_uid, nobody.pw_gid)
+    folder.chmod(0o711)
+
+    with Cluster(theirs) as cluster:
+        assert account_of(cluster) == "nobody"
+    assert {path.stat().st_uid for path in theirs.rglob("*")} == {nobody.pw_uid}
