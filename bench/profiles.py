@@ -31,7 +31,10 @@ def profile(run: Run, name: str, pids: Sequence[int]) -> Iterator[None]:
 
     Writes `profile-NAME-0.folded` for flame graphs and `profile-NAME-0.json`, and so on.
     """
-    files = [run.folder / f"profile-{name}-{number}.folded".replace(" ", "-") for number in range(len(pids))]
+    files = [
+        run.folder / f"profile-{name}-{number}.folded".replace(" ", "-")
+        for number in range(len(pids))
+    ]
     recordings = [_record(*pair) for pair in zip(pids, files, strict=True) if run.profiles]
     try:
         yield
