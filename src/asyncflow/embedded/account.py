@@ -110,7 +110,7 @@ def launcher_for(folder: Path, program: Path) -> Launcher:
     candidates = [Launcher(uid=account.pw_uid, gid=account.pw_gid, owner=owner)]
     if setpriv := shutil.which("setpriv"):
         candidates += [
-            Launcher(prefix=_keeping(capability, setpriv, account.pw_name), owner=owner)
+            Launcher(prefix=_keeping(capability, setpriv, *owner), owner=owner)
             for capability in CAPABILITIES
         ]
     for launcher in candidates:
@@ -150,13 +150,13 @@ def _create_account(folder: Path) -> pwd.struct_passwd:
     return pwd.getpwnam(OWN_NAME)
 
 
-def _keeping(capability: str, setpriv: str, user: str) -> tuple[str, ...]:
+def _keeping(capability: str, setpriv: str, uid: int, gid: int) -> tuple[str, ...]:
     # PostgreSQL looks for its own files with access(2), which ignores the capabilities
     # of a user other than root unless no_setuid_fixup is set.
     return (
         setpriv,
-        f"--reuid={user}",
-        f"--regid={user}",
+        f"--reuid={uid}",
+        f"--regid={gid}",
         "--clear-groups",
         f"--inh-caps=-all,+{capability}",
         f"--ambient-caps=-all,+{capability}",

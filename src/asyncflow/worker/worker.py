@@ -187,7 +187,7 @@ class Worker:
 
     async def _take_in(self) -> None:
         while not self._ending.is_set():
-            room = self._pace.window - len(self._attempts)
+            room = self._room()
             if room <= 0 or not self._leases_hold:
                 self._may_take_more.clear()
                 await self._may_take_more.wait()
@@ -200,6 +200,12 @@ class Worker:
             if not self._leases_hold:
                 # Fenced while the claim was under way.
                 self._make_void("its worker was fenced")
+
+    def _room(self) -> int:
+        stuck = self._isolation.stuck
+        if stuck >= self._slots:
+            return 0
+        return self._pace.window - len(self._attempts) - stuck
 
     def _accept(self, claim: Claim) -> None:
         attempt = Attempt(claim)
@@ -278,6 +284,7 @@ class Worker:
                 self._pace.forget()
             self._start_waiting()
             await self._flush_progress()
+            self._may_take_more.set()  # A stuck handler may have ended.
             self._end_if_exhausted()
 
     def _end_if_exhausted(self) -> None:
