@@ -63,8 +63,7 @@ def parse(body: bytes) -> Any:
         ) from None
     except RecursionError:
         raise _too_deep() from None
-    if text.count("{") + text.count("[") > DEPTH_MAX and _is_too_deep(text):
-        raise _too_deep()
+    _check_depth(text)
     # Escapes are the only way in: raw NULs are no JSON and raw surrogates no UTF-8.
     if "\\u" in text and (_NUL.search(text) or _has_half_a_pair(text, value)):
         raise InvalidTask(_faults(text))
@@ -129,6 +128,11 @@ def _has_half_a_pair(text: str, value: Any) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def _check_depth(text: str) -> None:
+    if text.count("{") + text.count("[") > DEPTH_MAX and _is_too_deep(text):
+        raise _too_deep()
 
 
 def _is_too_deep(text: str) -> bool:
@@ -201,6 +205,7 @@ def _faults(text: str) -> list[Fault]:
         ) from None
     except RecursionError:
         raise _too_deep() from None
+    _check_depth(text)
     return list(itertools.islice(_walk(root), FAULTS_MAX))
 
 
