@@ -22,7 +22,7 @@ from bench.scenarios import SCENARIOS  # noqa: E402
 from bench.services import running_services  # noqa: E402
 
 FULL = Sizes(share=1.0, repetitions=3, minutes=10.0, finished=10_000_000)
-QUICK = Sizes(share=0.2, repetitions=1, minutes=0.5, finished=2_000_000)
+QUICK = Sizes(share=0.4, repetitions=1, minutes=0.5, finished=2_000_000)
 
 RESULTS = REPOSITORY / "bench" / "results"
 DOCS = REPOSITORY / "docs"
@@ -79,7 +79,7 @@ def _sizes(options: argparse.Namespace) -> Sizes:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bin/bench", description="Measure AsyncFlow and peers.")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the tasks, once each")
+    parser.add_argument("--quick", action="store_true", help="fewer tasks, once each")
     parser.add_argument(
         "--only", nargs="+", metavar="SCENARIO", choices=SCENARIOS, help=", ".join(SCENARIOS)
     )

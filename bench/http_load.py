@@ -143,13 +143,10 @@ async def _post(url: str, body: bytes, seconds: float, connections: int) -> Answ
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode() + body
     loop = asyncio.get_running_loop()
+    host, port = parts.hostname or "localhost", parts.port or 80
     start = time.perf_counter()
     opened = [
-        (
-            await loop.create_connection(
-                lambda: _Connection(request, start + seconds), parts.hostname, parts.port
-            )
-        )[1]
+        (await loop.create_connection(lambda: _Connection(request, start + seconds), host, port))[1]
         for _ in range(connections)
     ]
     await asyncio.gather(*[connection.closed for connection in opened])

@@ -14,13 +14,14 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from bench.entrants import ENTRANTS, Entrant
 from bench.lines import Lines, Spread
 
 OURS, PEER = ("#1f6feb", "#79b8ff"), ("#57606a", "#afb8c1")
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "asyncflow",
     "svg.fonttype": "none",
     "font.size": 9,
@@ -61,7 +62,7 @@ def bars(
         if logarithmic:
             axes.set_xscale("log")
         if len(cases) > 1:
-            handles = [plt.Rectangle((0, 0), 1, 1, color=PEER[n % 2]) for n in range(len(cases))]
+            handles = [Rectangle((0, 0), 1, 1, color=PEER[n % 2]) for n in range(len(cases))]
             axes.legend(handles, [name for name, _ in cases], frameon=False)
         _save(figure, file)
     return True

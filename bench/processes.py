@@ -49,11 +49,16 @@ class Processes:
         """
         return [root.pid for root in self._roots]
 
-    def have_ended(self) -> bool:
+    def check(self) -> None:
         """
-        Tell whether any of them is gone, which none should be.
+        Return if all still run.
+
+        Raises:
+            RuntimeError: One has ended by itself; its log tells why.
         """
-        return any(root.poll() is not None for root in self._roots)
+        for root in self._roots:
+            if root.poll() is not None:
+                raise RuntimeError(f"{root.args!r} ended by itself with {root.returncode}")
 
     def cpu_seconds(self) -> float:
         """

@@ -27,6 +27,7 @@ from bench.services import Services
 from bench.systems import System, load_system
 
 PRODUCE_SECONDS_MAX = 900
+START_SECONDS_MAX = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,17 @@ class Run:
         """
         return self.folder / f"{entrant.key}.log"
 
+    def wait_for_workers(self, processes: Processes, *, count: int = 1) -> None:
+        """
+        Return when so many worker processes have run a task.
+        """
+
+        def have_begun() -> bool:
+            processes.check()
+            return len(self.probe.slots()) >= count
+
+        wait_until(have_begun, seconds=START_SECONDS_MAX)
+
     @contextmanager
     def workers(
         self, entrant: Entrant, system: System, *, processes: int, concurrency: str
@@ -202,7 +214,7 @@ def finish_producing(producing: subprocess.Popen[str]) -> float:
     """
     output, _ = producing.communicate(timeout=PRODUCE_SECONDS_MAX)
     if producing.returncode != 0:
-        raise RuntimeError(f"{producing.args} failed with {producing.returncode}")
+        raise RuntimeError(f"{producing.args!r} failed with {producing.returncode}")
     return float(output.strip().splitlines()[-1])
 
 

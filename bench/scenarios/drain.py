@@ -61,7 +61,7 @@ def _measurement(
         with run.workers(
             entrant, system, processes=workers, concurrency=entrant.drain
         ) as processes:
-            wait_until(lambda: bool(run.probe.slots()), seconds=SECONDS_MAX)
+            run.wait_for_workers(processes)
             with profile(run, f"drain-{entrant.key}-{workers}-{payload}", processes.pids):
                 return _timed(run, system, processes, workers=workers, tasks=count)
 
@@ -78,7 +78,7 @@ def _timed(
 ) -> dict[str, Any]:
     probe = run.probe
     deadline = processes.started_at + SECONDS_MAX
-    wait_until(lambda: len(probe.slots()) >= workers, seconds=SECONDS_MAX)
+    run.wait_for_workers(processes, count=workers)
     begun, calls_before = time.perf_counter(), probe.calls()
     cpu_before = _cpu_seconds(run, processes)
     # A retry is a second call, so calls alone do not tell the end; durable state does.

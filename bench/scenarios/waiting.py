@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from bench.entrants import Entrant
-from bench.run import Measurement, Run, wait_until
+from bench.run import Measurement, Run
 from bench.systems.asyncflow import TASK
 
 NAME = "waiting"
@@ -45,8 +45,8 @@ def measure(run: Run, entrant: Entrant, workers: int) -> dict[str, Any]:
     tasks = round(1.3 * per_second * (RAMP_SECONDS + window) + 2 * workers * SLOTS)
     run.produce(entrant, "fill", tasks, **{TASK: "bench-wait"})
     run.services.vacuum()
-    with run.workers(entrant, system, processes=workers, concurrency=str(SLOTS)):
-        wait_until(lambda: len(run.probe.slots()) >= workers, seconds=30)
+    with run.workers(entrant, system, processes=workers, concurrency=str(SLOTS)) as processes:
+        run.wait_for_workers(processes, count=workers)
         time.sleep(RAMP_SECONDS)
         begun, before = time.perf_counter(), [slot.calls for slot in run.probe.slots()]
         time.sleep(window)

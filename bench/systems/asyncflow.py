@@ -65,7 +65,7 @@ def worker_commands(processes: int, concurrency: str) -> list[list[str]]:
 async def producer() -> AsyncIterator[Submit]:
     async with Database(database_url()) as db:
         waker = Waker(db)
-        batcher = Batcher(lambda new: tasks.submit(db, new))
+        batcher: Batcher[NewTask, tasks.Submitted] = Batcher(lambda new: tasks.submit(db, new))
 
         async def submit(number: int, submitted_at: float) -> None:
             payload = json.dumps({"number": number, "submitted_at": submitted_at})
