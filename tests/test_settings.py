@@ -98,6 +98,8 @@ def test_names_are_a_comma_separated_list(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("WORKER_QUEUES", "mail,a b"),
+        ("WORKER_QUEUES", "x" * 129),
         ("API_PORT", "0"),
         ("API_PORT", "65536"),
         ("API_PORT", "http"),
@@ -192,6 +194,10 @@ def test_a_missing_database_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -
         ("postgresql:///db?password=s3cret&a=b", "postgresql:///db?password=***&a=b"),
         ("postgresql://me@host/db", "postgresql://me@host/db"),
         ("amqps://host/%2f", "amqps://host/%2f"),
+        ("postgresql://host/db?sslpassword=s3cret", "postgresql://host/db?sslpassword=***"),
+        ("amqp://me:s3#cret@host/", "amqp://***"),
+        ("amqp://me:s3/cret@host", "amqp://***"),
+        ("amqp://me:s3?cret@host", "amqp://***"),
     ],
 )
 def test_a_url_can_be_shown_without_its_password(url: str, expected: str) -> None:

@@ -212,9 +212,10 @@ async def maintain(settings: Settings) -> None:
     async with _database(settings, "asyncflow maintenance") as db, _signals() as stop:
         await _until_schema_fits(db, stop)
         waker = Waker(db)
-        duties = [
-            run_chore(chore, db, waker) for chore in chores(retention_days=settings.retention_days)
-        ]
+        listed = chores(
+            retention_days=settings.retention_days, has_broker=settings.broker_url is not None
+        )
+        duties = [run_chore(chore, db, waker) for chore in listed]
         if settings.broker_url is not None:
             from asyncflow.maintenance.relay import Relay
 
@@ -298,6 +299,10 @@ async def _signals() -> AsyncIterator[Stop]:
 
 @asynccontextmanager
 async def _database(settings: Settings, name: str) -> AsyncIterator[Database]:
+    if settings.broker_url is not None:
+        from asyncflow.transport.amqp.url import parse_url
+
+        parse_url(settings.broker_url)  # A malformed one would be tried for ever.
     async with Database(
         required_database_url(settings),
         size=settings.database_pool_size,

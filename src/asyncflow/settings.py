@@ -1,7 +1,8 @@
 """
 Every setting, read once from the environment and `.env`, checked, and passed down.
 
-Nothing else in AsyncFlow reads the environment. `.env.example` lists the same names with
+Nothing else in AsyncFlow looks into the environment; some of it hands it on to child
+processes. `.env.example` lists the same names with
 their meaning; a test keeps the two in step.
 """
 
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from asyncflow.domain.policy import NAME_PATTERN
 from asyncflow.errors import InvalidSettings
 
 PREFIX = "ASYNCFLOW_"
@@ -69,6 +71,14 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("worker_queues")
+    @classmethod
+    def _are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not NAME_PATTERN.fullmatch(name):
+                raise ValueError(f"{name!r} is no queue; use 1 to 128 of A-Z a-z 0-9 . _ -")
         return value
 
     @field_validator("log_level", "log_format", mode="before")
@@ -143,9 +153,13 @@ def required_database_url(settings: Settings) -> str:
 def masked(url: str) -> str:
     """
     `url` fit for a log or a screen: its password, if any, reads `***`.
+
+    Where an unescaped character makes it unclear what the password is, nothing is shown.
     """
-    url = re.sub(r"([?&]password=)[^&]*", r"\1***", url)
+    url = re.sub(r"([?&](?:ssl)?password=)[^&]*", r"\1***", url)
     parts = urlsplit(url)
+    if "@" in url.replace(parts.netloc, "", 1):
+        return f"{parts.scheme}://***"
     if parts.password is None:
         return url
     user_info, _, host = parts.netloc.rpartition("@")

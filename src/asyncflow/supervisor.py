@@ -123,7 +123,15 @@ class Supervisor:
         pause_seconds = PAUSE_SECONDS_MIN
         while not self.stopping.is_set():
             started = time.monotonic()
-            child.process = await _start(child)
+            try:
+                child.process = await _start(child)
+            except OSError as error:
+                # No memory or no more processes, for the moment.
+                events.child_process_ended(
+                    role=child.role, pid=0, status=str(error), restart_seconds=pause_seconds
+                )
+                pause_seconds = await self._pause(pause_seconds)
+                continue
             if self.stopping.is_set():
                 _terminate(child)
             status = await self._wait(child.process)
@@ -139,11 +147,17 @@ class Supervisor:
                 status=_in_words(status),
                 restart_seconds=pause_seconds,
             )
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_seconds):
-                    await self.stopping.wait()
-            pause_seconds = min(PAUSE_SECONDS_MAX, 2 * pause_seconds)
+            pause_seconds = await self._pause(pause_seconds)
         return 0
+
+    async def _pause(self, seconds: float) -> float:
+        """
+        Wait, unless asked to stop; return how long to wait the next time.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.stopping.wait()
+        return min(PAUSE_SECONDS_MAX, 2 * seconds)
 
     async def _wait(self, process: asyncio.subprocess.Process) -> int:
         ended = asyncio.ensure_future(process.wait())

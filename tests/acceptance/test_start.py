@@ -51,6 +51,20 @@ async def test_every_process_refuses_a_database_without_schema(unmigrated: Syste
         assert len(said.splitlines()) == 1
 
 
+async def test_every_process_refuses_a_malformed_broker_url(
+    database_url: str, tmp_path: Path
+) -> None:
+    """
+    One sentence instead of attempts without end, and nothing of the password in it.
+    """
+    url = "amqp://me:s3#cret@host/"
+    async with System(database_url=database_url, broker_url=url, folder=tmp_path) as system:
+        for said in await refusals(system):
+            assert said.startswith("asyncflow: The broker URL is not of the form")
+            assert "s3" not in said
+            assert len(said.splitlines()) == 1
+
+
 async def test_every_process_refuses_a_newer_schema(system: System) -> None:
     """
     An old version does not touch a database that a newer one has migrated.

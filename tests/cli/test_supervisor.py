@@ -4,11 +4,15 @@ Several workers under one parent: `asyncflow worker --processes`.
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from asyncflow.supervisor import Child, Supervisor
 from cli.programs import environment, finished, running
 
 STARTED = r"process\.started"
@@ -73,3 +77,26 @@ def test_workers_end_when_their_parent_is_killed(env: dict[str, str], tmp_path: 
 
         assert parent.survivors() == []
         parent.until(r"process\.stopped", times=2)
+
+
+async def test_a_child_that_cannot_be_started_now_is_started_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    Short of memory or processes for a moment: no reason to end its siblings.
+    """
+    start = asyncio.create_subprocess_exec
+    tries = 0
+
+    async def refuse_once(*arguments: Any, **options: Any) -> asyncio.subprocess.Process:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return await start(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse_once)
+    with Supervisor(grace_seconds=1) as supervisor:
+        assert 0 == await supervisor.run([Child("version", ["version"])])
+
+    assert 2 == tries

@@ -14,7 +14,8 @@ from asyncflow.maintenance import chores as chores_module
 from asyncflow.maintenance.chores import Chore, chores, run_chore
 from asyncflow.maintenance.expirer import expire
 from asyncflow.maintenance.pruner import prune
-from asyncflow.store import tasks, workers
+from asyncflow.maintenance.unqueuer import unqueue
+from asyncflow.store import admission, tasks, workers
 from asyncflow.store.database import Database, Executor
 from asyncflow.store.wakeups import Listener, Waker
 from services.postgres import PostgresServer
@@ -33,9 +34,30 @@ def test_the_list_says_what_runs_and_how_often() -> None:
     """
     Recovery in seconds needs short periods; deleting does not.
     """
-    periods = {chore.name: chore.period_seconds for chore in chores(retention_days=7)}
+    with_broker, without = (
+        {chore.name: chore.period_seconds for chore in chores(retention_days=7, has_broker=has)}
+        for has in (True, False)
+    )
 
-    assert {"reap": 1.0, "expire": 1.0, "prune": 60.0} == periods
+    assert {"reap": 1.0, "expire": 1.0, "prune": 60.0} == with_broker
+    assert with_broker | {"unqueue": 2.0} == without
+
+
+async def test_tasks_queued_for_a_broker_that_is_gone_can_be_claimed(db: Database) -> None:
+    """
+    The way back from RabbitMQ: without a relay nobody else would free them.
+    """
+    worker = await a_worker(db)
+    ids = await submit(db, count=3)
+    await admission.mark_queued(db, ids[:2])
+    await claim(db, worker.id, limit=3)
+    assert {"queued": 2, "running": 1} == await states(db)
+
+    assert 2 == await unqueue(db)
+
+    assert {"pending": 2, "running": 1} == await states(db)
+    await claim(db, worker.id, limit=3)
+    assert {"running": 3} == await states(db)
 
 
 async def test_a_waiting_task_past_its_time_is_cancelled(db: Database) -> None:
@@ -198,7 +220,8 @@ async def test_all_chores_go_on_through_an_outage(
     """
     waker = Waker(db)
     running = [
-        asyncio.create_task(run_chore(chore, db, waker)) for chore in chores(retention_days=7)
+        asyncio.create_task(run_chore(chore, db, waker))
+        for chore in chores(retention_days=7, has_broker=True)
     ]
     postgres_server.cluster.stop()
     postgres_server.cluster.start()

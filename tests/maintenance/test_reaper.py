@@ -9,7 +9,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 
-from asyncflow.maintenance.reaper import reap
+import pytest
+
+from asyncflow.errors import StoreUnavailable
+from asyncflow.maintenance.reaper import Reaper
 from asyncflow.store import tasks, workers
 from asyncflow.store.database import Database
 from asyncflow.store.tasks import Task
@@ -64,7 +67,7 @@ async def test_a_killed_worker_is_known_by_its_lock(db: Database) -> None:
 
     [(lost, _)] = await workers.mark_lost(db, restart_grace_seconds=0)
     assert worker.id == lost
-    assert 1 == await reap(db, restart_grace_seconds=0)
+    assert 1 == await Reaper(grace_seconds=0).reap(db)
 
     task = await read(db, task_id)
     assert ("PENDING", 1) == (task.status, task.failures)
@@ -81,7 +84,7 @@ async def test_a_worker_cut_off_is_known_by_its_age(db: Database) -> None:
         await claim(db, worker.id)
         await age_heartbeat(db, worker.id, 6)
 
-        assert 1 == await reap(db, restart_grace_seconds=0)
+        assert 1 == await Reaper(grace_seconds=0).reap(db)
 
         assert not await workers.heartbeat(db, worker.id)
     assert "PENDING" == (await read(db, task_id)).status
@@ -101,7 +104,7 @@ async def test_after_a_restart_of_the_database_free_locks_prove_nothing(
     postgres_server.cluster.start()
 
     async def reaped_nothing() -> bool:
-        return await reap(db, restart_grace_seconds=10) == 0
+        return await Reaper(grace_seconds=10).reap(db) == 0
 
     await until(reaped_nothing)
     assert await workers.heartbeat(db, worker.id)
@@ -117,7 +120,7 @@ async def test_a_worker_that_said_goodbye_leaves_nothing_behind(db: Database) ->
         await claim(db, worker.id)
         await workers.stop(db, worker.id)
 
-        assert 1 == await reap(db, restart_grace_seconds=0)
+        assert 1 == await Reaper(grace_seconds=0).reap(db)
 
 
 async def test_a_task_that_kills_its_workers_ends_as_failed(db: Database) -> None:
@@ -130,7 +133,7 @@ async def test_a_task_that_kills_its_workers_ends_as_failed(db: Database) -> Non
         worker = await a_worker(db)
         assert await claim(db, worker.id)
         await workers.stop(db, worker.id)
-        assert 1 == await reap(db, restart_grace_seconds=0)
+        assert 1 == await Reaper(grace_seconds=0).reap(db)
 
     task = await read(db, task_id)
     assert ("FAILED", 3) == (task.status, task.failures)
@@ -145,7 +148,7 @@ async def test_the_first_death_costs_no_wait(db: Database) -> None:
     await submit(db)
     await claim(db, worker.id)
     await workers.stop(db, worker.id)
-    await reap(db, restart_grace_seconds=0)
+    await Reaper(grace_seconds=0).reap(db)
 
     heir = await a_worker(db)
     assert 1 == len(await claim(db, heir.id))
@@ -161,7 +164,7 @@ async def test_a_task_to_be_cancelled_ends_cancelled_when_its_worker_dies(db: Da
     await tasks.cancel(db, 1, task_id)
     await workers.stop(db, worker.id)
 
-    assert 1 == await reap(db, restart_grace_seconds=0)
+    assert 1 == await Reaper(grace_seconds=0).reap(db)
 
     assert "CANCELLED" == (await read(db, task_id)).status
 
@@ -174,7 +177,7 @@ async def test_whoever_settles_first_wins(db: Database) -> None:
     [task_id] = await submit(db)
     taken = await claim(db, worker.id)
     await workers.stop(db, worker.id)
-    await reap(db, restart_grace_seconds=0)
+    await Reaper(grace_seconds=0).reap(db)
 
     assert [False] == await complete(db, taken)
     assert "PENDING" == (await read(db, task_id)).status
@@ -189,4 +192,28 @@ async def test_many_leases_are_reaped_in_bounded_turns(db: Database) -> None:
     await claim(db, worker.id, 600)
     await workers.stop(db, worker.id)
 
-    assert [500, 100, 0] == [await reap(db, restart_grace_seconds=0) for _ in range(3)]
+    assert [500, 100, 0] == [await Reaper(grace_seconds=0).reap(db) for _ in range(3)]
+
+
+async def test_after_an_outage_of_its_own_the_reaper_gives_up_nobody(db: Database) -> None:
+    """
+    PostgreSQL's own start time tells nothing when only its sessions died, or when another
+    server took over.
+    """
+    worker = await a_worker(db, lease_seconds=5)
+    await age_heartbeat(db, worker.id, 6)
+    reaper = Reaper(grace_seconds=0.5)
+    async with Database("postgresql://nobody@127.0.0.1:1/nowhere") as unreachable:
+        with pytest.raises(StoreUnavailable):
+            await reaper.reap(unreachable)
+
+    await reaper.reap(db)
+
+    assert await workers.heartbeat(db, worker.id)
+    await age_heartbeat(db, worker.id, 6)
+
+    async def gave_it_up() -> bool:
+        await reaper.reap(db)
+        return bool(await db.fetchval("SELECT lost_at IS NOT NULL FROM asyncflow.workers"))
+
+    await until(gave_it_up)

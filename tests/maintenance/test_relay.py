@@ -387,7 +387,7 @@ async def test_an_alarm_of_the_broker_is_sat_out(
     While RabbitMQ takes no messages the relay holds no transaction open and keeps its one
     connection, rather than sending the same hints on ever new ones; afterwards it goes on.
     """
-    monkeypatch.setattr(relay_module, "PUBLISH_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(relay_module, "CALL_TIMEOUT_SECONDS", 0.2)
     monkeypatch.setattr(relay_module, "RECONNECT_SECONDS", (0.0, 0.1))
     await a_worker(db)
     await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0")

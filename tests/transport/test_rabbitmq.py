@@ -604,3 +604,23 @@ async def test_ten_thousand_tasks_are_each_claimed_once_and_leave_nothing_behind
 
     assert Counter(ids) == taken
     assert 0 == await workshop.ready()
+
+
+async def test_one_unusable_queue_does_not_stop_the_others(
+    db: Database, workshop: Workshop, relay: None
+) -> None:
+    """
+    Neither the relay nor a worker; and once it is mended it is served, without a restart.
+    """
+    bad = "a-bad-one"
+    async with workshop.channel() as channel:
+        await channel.declare_queue(broker_queue(bad))  # Of another kind than ours.
+    taker = await workshop.taker(queues=[bad, QUEUE], slots=4)
+    [good_task] = await submit(db)
+    [bad_task] = await submit(db, queue=bad)
+
+    assert [good_task] == [claim.task_id for claim in await take(taker, slots=4)]
+
+    async with workshop.channel() as channel:
+        await channel.delete_queue(broker_queue(bad))
+    assert [bad_task] == [claim.task_id for claim in await take(taker, slots=4)]

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -699,3 +700,32 @@ async def _until_gone(*pids: int) -> None:
             return True
 
     await _until(lambda: all(map(is_gone, pids)))
+
+
+async def test_a_handler_whose_thread_cannot_start_never_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    Its attempt is over by then; a thread that is free later must not find it.
+    """
+    ran: list[str] = []
+    isolation = Isolation(slots=2)
+    registry = Registry()
+    handler("first", registry=registry)(lambda: ran.append("first"))
+    handler("second", registry=registry)(lambda: ran.append("second"))
+    first, second = registry.get("first"), registry.get("second")
+    assert first is not None and second is not None
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as no_threads:
+        no_threads.setattr(threading.Thread, "start", refuse)
+        outcome = await run(isolation, first, timeout_seconds=0.05)
+
+    assert isinstance(outcome, Crashed)
+    assert isinstance(await run(isolation, second), Completed)
+    assert isinstance(await run(isolation, second, timeout_seconds=0.2), Completed)
+    await isolation.close()
+    assert ["second", "second"] == ran
+    assert 0 == isolation.stuck

@@ -18,7 +18,7 @@ import pytest
 from asyncflow import Context, Reject, Retry
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import State
-from asyncflow.store import claims, tasks
+from asyncflow.store import claims, tasks, workers
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.worker import worker as worker_module
@@ -429,6 +429,45 @@ async def test_a_worker_declared_lost_ends_and_writes_nothing(db: Database) -> N
     assert gate.interrupted.is_set()
     task = await read(db, task_id)
     assert (State.RUNNING, ()) == (task.state, task.attempts[:-1])
+
+
+async def idle() -> None:
+    """
+    A handler that no task asks for.
+    """
+
+
+async def test_a_worker_takes_its_lock_back_as_soon_as_it_can(db: Database) -> None:
+    """
+    After a cut PostgreSQL may think for a while that its old session lives and holds it.
+    """
+
+    async def holders() -> set[int]:
+        rows = await db.fetch("SELECT pid FROM pg_locks WHERE locktype = 'advisory'")
+        return {row["pid"] for row in rows}
+
+    async def someone_holds_it() -> bool:
+        return bool(await holders())
+
+    async with a_running_worker(db, idle) as running:
+        await until(someone_holds_it)
+        [pid] = await holders()
+        ghost = await db.connect("ghost")
+        await db.fetchval("SELECT pg_terminate_backend($1)", pid)
+
+        async def ghost_holds_it() -> bool:
+            return await workers.hold_lock(ghost, running.registration.id)
+
+        await until(ghost_holds_it)
+        before = await db.fetchval("SELECT now()")
+
+        async def beats_again() -> bool:
+            beat = await db.fetchval("SELECT heartbeat_at FROM asyncflow.workers")
+            return bool(beat > before)
+
+        await until(beats_again)
+        await ghost.close()
+        await until(someone_holds_it)
 
 
 async def test_a_late_settle_of_a_lost_lease_is_void(db: Database) -> None:

@@ -15,7 +15,8 @@ from functools import partial
 
 from asyncflow.maintenance.expirer import expire
 from asyncflow.maintenance.pruner import prune
-from asyncflow.maintenance.reaper import reap
+from asyncflow.maintenance.reaper import Reaper
+from asyncflow.maintenance.unqueuer import unqueue
 from asyncflow.store.database import Executor
 from asyncflow.store.wakeups import Waker
 from asyncflow.telemetry import events
@@ -40,15 +41,21 @@ class Chore:
     wakes: bool = False
 
 
-def chores(*, retention_days: float) -> list[Chore]:
+def chores(*, retention_days: float, has_broker: bool) -> list[Chore]:
     """
     The list.
+
+    Args:
+        has_broker: Whether a relay runs beside them, which looks after queued tasks.
     """
-    return [
-        Chore("reap", reap, period_seconds=1.0, wakes=True),
+    listed = [
+        Chore("reap", Reaper().reap, period_seconds=1.0, wakes=True),
         Chore("expire", expire, period_seconds=1.0),
         Chore("prune", partial(prune, retention_days=retention_days), period_seconds=60.0),
     ]
+    if not has_broker:
+        listed.append(Chore("unqueue", unqueue, period_seconds=2.0, wakes=True))
+    return listed
 
 
 async def run_chore(chore: Chore, db: Executor, waker: Waker) -> None:

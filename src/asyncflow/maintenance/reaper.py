@@ -8,10 +8,13 @@ race for the lease, and one of them writes.
 
 from __future__ import annotations
 
+import math
 import random
+import time
 
 from asyncflow.domain.outcome import Cancelled, Crashed, Failure, Outcome, decide
 from asyncflow.domain.retry import Backoff
+from asyncflow.errors import StoreUnavailable
 from asyncflow.store import claims, upkeep, workers
 from asyncflow.store.claims import Settling
 from asyncflow.store.database import Executor
@@ -21,15 +24,45 @@ from asyncflow.telemetry import events
 BATCH = 500
 
 
-async def reap(db: Executor, *, restart_grace_seconds: float = 10.0) -> int:
+class Reaper:
     """
-    Declare dead workers lost and settle what they were running; return how many attempts.
+    Reaps again and again, and declares nobody lost just after an outage.
+
+    When PostgreSQL restarts its backends or another server takes over, every lock is free
+    and every heartbeat overdue for a moment, and nothing in the database tells. Whoever
+    could not reach it knows.
 
     Args:
-        restart_grace_seconds: How long after a start of PostgreSQL nobody is declared lost.
+        grace_seconds: How long after an outage, or a start of PostgreSQL, living workers
+            have to be back.
     """
+
+    def __init__(self, *, grace_seconds: float = 10.0) -> None:
+        self._grace_seconds = grace_seconds
+        self._outage_at = -math.inf
+
+    async def reap(self, db: Executor) -> int:
+        """
+        Declare dead workers lost and settle what they ran; return how many attempts.
+
+        Raises:
+            StoreUnavailable: Remembered as an outage.
+        """
+        try:
+            if time.monotonic() - self._outage_at > self._grace_seconds:
+                await _declare_lost(db, restart_grace_seconds=self._grace_seconds)
+            return await _settle_lost(db)
+        except StoreUnavailable:
+            self._outage_at = time.monotonic()
+            raise
+
+
+async def _declare_lost(db: Executor, *, restart_grace_seconds: float) -> None:
     for worker_id, name in await workers.mark_lost(db, restart_grace_seconds=restart_grace_seconds):
         events.worker_declared_lost(worker_id=worker_id, name=name)
+
+
+async def _settle_lost(db: Executor) -> int:
     lost = await upkeep.lost_leases(db, limit=BATCH)
     if not lost:
         return 0

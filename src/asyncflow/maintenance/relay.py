@@ -26,10 +26,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Sequence
 from uuid import UUID
 
-from asyncflow.errors import TransportError
+from asyncflow.errors import InvalidSettings, StoreUnavailable, TransportError
 from asyncflow.settings import masked
 from asyncflow.store import admission
 from asyncflow.store.admission import Admitted, OpenQueue
@@ -40,12 +41,14 @@ from asyncflow.telemetry import events
 from asyncflow.transport.amqp import (
     BrokerTimeout,
     Channel,
+    ChannelClosed,
     Connection,
     Message,
     PublishResult,
     QueueCounts,
     connect,
 )
+from asyncflow.transport.resting import RestingQueues
 from asyncflow.transport.topology import (
     broker_queue,
     declare_task_queue,
@@ -56,7 +59,7 @@ from asyncflow.transport.topology import (
 POLL_SECONDS = 0.5
 REFILL_SECONDS = 0.02
 RECONNECT_SECONDS = (0.3, 1.0)
-PUBLISH_TIMEOUT_SECONDS = 3.0
+CALL_TIMEOUT_SECONDS = 3.0
 """Less than the leader's session may idle, so that an alarm does not end it."""
 
 BATCH = 500
@@ -94,6 +97,16 @@ class Window:
         self._was_filled = is_full
 
 
+class QueueUnusable(TransportError):
+    """
+    One queue does not answer, or exists with other properties than ours.
+    """
+
+    def __init__(self, queue: str, cause: Exception) -> None:
+        self.queue = queue
+        super().__init__(f"Queue {queue!r}: {cause}")
+
+
 class Relay:
     """
     Sends hints while it is the leader.
@@ -103,6 +116,7 @@ class Relay:
         self._db = db
         self._broker_url = broker_url
         self._windows: dict[str, Window] = {}
+        self._resting = RestingQueues()
         self._woken = asyncio.Event()
 
     async def run(self) -> None:
@@ -113,16 +127,22 @@ class Relay:
             while True:
                 try:
                     await self._relay_on_one_connection()
-                except TransportError as error:
+                except (TransportError, InvalidSettings) as error:
+                    # Settings were checked at the start; a certificate file may go later.
                     events.broker_unavailable(role="relay", reason=str(error))
-                except Exception as error:
-                    # Not only outages: tasks wait as long as no relay runs.
+                except StoreUnavailable as error:
                     events.database_unavailable(where="relay", reason=str(error))
+                except Exception as error:
+                    # Tasks wait as long as no relay runs.
+                    events.chore_failed(chore="relay", reason=repr(error))
                 await asyncio.sleep(random.uniform(*RECONNECT_SECONDS))
 
     async def _relay_on_one_connection(self) -> None:
         connection = await connect(
-            self._broker_url, name="asyncflow relay", on_blocked=_report_blocked
+            self._broker_url,
+            name="asyncflow relay",
+            timeout_seconds=CALL_TIMEOUT_SECONDS,
+            on_blocked=_report_blocked,
         )
         try:
             channel = await connection.channel()
@@ -160,10 +180,12 @@ class Relay:
             return False
         try:
             return await self.run_once(db, channel)
-        except BrokerTimeout:
-            if not connection.blocked:
-                raise
-            return False
+        except QueueUnusable as error:
+            if connection.blocked:
+                return False
+            self._resting.failed(error.queue, now=time.monotonic())
+            events.broker_queue_unusable(role="relay", queue=error.queue, reason=str(error))
+            raise
 
     async def run_once(self, db: Executor, channel: Channel) -> bool:
         """
@@ -174,13 +196,20 @@ class Relay:
             make room in it.
 
         Raises:
+            QueueUnusable: Begin again without that queue.
             TransportError, StoreUnavailable: Nothing is lost; begin again.
         """
         left_over = False
         for queue in await admission.open_queues(db):
-            counts = await declare_task_queue(channel, queue.name)
-            await self._find_lost(db, queue, counts)
-            left_over |= await self._fill(db, channel, queue, counts)
+            if self._resting.rests(queue.name, now=time.monotonic()):
+                continue
+            try:
+                counts = await declare_task_queue(channel, queue.name)
+                await self._find_lost(queue, counts)
+                left_over |= await self._fill(db, channel, queue, counts)
+            except (BrokerTimeout, ChannelClosed, ValueError) as error:
+                raise QueueUnusable(queue.name, error) from error
+            self._resting.worked(queue.name)
         return left_over
 
     async def _fill(
@@ -224,9 +253,7 @@ class Relay:
             Message(broker_queue(queue), encode_hint(task.task_id), priority=task.priority)
             for task in admitted
         ]
-        results = await channel.publish(
-            messages, exchange="", timeout_seconds=PUBLISH_TIMEOUT_SECONDS
-        )
+        results = await channel.publish(messages, exchange="", timeout_seconds=CALL_TIMEOUT_SECONDS)
         confirmed = [
             task.task_id
             for task, result in zip(admitted, results, strict=True)
@@ -236,11 +263,11 @@ class Relay:
             events.hints_not_sent(queue=queue, count=len(admitted) - len(confirmed))
         return confirmed
 
-    async def _find_lost(self, db: Executor, queue: OpenQueue, counts: QueueCounts) -> None:
+    async def _find_lost(self, queue: OpenQueue, counts: QueueCounts) -> None:
         if queue.queued <= counts.messages:
             return
         count = await admission.unqueue_lost(
-            db,
+            self._db,
             queue=queue.name,
             older_than_seconds=LOST_AFTER_SECONDS,
             ready=counts.messages,

@@ -147,8 +147,17 @@ async def decline(
     await db.execute(UNQUEUE, list(task_ids), delay_seconds, list(names))
 
 
-UNQUEUE_LOST = """
-    WITH lost AS MATERIALIZED (
+_UNQUEUE_CHOSEN = """
+    UPDATE asyncflow.tasks t
+       SET state = 'pending',
+           queued_at = NULL
+     WHERE t.id = ANY (ARRAY (SELECT id FROM chosen))
+       AND t.state = 'queued'
+    RETURNING t.id
+"""
+
+UNQUEUE_LOST = f"""
+    WITH chosen AS MATERIALIZED (
         SELECT t.id
           FROM asyncflow.tasks_live t
          WHERE t.lease_id IS NULL                               -- index tasks_queued
@@ -162,12 +171,7 @@ UNQUEUE_LOST = """
                   AND q.queued_at IS NOT NULL
                   AND q.queue = $1) - $3))
            FOR UPDATE SKIP LOCKED)
-    UPDATE asyncflow.tasks t
-       SET state = 'pending',
-           queued_at = NULL
-     WHERE t.id = ANY (ARRAY (SELECT id FROM lost))
-       AND t.state = 'queued'
-    RETURNING t.id
+    {_UNQUEUE_CHOSEN}
 """
 
 
@@ -184,3 +188,23 @@ async def unqueue_lost(
     """
     rows = await db.fetch(UNQUEUE_LOST, queue, older_than_seconds, ready, limit)
     return len(rows)
+
+
+UNQUEUE_STRANDED = f"""
+    WITH chosen AS MATERIALIZED (
+        SELECT t.id
+          FROM asyncflow.tasks_live t
+         WHERE t.queued_at IS NOT NULL AND t.lease_id IS NULL   -- index tasks_queued
+         LIMIT $1
+           FOR UPDATE SKIP LOCKED)
+    {_UNQUEUE_CHOSEN}
+"""
+
+
+async def unqueue_stranded(db: Executor, *, limit: int) -> int:
+    """
+    Put queued tasks back to pending where no broker is used any more; return how many.
+
+    A worker that still uses one loses nothing by it: a hint may meet a pending task.
+    """
+    return len(await db.fetch(UNQUEUE_STRANDED, limit))

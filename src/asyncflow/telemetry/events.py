@@ -182,6 +182,13 @@ def broker_unavailable(*, role: str, reason: str) -> None:
     log.warning("broker.unavailable", role=role, reason=reason)
 
 
+def broker_queue_unusable(*, role: str, queue: str, reason: str) -> None:
+    """
+    One queue in RabbitMQ does not answer or was declared otherwise; it is left alone for a while.
+    """
+    log.error("broker.queue_unusable", role=role, queue=queue, reason=reason)
+
+
 def broker_blocked(*, role: str, reason: str) -> None:
     """
     RabbitMQ refuses publishes: it is short of memory or disk.
@@ -225,6 +232,13 @@ def tasks_expired(*, count: int) -> None:
     Waiting tasks passed their `expires_at`.
     """
     log.info("tasks.expired", count=count)
+
+
+def tasks_unqueued(*, count: int) -> None:
+    """
+    Tasks were queued for a broker that is not used any more; workers take them directly now.
+    """
+    log.warning("tasks.unqueued", count=count)
 
 
 def tasks_pruned(*, count: int) -> None:

@@ -24,18 +24,19 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
-from asyncflow.errors import StoreUnavailable, TransportError
+from asyncflow.errors import InvalidSettings, StoreUnavailable, TransportError
 from asyncflow.settings import masked
 from asyncflow.store import admission, claims
 from asyncflow.store.claims import Claim
 from asyncflow.store.database import Database
 from asyncflow.telemetry import events
 from asyncflow.transport import Claimant
-from asyncflow.transport.amqp import Channel, Delivery, connect
+from asyncflow.transport.amqp import BrokerTimeout, Channel, ChannelClosed, Delivery, connect
+from asyncflow.transport.resting import RestingQueues
 from asyncflow.transport.topology import (
     broker_queue,
     declare_task_queue,
@@ -91,6 +92,9 @@ class RabbitTransport:
         self._stopped = False
         self._consuming: dict[str, str] = {}
         self._consuming_window = 0
+        self._queues: list[str] = []
+        self._resting = RestingQueues()
+        self._channel: Channel | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -197,7 +201,8 @@ class RabbitTransport:
         while not self._stopped:
             try:
                 await self._serve_one_connection()
-            except TransportError as error:
+            except (TransportError, InvalidSettings) as error:
+                # Settings were checked at the start; a certificate file may go later.
                 events.broker_unavailable(role="worker", reason=str(error))
             finally:
                 self._forget_deliveries()
@@ -209,12 +214,30 @@ class RabbitTransport:
         try:
             channel = await connection.channel()
             await declare_unreadable(channel)
-            for queue in self._claimant.queues:
-                await declare_task_queue(channel, queue)
+            self._queues = self._usable_queues()
+            for queue in self._queues:
+                with self._resting_if_unusable(queue):
+                    await declare_task_queue(channel, queue)
             events.broker_connected(role="worker", url=masked(self._broker_url))
+            self._channel = channel
             await self._consume(channel)
         finally:
+            self._channel = None
             await connection.close()
+
+    def _usable_queues(self) -> list[str]:
+        now = time.monotonic()
+        return [q for q in self._claimant.queues if not self._resting.rests(q, now=now)]
+
+    @contextlib.contextmanager
+    def _resting_if_unusable(self, queue: str) -> Iterator[None]:
+        try:
+            yield
+        except (BrokerTimeout, ChannelClosed) as error:
+            # The next connection does without it, so that the other queues are served.
+            self._resting.failed(queue, now=time.monotonic())
+            events.broker_queue_unusable(role="worker", queue=queue, reason=str(error))
+            raise
 
     async def _consume(self, channel: Channel) -> None:
         """
@@ -244,14 +267,16 @@ class RabbitTransport:
         former, self._consuming = self._consuming, {}
         if wanted:
             self._quiet.clear()
-            for queue in self._claimant.queues:
-                self._consuming[queue] = await channel.consume(
-                    broker_queue(queue),
-                    prefetch=wanted,
-                    on_deliveries=lambda deliveries: self._receive(channel, deliveries),
-                    # A deaf consumer on a healthy channel is the nastiest outage.
-                    on_cancelled=channel.abandon,
-                )
+            for queue in self._queues:
+                with self._resting_if_unusable(queue):
+                    self._consuming[queue] = await channel.consume(
+                        broker_queue(queue),
+                        prefetch=wanted,
+                        on_deliveries=lambda deliveries: self._receive(channel, deliveries),
+                        # A deaf consumer on a healthy channel is the nastiest outage.
+                        on_cancelled=channel.abandon,
+                    )
+                self._resting.worked(queue)
         for tag in former.values():
             await channel.cancel(tag)
         if not wanted:
@@ -304,6 +329,9 @@ class RabbitTransport:
                 and not self._paused
             ):
                 self._pause()
+            if self._channel is not None and self._resting.any_rested(now=now):
+                # Begin anew, with that queue; what is running goes on.
+                self._channel.abandon()
             for hints in self._claimed.values():
                 for hint in hints:
                     if now - hint.arrived > EARLY_ACK_SECONDS:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import random
 
-from asyncflow.errors import TransportError
+from asyncflow.errors import InvalidSettings, TransportError
 from asyncflow.transport.amqp import Connection, connect
 
 RECONNECT_SECONDS = (1.0, 3.0)
@@ -56,6 +56,6 @@ class BrokerWatch:
                 finally:
                     await self._connection.close()
                 self._why = str(reason)
-            except TransportError as error:
+            except (TransportError, InvalidSettings) as error:
                 self._why = str(error)
             await asyncio.sleep(random.uniform(*RECONNECT_SECONDS))

@@ -127,7 +127,11 @@ class Isolation:
             return await LoopAttempt(self, context, cancelled, handler, payload).outcome()
         if handler.isolation == "thread":
             attempt = ThreadAttempt(self, context, cancelled)
-            self._threads.run(lambda: attempt.call(handler, payload))
+            try:
+                self._threads.run(lambda: attempt.call(handler, payload))
+            except RuntimeError as error:
+                failure = Failure("Crashed", f"No thread could be started: {error}.")
+                attempt.end(Crashed(failure), stop_seen=True)
             return await attempt.outcome()
         return await self._run_in_child(handler, payload, context, cancelled)
 
@@ -402,14 +406,18 @@ class Threads:
     def run(self, job: Callable[[], None]) -> None:
         """
         Run `job`, which must not raise, with a copy of the caller's context variables.
+
+        Raises:
+            RuntimeError: No thread could be started; the job will not run.
         """
         context = contextvars.copy_context()
         with self._lock:
             start = self._idle == 0
             self._idle -= not start
-        self._jobs.put(lambda: context.run(job))
         if start:
+            # Before the job is in the queue, where a later thread would find it.
             threading.Thread(target=self._work, name="asyncflow-handler", daemon=True).start()
+        self._jobs.put(lambda: context.run(job))
 
     def close(self) -> None:
         """

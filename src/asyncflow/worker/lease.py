@@ -98,6 +98,7 @@ class LeaseKeeper:
         self._kept_at = time.monotonic()
         self._fenced = True  # Until the first beat there is no lease to trust.
         self._lost = False
+        self._is_locked = False
         self._unanswered = 0
         self._stopping = threading.Event()
         self._wake: Callable[[], object] = lambda: None
@@ -142,8 +143,7 @@ class LeaseKeeper:
         try:
             with translated_errors():
                 await workers.register(connection, self._registration)
-                if self._registration.holds_lock:
-                    await workers.hold_lock(connection, self._registration.id)
+                self._is_locked = not self._registration.holds_lock
                 if self._published is not None:
                     await workers.publish_handlers(connection, self._published)
                     self._published = None
@@ -162,6 +162,9 @@ class LeaseKeeper:
             self._tell(self._holder.on_lost)
             return
         self._kept_at = began
+        if not self._is_locked:
+            # A session of ours that PostgreSQL still thinks alive may hold it for a while.
+            self._is_locked = await workers.hold_lock(connection, self._registration.id)
         if self._fenced:
             self._fenced = False
             self._tell(self._holder.on_kept)

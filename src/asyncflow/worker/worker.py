@@ -297,17 +297,17 @@ class Worker:
             self._end()
 
     def _note_progress(self, claim: Claim, progress: Progress) -> None:
-        # From any thread; a dictionary's assignment is atomic and the latest word wins.
+        # From any thread: adding to a dictionary and taking from it are atomic each.
         self._progress[claim.task_id, claim.lease_id] = progress
 
     async def _flush_progress(self) -> None:
-        if not self._progress:
+        rows = []
+        while self._progress:
+            (task_id, lease_id), p = self._progress.popitem()
+            text = json.dumps({"fraction": p.fraction, "message": p.message})
+            rows.append((task_id, lease_id, text))
+        if not rows:
             return
-        latest, self._progress = self._progress, {}
-        rows = [
-            (task_id, lease_id, json.dumps({"fraction": p.fraction, "message": p.message}))
-            for (task_id, lease_id), p in latest.items()
-        ]
         # Progress is news, not truth: if it cannot be written now, the next report can.
         with contextlib.suppress(StoreUnavailable):
             await claims.record_progress(self._db, rows)

@@ -1,0 +1,38 @@
+"""
+How long a queue that cannot be used is left alone.
+"""
+
+from __future__ import annotations
+
+from asyncflow.transport.resting import REST_SECONDS_MAX, RestingQueues
+
+
+def test_a_queue_rests_longer_after_every_failure_up_to_a_minute() -> None:
+    """
+    A passing fault costs a second; a lasting one costs little for ever.
+    """
+    resting = RestingQueues()
+    rests = []
+    for _ in range(9):
+        resting.failed("video", now=0.0)
+        rests.append(next(s for s in range(100) if not resting.rests("video", now=float(s))))
+
+    assert [1, 2, 4, 8, 16, 32, 60, 60, 60] == rests
+    assert REST_SECONDS_MAX == rests[-1]
+
+
+def test_a_queue_that_works_again_begins_anew() -> None:
+    """
+    And the queues beside it never rested.
+    """
+    resting = RestingQueues()
+    resting.failed("video", now=0.0)
+    resting.failed("video", now=0.0)
+    assert not resting.rests("mail", now=0.0)
+    assert not resting.any_rested(now=1.0)
+    assert resting.any_rested(now=2.0)
+
+    resting.worked("video")
+
+    assert not resting.rests("video", now=0.0)
+    assert not resting.any_rested(now=9.0)
