@@ -29,10 +29,10 @@ def test_a_queue_that_works_again_begins_anew() -> None:
     resting.failed("video", now=0.0)
     resting.failed("video", now=0.0)
     assert not resting.rests("mail", now=0.0)
-    assert not resting.any_rested(now=1.0)
-    assert resting.any_rested(now=2.0)
+    assert resting.rests("video", now=1.0)
 
     resting.worked("video")
 
     assert not resting.rests("video", now=0.0)
-    assert not resting.any_rested(now=9.0)
+    resting.failed("video", now=5.0)
+    assert not resting.rests("video", now=6.0)

@@ -329,8 +329,8 @@ class RabbitTransport:
                 and not self._paused
             ):
                 self._pause()
-            if self._channel is not None and self._resting.any_rested(now=now):
-                # Begin anew, with that queue; what is running goes on.
+            if self._channel is not None and self._usable_queues() != self._queues:
+                # A queue has rested: begin anew, with it; what is running goes on.
                 self._channel.abandon()
             for hints in self._claimed.values():
                 for hint in hints:

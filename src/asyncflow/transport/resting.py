@@ -42,9 +42,3 @@ class RestingQueues:
         Whether to leave `queue` alone now.
         """
         return now < self._until.get(queue, 0.0)
-
-    def any_rested(self, *, now: float) -> bool:
-        """
-        Whether some queue that failed may be tried again.
-        """
-        return any(until <= now for until in self._until.values())
