@@ -6,6 +6,7 @@ shutdown nor an outage loses a task or lets an attempt without a lease write any
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 from asyncflow import Context, Reject, Retry
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import State
+from asyncflow.maintenance.reaper import Reaper
 from asyncflow.store import claims, tasks, workers
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
@@ -429,6 +431,30 @@ async def test_a_worker_declared_lost_ends_and_writes_nothing(db: Database) -> N
     assert gate.interrupted.is_set()
     task = await read(db, task_id)
     assert (State.RUNNING, ()) == (task.state, task.attempts[:-1])
+
+
+async def test_a_handler_that_freezes_its_process_past_the_fence_is_charged(db: Database) -> None:
+    """
+    It holds the interpreter's lock, so nothing beats. Given back unpunished, it would do the
+    same again for ever.
+    """
+
+    async def freeze() -> None:
+        ctypes.PyDLL(None).usleep(1_500_000)
+        await asyncio.sleep(600)
+
+    [task_id] = await submit(db)
+    async with a_running_worker(db, freeze, lease_seconds=1.0) as running:
+        with pytest.raises(WorkerLost):
+            await running.end()
+
+    reaper = Reaper(grace_seconds=0)
+
+    async def is_charged() -> bool:
+        await reaper.reap(db)
+        return (await read(db, task_id)).failures == 1
+
+    await until(is_charged)
 
 
 async def idle() -> None:

@@ -5,12 +5,15 @@ They run on a thread with an event loop and a connection of their own, so that n
 however badly it behaves, can delay them. Each beat also reads back what the database thinks
 this worker holds, which brings cancellations and shows claims whose answer got lost.
 
-Four things can happen to a lease, and each has one answer:
+Five things can happen to a lease, and each has one answer:
 
 - The beat fails for a while, whatever the reason. Nobody knows whether the leases still hold, so at
   `FENCE_SHARE` of their length the worker stops what it runs (it *fences* itself) before
   anyone else may start the same tasks.
 - The reaper declared this worker lost. It ends and comes back under a new id.
+- The whole process stood still past the fence: it was frozen, or a handler held the
+  interpreter's lock. It gives itself up for lost. The reaper charges its attempts as crashes;
+  were they given back unpunished, such a handler would do the same again for ever.
 - The event loop that runs the handlers stands still. Beats would keep its leases for ever;
   after `stall_seconds` the process kills itself instead, and its tasks run elsewhere.
 - The process dies. The advisory lock on this connection falls with it, and the reaper knows
@@ -96,6 +99,7 @@ class LeaseKeeper:
         self._worker_loop = loop
         self._stall_seconds = stall_seconds
         self._kept_at = time.monotonic()
+        self._fence_seconds = FENCE_SHARE * registration.lease_seconds
         self._fenced = True  # Until the first beat there is no lease to trust.
         self._lost = False
         self._is_locked = False
@@ -177,14 +181,22 @@ class LeaseKeeper:
             self._tell(self._holder.on_held, held)
 
     async def _watch(self) -> None:
+        ticked_at = time.monotonic()
         while True:
+            before, ticked_at = ticked_at, time.monotonic()
+            self._give_up_if_frozen(ticked_at - before)
             self._fence_if_overdue()
             self._check_stall()
             await asyncio.sleep(WATCH_SECONDS)
 
+    def _give_up_if_frozen(self, stood_still_seconds: float) -> None:
+        if stood_still_seconds > self._fence_seconds and not self._lost:
+            self._lost = True
+            self._tell(self._holder.on_lost)
+
     def _fence_if_overdue(self) -> None:
         overdue = time.monotonic() - self._kept_at
-        if not self._fenced and overdue > FENCE_SHARE * self._registration.lease_seconds:
+        if not self._fenced and overdue > self._fence_seconds:
             self._fenced = True
             self._tell(self._holder.on_fenced, f"no heartbeat for {overdue:.1f} s")
 
