@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -61,6 +62,11 @@ def run(process: Coroutine[Any, Any, None]) -> None:
     """
     Run a process to its end on uvloop.
     """
+    # What was imported is here to stay. Beyond it, many short-lived objects are alive at any
+    # time, and looking for cycles after every 700 new ones, Python's default, costs a worker
+    # that runs short tasks a fifth of its time and finds nothing.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     uvloop.run(process)
 
 

@@ -13,13 +13,12 @@ from uuid import uuid4
 import pytest
 
 from asyncflow.batching import Batcher
-from asyncflow.domain.outcome import Outcome
 from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
 from asyncflow.store.claims import Claim, Settling
 from asyncflow.worker import execute as execute_module
-from asyncflow.worker.execute import REFUSALS_MAX, Attempt, Tools, execute
-from asyncflow.worker.isolation import Isolation
+from asyncflow.worker.execute import REFUSALS_MAX, Attempt, Tools
+from asyncflow.worker.isolation import Isolation, Run
 from transport.tasks import NAME, QUEUE
 from worker.running import registry_of
 
@@ -32,16 +31,17 @@ class FarSide:
         answers: What settling comes to, one after the other; True when there are none left.
         settled: Every settlement that was tried.
         tried: Set when there is one.
-        hints: Those that were let go of.
-        ends: What `on_end` was told.
+        handler_ends: What `on_handler_end` was told.
+        ended: The attempts that `on_end` was told of.
     """
 
     def __init__(self, *answers: bool | Exception) -> None:
         self.answers = list(answers)
         self.settled: list[Settling] = []
         self.tried = asyncio.Event()
-        self.hints: list[Claim] = []
-        self.ends: list[float | None] = []
+        self.handler_ends: list[float | None] = []
+        self.ended: list[Attempt] = []
+        self.has_ended = asyncio.Event()
 
     async def settle(self, settlings: Sequence[Settling]) -> Sequence[bool]:
         """
@@ -54,27 +54,12 @@ class FarSide:
             raise answer
         return [answer]
 
-    async def take(self, slots: int, *, window: int) -> list[Claim]:
-        """
-        Nothing comes from here.
-        """
-        return []
-
-    def finished(self, claim: Claim) -> None:
+    def on_end(self, attempt: Attempt) -> None:
         """
         Note it.
         """
-        self.hints.append(claim)
-
-    async def stop(self) -> None:
-        """
-        Nothing to stop.
-        """
-
-    async def close(self) -> None:
-        """
-        Nothing to close.
-        """
+        self.ended.append(attempt)
+        self.has_ended.set()
 
     @property
     def events(self) -> list[Event]:
@@ -89,7 +74,7 @@ class NoMoreThreads(Isolation):
     A machine on its last legs.
     """
 
-    async def run(self, *arguments: Any, **more: Any) -> Outcome:
+    def start(self, *arguments: Any, **more: Any) -> Run:
         """
         As `Thread.start` fails.
         """
@@ -108,9 +93,11 @@ async def work() -> str:
     return "done"
 
 
-def an_attempt(name: str = NAME) -> Attempt:
+def an_attempt(
+    far_side: FarSide, name: str = NAME, *, isolation: Isolation | None = None
+) -> Attempt:
     """
-    A claim that is about to be worked off.
+    A claim that is about to be worked off, with one handler.
     """
     return Attempt(
         Claim(
@@ -125,35 +112,38 @@ def an_attempt(name: str = NAME) -> Attempt:
             timeout_seconds=60.0,
             payload="{}",
             claimed_at=datetime.now(UTC),
-        )
+        ),
+        Tools(
+            registry=registry_of(work),
+            isolation=isolation or Isolation(slots=1),
+            settler=Batcher(far_side.settle),
+            on_progress=lambda claim, progress: None,
+            on_handler_end=far_side.handler_ends.append,
+            on_end=far_side.on_end,
+        ),
     )
 
 
-def tools(far_side: FarSide, *, isolation: Isolation | None = None) -> Tools:
+async def execute(attempt: Attempt, far_side: FarSide) -> None:
     """
-    What `execute` needs, with one handler.
+    Work it off, and see that it ends once.
     """
-    return Tools(
-        registry=registry_of(work),
-        isolation=isolation or Isolation(slots=1),
-        transport=far_side,
-        settler=Batcher(far_side.settle),
-        on_progress=lambda claim, progress: None,
-        on_end=far_side.ends.append,
-    )
+    attempt.begin()
+    await asyncio.wait_for(far_side.has_ended.wait(), 10)
+    assert [attempt] == far_side.ended
 
 
-async def test_an_attempt_is_settled_once_and_then_its_hint_goes() -> None:
+async def test_an_attempt_is_settled_once_and_then_it_is_over() -> None:
     """
     The usual case.
     """
-    far_side, attempt = FarSide(), an_attempt()
+    far_side = FarSide()
+    attempt = an_attempt(far_side)
 
-    await execute(attempt, tools(far_side))
+    await execute(attempt, far_side)
 
     assert [Event.COMPLETE] == far_side.events
-    assert [attempt.claim] == far_side.hints
-    [ran_seconds] = far_side.ends
+    [ran_seconds] = far_side.handler_ends
     assert ran_seconds is not None
 
 
@@ -163,7 +153,7 @@ async def test_a_settle_is_tried_until_the_database_answers() -> None:
     """
     far_side = FarSide(*[StoreUnavailable("down")] * 20)
 
-    await execute(an_attempt(), tools(far_side))
+    await execute(an_attempt(far_side), far_side)
 
     assert [Event.COMPLETE] * 21 == far_side.events
 
@@ -174,7 +164,7 @@ async def test_a_mishap_does_not_throw_a_result_away() -> None:
     """
     far_side = FarSide(RuntimeError("a bug in the driver"))
 
-    await execute(an_attempt(), tools(far_side))
+    await execute(an_attempt(far_side), far_side)
 
     assert [Event.COMPLETE] * 2 == far_side.events
 
@@ -185,7 +175,7 @@ async def test_an_outcome_that_is_refused_for_good_becomes_a_failure() -> None:
     """
     far_side = FarSide(*[ValueError("not storable")] * REFUSALS_MAX)
 
-    await execute(an_attempt(), tools(far_side))
+    await execute(an_attempt(far_side), far_side)
 
     assert [Event.COMPLETE] * REFUSALS_MAX + [Event.FAIL] == far_side.events
     failure = far_side.settled[-1].settlement.failure
@@ -197,26 +187,26 @@ async def test_an_attempt_ends_even_if_nothing_of_it_can_be_stored() -> None:
     """
     It is given up, and its lease is found without an attempt at the next heartbeats.
     """
-    far_side, attempt = FarSide(*[ValueError("no")] * 100), an_attempt()
+    far_side = FarSide(*[ValueError("no")] * 100)
+    attempt = an_attempt(far_side)
 
-    await execute(attempt, tools(far_side))
+    await execute(attempt, far_side)
 
     assert attempt.void is not None
-    assert [attempt.claim] == far_side.hints
 
 
 async def test_a_void_attempt_stops_trying_to_settle() -> None:
     """
     Its worker was fenced while PostgreSQL was away.
     """
-    far_side, attempt = FarSide(*[StoreUnavailable("down")] * 1_000_000), an_attempt()
-    executing = asyncio.create_task(execute(attempt, tools(far_side)))
+    far_side = FarSide(*[StoreUnavailable("down")] * 1_000_000)
+    attempt = an_attempt(far_side)
+    executing = asyncio.create_task(execute(attempt, far_side))
     await far_side.tried.wait()
 
     attempt.make_void("fenced")
 
     await executing
-    assert [attempt.claim] == far_side.hints
 
 
 async def test_an_attempt_that_cannot_be_run_is_punished() -> None:
@@ -226,10 +216,10 @@ async def test_an_attempt_that_cannot_be_run_is_punished() -> None:
     far_side = FarSide()
     isolation = NoMoreThreads(slots=1)
 
-    await execute(an_attempt(), tools(far_side, isolation=isolation))
+    await execute(an_attempt(far_side, isolation=isolation), far_side)
 
     assert [Event.RETRY] == far_side.events
-    assert [None] == far_side.ends
+    assert [None] == far_side.handler_ends
 
 
 async def test_a_name_nobody_knows_is_a_failure() -> None:
@@ -238,7 +228,7 @@ async def test_a_name_nobody_knows_is_a_failure() -> None:
     """
     far_side = FarSide()
 
-    await execute(an_attempt("unknown"), tools(far_side))
+    await execute(an_attempt(far_side, "unknown"), far_side)
 
     failure = far_side.settled[0].settlement.failure
     assert failure is not None
@@ -249,23 +239,24 @@ async def test_an_attempt_given_back_before_it_began_is_released() -> None:
     """
     Its handler is not entered.
     """
-    far_side, attempt = FarSide(), an_attempt()
+    far_side = FarSide()
+    attempt = an_attempt(far_side)
     attempt.give_back()
 
-    await execute(attempt, tools(far_side))
+    await execute(attempt, far_side)
 
     assert [Event.RELEASE] == far_side.events
-    assert [None] == far_side.ends
+    assert [None] == far_side.handler_ends
 
 
 async def test_an_attempt_void_before_it_began_writes_nothing() -> None:
     """
     Its handler is not entered either.
     """
-    far_side, attempt = FarSide(), an_attempt()
+    far_side = FarSide()
+    attempt = an_attempt(far_side)
     attempt.make_void("fenced")
 
-    await execute(attempt, tools(far_side))
+    await execute(attempt, far_side)
 
     assert [] == far_side.events
-    assert [attempt.claim] == far_side.hints

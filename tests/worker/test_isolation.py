@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
+from functools import partial
 
 import psutil
 import pytest
@@ -22,7 +23,7 @@ import pytest_asyncio
 
 from asyncflow.domain.outcome import Cancelled, Completed, Crashed, Failed, Failure, Outcome
 from asyncflow.handlers import DEFAULT_REGISTRY, Context, Handler, Progress, Registry, handler
-from asyncflow.worker.isolation import Attempt, Cancellation, Isolation
+from asyncflow.worker.isolation import Isolation, Run
 from worker import odd_handlers
 
 ISOLATIONS = ["loop", "thread", "process", "process-async"]
@@ -101,27 +102,43 @@ class Begun:
         return self.reports[0].message or ""
 
 
+def begin(
+    isolation: Isolation, handler: Handler, context: Context, payload: str = "{}"
+) -> tuple[Run, asyncio.Future[Outcome | None]]:
+    """
+    Start a run; the future is what it ends with.
+    """
+    ended: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
+    return isolation.start(handler, payload, context, ended.set_result), ended
+
+
 async def start(
     isolation: Isolation, handler: Handler
-) -> tuple[asyncio.Task[Outcome], Cancellation, str]:
+) -> tuple[Run, asyncio.Future[Outcome | None], str]:
     """
     Run a handler that reports when it has begun, and wait until it has.
     """
-    begun, cancellation = Begun(), Cancellation()
-    context = a_context(on_progress=begun)
-    running = asyncio.create_task(isolation.run(handler, "{}", context, cancelled=cancellation))
-    return running, cancellation, await begun.message()
+    begun = Begun()
+    run, ended = begin(isolation, handler, a_context(on_progress=begun))
+    return run, ended, await begun.message()
 
 
 async def run(
-    isolation: Isolation, handler: Handler, payload: str = "{}", *, timeout_seconds: float = 60.0
+    isolation: Isolation,
+    handler: Handler,
+    payload: str = "{}",
+    *,
+    timeout_seconds: float = 60.0,
+    context: Context | None = None,
 ) -> Outcome:
     """
     Run a handler to its end.
     """
-    context = a_context(timeout_seconds=timeout_seconds)
-    running = isolation.run(handler, payload, context, cancelled=Cancellation())
-    return await asyncio.wait_for(running, 30)
+    context = context or a_context(timeout_seconds=timeout_seconds)
+    _, ended = begin(isolation, handler, context, payload)
+    outcome = await asyncio.wait_for(ended, 30)
+    assert outcome is not None
+    return outcome
 
 
 async def failure_in(isolation: Isolation, handler: Handler, payload: str = "{}") -> Failed:
@@ -248,11 +265,11 @@ async def test_a_handler_that_listens_is_cancelled_within_the_grace_period(
     """
     A cancellation reaches the handler in every isolation.
     """
-    running, cancellation, _ = await start(patient, the(name))
+    running, ended, _ = await start(patient, the(name))
 
-    cancellation.set()
+    running.cancel()
 
-    assert isinstance(await asyncio.wait_for(running, 10), Cancelled)
+    assert isinstance(await asyncio.wait_for(ended, 10), Cancelled)
 
 
 @pytest.mark.parametrize("name", ["nothing.loop", "poll.thread", "poll.process", "wait.loop"])
@@ -262,12 +279,11 @@ async def test_an_attempt_cancelled_before_it_starts_still_ends(
     """
     A cancellation that is older than the attempt counts.
     """
-    cancellation = Cancellation()
-    cancellation.set()
+    running, ended = begin(patient, the(name), a_context())
 
-    running = patient.run(the(name), "{}", a_context(), cancelled=cancellation)
+    running.cancel()
 
-    assert isinstance(await asyncio.wait_for(running, 10), Cancelled)
+    assert isinstance(await asyncio.wait_for(ended, 10), Cancelled)
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
@@ -277,11 +293,11 @@ async def test_what_a_stopped_handler_returns_does_not_count(
     """
     It knew that it should stop, so its result may be half the work.
     """
-    running, cancellation, _ = await start(patient, the(f"shrug.{where}"))
+    running, ended, _ = await start(patient, the(f"shrug.{where}"))
 
-    cancellation.set()
+    running.cancel()
 
-    assert isinstance(await asyncio.wait_for(running, 10), Cancelled)
+    assert isinstance(await asyncio.wait_for(ended, 10), Cancelled)
 
 
 @pytest.mark.parametrize("where", ["thread", "process"])
@@ -291,11 +307,11 @@ async def test_what_an_unaware_handler_returns_in_the_grace_period_counts(
     """
     It never looked at `cancelled`, so its work is whole.
     """
-    running, cancellation, _ = await start(patient, the(f"late.{where}"))
+    running, ended, _ = await start(patient, the(f"late.{where}"))
 
-    cancellation.set()
+    running.cancel()
 
-    assert Completed('"whole"') == await asyncio.wait_for(running, 10)
+    assert Completed('"whole"') == await asyncio.wait_for(ended, 10)
 
 
 @pytest.mark.parametrize("where", ["loop", "thread"])
@@ -323,11 +339,11 @@ async def test_a_child_that_does_not_stop_is_killed(isolation: Isolation, name: 
     """
     Neither a stubborn handler nor one that holds the interpreter's lock survives the grace.
     """
-    running, cancellation, _ = await start(isolation, the(name))
+    running, ended, _ = await start(isolation, the(name))
 
-    cancellation.set()
+    running.cancel()
 
-    outcome = await asyncio.wait_for(running, 10)
+    outcome = await asyncio.wait_for(ended, 10)
     assert isinstance(outcome, Cancelled)
     assert "was killed" in outcome.failure.message
 
@@ -380,11 +396,11 @@ async def test_a_killed_child_is_noticed_at_once(isolation: Isolation) -> None:
     """
     Between the kill and the outcome lie milliseconds.
     """
-    running, _, message = await start(isolation, the("family.process"))
+    _, ended, message = await start(isolation, the("family.process"))
 
     killed_at = time.monotonic()
     os.kill(int(message.split()[0]), signal.SIGKILL)
-    await running
+    await ended
 
     assert time.monotonic() - killed_at < 0.5
 
@@ -393,10 +409,10 @@ async def test_what_a_handler_started_dies_with_it(isolation: Isolation) -> None
     """
     A cancelled handler's programs do not live on.
     """
-    running, cancellation, message = await start(isolation, the("family.process"))
+    running, ended, message = await start(isolation, the("family.process"))
 
-    cancellation.set()
-    await running
+    running.cancel()
+    await ended
 
     await _until_gone(*map(int, message.split()))
 
@@ -406,18 +422,18 @@ import asyncio, sys
 sys.path[:] = {path!r}
 from worker.test_isolation import a_context
 from asyncflow.handlers import load_handlers
-from asyncflow.worker.isolation import Cancellation, Isolation
+from asyncflow.worker.isolation import Isolation
 
 async def main():
     begun = asyncio.Event()
     loop = asyncio.get_running_loop()
     handler = load_handlers(["worker.odd_handlers"]).get({name!r})
     context = a_context(on_progress=lambda _: loop.call_soon_threadsafe(begun.set))
-    attempt = Isolation(slots=1).run(handler, "{{}}", context, cancelled=Cancellation())
-    running = asyncio.create_task(attempt)
+    ended = loop.create_future()
+    Isolation(slots=1).start(handler, "{{}}", context, ended.set_result)
     await begun.wait()
     print("begun", flush=True)
-    await asyncio.wait([running], timeout={patience})
+    await asyncio.wait([ended], timeout={patience})
 
 asyncio.run(main())
 """
@@ -452,16 +468,16 @@ async def test_children_leave_signals_to_their_worker(
     """
     A service manager signals every process; whether handlers may finish is the worker's word.
     """
-    running, cancellation, _ = await start(patient, the("poll.process"))
+    running, ended, _ = await start(patient, the("poll.process"))
     for process in psutil.Process().children(recursive=True):
         # Servers of other tests may have left a zombie among them.
         with contextlib.suppress(psutil.NoSuchProcess):
             if "asyncflow.worker.child" in process.cmdline():
                 process.send_signal(number)
 
-    cancellation.set()
+    running.cancel()
 
-    assert isinstance(await asyncio.wait_for(running, 10), Cancelled)
+    assert isinstance(await asyncio.wait_for(ended, 10), Cancelled)
 
 
 async def test_what_a_handler_forks_can_be_terminated(isolation: Isolation) -> None:
@@ -511,12 +527,12 @@ async def test_closing_ends_every_child() -> None:
     """
     isolation = Isolation(slots=2)
     idle = await _pid(isolation)
-    running, _, message = await start(isolation, the("family.process"))
+    _, ended, message = await start(isolation, the("family.process"))
 
     await isolation.close()
 
     await _until_gone(idle, *map(int, message.split()))
-    assert isinstance(await running, Crashed)
+    assert isinstance(await ended, Crashed)
 
 
 @pytest.mark.parametrize("name", ["grow.process", "grow-a-program.process"])
@@ -539,7 +555,7 @@ async def test_progress_comes_through_from_a_child_without_flooding(isolation: I
     begun = Begun()
     context = a_context(on_progress=begun)
 
-    await isolation.run(the("chat.process"), '{"times": 100000}', context, cancelled=Cancellation())
+    await run(isolation, the("chat.process"), '{"times": 100000}', context=context)
 
     assert (1.0, "last") == (begun.reports[-1].fraction, begun.reports[-1].message)
     assert len(begun.reports) < 1_000
@@ -551,7 +567,7 @@ async def test_a_child_sees_the_same_context(isolation: Isolation) -> None:
     """
     context = a_context(timeout_seconds=60)
 
-    outcome = await isolation.run(the("describe.process"), "{}", context, cancelled=Cancellation())
+    outcome = await run(isolation, the("describe.process"), context=context)
 
     assert isinstance(outcome, Completed)
     seen = json.loads(outcome.result)
@@ -642,20 +658,79 @@ async def test_context_variables_go_in_but_do_not_come_out(
 
 
 @pytest.mark.parametrize("where", ["loop", "thread", "process"])
-async def test_a_cancelled_worker_task_takes_its_handler_along(
-    isolation: Isolation, where: str
-) -> None:
+async def test_an_interrupted_run_takes_its_handler_along(patient: Isolation, where: str) -> None:
     """
-    `run` passes the cancellation on to its caller and leaves no handler behind.
+    Nobody wants its outcome; it gets no grace and leaves no handler behind.
     """
     names = {"loop": "wait.loop", "thread": "poll.thread", "process": "ignore.process"}
-    running, _, _ = await start(isolation, the(names[where]))
+    running, ended, _ = await start(patient, the(names[where]))
 
-    running.cancel()
+    running.interrupt()
 
-    with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(running, 10)
-    assert 0 == isolation.stuck
+    assert await asyncio.wait_for(ended, 10) is None
+    assert 0 == patient.stuck
+
+
+async def test_an_interrupted_run_that_does_not_stop_is_given_up(patient: Isolation) -> None:
+    """
+    It ends all the same, and counts as stuck until it really does.
+    """
+    odd_handlers.UNSTUCK.clear()
+    running, ended = begin(patient, the("ignore.loop"), a_context())
+    await asyncio.sleep(0)
+
+    running.interrupt()
+
+    assert await asyncio.wait_for(ended, 10) is None
+    assert 1 == patient.stuck
+    odd_handlers.UNSTUCK.set()
+    await _until(lambda: patient.stuck == 0)
+
+
+async def test_what_an_unaware_handler_returns_when_interrupted_counts(patient: Isolation) -> None:
+    """
+    It never looked at `cancelled`, so its work is whole and need not run again.
+    """
+    running, ended, _ = await start(patient, the("late.thread"))
+
+    running.interrupt()
+
+    assert Completed('"whole"') == await asyncio.wait_for(ended, 10)
+
+
+@pytest.mark.parametrize("name", ["number.process", "number.process-async"])
+async def test_a_run_interrupted_before_its_child_is_there_ends(
+    patient: Isolation, name: str
+) -> None:
+    """
+    At once, and the child is kept for the next one.
+    """
+    running, ended = begin(patient, the(name), a_context())
+
+    running.interrupt()
+
+    assert await asyncio.wait_for(ended, 10) is None
+    assert Completed("1.5") == await run(patient, the(name))
+
+
+async def test_deadlines_ring_in_their_order(patient: Isolation) -> None:
+    """
+    One timer serves them all: a later one does not hide an earlier one.
+    """
+    order: list[float] = []
+    last, last_ended = begin(patient, the("wait.loop"), a_context(timeout_seconds=30.0))
+    endings = []
+    for seconds in (0.3, 0.1, 0.2):
+        _, ended = begin(patient, the("wait.loop"), a_context(timeout_seconds=seconds))
+        ended.add_done_callback(partial(_note, order, seconds))
+        endings.append(ended)
+
+    await asyncio.wait_for(asyncio.gather(*endings), 10)
+
+    assert [0.1, 0.2, 0.3] == order
+    assert not last_ended.done()
+    last.interrupt()
+    await asyncio.wait_for(last_ended, 10)
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
@@ -668,7 +743,7 @@ async def test_an_attempt_leaves_nothing_behind(isolation: Isolation, where: str
 
     await asyncio.sleep(0)
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, Attempt)]
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, Run)]
 
 
 async def test_stuck_threads_do_not_keep_a_process_alive() -> None:
@@ -684,6 +759,10 @@ async def test_stuck_threads_do_not_keep_a_process_alive() -> None:
 def _wait_until_begun(worker: subprocess.Popen[str]) -> None:
     assert worker.stdout is not None
     assert "begun\n" == worker.stdout.readline()
+
+
+def _note(order: list[float], seconds: float, _: object) -> None:
+    order.append(seconds)
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -9,6 +9,7 @@ random number is an argument.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import Event
@@ -86,8 +87,7 @@ class Released:
 Outcome = Completed | Failed | Crashed | Cancelled | Released
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """
     The transition an attempt ends with.
 

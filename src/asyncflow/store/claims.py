@@ -16,14 +16,13 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from asyncflow.domain.outcome import Failure, Settlement
 from asyncflow.domain.states import Event
-from asyncflow.store.database import Executor, Record
+from asyncflow.store.database import Executor
 
 
 class Offer(NamedTuple):
@@ -36,8 +35,7 @@ class Offer(NamedTuple):
     timeout_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """
     One task, leased to one worker for one attempt.
 
@@ -78,7 +76,8 @@ _TAKE_CHOSEN = """
      WHERE t.id = ANY (ARRAY (SELECT id FROM chosen))
        AND t.state IN ('pending', 'queued')
        AND offer.name = t.name
-    RETURNING t.id, t.tenant_id, t.name, t.queue, t.attempt, t.failures,
+    -- in the order of `Claim`
+    RETURNING t.id, t.lease_id, t.tenant_id, t.name, t.queue, t.attempt, t.failures,
               t.max_attempts, t.timeout_seconds, t.payload, t.started_at
 """
 
@@ -128,7 +127,7 @@ async def claim_due(
             no queue waits for another's backlog.
     """
     rows = await db.fetch(CLAIM_DUE, lease_id, worker_id, *_columns(offers), list(queues), limit)
-    return [_claim(row, lease_id) for row in rows]
+    return [Claim._make(row) for row in rows]
 
 
 CLAIM_HINTED = f"""
@@ -168,7 +167,7 @@ async def claim_hinted(
         lease_id: Fresh for this call.
     """
     rows = await db.fetch(CLAIM_HINTED, lease_id, worker_id, *_columns(offers), list(task_ids))
-    return [_claim(row, lease_id) for row in rows]
+    return [Claim._make(row) for row in rows]
 
 
 # What parallel arrays say about a task: $1 are ids, each of them once. A join with `unnest`
@@ -347,22 +346,6 @@ def _columns(offers: Sequence[Offer]) -> tuple[list[str], list[int], list[float]
         [o.name for o in offers],
         [o.max_attempts for o in offers],
         [o.timeout_seconds for o in offers],
-    )
-
-
-def _claim(row: Record, lease_id: UUID) -> Claim:
-    return Claim(
-        row["id"],
-        lease_id,
-        row["tenant_id"],
-        row["name"],
-        row["queue"],
-        row["attempt"],
-        row["failures"],
-        row["max_attempts"],
-        row["timeout_seconds"],
-        row["payload"],
-        row["started_at"],
     )
 
 

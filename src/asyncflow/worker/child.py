@@ -38,6 +38,7 @@ from asyncflow.handlers.calls import call_async, call_blocking, failed
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.loading import load_module
 from asyncflow.handlers.registry import DEFAULT_REGISTRY, Handler
+from asyncflow.telemetry.logs import configure_logs
 from asyncflow.worker.child_protocol import Message, Reader, read_context, write, write_outcome
 
 LEAVE_SECONDS = 0.5
@@ -235,8 +236,6 @@ class Attempt:
 def _prepare(request: Message) -> None:
     sys.path[:] = request["path"]
     if request["logs"] is not None:
-        from asyncflow.telemetry.logs import configure_logs  # 90 ms that not every worker wants
-
         configure_logs(**request["logs"], process="child")
 
 

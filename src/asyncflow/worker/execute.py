@@ -5,6 +5,9 @@ The settle is the point of the exercise. It is tried until PostgreSQL answers, f
 as the lease can be trusted; the hint is let go only after it. An attempt may also end early
 in two ways: it is *given back* (the worker is stopping), which settles as a release, or it
 is *void* (the lease is lost), which writes nothing because nothing may be written.
+
+An attempt moves on by callbacks. The only asyncio task it needs is its handler's; one more
+for waiting would cost as much as a short handler.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from asyncflow.batching import Batcher
 from asyncflow.domain.outcome import (
@@ -33,41 +36,111 @@ from asyncflow.store import claims
 from asyncflow.store.claims import Claim, Settling
 from asyncflow.store.database import Database
 from asyncflow.telemetry import events
-from asyncflow.transport import Transport
-from asyncflow.worker.isolation import Cancellation, Isolation
+from asyncflow.worker.isolation import Isolation, Run
 
 SETTLE_RETRY_SECONDS = (0.1, 0.6)
+SETTLE_SIZE_MAX = 200
 SETTLE_BYTES_MAX = 4 * 1024 * 1024
 REFUSALS_MAX = 3
 REASON_LENGTH_MAX = 1_000
 
 
-@dataclass(slots=True, eq=False)
-class Attempt:
+@dataclass(frozen=True, slots=True)
+class Tools:
     """
-    A claim that this worker is working on.
+    What an attempt needs.
 
     Attributes:
-        cancellation: Set when somebody asked to cancel the task.
-        void: Why the lease is lost; None while it holds.
-        given_back: The worker is stopping and does not wait for it.
-        task: The asyncio task that executes it; None while it waits for a slot.
-        in_handler: Its handler runs, so ending it early means interrupting that.
+        settler: Writes settlements in natural batches; True means written.
+        on_progress: Takes what handlers report, from any thread.
+        on_handler_end: Called once per attempt before it is settled, with the seconds its
+            handler ran; None if it did not run to its end.
+        on_end: Called once per attempt, when it is settled or its lease is lost.
     """
 
-    claim: Claim
-    cancellation: Cancellation = field(default_factory=Cancellation)
-    taken_at: float = field(default_factory=time.monotonic)
-    void: str | None = None
-    given_back: bool = False
-    task: asyncio.Task[None] | None = None
-    in_handler: bool = False
+    registry: Registry
+    isolation: Isolation
+    settler: Batcher[Settling, bool]
+    on_progress: Callable[[Claim, Progress], None]
+    on_handler_end: Callable[[float | None], None]
+    on_end: Callable[[Attempt], None]
+
+
+class Attempt:
+    """
+    A claim that this worker is working on. Belongs to the loop's thread.
+
+    Attributes:
+        taken_at: When it was claimed, by `time.monotonic`.
+        void: Why the lease is lost; None while it holds.
+    """
+
+    __slots__ = (
+        "_began_at",
+        "_given_back",
+        "_is_cancelled",
+        "_refusals",
+        "_run",
+        "_run_seconds",
+        "_tools",
+        "claim",
+        "taken_at",
+        "void",
+    )
+
+    def __init__(self, claim: Claim, tools: Tools) -> None:
+        self.claim = claim
+        self.taken_at = self._began_at = time.monotonic()
+        self.void: str | None = None
+        self._tools = tools
+        self._run: Run | None = None
+        self._run_seconds = 0.0
+        self._is_cancelled = False
+        self._given_back = False
+        self._refusals = 0
+
+    def begin(self) -> None:
+        """
+        Work it off. Whatever happens is an outcome, or the lease is lost.
+        """
+        self._began_at = time.monotonic()
+        # What never runs ends in a later turn of the loop, as what runs does: an end makes
+        # room for the next attempt, and many in a row would otherwise begin within each other.
+        if self._given_back or self.void is not None:
+            _later(self._end_without_run, Released())
+            return
+        handler = self._tools.registry.get(self.claim.name)
+        if handler is None:
+            # Claims are made for the names of this registry, so this is our own mistake.
+            fact = f"This worker offers no {self.claim.name!r}."
+            _later(self._end_without_run, Failed(Failure("UnknownHandler", fact)))
+            return
+        try:
+            self._run = self._tools.isolation.start(
+                handler, self.claim.payload, self._context(), self._on_run_end
+            )
+        except Exception as error:
+            # Ours, or the machine's. Punished all the same, or a task that always ends like
+            # this would run for ever.
+            fact = f"The attempt could not be run: {error!r}"
+            _later(self._end_without_run, Crashed(Failure("Crashed", fact)))
+            return
+        if self._is_cancelled:
+            self._run.cancel()
+
+    def cancel(self) -> None:
+        """
+        Stop it because somebody cancelled the task; too late, it does nothing.
+        """
+        self._is_cancelled = True
+        if self._run is not None:
+            self._run.cancel()
 
     def give_back(self) -> None:
         """
         End it now, unpunished.
         """
-        self.given_back = True
+        self._given_back = True
         self._interrupt()
 
     def make_void(self, reason: str) -> None:
@@ -79,28 +152,102 @@ class Attempt:
 
     def _interrupt(self) -> None:
         # Never in the middle of a settle, whose outcome would be unknown then.
-        if self.in_handler and self.task is not None:
-            self.task.cancel()
+        if self._run is not None:
+            self._run.interrupt()
 
+    def _context(self) -> Context:
+        claim, tools = self.claim, self._tools
+        return Context(
+            task_id=claim.task_id,
+            name=claim.name,
+            queue=claim.queue,
+            attempt=claim.attempt,
+            max_attempts=claim.max_attempts,
+            lease_id=claim.lease_id,
+            tenant_id=claim.tenant_id,
+            timeout_seconds=claim.timeout_seconds,
+            on_progress=lambda progress: tools.on_progress(claim, progress),
+        )
 
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """
-    What executing an attempt needs.
+    # From the handler's end to the settle
 
-    Attributes:
-        settler: Writes settlements in natural batches; True means written.
-        on_progress: Takes what handlers report, from any thread.
-        on_end: Called once per attempt before it is settled, with the seconds its handler
-            ran; None if it did not run to its end.
-    """
+    def _on_run_end(self, outcome: Outcome | None) -> None:
+        self._run = None
+        self._run_seconds = time.monotonic() - self._began_at
+        self._tools.on_handler_end(None if outcome is None else self._run_seconds)
+        self._decide(Released() if outcome is None else outcome)
 
-    registry: Registry
-    isolation: Isolation
-    transport: Transport
-    settler: Batcher[Settling, bool]
-    on_progress: Callable[[Claim, Progress], None]
-    on_end: Callable[[float | None], None]
+    def _end_without_run(self, outcome: Outcome) -> None:
+        self._tools.on_handler_end(None)
+        self._decide(outcome)
+
+    def _decide(self, outcome: Outcome) -> None:
+        claim = self.claim
+        handler = self._tools.registry.get(claim.name)
+        self._settle(
+            decide(
+                outcome,
+                failures=claim.failures,
+                max_attempts=claim.max_attempts,
+                backoff=handler.policy.backoff if handler else Backoff(),
+                random=random.random(),
+            )
+        )
+
+    def _settle(self, settlement: Settlement) -> None:
+        if self.void is not None:
+            return self._conclude(settlement, written=False)
+        claim = self.claim
+        settled = self._tools.settler.submit(Settling(claim.task_id, claim.lease_id, settlement))
+        settled.add_done_callback(lambda settled: self._on_settled(settlement, settled))
+
+    def _on_settled(self, settlement: Settlement, settled: asyncio.Future[bool]) -> None:
+        if settled.cancelled():
+            return  # The process ends; the reaper finds the lease.
+        error = settled.exception()
+        if error is None:
+            return self._conclude(settlement, written=settled.result())
+        reason = repr(error)[:REASON_LENGTH_MAX]
+        if isinstance(error, StoreUnavailable):
+            reason = str(error)
+        else:
+            # A result is too precious to be thrown away for a mishap on the way.
+            self._refusals += 1
+        if self._refusals < REFUSALS_MAX:
+            events.settle_delayed(task_id=self.claim.task_id, reason=reason)
+            seconds = random.uniform(*SETTLE_RETRY_SECONDS)
+            asyncio.get_running_loop().call_later(seconds, self._settle, settlement)
+        elif settlement.event is Event.FAIL:
+            self.void = f"its outcome cannot be stored: {reason}"
+            self._conclude(settlement, written=False)
+        else:
+            # PostgreSQL will not take this result, now or ever; the task must still end.
+            failure = Failure("Unstorable", f"The outcome cannot be stored: {reason}")
+            self._settle(Settlement(Event.FAIL, failure=failure))
+
+    def _conclude(self, settlement: Settlement, *, written: bool) -> None:
+        claim = self.claim
+        if written:
+            failure = settlement.failure
+            events.attempt_settled(
+                task_id=claim.task_id,
+                name=claim.name,
+                queue=claim.queue,
+                tenant_id=claim.tenant_id,
+                attempt=claim.attempt,
+                outcome=settlement.event,
+                run_seconds=self._run_seconds,
+                failure=failure.kind if failure else None,
+                retry_seconds=settlement.delay_seconds if settlement.delay_seconds else None,
+            )
+        else:
+            events.attempt_void(
+                task_id=claim.task_id,
+                name=claim.name,
+                attempt=claim.attempt,
+                reason=self.void or "its lease was taken away",
+            )
+        self._tools.on_end(self)
 
 
 def make_settler(db: Database) -> Batcher[Settling, bool]:
@@ -111,7 +258,7 @@ def make_settler(db: Database) -> Batcher[Settling, bool]:
     async def flush(settlings: Sequence[Settling]) -> Sequence[bool]:
         return await claims.settle(db, settlings)
 
-    return Batcher(flush, size_max=500, weigh=_weight, weight_max=SETTLE_BYTES_MAX)
+    return Batcher(flush, size_max=SETTLE_SIZE_MAX, weigh=_weight, weight_max=SETTLE_BYTES_MAX)
 
 
 def _weight(settling: Settling) -> int:
@@ -119,110 +266,5 @@ def _weight(settling: Settling) -> int:
     return 0 if result is None else len(result)
 
 
-async def execute(attempt: Attempt, tools: Tools) -> None:
-    """
-    Work one attempt off. Never raises: whatever happens is an outcome, or the lease is lost.
-    """
-    started = time.monotonic()
-    ran_seconds: float | None = None
-    outcome: Outcome = Released()
-    if not attempt.given_back and attempt.void is None:
-        attempt.in_handler = True
-        try:
-            outcome = await _run_handler(attempt, tools)
-            ran_seconds = time.monotonic() - started
-        except asyncio.CancelledError:
-            pass  # By `give_back` or `make_void`: the settle below knows what to do.
-        except Exception as error:
-            # Ours, or the machine's, such as no more threads. Punished all the same, or a task
-            # that always ends like this would run for ever.
-            outcome = Crashed(Failure("Crashed", f"The attempt could not be run: {error!r}"))
-        finally:
-            attempt.in_handler = False
-    tools.on_end(ran_seconds)
-    run_seconds = time.monotonic() - started
-    await _settle(attempt, outcome, run_seconds, tools)
-    tools.transport.finished(attempt.claim)
-
-
-async def _run_handler(attempt: Attempt, tools: Tools) -> Outcome:
-    claim = attempt.claim
-    handler = tools.registry.get(claim.name)
-    if handler is None:
-        # Claims are made for the names of this registry, so this is our own mistake.
-        return Failed(Failure("UnknownHandler", f"This worker offers no {claim.name!r}."))
-    context = Context(
-        task_id=claim.task_id,
-        name=claim.name,
-        queue=claim.queue,
-        attempt=claim.attempt,
-        max_attempts=claim.max_attempts,
-        lease_id=claim.lease_id,
-        tenant_id=claim.tenant_id,
-        timeout_seconds=claim.timeout_seconds,
-        on_progress=lambda progress: tools.on_progress(claim, progress),
-    )
-    return await tools.isolation.run(
-        handler, claim.payload, context, cancelled=attempt.cancellation
-    )
-
-
-async def _settle(attempt: Attempt, outcome: Outcome, run_seconds: float, tools: Tools) -> None:
-    claim = attempt.claim
-    settlement = decide(
-        outcome,
-        failures=claim.failures,
-        max_attempts=claim.max_attempts,
-        backoff=_backoff(claim, tools.registry),
-        random=random.random(),
-    )
-    written = await _settle_while_leased(attempt, settlement, tools)
-    if not written:
-        reason = attempt.void or "its lease was taken away"
-        events.attempt_void(
-            task_id=claim.task_id, name=claim.name, attempt=claim.attempt, reason=reason
-        )
-        return
-    failure = settlement.failure
-    events.attempt_settled(
-        task_id=claim.task_id,
-        name=claim.name,
-        queue=claim.queue,
-        tenant_id=claim.tenant_id,
-        attempt=claim.attempt,
-        outcome=settlement.event,
-        run_seconds=run_seconds,
-        failure=failure.kind if failure else None,
-        retry_seconds=settlement.delay_seconds if settlement.delay_seconds else None,
-    )
-
-
-async def _settle_while_leased(attempt: Attempt, settlement: Settlement, tools: Tools) -> bool:
-    claim = attempt.claim
-    refusals = 0
-    while attempt.void is None:
-        settling = Settling(claim.task_id, claim.lease_id, settlement)
-        try:
-            return await tools.settler.submit(settling)
-        except StoreUnavailable as error:
-            events.settle_delayed(task_id=claim.task_id, reason=str(error))
-            await asyncio.sleep(random.uniform(*SETTLE_RETRY_SECONDS))
-        except Exception as error:
-            why = repr(error)[:REASON_LENGTH_MAX]
-            refusals += 1
-            if refusals < REFUSALS_MAX:
-                # A result is too precious to be thrown away for a mishap on the way.
-                events.settle_delayed(task_id=claim.task_id, reason=why)
-                await asyncio.sleep(random.uniform(*SETTLE_RETRY_SECONDS))
-            elif settlement.event is Event.FAIL:
-                attempt.void = f"its outcome cannot be stored: {why}"
-            else:
-                # PostgreSQL will not take this result, now or ever; the task must still end.
-                failure = Failure("Unstorable", f"The outcome cannot be stored: {why}")
-                settlement = Settlement(Event.FAIL, failure=failure)
-    return False
-
-
-def _backoff(claim: Claim, registry: Registry) -> Backoff:
-    handler = registry.get(claim.name)
-    return handler.policy.backoff if handler else Backoff()
+def _later(call: Callable[[Outcome], None], outcome: Outcome) -> None:
+    asyncio.get_running_loop().call_soon(call, outcome)

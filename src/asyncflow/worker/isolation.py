@@ -1,11 +1,11 @@
 """
 Run one attempt of a handler in the loop, in a thread or in a child process, and stop it.
 
-Whatever a handler does, `Isolation.run` answers with exactly one outcome. What a call
-returned or raised is turned into an outcome by `handlers/calls`; here is when it has to
-stop and what that means. Children live in `worker/children` and `worker/child`.
+Whatever a handler does, a `Run` ends exactly once. What a call returned or raised is turned
+into an outcome by `handlers/calls`; here is when it has to stop and what that means. Children
+live in `worker/children` and `worker/child`.
 
-An attempt is asked to stop when its time is up or its `Cancellation` is set. It then has the
+An attempt is asked to stop when its time is up or its task is cancelled. It then has the
 grace period: an `async def` handler gets `CancelledError`, a `def` handler sees
 `context.cancelled`. A child process that has not ended by then is killed with its whole
 process group. A thread or a coroutine cannot be: it is given up, the attempt ends all the
@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 
@@ -37,43 +39,7 @@ from asyncflow.worker.children import Child, Children
 INTERRUPT_SECONDS = 1.0
 """How long a handler may take to stop when the worker no longer wants its outcome."""
 
-
-class Cancellation:
-    """
-    A request that one attempt stops; once set it stays set.
-
-    Like an `asyncio.Event` it belongs to the loop's thread. Unlike one it calls back, so
-    that no attempt needs a second asyncio task to wait for a request that seldom comes.
-    """
-
-    __slots__ = ("_callback", "_is_set")
-
-    def __init__(self) -> None:
-        self._is_set = False
-        self._callback: Callable[[], None] | None = None
-
-    def is_set(self) -> bool:
-        """
-        Whether the attempt was asked to stop.
-        """
-        return self._is_set
-
-    def set(self) -> None:
-        """
-        Ask the attempt to stop; does nothing when repeated or too late.
-        """
-        if not self._is_set:
-            self._is_set = True
-            if self._callback is not None:
-                self._callback()
-
-    def on_set(self, callback: Callable[[], None] | None) -> None:
-        """
-        Call `callback` when set, or at once if it is already; None takes it back.
-        """
-        self._callback = callback
-        if callback is not None and self._is_set:
-            callback()
+OnEnd = Callable[[Outcome | None], None]
 
 
 class Isolation:
@@ -102,38 +68,28 @@ class Isolation:
     ) -> None:
         self.cancel_grace_seconds = cancel_grace_seconds
         self.result_bytes_max = result_bytes_max
-        self.stuck_attempts: set[Attempt] = set()
-        self._threads = Threads()
+        self.alarm = Alarm()
+        self.stuck_runs: set[Run] = set()
+        self.threads = Threads()
         logs = None if log_level is None else {"level": log_level, "log_format": log_format}
-        self._children = Children(idle_max=slots, tasks_max=tasks_per_child_max, logs=logs)
+        self.children = Children(idle_max=slots, tasks_max=tasks_per_child_max, logs=logs)
 
-    async def run(
-        self, handler: Handler, payload: str, context: Context, *, cancelled: Cancellation
-    ) -> Outcome:
+    def start(self, handler: Handler, payload: str, context: Context, on_end: OnEnd) -> Run:
         """
-        Run one attempt to its end and tell what came of it.
-
-        Never raises, with one exception: when the calling asyncio task is itself cancelled,
-        the attempt is stopped without grace (a child is killed, the others get a second)
-        and `CancelledError` passes through.
+        Begin one attempt.
 
         Args:
             payload: JSON text.
             context: Made just now: the attempt's time runs from its making.
-            cancelled: Set it to stop the attempt. One that stopped for it comes out as
-                `Cancelled`, whatever the worker's reason was.
+            on_end: Called once, in the loop's thread and after this function has returned,
+                whatever the handler does: with the outcome, or with None if the attempt was
+                interrupted and left nothing whole.
         """
         if handler.isolation == "loop":
-            return await LoopAttempt(self, context, cancelled, handler, payload).outcome()
+            return LoopRun(self, handler, payload, context, on_end)
         if handler.isolation == "thread":
-            attempt = ThreadAttempt(self, context, cancelled)
-            try:
-                self._threads.run(lambda: attempt.call(handler, payload))
-            except RuntimeError as error:
-                failure = Failure("Crashed", f"No thread could be started: {error}.")
-                attempt.end(Crashed(failure), stop_seen=True)
-            return await attempt.outcome()
-        return await self._run_in_child(handler, payload, context, cancelled)
+            return ThreadRun(self, handler, payload, context, on_end)
+        return ChildRun(self, handler, payload, context, on_end)
 
     @property
     def stuck(self) -> int:
@@ -143,7 +99,7 @@ class Isolation:
         Each holds a thread or disturbs the loop; a worker should not start work without
         bound beside them.
         """
-        return len(self.stuck_attempts)
+        return len(self.stuck_runs)
 
     async def close(self) -> None:
         """
@@ -151,78 +107,119 @@ class Isolation:
 
         Threads that still run do not keep the worker's process from exiting.
         """
-        self._threads.close()
-        await self._children.close()
-
-    async def _run_in_child(
-        self, handler: Handler, payload: str, context: Context, cancelled: Cancellation
-    ) -> Outcome:
-        # A warm child may die in the moment it is lent. Then the handler was not entered and
-        # the task is not to blame: another child gets it.
-        while True:
-            try:
-                child = await self._children.lend()
-            except OSError as error:
-                return Crashed(Failure("Crashed", f"No process could be started: {error}."))
-            attempt = ChildAttempt(self, context, cancelled, child)
-            try:
-                child.run(handler, payload, context, attempt, bytes_max=self.result_bytes_max)
-                outcome = await attempt.outcome()
-            finally:
-                self._children.take_back(child)
-            if not attempt.was_never_entered:
-                return outcome
+        self.threads.close()
+        await self.children.close()
 
 
-class Attempt:
+class Alarm:
     """
-    The clock of one attempt: its deadline, its cancellation, its grace period, its end.
+    The deadlines of all runs, on one timer.
+
+    Most runs end long before their deadline; a timer of its own for each would cost more
+    than everything else that is done to watch over it.
+    """
+
+    def __init__(self) -> None:
+        self._deadlines: dict[Run, float] = {}
+        self._rings_at = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, run: Run, at: float) -> None:
+        """
+        Call `run.on_deadline` at `at` by `time.monotonic`; replaces the run's former one.
+        """
+        self._deadlines[run] = at
+        if at < self._rings_at:
+            self._arm(at)
+
+    def forget(self, run: Run) -> None:
+        """
+        Do not call it any more.
+        """
+        self._deadlines.pop(run, None)
+
+    def _arm(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._rings_at = at
+        delay = max(0.0, at - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._ring)
+
+    def _ring(self) -> None:
+        self._timer, self._rings_at = None, math.inf
+        now = time.monotonic()
+        for run in [run for run, at in self._deadlines.items() if at <= now]:
+            run.on_deadline()
+        if self._deadlines:
+            self._arm(min(self._deadlines.values()))
+
+
+class Run:
+    """
+    One attempt at work: its deadline, its cancellation, its grace period, its end.
 
     Subclasses know how their kind is asked to stop and what is done when that was in vain.
-    At most one timer is pending at any time.
+    All methods belong to the loop's thread.
     """
 
-    def __init__(self, isolation: Isolation, context: Context, cancelled: Cancellation) -> None:
+    def __init__(self, isolation: Isolation, context: Context, on_end: OnEnd) -> None:
         self.isolation = isolation
         self.context = context
-        self.loop = asyncio.get_running_loop()
         self.is_stopping = False
-        self._has_ended = False
-        self._cancelled = cancelled
-        self._ended: asyncio.Future[Outcome] = self.loop.create_future()
-        self._timer = self.loop.call_later(context.remaining_seconds(), self._stop)
+        self.has_ended = False
+        self._is_cancelled = False
+        self._is_interrupted = False
+        self._on_end: OnEnd | None = on_end
+        isolation.alarm.set(self, time.monotonic() + context.remaining_seconds())
 
-    async def outcome(self) -> Outcome:
+    def cancel(self) -> None:
         """
-        Wait for the end.
+        Stop it because somebody cancelled the task; what stops for it comes out as `Cancelled`.
         """
-        self._cancelled.on_set(self._stop)
-        try:
-            return await self._ended
-        except asyncio.CancelledError:
-            await self._interrupt()
-            raise
-        finally:
-            self._timer.cancel()
-            self._cancelled.on_set(None)
+        self._is_cancelled = True
+        self._stop()
+
+    def interrupt(self) -> None:
+        """
+        Stop it without grace: the worker does not want its outcome any more.
+
+        A child is killed. The others get a second: nobody waits for the outcome, but the
+        task may soon run elsewhere, and the two should not overlap. What an unaware handler
+        returns in that second is whole and counts.
+        """
+        if self._on_end is not None and not self._is_interrupted:
+            self._is_interrupted = self.is_stopping = True
+            self.isolation.alarm.set(self, time.monotonic() + INTERRUPT_SECONDS)
+            self.context.ask_to_stop()
+            self.stop_at_once()
 
     def end(self, outcome: Outcome, *, stop_seen: bool) -> None:
         """
-        The handler has ended; in the loop's thread.
+        The handler has ended.
         """
-        self._has_ended = True
-        self.isolation.stuck_attempts.discard(self)
-        if not self._ended.done():
-            if self.is_stopping and (stop_seen or not isinstance(outcome, Completed)):
-                outcome = self.stopped(outcome)
-            self._ended.set_result(outcome)
+        self.has_ended = True
+        self.isolation.stuck_runs.discard(self)
+        if self.is_stopping and (stop_seen or not isinstance(outcome, Completed)):
+            self._tell(self.stopped(outcome))
+        else:
+            self._tell(outcome)
+
+    def on_deadline(self) -> None:
+        """
+        See `Alarm`: the attempt's time is up, or its grace period.
+        """
+        if self.is_stopping:
+            self.isolation.alarm.forget(self)
+            self.give_up()
+        else:
+            self._stop()
 
     def ask_to_stop(self) -> None:
         """
         Pass on the request to stop, beyond `context.cancelled`.
         """
 
-    def interrupt(self) -> None:
+    def stop_at_once(self) -> None:
         """
         Stop the handler without grace, if it can be.
         """
@@ -232,25 +229,26 @@ class Attempt:
         """
         The grace period is over and the handler still runs.
         """
-        self.isolation.stuck_attempts.add(self)
+        self.isolation.stuck_runs.add(self)
         events.attempt_stuck(
             task_id=self.context.task_id, name=self.context.name, attempt=self.context.attempt
         )
-        if not self._ended.done():
-            self._ended.set_result(
-                self.stopped(
-                    None,
-                    "It could not be stopped and still runs in the worker; "
-                    'a handler with isolation="process" can be.',
-                )
+        self._tell(
+            self.stopped(
+                None,
+                "It could not be stopped and still runs in the worker; "
+                'a handler with isolation="process" can be.',
             )
+        )
 
-    def stopped(self, end: Outcome | None, remark: str = "") -> Outcome:
+    def stopped(self, end: Outcome | None, remark: str = "") -> Outcome | None:
         """
         What an attempt comes to that was asked to stop, and how it ended then.
         """
+        if self._is_interrupted:
+            return None
         traceback = end.failure.traceback if isinstance(end, Failed) else None
-        if self._cancelled.is_set():
+        if self._is_cancelled:
             message = remark or "The handler was asked to stop and stopped."
             return Cancelled(Failure("Cancelled", message, traceback))
         message = f"The attempt took longer than its timeout of {self.context.timeout_seconds:g} s."
@@ -259,38 +257,21 @@ class Attempt:
         return Failed(Failure("TimedOut", message, traceback))
 
     def _stop(self) -> None:
-        if not self.is_stopping and not self._has_ended:
+        if self._on_end is not None and not self.is_stopping:
             self.is_stopping = True
-            self._timer.cancel()
-            self._timer = self.loop.call_later(
-                self.isolation.cancel_grace_seconds, self._end_of_grace
-            )
+            grace = self.isolation.cancel_grace_seconds
+            self.isolation.alarm.set(self, time.monotonic() + grace)
             self.context.ask_to_stop()
             self.ask_to_stop()
 
-    def _end_of_grace(self) -> None:
-        # A timer that is due in the same turn of the loop as the end may still fire after it.
-        if not self._has_ended:
-            self.give_up()
-
-    async def _interrupt(self) -> None:
-        # Nobody waits for the outcome, but the task may soon run elsewhere: a moment of patience
-        # keeps the two from overlapping.
-        if self._has_ended:
-            return
-        self._timer.cancel()
-        self._ended = self.loop.create_future()
-        self.is_stopping = True
-        self.context.ask_to_stop()
-        self.interrupt()
-        try:
-            await asyncio.wait([self._ended], timeout=INTERRUPT_SECONDS)
-        finally:
-            if not self._has_ended:
-                self.give_up()
+    def _tell(self, outcome: Outcome | None) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            self.isolation.alarm.forget(self)
+            on_end(outcome)
 
 
-class LoopAttempt(Attempt):
+class LoopRun(Run):
     """
     An `async def` handler, as an asyncio task of its own.
     """
@@ -298,13 +279,13 @@ class LoopAttempt(Attempt):
     def __init__(
         self,
         isolation: Isolation,
-        context: Context,
-        cancelled: Cancellation,
         handler: Handler,
         payload: str,
+        context: Context,
+        on_end: OnEnd,
     ) -> None:
-        super().__init__(isolation, context, cancelled)
-        self._task = self.loop.create_task(self._call(handler, payload))
+        super().__init__(isolation, context, on_end)
+        self._task = asyncio.get_running_loop().create_task(self._call(handler, payload))
 
     async def _call(self, handler: Handler, payload: str) -> None:
         outcome = await call_async(
@@ -326,20 +307,34 @@ class LoopAttempt(Attempt):
             self.end(failed(asyncio.CancelledError()), stop_seen=True)
 
 
-class ThreadAttempt(Attempt):
+class ThreadRun(Run):
     """
     A `def` handler, in one of the worker's threads.
     """
 
-    def call(self, handler: Handler, payload: str) -> None:
-        """
-        Call the handler; in its thread.
-        """
+    def __init__(
+        self,
+        isolation: Isolation,
+        handler: Handler,
+        payload: str,
+        context: Context,
+        on_end: OnEnd,
+    ) -> None:
+        super().__init__(isolation, context, on_end)
+        self._loop = asyncio.get_running_loop()
+        try:
+            isolation.threads.run(lambda: self._call(handler, payload))
+        except RuntimeError as error:
+            failure = Failure("Crashed", f"No thread could be started: {error}.")
+            self._loop.call_soon(self._end, Crashed(failure))
+
+    def _call(self, handler: Handler, payload: str) -> None:
+        # In the handler's thread.
         outcome = call_blocking(
             handler, payload, self.context, result_bytes_max=self.isolation.result_bytes_max
         )
         try:
-            self.loop.call_soon_threadsafe(self._end, outcome)
+            self._loop.call_soon_threadsafe(self._end, outcome)
         except RuntimeError:
             pass  # the loop is closed: the worker has gone and nobody waits for this thread
 
@@ -347,46 +342,84 @@ class ThreadAttempt(Attempt):
         self.end(outcome, stop_seen=self.context.stop_seen)
 
 
-class ChildAttempt(Attempt):
+class ChildRun(Run):
     """
     A handler in a child process. The child reports here, see `children.Listener`.
-
-    Attributes:
-        was_never_entered: The child died idle, before it took up the attempt.
     """
 
     def __init__(
-        self, isolation: Isolation, context: Context, cancelled: Cancellation, child: Child
+        self,
+        isolation: Isolation,
+        handler: Handler,
+        payload: str,
+        context: Context,
+        on_end: OnEnd,
     ) -> None:
-        super().__init__(isolation, context, cancelled)
-        self._child = child
+        super().__init__(isolation, context, on_end)
+        self._handler = handler
+        self._payload = payload
+        self._child: Child | None = None
         self._is_killed = False
-        self.was_never_entered = False
+        self._entering = asyncio.get_running_loop().create_task(self._enter_child())
+
+    async def _enter_child(self) -> None:
+        try:
+            child = await self.isolation.children.lend()
+        except Exception as error:
+            fact = f"No process could be started: {error}."
+            return self.end(Crashed(Failure("Crashed", fact)), stop_seen=True)
+        if self.is_stopping:
+            self.isolation.children.take_back(child)
+            return self._end_unentered()
+        self._child = child
+        child.run(
+            self._handler,
+            self._payload,
+            self.context,
+            self,
+            bytes_max=self.isolation.result_bytes_max,
+        )
+
+    def _end_unentered(self) -> None:
+        if not self.has_ended:
+            self.end(failed(asyncio.CancelledError()), stop_seen=True)
 
     def progressed(self, progress: Progress) -> None:
         self.context.progress(progress.fraction, progress.message)
 
     def ended(self, outcome: Outcome, *, stop_seen: bool) -> None:
+        self._let_go_of_child()
         self.end(outcome, stop_seen=stop_seen)
 
     def died(self, end: Outcome, *, was_entered: bool) -> None:
+        self._let_go_of_child()
         if self._is_killed:
             grace = self.isolation.cancel_grace_seconds
-            end = self.stopped(None, f"It did not stop within {grace:g} s and was killed.")
-            self.is_stopping = False
+            self._tell(self.stopped(None, f"It did not stop within {grace:g} s and was killed."))
+        elif was_entered or self.is_stopping:
+            self.end(end, stop_seen=True)
         else:
-            self.was_never_entered = not was_entered and not self.is_stopping
-        self.end(end, stop_seen=True)
+            # A warm child may die in the moment it is lent. Then the handler was not entered
+            # and the task is not to blame: another child gets it.
+            self._entering = asyncio.get_running_loop().create_task(self._enter_child())
 
     def ask_to_stop(self) -> None:
-        self._child.ask_to_stop()
+        if self._child is not None:
+            self._child.ask_to_stop()
 
-    def interrupt(self) -> None:
+    def stop_at_once(self) -> None:
         self.give_up()
 
     def give_up(self) -> None:
+        if self._child is None:
+            return self._end_unentered()
         self._is_killed = True
         self._child.kill()
+
+    def _let_go_of_child(self) -> None:
+        child, self._child = self._child, None
+        assert child is not None
+        self.isolation.children.take_back(child)
 
 
 class Threads:

@@ -27,7 +27,7 @@ from asyncflow.store.database import Database
 from asyncflow.store.workers import Held, Published, Registration
 from asyncflow.telemetry import events
 from asyncflow.transport import Transport
-from asyncflow.worker.execute import Attempt, Tools, execute, make_settler
+from asyncflow.worker.execute import Attempt, Tools, make_settler
 from asyncflow.worker.isolation import Isolation
 from asyncflow.worker.lease import LeaseKeeper
 from asyncflow.worker.pace import Pace
@@ -116,10 +116,10 @@ class Worker:
         self._tools = Tools(
             registry=registry,
             isolation=isolation,
-            transport=transport,
             settler=make_settler(db),
             on_progress=self._note_progress,
-            on_end=self._free_slot,
+            on_handler_end=self._free_slot,
+            on_end=self._let_go,
         )
 
     @property
@@ -170,7 +170,8 @@ class Worker:
             if ticking.done():
                 ticking.result()
         finally:
-            await _cancel(ticking, intake, ending, *self._background, *self._attempt_tasks())
+            self._make_void("its worker has ended")
+            await _cancel(ticking, intake, ending, *self._background)
             await keeper.stop()
             await self._transport.close()
             await self._isolation.close()
@@ -197,6 +198,7 @@ class Worker:
             )
             for claim in taken:
                 self._accept(claim)
+            self._start_waiting()
             if not self._leases_hold:
                 # Fenced while the claim was under way.
                 self._make_void("its worker was fenced")
@@ -208,10 +210,9 @@ class Worker:
         return self._pace.window - len(self._attempts) - stuck
 
     def _accept(self, claim: Claim) -> None:
-        attempt = Attempt(claim)
+        attempt = Attempt(claim, self._tools)
         self._attempts[claim.task_id, claim.lease_id] = attempt
         self._waiting.append(attempt)
-        self._start_waiting()
 
     def _start_waiting(self) -> None:
         while self._waiting and self._running + self._isolation.stuck < self._slots:
@@ -219,16 +220,7 @@ class Worker:
 
     def _start(self, attempt: Attempt) -> None:
         self._running += 1
-        attempt.task = asyncio.get_running_loop().create_task(self._work_off(attempt))
-
-    async def _work_off(self, attempt: Attempt) -> None:
-        try:
-            await execute(attempt, self._tools)
-        finally:
-            del self._attempts[attempt.claim.task_id, attempt.claim.lease_id]
-            self._may_take_more.set()
-            if not self._attempts:
-                self._is_idle.set()
+        attempt.begin()
 
     def _free_slot(self, ran_seconds: float | None) -> None:
         # Before the settle: what waits for PostgreSQL needs no slot, only room in the window,
@@ -237,6 +229,13 @@ class Worker:
         if ran_seconds is not None:
             self._pace.observe(ran_seconds)
         self._start_waiting()
+
+    def _let_go(self, attempt: Attempt) -> None:
+        self._transport.finished(attempt.claim)
+        del self._attempts[attempt.claim.task_id, attempt.claim.lease_id]
+        self._may_take_more.set()
+        if not self._attempts:
+            self._is_idle.set()
 
     # Drain
 
@@ -266,13 +265,10 @@ class Worker:
         while self._waiting and self._waiting[0].taken_at <= horizon:
             attempt = self._waiting.popleft()
             attempt.give_back()
-            # `execute` settles a claim that was given back before it began as a release.
+            # What was given back before it began is settled as a release.
             self._start(attempt)
             count += 1
         return count
-
-    def _attempt_tasks(self) -> list[asyncio.Task[None]]:
-        return [attempt.task for attempt in self._attempts.values() if attempt.task is not None]
 
     # Twice a second
 
@@ -331,7 +327,7 @@ class Worker:
             if attempt is None:
                 suspects.append(Settling(lease.task_id, lease.lease_id, Settlement(Event.RELEASE)))
             elif lease.cancel_requested:
-                attempt.cancellation.set()
+                attempt.cancel()
         if suspects:
             releasing = asyncio.get_running_loop().create_task(self._release_orphans(suspects))
             self._background.add(releasing)
