@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))  # The tests know where a RabbitMQ
 
 from bench.entrants import ENTRANTS, OURS, PEERS, Entrant  # noqa: E402
 from bench.environment import describe  # noqa: E402
+from bench.lines import read_lines  # noqa: E402
 from bench.report import write_report  # noqa: E402
 from bench.run import Run, Sizes  # noqa: E402
 from bench.scenarios import SCENARIOS  # noqa: E402
@@ -33,17 +35,25 @@ def main() -> None:
     Measure, write raw lines, and make the report of them.
     """
     options = _options()
+    # As Ctrl-C does, so that no server or worker is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.report:
         folder = options.report
+        if not (folder / "raw.jsonl").exists():
+            raise SystemExit(f"bench: there are no raw lines in {folder}")
     else:
-        folder = RESULTS / time.strftime("%Y%m%d-%H%M%S")
-        _measure(options, folder)
+        folder = options.into or RESULTS / time.strftime("%Y%m%d-%H%M%S")
+        _measure(options, folder.absolute())
     pages = DOCS if options.publish else folder
     print(f"bench: the report is {write_report(folder / 'raw.jsonl', pages)}")
 
 
 def _measure(options: argparse.Namespace, folder: Path) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = read_lines(folder / "raw.jsonl")
+    sizes = _sizes(options)
+    if earlier.environment and not sizes.measure_the_same_as(earlier.environment["sizes"]):
+        raise SystemExit(f"bench: {folder} was measured with {earlier.environment['sizes']}")
     os.chdir(REPOSITORY)
     entrants = _entrants(options)
     with running_services(with_broker=any(e.needs_broker for e in entrants)) as services:
@@ -53,8 +63,9 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
             services,
             folder,
             entrants=entrants,
-            sizes=_sizes(options),
+            sizes=sizes,
             profiles=options.profile,
+            earlier=earlier,
         )
         run.write_down(describe(run, sys.argv[1:]))
         for name in options.only or SCENARIOS:
@@ -94,7 +105,16 @@ def _options() -> argparse.Namespace:
         "--publish", action="store_true", help="write the report into docs/, not beside the lines"
     )
     parser.add_argument(
-        "--report", type=Path, metavar="FOLDER", help="measure nothing; the report of these lines"
+        "--into",
+        type=Path,
+        metavar="FOLDER",
+        help="go on with a run: measure what is not in this folder yet",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="measure nothing; the report of what is in this folder",
     )
     return parser.parse_args()
 

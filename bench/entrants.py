@@ -24,6 +24,7 @@ class Entrant:
         settings: What differs from the system's defaults, for the report.
         drain, latency: The system's notion of concurrency in these scenarios.
         producers: With how many concurrent callers submitting is tried.
+        submit_tasks: What one producer submits one by one in a few seconds, in a full run.
         drain_tasks: A backlog that takes one worker a few seconds, in a full run.
         needs_broker: It cannot run without RabbitMQ.
     """
@@ -37,6 +38,7 @@ class Entrant:
     drain: str
     latency: str
     producers: tuple[int, ...]
+    submit_tasks: int
     drain_tasks: int
     needs_broker: bool
 
@@ -46,6 +48,15 @@ class Entrant:
         Whether it is AsyncFlow.
         """
         return self.system == "asyncflow"
+
+    @property
+    def is_plain(self) -> bool:
+        """
+        Whether it is its system as such, not one with another carrier or a store of results.
+
+        The others matter only where tasks are finished.
+        """
+        return self.variant == ""
 
 
 OURS = (
@@ -59,6 +70,7 @@ OURS = (
         drain="",
         latency="",
         producers=(32,),
+        submit_tasks=50_000,
         drain_tasks=100_000,
         needs_broker=False,
     ),
@@ -72,6 +84,7 @@ OURS = (
         drain="",
         latency="",
         producers=(32,),
+        submit_tasks=50_000,
         drain_tasks=100_000,
         needs_broker=True,
     ),
@@ -88,7 +101,8 @@ PEERS = (
         drain="50",
         latency="1",
         producers=(32,),
-        drain_tasks=6_000,
+        submit_tasks=5_000,
+        drain_tasks=5_000,
         needs_broker=True,
     ),
     Entrant(
@@ -101,6 +115,7 @@ PEERS = (
         drain="prefork",
         latency="prefork",
         producers=(1, 8),
+        submit_tasks=5_000,
         drain_tasks=8_000,
         needs_broker=True,
     ),
@@ -114,6 +129,7 @@ PEERS = (
         drain="prefork",
         latency="prefork",
         producers=(1, 8),
+        submit_tasks=5_000,
         drain_tasks=2_000,
         needs_broker=True,
     ),
@@ -127,6 +143,7 @@ PEERS = (
         drain="8",
         latency="8",
         producers=(1, 8),
+        submit_tasks=8_000,
         drain_tasks=20_000,
         needs_broker=True,
     ),
@@ -140,7 +157,8 @@ PEERS = (
         drain="100",
         latency="100",
         producers=(32,),
-        drain_tasks=12_000,
+        submit_tasks=30_000,
+        drain_tasks=16_000,
         needs_broker=True,
     ),
     Entrant(
@@ -153,6 +171,7 @@ PEERS = (
         drain="100",
         latency="100",
         producers=(32,),
+        submit_tasks=30_000,
         drain_tasks=8_000,
         needs_broker=True,
     ),
@@ -166,7 +185,8 @@ PEERS = (
         drain="20",
         latency="20",
         producers=(32,),
-        drain_tasks=4_000,
+        submit_tasks=8_000,
+        drain_tasks=3_000,
         needs_broker=False,
     ),
     Entrant(
@@ -179,6 +199,7 @@ PEERS = (
         drain="500",
         latency="10",
         producers=(32,),
+        submit_tasks=15_000,
         drain_tasks=100_000,
         needs_broker=False,
     ),
@@ -192,6 +213,7 @@ PEERS = (
         drain="500",
         latency="64",
         producers=(32,),
+        submit_tasks=8_000,
         drain_tasks=40_000,
         needs_broker=False,
     ),

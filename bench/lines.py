@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ class Lines:
     All measurements of one run.
 
     Attributes:
-        environment: The machine, the versions and the options of the run.
+        environment: The machine, the versions and the options of the run, as it began.
+        commands: The arguments of each command that measured a part of it.
     """
 
     def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -35,6 +36,9 @@ class Lines:
         self.environment: Mapping[str, Any] = next(
             (line for line in everything if line["scenario"] == "environment"), {}
         )
+        self.commands: Sequence[Sequence[str]] = [
+            line["arguments"] for line in everything if line["scenario"] == "environment"
+        ]
         self._lines = [line for line in everything if line["scenario"] != "environment"]
 
     def of(self, scenario: str, system: str, **case: Any) -> list[Mapping[str, Any]]:
@@ -48,6 +52,15 @@ class Lines:
             and "error" not in line
             and case.items() <= line["case"].items()
         ]
+
+    def has(self, scenario: str, system: str, case: Mapping[str, Any], repetition: int) -> bool:
+        """
+        Whether this very measurement was made and went well.
+        """
+        return any(
+            line["repetition"] == repetition and line["case"] == case
+            for line in self.of(scenario, system, **case)
+        )
 
     def spread(self, field: str, scenario: str, system: str, **case: Any) -> Spread | None:
         """
@@ -69,9 +82,14 @@ class Lines:
 
     def errors(self) -> list[Mapping[str, Any]]:
         """
-        The measurements that failed.
+        The measurements that failed and were not made up for later.
         """
-        return [line for line in self._lines if "error" in line]
+        return [
+            line
+            for line in self._lines
+            if "error" in line
+            and not self.has(line["scenario"], line["system"], line["case"], line["repetition"])
+        ]
 
     def loads(self) -> list[float]:
         """
@@ -82,9 +100,10 @@ class Lines:
 
 def read_lines(file: Path) -> Lines:
     """
-    Read the raw lines of a run.
+    Read the raw lines of a run, finished or not; none if it has not begun.
     """
-    return Lines(json.loads(line) for line in file.read_text().splitlines())
+    text = file.read_text() if file.exists() else ""
+    return Lines(json.loads(line) for line in text.splitlines())
 
 
 def _value(line: Mapping[str, Any], field: str) -> Any:

@@ -16,9 +16,14 @@ METHOD = """
 - **One run.** All systems are measured by the same code on the same servers. Each scenario goes
   through all systems once, then again, so that a change of the machine's speed meets all alike.
   Every measurement starts from a new database, a new RabbitMQ virtual host and a checkpoint.
+- **Repetitions.** AsyncFlow and the peers that a target names are measured as often as the head
+  of this page says; other peers, and AsyncFlow's heavier payloads and failing tasks, once.
+- **Settings of peers** are what their documentation recommends for throughput with durability.
+  Where it leaves a choice - how many tasks at once, batch sizes, prefetch - several values were
+  tried once before, and the one that drained fastest is fixed; see Configurations.
 - **Servers.** PostgreSQL with its stock settings, `fsync` and `synchronous_commit` on, but for
-  `shared_buffers = 256MB`; clients come through its Unix socket. RabbitMQ with its stock settings
-  on one scheduler thread, as the tests run it.
+  `shared_buffers = 256MB`; clients come through its Unix socket. RabbitMQ with its stock
+  settings, schedulers included.
 - **Durability.** Persistent messages, durable queues and publisher confirms wherever a system
   uses RabbitMQ, quorum queues where it can. AsyncFlow runs with everything on: leases,
   heartbeats, a log line per attempt.
@@ -28,13 +33,17 @@ METHOD = """
   moment when every worker process has run a task until nothing is unfinished in durable state.
   Systems that keep no state count until the last handler call, which flatters them.
 - **Submit.** Systems with an async client submit from 32 coroutines in one process, the others
-  from 1 and from 8 threads. A call counts when it has returned.
+  from 1 and from 8 threads. A call counts when it has returned. Afterwards the tasks are counted
+  in the system's table or queue; a measurement after which any is missing is a failed one.
 - **Latency.** One task every 20 ms. The clock starts just before the submitting call and stops at
   the handler's first statement; all processes share CLOCK_MONOTONIC. Half load: first the
-  system submits and works flat out for three seconds, then a second producer submits half of
+  system submits and works flat out for two seconds, then a second producer submits half of
   that rate beside the trickle.
 - **Adding workers.** The backlog is larger than can be finished; counted are the tasks that start
   in a window in the middle.
+- **Minutes of load.** With RabbitMQ for 0.3 of the time: the tables are the same.
+- **History.** Finished tasks are written straight into the table, with all its indexes; the same
+  code then works on it and on an empty one, in turns.
 - **CPU** is that of all processes of a kind, ended ones included, between the first and the last
   moment that the rate counts. For short measurements it is as coarse as the kernel's clock tick.
 - **Memory** is RSS, and what would be freed if the processes ended.

@@ -4,7 +4,7 @@ The report's plots, as SVG that is the same for the same lines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
 
 from bench.entrants import ENTRANTS, Entrant
 from bench.lines import Lines, Spread
@@ -36,7 +37,7 @@ def bars(
     *,
     field: str,
     scenario: str,
-    cases: Sequence[tuple[str, dict[str, Any]]],
+    cases: Sequence[tuple[str, Callable[[Entrant], dict[str, Any]]]],
     label: str,
     logarithmic: bool = False,
 ) -> bool:
@@ -44,7 +45,10 @@ def bars(
     Horizontal bars, a group per system and a bar per case; False if there is nothing to show.
     """
     rows = [
-        (entrant, [lines.spread(field, scenario, entrant.key, **case) for _, case in cases])
+        (
+            entrant,
+            [lines.spread(field, scenario, entrant.key, **case(entrant)) for _, case in cases],
+        )
         for entrant in ENTRANTS.values()
     ]
     rows = [(entrant, spreads) for entrant, spreads in rows if any(spreads)]
@@ -61,6 +65,8 @@ def bars(
         axes.set_xlabel(label)
         if logarithmic:
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
         if len(cases) > 1:
             handles = [Rectangle((0, 0), 1, 1, color=PEER[n % 2]) for n in range(len(cases))]
             axes.legend(handles, [name for name, _ in cases], frameon=False)

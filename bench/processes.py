@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-STOP_SECONDS_MAX = 10.0
+STOP_SECONDS_MAX = 3.0
 
 
 class Processes:

@@ -5,10 +5,13 @@ and no figure is written here.
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from bench.entrants import ENTRANTS, OURS, Entrant
 from bench.lines import Lines, Spread, read_lines
 from bench.method import CONTENTS, METHOD
 from bench.targets import Target, targets
+
+WIDTH = 100
 
 
 def write_report(raw: Path, folder: Path) -> Path:
@@ -53,19 +58,31 @@ def write_report(raw: Path, folder: Path) -> Path:
 def _head(lines: Lines) -> str:
     e = lines.environment
     servers, repetitions = e["servers"], e["sizes"]["repetitions"]
-    loads = lines.loads()
+    commands = ", ".join(f"`{command}`" for command in _commands(lines))
+    loads = lines.loads() or [e["load_before"]]
     day = time.strftime("%Y-%m-%d", time.gmtime(e["at"]))
-    return f"""# Benchmarks
-
-{CONTENTS}
-
+    measured = f"""
 Measured on {day} on {e["cores"]} cores ({e["cpu"]}), {e["memory_gb"]} GB, {e["system"]}, with
 Python {e["python"]}, PostgreSQL {servers["PostgreSQL"]} and RabbitMQ {servers["RabbitMQ"]}, by
-`bin/bench {" ".join(e["arguments"])}`. Load generator, clients, workers, PostgreSQL and RabbitMQ
-share these cores, so a figure tells about a whole system on this machine. Each is the median of
-{repetitions} repetition{"s" if repetitions != 1 else ""}, the lowest and highest in brackets. The
-load average was {e["load_before"]:g} when the run began and {min(loads):g} to {max(loads):g} before
-single measurements, which includes the work of the measurement before."""
+{commands}. Load generator, clients, workers, PostgreSQL and RabbitMQ share these cores, so a
+figure tells about a whole system on this machine. Each is the median of {repetitions}
+repetition{"s" if repetitions != 1 else ""}, the lowest and highest in brackets; one
+without brackets was measured once. The load average was {e["load_before"]:g} when the run began
+and {min(loads):g} to {max(loads):g} before single measurements, which includes the work of the
+measurement before."""
+    return f"# Benchmarks\n\n{CONTENTS}\n\n{_wrapped(measured)}"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(
+        " ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _commands(lines: Lines) -> list[str]:
+    texts = [" ".join(["bin/bench", *arguments]) for arguments in lines.commands]
+    # Where the parts of a run were put together is nobody's business.
+    return list(dict.fromkeys(re.sub(r" --into[ =]\S+", "", text) for text in texts))
 
 
 def _targets(lines: Lines) -> str:
@@ -114,7 +131,7 @@ def _http(lines: Lines, pictures: Path) -> str:
         lines,
         field="per_second",
         scenario="http",
-        cases=cases[1:],
+        cases=[(name, partial(_same, case)) for name, case in cases[1:]],
         label="tasks per second",
     )
     return _section(
@@ -157,7 +174,10 @@ def _submit(lines: Lines, pictures: Path) -> str:
         lines,
         field="per_second",
         scenario="submit",
-        cases=[("one by one", {"api": "one"}), ("in bulk", {"api": "bulk"})],
+        cases=[
+            ("one by one", lambda entrant: {"api": "one", "callers": max(entrant.producers)}),
+            ("in bulk", lambda entrant: {"api": "bulk"}),
+        ],
         label="tasks per second",
     )
     return _section(
@@ -190,7 +210,7 @@ def _drain(lines: Lines, pictures: Path) -> str:
         lines,
         field="per_second",
         scenario="drain",
-        cases=cases,
+        cases=[(name, partial(_same, case)) for name, case in cases],
         label="tasks per second",
     )
     heads = ["", "state", "1 worker, tasks/s", "AsyncFlow is", "2 workers, tasks/s", "AsyncFlow is"]
@@ -251,12 +271,12 @@ def _latency(lines: Lines, pictures: Path) -> str:
         return ""
     picture = _picture(
         pictures / "latency.svg",
-        "Latency from submission to start, idle, p50 and p99 in ms",
+        "Latency from submission to start, p50 in ms",
         plots.bars,
         lines,
         field="p50_ms",
         scenario="latency",
-        cases=[("idle", {"load": "idle"}), ("half load", {"load": "half"})],
+        cases=[("idle", lambda _: {"load": "idle"}), ("half load", lambda _: {"load": "half"})],
         label="p50 in ms, logarithmic",
         logarithmic=True,
     )
@@ -395,7 +415,7 @@ def _configurations(lines: Lines) -> str:
 
 def _versions(lines: Lines) -> str:
     packages = lines.environment["packages"]
-    return "## Versions\n\n" + ", ".join(f"{name} {v}" for name, v in packages.items()) + "."
+    return _section("Versions", ", ".join(f"{name} {v}" for name, v in packages.items()) + ".")
 
 
 def _errors(lines: Lines) -> str:
@@ -410,6 +430,10 @@ def _present(lines: Lines, scenario: str) -> Iterator[Entrant]:
     return (entrant for entrant in ENTRANTS.values() if lines.of(scenario, entrant.key))
 
 
+def _same(case: dict[str, Any], entrant: Entrant) -> dict[str, Any]:
+    return case
+
+
 def _picture(
     file: Path, title: str, draw: Callable[..., bool], lines: Lines, **options: Any
 ) -> str:
@@ -417,7 +441,8 @@ def _picture(
 
 
 def _section(title: str, *parts: str) -> str:
-    return "\n\n".join([f"## {title}", *filter(None, parts)])
+    texts = (_wrapped(part) if part[0] not in "|!" else part for part in parts if part)
+    return "\n\n".join([f"## {title}", *texts])
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

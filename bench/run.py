@@ -1,8 +1,9 @@
 """
 What a scenario is given, and how measurements are carried out and written down.
 
-One raw line per measurement. Measurements of a scenario are interleaved: every system once,
-then every system again, so that a drift of the machine's speed meets all alike.
+One raw line per measurement, written when it is done, so that a run that was cut short is
+still worth a report and can be gone on with. Measurements of a scenario are interleaved: every
+system once, then every system again, so that a drift of the machine's speed meets all alike.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.addresses import PROBE, VARIANT
 from bench.entrants import Entrant
+from bench.lines import Lines
 from bench.probe import Probe
 from bench.processes import Processes, running
 from bench.services import Services
@@ -37,8 +39,8 @@ class Sizes:
 
     Attributes:
         share: Of the tasks of a full run.
-        repetitions: Of each measurement.
-        minutes: Of the sustained load.
+        repetitions: Of each measurement that a target or a comparison needs.
+        minutes: Of the sustained load on PostgreSQL.
         finished: Tasks in the history, for the scenario with a long one.
     """
 
@@ -47,6 +49,13 @@ class Sizes:
     minutes: float
     finished: int
 
+    def measure_the_same_as(self, other: Mapping[str, Any]) -> bool:
+        """
+        Whether figures belong in one report with those of a run of these sizes; more
+        repetitions do.
+        """
+        return asdict(self) | {"repetitions": 0} == {**other, "repetitions": 0}
+
 
 class Measurement(NamedTuple):
     """
@@ -54,13 +63,13 @@ class Measurement(NamedTuple):
 
     Attributes:
         case: What tells it from the system's other measurements in the scenario.
-        repetitions: None means as many as the run has.
+        once: Measured in the first repetition only: it is dear, and no target hangs on it.
     """
 
     entrant: Entrant
     case: Mapping[str, Any]
     measure: Callable[[], Mapping[str, Any]]
-    repetitions: int | None = None
+    once: bool = False
 
 
 class Run:
@@ -70,6 +79,7 @@ class Run:
     Attributes:
         folder: Where the raw lines, logs and profiles go.
         entrants: Who takes part.
+        earlier: What is in this folder already, and not measured again.
     """
 
     def __init__(
@@ -80,12 +90,14 @@ class Run:
         entrants: Sequence[Entrant],
         sizes: Sizes,
         profiles: bool,
+        earlier: Lines,
     ) -> None:
         self.services = services
         self.folder = folder
         self.entrants = entrants
         self.sizes = sizes
         self.profiles = profiles
+        self.earlier = earlier
         self.probe = Probe(folder / "probe")
 
     def tasks(self, full: int) -> int:
@@ -99,8 +111,10 @@ class Run:
         Measure and write down everything, interleaved. A failure is written down, too.
         """
         for repetition in range(1, self.sizes.repetitions + 1):
-            for entrant, case, measure, repetitions in measurements:
-                if repetition > (repetitions or self.sizes.repetitions):
+            for entrant, case, measure, once in measurements:
+                if once and repetition > 1:
+                    continue
+                if self.earlier.has(scenario, entrant.key, case, repetition):
                     continue
                 load_before = os.getloadavg()[0]
                 started = time.time()

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pika
 import psycopg
 import pytest
 
@@ -34,10 +35,12 @@ class Services:
 
     Attributes:
         broker: None where there is no RabbitMQ to be had.
+        folder: Where PostgreSQL keeps its data.
     """
 
     def __init__(self, postgres: Cluster, broker: Broker | None) -> None:
         self.broker = broker
+        self.folder = postgres.folder
         self._postgres = postgres
         self._vhost: str | None = None
 
@@ -94,6 +97,19 @@ class Services:
         with psycopg.connect(addresses.database_url(), autocommit=True) as connection:
             connection.execute("VACUUM ANALYZE")
 
+    def messages(self, queue: str) -> int:
+        """
+        How many messages wait in a queue of the measurement's virtual host; 0 without RabbitMQ.
+        """
+        if self._vhost is None:
+            return 0
+        connection = pika.BlockingConnection(pika.URLParameters(self._vhost))
+        try:
+            declared = connection.channel().queue_declare(queue, passive=True)
+            return int(declared.method.message_count)
+        finally:
+            connection.close()
+
     def cpu_seconds(self) -> dict[str, float]:
         """
         CPU time of each server since its start, sessions that have ended included.
@@ -131,7 +147,8 @@ def _running_broker(*, wanted: bool) -> Iterator[Broker | None]:
         yield None
         return
     try:
-        with rabbitmq.running_broker(rabbitmq.OLDEST) as broker:
+        # Stock: as many schedulers as there are cores, where the tests give it one.
+        with rabbitmq.running_broker(rabbitmq.OLDEST, erlang_arguments="") as broker:
             yield broker
     except pytest.skip.Exception as reason:
         raise SystemExit(f"bench: {reason}") from None

@@ -18,6 +18,7 @@ import os
 import statistics
 import time
 import uuid
+from typing import Any
 
 import asyncpg
 
@@ -153,7 +154,9 @@ def uuid7(step: int) -> uuid.UUID:
     return uuid.UUID(int=value | int.from_bytes(os.urandom(8), "big") >> 2)
 
 
-async def fill_history(c: asyncpg.Connection, table: str, json_type: str, side: bool, n: int):
+async def fill_history(
+    c: asyncpg.Connection, table: str, json_type: str, side: bool, n: int
+) -> None:
     payload = "" if side else ", payload"
     value = "" if side else """, '{"to": "someone@example.com", "template": "invoice"}'"""
     await c.execute(f"""
@@ -168,7 +171,9 @@ async def fill_history(c: asyncpg.Connection, table: str, json_type: str, side: 
           FROM generate_series(1, {n}) i""")
 
 
-async def rates(c: asyncpg.Connection, layout: tuple, n: int, payload_bytes: int):
+async def rates(
+    c: asyncpg.Connection, layout: tuple[Any, ...], n: int, payload_bytes: int
+) -> dict[str, float]:
     _, json_type, insert, settle, payload_column = layout
     payload = json.dumps({"data": "x" * max(0, payload_bytes - 12)})
     insert = await c.prepare(insert.format(json=json_type))

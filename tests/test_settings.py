@@ -12,6 +12,7 @@ import pytest
 
 from asyncflow.errors import InvalidSettings
 from asyncflow.settings import PREFIX, load_settings, masked, required_database_url
+from asyncflow.supervisor import as_environment
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,8 @@ def test_names_are_a_comma_separated_list(
         ("RETENTION_DAYS", "-1"),
         ("LOG_LEVEL", "loud"),
         ("DATABASE_POOLER", "perhaps"),
+        ("WORKER_PROCESSES", "1.5"),
+        ("LOG_FORMAT", "xml"),
     ],
 )
 def test_a_wrong_value_is_one_sentence_that_names_the_variable(
@@ -124,6 +127,70 @@ def test_a_wrong_value_is_one_sentence_that_names_the_variable(
 
     assert sentence.startswith(f"{PREFIX}{name}: ")
     assert sentence.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("API_PORT", "http", "it must be a whole number from 1 to 65535."),
+        ("LEASE_SECONDS", "inf", "it must be a number from 0.5 to 3600."),
+        ("DATABASE_POOLER", "2", "it must be true or false."),
+        ("LOG_LEVEL", "loud", "it must be debug, info, warning or error."),
+        ("BROKER_URL", "http://host", "it must begin with amqp:// or amqps://."),
+        ("DATABASE_URL", "postgresql://me:s3cret@[host/db", "it is not a URL."),
+    ],
+)
+def test_a_complaint_says_what_would_have_worked(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
+) -> None:
+    """
+    And does not repeat the value.
+    """
+    assert [f"{PREFIX}{name}: {sentence}"] == complaint(monkeypatch, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("true", True), ("1", True), ("Yes", True), ("on", True), ("FALSE", False), ("0", False)],
+)
+def test_yes_and_no_have_many_words(
+    monkeypatch: pytest.MonkeyPatch, text: str, expected: bool
+) -> None:
+    """
+    Whatever their case.
+    """
+    monkeypatch.setenv(f"{PREFIX}DATABASE_POOLER", text)
+
+    assert expected is load_settings().database_pooler
+
+
+def test_a_file_may_quote_comment_and_export(bare_environment: Path) -> None:
+    """
+    As other programs write and read it; the case of names does not matter.
+    """
+    (bare_environment / ".env").write_text(
+        f"# Ours\nexport {PREFIX}API_HOST='::1' # all\n{PREFIX.lower()}log_level=\"DEBUG\"\n"
+        f"{PREFIX}API_PORT=\n"
+    )
+
+    settings = load_settings()
+
+    assert ("::1", "debug", 3000) == (settings.api_host, settings.log_level, settings.api_port)
+
+
+def test_children_are_given_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Whether they came from options, variables or the defaults, and whatever they inherit.
+    """
+    monkeypatch.setenv(f"{PREFIX}WORKER_CONCURRENCY", "20")
+    chosen = load_settings(
+        worker_concurrency=10, database_pooler=True, worker_handlers=("a", "b"), log_format="json"
+    )
+
+    for name, value in as_environment(chosen).items():
+        monkeypatch.setenv(name, value)
+
+    assert chosen == load_settings()
 
 
 def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,5 +280,5 @@ def test_settings_cannot_be_changed_after_they_were_read() -> None:
     """
     settings: Any = load_settings()
 
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(AttributeError, match="api_port"):
         settings.api_port = 1

@@ -17,6 +17,7 @@ from bench.profiles import profile
 from bench.run import Measurement, Run, wait_until
 from bench.systems import System
 from bench.systems.asyncflow import TASK, TEXT_BYTES
+from bench.targets import COMPARED
 
 NAME = "drain"
 
@@ -28,12 +29,19 @@ def measurements(run: Run) -> list[Measurement]:
     One and two worker processes for all; heavier and failing tasks for AsyncFlow.
     """
     plain = [
-        _measurement(run, entrant, entrant.drain_tasks, workers, "small")
+        _measurement(
+            run,
+            entrant,
+            entrant.drain_tasks,
+            workers,
+            "small",
+            once=not _is_compared(entrant, workers),
+        )
         for workers in (1, 2)
         for entrant in run.entrants
     ]
     heavier = [
-        _measurement(run, entrant, tasks, 1, payload, fill)
+        _measurement(run, entrant, tasks, 1, payload, fill, once=True)
         for payload, tasks, fill in (
             ("1 KB", 50_000, {TEXT_BYTES: "1000"}),
             ("64 KB", 5_000, {TEXT_BYTES: "64000"}),
@@ -45,6 +53,13 @@ def measurements(run: Run) -> list[Measurement]:
     return plain + heavier
 
 
+def _is_compared(entrant: Entrant, workers: int) -> bool:
+    if entrant.is_ours or entrant.key not in COMPARED[NAME]:
+        return entrant.is_ours
+    # What keeps results only is a magnitude away, and one worker shows it.
+    return entrant.is_plain or workers == 1
+
+
 def _measurement(
     run: Run,
     entrant: Entrant,
@@ -52,6 +67,8 @@ def _measurement(
     workers: int,
     payload: str,
     fill: Mapping[str, str] | None = None,
+    *,
+    once: bool,
 ) -> Measurement:
     def measure() -> dict[str, Any]:
         system = run.prepare(entrant)
@@ -65,7 +82,7 @@ def _measurement(
             with profile(run, f"drain-{entrant.key}-{workers}-{payload}", processes.pids):
                 return _timed(run, system, processes, workers=workers, tasks=count)
 
-    return Measurement(entrant, {"workers": workers, "payload": payload}, measure)
+    return Measurement(entrant, {"workers": workers, "payload": payload}, measure, once)
 
 
 def _timed(

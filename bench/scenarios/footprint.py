@@ -18,21 +18,27 @@ from bench.systems.asyncflow import environment
 
 NAME = "footprint"
 
-SETTLE_SECONDS = 5.0
-WATCH_SECONDS = 5.0
+SETTLE_SECONDS = 4.0
+WATCH_SECONDS = 4.0
 
 
 def measurements(run: Run) -> list[Measurement]:
     """
     One worker of every entrant, and AsyncFlow's other processes.
     """
-    # Once: sizes of idle processes hardly vary.
+    # Peers once: sizes of idle processes hardly vary.
     workers = [
-        Measurement(entrant, {"process": "worker"}, partial(worker, run, entrant), repetitions=1)
+        Measurement(
+            entrant,
+            {"process": "worker"},
+            partial(worker, run, entrant),
+            once=not entrant.is_ours,
+        )
         for entrant in run.entrants
+        if entrant.is_ours or entrant.is_plain
     ]
     others = [
-        Measurement(entrant, {"process": kind}, partial(other, run, entrant, kind), repetitions=1)
+        Measurement(entrant, {"process": kind}, partial(other, run, entrant, kind), once=True)
         for entrant in run.entrants
         if entrant.is_ours
         for kind in ("api", "maintenance")

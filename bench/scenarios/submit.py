@@ -1,7 +1,8 @@
 """
 Submit from Python: one producer process, each call returns when its task is safe.
 
-`one` calls the single-task API, `bulk` the bulk API with 1,000 tasks per call.
+`one` calls the single-task API, `bulk` the bulk API with 1,000 tasks per call. Afterwards the
+tasks are counted where the system keeps them: a rate of calls that kept nothing is no rate.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import Any
 
 from bench.entrants import Entrant
 from bench.run import Measurement, Run
+from bench.systems import QUEUE
+from bench.targets import COMPARED
 
 NAME = "submit"
 
-TASKS = 20_000
-OUR_TASKS = 100_000
 TASKS_IN_BULK = 100_000
 
 
@@ -27,10 +28,11 @@ def measurements(run: Run) -> list[Measurement]:
         Measurement(
             entrant,
             {"api": "one", "callers": callers},
-            partial(submit, run, entrant, "rate", _tasks(run, entrant), callers),
+            partial(submit, run, entrant, "rate", run.tasks(entrant.submit_tasks), callers),
+            once=_is_measured_once(entrant),
         )
         for entrant in run.entrants
-        if _submits_differently(entrant)
+        if entrant.is_plain
         for callers in entrant.producers
     ]
     bulk = [
@@ -38,35 +40,34 @@ def measurements(run: Run) -> list[Measurement]:
             entrant,
             {"api": "bulk"},
             partial(submit, run, entrant, "bulk", run.tasks(TASKS_IN_BULK)),
+            once=_is_measured_once(entrant),
         )
         for entrant in run.entrants
-        if _submits_differently(entrant)
-        and entrant.system in ("asyncflow", "procrastinate", "pgqueuer", "awa")
+        if entrant.is_plain and entrant.system in ("asyncflow", "procrastinate", "pgqueuer", "awa")
     ]
     return one + bulk
 
 
-def _submits_differently(entrant: Entrant) -> bool:
-    # Where results go, and what will carry the hint, makes no difference here.
-    return entrant.variant == ""
-
-
-def _tasks(run: Run, entrant: Entrant) -> int:
-    return run.tasks(OUR_TASKS if entrant.is_ours else TASKS)
+def _is_measured_once(entrant: Entrant) -> bool:
+    return not entrant.is_ours and entrant.key not in COMPARED[NAME]
 
 
 def submit(run: Run, entrant: Entrant, *arguments: object) -> dict[str, Any]:
     """
     One producer's rate.
     """
-    run.prepare(entrant)
+    system = run.prepare(entrant)
     before = run.services.cpu_seconds()
     rate = run.produce(entrant, *arguments)
     after = run.services.cpu_seconds()
     count = int(str(arguments[1]))
+    kept = system.unfinished(count) or run.services.messages(QUEUE)
+    if kept < count:
+        raise RuntimeError(f"{entrant.key} took {count} tasks and kept {kept}")
     return {
         "per_second": round(rate, 1),
         "tasks": count,
+        "kept": kept,
         "cpu_us_per_task": {
             kind: round((after[kind] - before[kind]) / count * 1e6, 1) for kind in after
         },

@@ -30,6 +30,9 @@ Submit = Callable[[int, float], Awaitable[None]]
 BULK = 1_000
 """Tasks per call of a bulk API."""
 
+QUEUE = "bench"
+"""Every system's queue, where it is the system's to choose."""
+
 
 @dataclass(frozen=True, slots=True)
 class System:

@@ -15,9 +15,7 @@ import uvloop
 
 from bench.addresses import database_url
 from bench.probe import hit
-from bench.systems import Submit, timed_in_bulk
-
-QUEUE = "bench"
+from bench.systems import QUEUE, Submit, timed_in_bulk
 
 
 @dataclass

@@ -12,9 +12,8 @@ from kombu import Queue
 
 from bench.addresses import broker_url, database_url, program, variant
 from bench.probe import hit
-from bench.systems import count_rows
+from bench.systems import QUEUE, count_rows
 
-QUEUE = "bench"
 KEEPS_RESULTS = variant() == "results"
 
 app = Celery(

@@ -11,12 +11,13 @@ from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
 from bench.addresses import broker_url, program
 from bench.probe import hit
+from bench.systems import QUEUE
 
 broker = RabbitmqBroker(url=broker_url(), confirm_delivery="BENCH_FILLS" not in os.environ)
 dramatiq.set_broker(broker)
 
 
-@dramatiq.actor(queue_name="bench", actor_name="noop")
+@dramatiq.actor(queue_name=QUEUE, actor_name="noop")
 def noop(number: int, submitted_at: float) -> None:
     hit(number, submitted_at)
 

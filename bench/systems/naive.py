@@ -30,9 +30,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from bench.addresses import broker_url, database_url
 from bench.probe import hit
-from bench.systems import Submit, count_rows
+from bench.systems import QUEUE, Submit, count_rows
 
-QUEUE = "bench"
 POOL_SIZE = 16
 
 

@@ -17,7 +17,7 @@ from taskiq_asyncpg import AsyncpgResultBackend
 
 from bench.addresses import broker_url, database_url, program, variant
 from bench.probe import hit
-from bench.systems import Submit, count_rows
+from bench.systems import QUEUE, Submit, count_rows
 
 KEEPS_RESULTS = variant() == "results"
 
@@ -26,7 +26,7 @@ broker = AioPikaBroker(
     broker_url(),
     qos=100,
     result_backend=_backend,
-    task_queues=[Queue(name="bench", type=QueueType.QUORUM)],
+    task_queues=[Queue(name=QUEUE, type=QueueType.QUORUM)],
     dead_letter_queue=Queue(name="bench.dead"),
 )
 

@@ -19,7 +19,6 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -78,6 +77,8 @@ async def serve_api(settings: Settings) -> None:
         AddressTaken: Its port is in use.
         SchemaMismatch: The database needs a migration.
     """
+    from importlib.metadata import version
+
     import uvicorn
 
     from asyncflow.api.app import create_app
@@ -119,6 +120,9 @@ async def serve_api(settings: Settings) -> None:
             if not stop.asked:
                 listening.listen(BACKLOG)  # Before the log says so.
                 events.process_started(url=f"http://{settings.api_host}:{settings.api_port}")
+                # What is loaded by now stays to the end. Left to the garbage collector, it is
+                # looked through again every few seconds, and 20 ms long everybody waits.
+                gc.freeze()
                 await server.serve(sockets=[listening])
             await waker.close()
     events.process_stopped()

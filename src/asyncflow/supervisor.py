@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -197,12 +197,15 @@ def _in_words(status: int) -> str:
 
 def as_environment(settings: Settings) -> dict[str, str]:
     """
-    The variables that give a child these settings, as far as anybody chose them.
+    The variables that give a child these settings.
     """
-    # Not "as far as they differ from the defaults": an option may say the default again where
-    # the inherited environment says something else.
-    values = settings.model_dump(exclude_unset=True)
-    return {PREFIX + name.upper(): _as_text(value) for name, value in values.items()}
+    # All of them, not those that differ from the defaults: an option may say the default again
+    # where the inherited environment says something else.
+    return {
+        PREFIX + name.upper(): _as_text(value)
+        for name, value in asdict(settings).items()
+        if value is not None
+    }
 
 
 def _as_text(value: object) -> str:

@@ -5,16 +5,21 @@ Over real sockets: what only a server can get wrong.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from asyncflow.api import body
 from asyncflow.api.protocol import BoundedProtocol
+from asyncflow.processes import serve_api
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
 
@@ -93,6 +98,103 @@ async def test_a_task_can_be_submitted_over_a_socket(port: int, db: Database) ->
     assert status_of(answer) == 202
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["status"] == "PENDING"
     assert await rows(db) == 1
+
+
+class Wire(asyncio.Transport):
+    """
+    The far side of one connection: what is written, piece by piece.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[bytes] = []
+        self.written = asyncio.Event()
+        self.cut = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """
+        What would be a system call, and a segment to the client.
+        """
+        assert not self.cut
+        self.pieces.append(bytes(data))
+        self.written.set()
+
+    def is_closing(self) -> bool:
+        """
+        Whether the client has left.
+        """
+        return self.cut
+
+
+async def test_what_is_loaded_at_the_start_is_not_looked_through_again(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A garbage collection over the whole web framework would hold up every request.
+    """
+    frozen = []
+
+    async def serve(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        frozen.append(gc.get_freeze_count())
+        sockets[0].close()
+
+    monkeypatch.setattr(uvicorn.Server, "serve", serve)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "1.2.3")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    gc.unfreeze()
+    try:
+        await serve_api(Settings(database_url=database_url, api_port=port))
+    finally:
+        gc.unfreeze()
+
+    assert frozen[0] > 10_000
+
+
+async def test_an_answer_leaves_in_one_piece(app: FastAPI) -> None:
+    """
+    Head and body together: each piece costs both sides a turn.
+    """
+    wire = Wire()
+    protocol = BoundedProtocol(uvicorn.Config(app, log_config=None), ServerState(), {})
+    protocol.connection_made(wire)
+
+    protocol.data_received(post(b'{"name":"x"}'))
+    async with asyncio.timeout(10):
+        await wire.written.wait()
+    protocol.connection_lost(ConnectionResetError())
+
+    (answer,) = wire.pieces
+    assert status_of(answer) == 202
+    assert answer.endswith(b"}")
+
+
+async def test_an_answer_nobody_waits_for_any_more_is_dropped() -> None:
+    """
+    Also when the client leaves between the answer and its sending.
+    """
+    wire = Wire()
+    answered = asyncio.Event()
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 204})
+        await send({"type": "http.response.body"})
+        wire.cut = True
+        answered.set()
+
+    faults: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+    protocol = BoundedProtocol(uvicorn.Config(answer, log_config=None), ServerState(), {})
+    protocol.connection_made(wire)
+
+    protocol.data_received(post(b""))
+    async with asyncio.timeout(10):
+        await answered.wait()
+    await asyncio.sleep(0)  # The turn in which it would be sent.
+    protocol.connection_lost(ConnectionResetError())
+
+    assert not wire.pieces
+    assert not faults
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["declared", "chunked"])

@@ -13,10 +13,15 @@ import pytest
 
 from cli.programs import environment
 
+SERVERS = {"fastapi", "starlette", "uvicorn"}
+MIGRATIONS = {"alembic", "sqlalchemy"}
+TERMINALS = {"rich", "structlog"}
+TYPES = {"psutil", "pydantic"}
+
 HEAVY = {
-    "worker": {"alembic", "fastapi", "sqlalchemy", "starlette", "uvicorn"},
-    "maintenance": {"alembic", "fastapi", "sqlalchemy", "starlette", "uvicorn"},
-    "api": {"alembic", "sqlalchemy"},
+    "worker": SERVERS | MIGRATIONS | TERMINALS | TYPES,
+    "maintenance": SERVERS | MIGRATIONS | TERMINALS | TYPES,
+    "api": MIGRATIONS | TERMINALS,
 }
 
 

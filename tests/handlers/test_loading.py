@@ -2,6 +2,7 @@
 Modules of handlers load by name or path, or their author learns why not.
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,12 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from asyncflow.handlers import Handler, load_handlers
+
 Load = Callable[..., str]
 
 HANDLER = """
 from asyncflow.handlers import handler
 @handler("greet")
 def greet(name: str): ...
+"""
+
+LOGGING = """
+import structlog
+from asyncflow.handlers import handler
+log = structlog.get_logger()
+@handler("mail")
+def mail(): log.info("sent")
 """
 
 SCRIPT = """
@@ -61,6 +72,40 @@ def test_the_built_in_handler_is_always_there(load: Load) -> None:
     A worker without modules can run `sample-task`.
     """
     assert "sample-task" == load()
+
+
+def test_the_schema_of_the_built_in_handler_is_what_its_signature_says() -> None:
+    """
+    It is written out only to spare workers Pydantic.
+    """
+    sample = load_handlers([]).get("sample-task")
+    assert sample is not None
+    read = Handler(name="read", function=sample.function)
+
+    assert sample.known_schema == read.payload_schema()
+    assert sample.known_schema == sample.payload_schema()
+
+
+def test_a_module_that_logs_through_structlog_logs_as_its_worker_does(tmp_path: Path) -> None:
+    """
+    Without asking its context for a logger.
+    """
+    write(tmp_path, mail=LOGGING)
+    code = f"""
+import sys
+sys.path[:0] = {[entry for entry in sys.path if entry]!r}
+from asyncflow.handlers import load_handlers
+from asyncflow.telemetry.logs import configure_logs
+configure_logs(level="info", log_format="json", process="worker")
+load_handlers(["mail"]).get("mail").function()
+"""
+
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+
+    line = json.loads(ended.stderr)
+    assert ("sent", "worker", "info") == (line["event"], line["process"], line["level"])
 
 
 @pytest.mark.parametrize("name", ["billing", "billing.py", "./billing.py"])

@@ -53,10 +53,17 @@ log.console.level = warning
 class ProcessBroker(Broker):
     """
     A node that is a child process of ours.
+
+    Args:
+        erlang_arguments: For the Erlang VM. By default one scheduler, which leaves the cores
+            to the tests.
     """
 
-    def __init__(self, installation: Installation) -> None:
+    def __init__(
+        self, installation: Installation, *, erlang_arguments: str = "+S 1:1 +sbwt none"
+    ) -> None:
         self._installation = installation
+        self._erlang_arguments = erlang_arguments
         self._folder = scratch.make_folder("rabbitmq", in_memory=False)
         self._port, self._management_port, self._dist_port, self._epmd_port = free_ports(4)
         self._process: subprocess.Popen[bytes] | None = None
@@ -183,7 +190,7 @@ class ProcessBroker(Broker):
             "RABBITMQ_LOG_BASE": str(folder / "log"),
             "RABBITMQ_LOGS": "-",
             "RABBITMQ_DIST_PORT": str(self._dist_port),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": self._erlang_arguments,
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
         }

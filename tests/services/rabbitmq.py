@@ -34,11 +34,14 @@ WHAT_WOULD_HELP = (
 
 
 @contextmanager
-def running_broker(version: str) -> Iterator[Broker]:
+def running_broker(version: str, **options: str) -> Iterator[Broker]:
     """
     Run a broker until the end of the block, or skip the test if there is none.
+
+    Args:
+        options: Of a `ProcessBroker`, if it is one.
     """
-    broker = _find_broker(version)
+    broker = _find_broker(version, **options)
     try:
         broker.start()
         if int(broker.version.partition(".")[0]) < 4:
@@ -67,16 +70,16 @@ def is_chosen_by_hand() -> bool:
     return "ASYNCFLOW_TEST_BROKER_URL" in os.environ
 
 
-def _find_broker(version: str) -> Broker:
+def _find_broker(version: str, **options: str) -> Broker:
     if is_chosen_by_hand():
         _only_the_oldest(version, "ASYNCFLOW_TEST_BROKER_URL")
         return RemoteBroker(os.environ["ASYNCFLOW_TEST_BROKER_URL"])
     tree = debian.ready_tree(version)
     if tree is not None:
-        return ProcessBroker(DebianTree(tree))
+        return ProcessBroker(DebianTree(tree), **options)
     if shutil.which("rabbitmq-server"):
         _only_the_oldest(version, "the rabbitmq-server on the PATH")
-        return ProcessBroker(OnPath())
+        return ProcessBroker(OnPath(), **options)
     if docker.is_usable():
         return DockerBroker(version)
     pytest.skip(missing([version])[0])

@@ -21,12 +21,34 @@ async def test_answers_come_in_the_order_of_the_tasks(db: Database) -> None:
     """
     Whatever order their ids have.
     """
-    new = [new_task() for _ in range(50)]
+    new = [new_task(delay_seconds=float(seconds)) for seconds in range(50)]
     new = new[25:] + new[:25][::-1]
 
     answers = await tasks.submit(db, new)
 
-    assert [task.id for task in new] == [answer.id for answer in answers]
+    assert [task.delay_seconds for task in new] == [
+        (answer.run_at - answer.created_at).total_seconds() for answer in answers
+    ]
+
+
+async def test_an_answer_tells_what_the_row_says(db: Database) -> None:
+    """
+    To the microsecond, though most of it is worked out here and only one time comes back.
+    """
+    run_at = datetime(2031, 5, 1, 12, 30, 0, 123456, tzinfo=UTC)
+    new = [
+        new_task(),
+        new_task(delay_seconds=600.0000015),
+        new_task(delay_seconds=1_234_567.8901235),
+        new_task(delay_seconds=34_560_000.0),
+        new_task(run_at=run_at),
+        new_task(run_at=run_at - timedelta(days=36_500)),
+    ]
+
+    answers = await tasks.submit(db, new)
+
+    stored = [await tasks.get(db, 1, task.id) for task in new]
+    assert [(t.status, t.created_at, t.run_at) for t in stored] == answers
 
 
 @pytest.mark.parametrize(

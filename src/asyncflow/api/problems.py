@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asyncflow.api.faults import parameter_faults
 from asyncflow.api.strict_json import MalformedJson
@@ -138,6 +138,25 @@ def install_problems(app: FastAPI) -> None:
     app.add_exception_handler(AsyncFlowError, answer_error)
     app.add_exception_handler(RequestValidationError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
+
+
+class Answering:
+    """
+    Wraps an endpoint that is served without FastAPI, and answers its errors the same way.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """
+        Serve one request.
+        """
+        try:
+            await self._app(scope, receive, send)
+        except AsyncFlowError as error:
+            response = await answer_error(Request(scope), error)
+            await response(scope, receive, send)
 
 
 async def answer_error(request: Request, error: Exception) -> Response:

@@ -1,15 +1,16 @@
 """
 uvicorn's HTTP protocol with two bounds it lacks: how long the head of a request may take to
-arrive, and how large it may be.
+arrive, and how large it may be. And one saving: answers leave in one piece.
 
-Without them a few hundred sockets that send one header byte every few seconds hold a server
-for ever ("slowloris"), and one that sends headers without end fills its memory. Bodies have
-their bounds in `body`. Idle connections are uvicorn's own `timeout_keep_alive`.
+Without the bounds a few hundred sockets that send one header byte every few seconds hold a
+server for ever ("slowloris"), and one that sends headers without end fills its memory. Bodies
+have their bounds in `body`. Idle connections are uvicorn's own `timeout_keep_alive`.
 """
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -26,6 +27,7 @@ class BoundedProtocol(HttpToolsProtocol):
     head_seconds_max = 10.0
     head_bytes_max = 64 * 1024
 
+    _head_expected = True
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
 
@@ -33,15 +35,16 @@ class BoundedProtocol(HttpToolsProtocol):
         """
         A connection that never says anything must not stay, either.
         """
-        super().connection_made(transport)
-        self._expect_head()
+        super().connection_made(cast(asyncio.Transport, _JoinedWrites(transport, self.loop)))
+        self._limit_head()
 
     def data_received(self, data: bytes) -> None:
         """
-        Count bytes while a head is incomplete.
+        Count bytes and seconds while a head is incomplete; most come whole.
         """
         super().data_received(data)
-        if self._head_timer is not None:
+        if self._head_expected:
+            self._limit_head()
             self._head_bytes += len(data)
             if self._head_bytes > self.head_bytes_max:
                 self._refuse(b"431 Request Header Fields Too Large")
@@ -51,7 +54,8 @@ class BoundedProtocol(HttpToolsProtocol):
         The first byte of a head.
         """
         super().on_message_begin()
-        self._expect_head()
+        self._head_ended()
+        self._head_expected = True
 
     def on_headers_complete(self) -> None:
         """
@@ -67,14 +71,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_ended()
         super().connection_lost(exc)
 
-    def _expect_head(self) -> None:
-        self._head_ended()
-        self._head_bytes = 0
-        self._head_timer = self.loop.call_later(
-            self.head_seconds_max, self._refuse, b"408 Request Timeout"
-        )
+    def _limit_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(
+                self.head_seconds_max, self._refuse, b"408 Request Timeout"
+            )
 
     def _head_ended(self) -> None:
+        self._head_expected = False
+        self._head_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -89,3 +94,35 @@ class BoundedProtocol(HttpToolsProtocol):
                 b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
             )
         self.transport.close()
+
+
+class _JoinedWrites:
+    """
+    A transport that sends together what is written in one turn of the event loop.
+
+    uvicorn writes the head and the body of an answer apart. Each write is a system call that
+    wakes the client: a tenth of the API's CPU per submission goes into the second one.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._written: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        if not self._written:
+            self._loop.call_soon(self._flush)
+        self._written.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _flush(self) -> None:
+        written, self._written = self._written, []
+        # The client may have left since it was written.
+        if written and not self._transport.is_closing():
+            self._transport.write(b"".join(written))

@@ -22,6 +22,7 @@ from asyncflow.api.body import read_json_body
 from asyncflow.api.catalogue import Catalogue
 from asyncflow.api.faults import document_faults
 from asyncflow.api.strict_json import FAULTS_MAX, parse
+from asyncflow.api.views import submitted_json
 from asyncflow.batching import Batcher
 from asyncflow.domain.policy import DEFAULT_POLICY
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
@@ -29,7 +30,7 @@ from asyncflow.errors import Fault, InvalidPayload, InvalidTask
 from asyncflow.store import tasks as store
 from asyncflow.store.database import Executor
 from asyncflow.store.wakeups import Waker
-from asyncflow.wire import SubmitBatch, SubmitTask, SubmittedBatch, SubmittedTask
+from asyncflow.wire import SubmitBatch, SubmitTask
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -80,8 +81,7 @@ class Submissions:
         task = self._new_task(_validated(SubmitTask, parse(body)))
         submitted = await self._batcher.submit(task)
         self._wake_for([submitted])
-        response = _accepted(_view(task, submitted), {"Location": f"/tasks/{task.id}"})
-        await response(scope, receive, send)
+        await _send_accepted(send, submitted_json(task, submitted), _location(task))
 
     async def submit_batch(self, request: Request) -> Response:
         """
@@ -94,8 +94,8 @@ class Submissions:
         tasks = self._new_tasks(batch.tasks)
         submitted = await self._store(tasks)
         self._wake_for(submitted)
-        views = [_view(*pair) for pair in zip(tasks, submitted, strict=True)]
-        return _accepted(SubmittedBatch.model_construct(tasks=views))
+        views = ",".join(map(submitted_json, tasks, submitted))
+        return Response(f'{{"tasks":[{views}]}}', 202, media_type="application/json")
 
     async def _store(self, tasks: Sequence[NewTask]) -> list[store.Submitted]:
         return await store.submit(self._db, tasks)
@@ -165,19 +165,17 @@ def _check_expiry(wanted: SubmitTask, pointer: str) -> None:
         raise InvalidTask([Fault(f"{pointer}/expires_at", f"must be later than {moment}")])
 
 
-def _view(task: NewTask, submitted: store.Submitted) -> SubmittedTask:
-    return SubmittedTask.model_construct(
-        id=submitted.id,
-        name=task.name,
-        status=submitted.status,
-        queue=task.queue,
-        priority=task.priority,
-        created_at=submitted.created_at,
-        run_at=submitted.run_at,
-        expires_at=task.expires_at,
-    )
+def _location(task: NewTask) -> tuple[bytes, bytes]:
+    return b"location", b"/tasks/%b" % str(task.id).encode()
 
 
-def _accepted(view: BaseModel, headers: dict[str, str] | None = None) -> Response:
-    content = view.model_dump_json()
-    return Response(content, 202, headers, "application/json")
+async def _send_accepted(send: Send, text: str, header: tuple[bytes, bytes]) -> None:
+    # What Starlette's `Response` would send, at a third of its cost.
+    body = text.encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        header,
+    ]
+    await send({"type": "http.response.start", "status": 202, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

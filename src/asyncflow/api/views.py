@@ -11,7 +11,8 @@ from datetime import datetime
 from typing import Any, cast
 
 from asyncflow.domain.states import State
-from asyncflow.store.tasks import Attempt, Page, Task
+from asyncflow.domain.task import NewTask
+from asyncflow.store.tasks import Attempt, Page, Submitted, Task
 from asyncflow.wire import (
     AttemptView,
     Status,
@@ -21,9 +22,29 @@ from asyncflow.wire import (
     TaskSummary,
     TaskView,
     Timings,
+    rfc3339,
 )
 
 _RAW = {"payload", "result"}
+
+
+def submitted_json(task: NewTask, submitted: Submitted) -> str:
+    """
+    A `wire.SubmittedTask` as JSON text.
+
+    Written by hand, because it is written for every task: that takes a third of the time the
+    model takes. Nothing in it needs escaping: names and queues are of a small alphabet.
+    """
+    created_at = rfc3339(submitted.created_at)
+    run_at = created_at
+    if submitted.run_at is not submitted.created_at:
+        run_at = rfc3339(submitted.run_at)
+    expires_at = f'"{rfc3339(task.expires_at)}"' if task.expires_at else "null"
+    return (
+        f'{{"id":"{task.id}","name":"{task.name}","status":"{submitted.status}",'
+        f'"queue":"{task.queue}","priority":{task.priority},"created_at":"{created_at}",'
+        f'"run_at":"{run_at}","expires_at":{expires_at}}}'
+    )
 
 
 def task_json(task: Task) -> str:

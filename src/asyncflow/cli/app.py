@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
 
-import typer
+import click
 
-from asyncflow.cli import queues, tasks
+from asyncflow.cli import bench, queues, tasks
 from asyncflow.errors import AsyncFlowError, InvalidSettings, StoreUnavailable, TransportError
 from asyncflow.supervisor import CHILD_OPTION
 
@@ -22,32 +24,35 @@ if TYPE_CHECKING:
 NOT_NOW, REFUSED, INTERRUPTED = 1, 2, 130
 """Exit statuses: try again later; wrong as it stands; Ctrl-C."""
 
-app = typer.Typer(
+
+@click.group(
     name="asyncflow",
     help="AsyncFlow: durable distributed task processing.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(tasks.app, name="task")
-app.add_typer(queues.app, name="queue")
+@click.option(CHILD_OPTION, "supervised", is_flag=True, hidden=True)
+def app(supervised: bool) -> None:
+    if supervised:
+        from asyncflow.supervisor import stop_with_parent
 
-Host = Annotated[str | None, typer.Option(help="Address to listen on.", show_default=False)]
-Port = Annotated[int | None, typer.Option(help="Port to listen on.", show_default=False)]
-Concurrency = Annotated[
-    int | None,
-    typer.Option(help="How many tasks a worker process runs at once.", show_default=False),
-]
-Handlers = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="MODULE,…",
-        help="Modules with handlers, such as billing.tasks or billing/tasks.py.",
-        show_default=False,
-    ),
-]
+        stop_with_parent()
+
+
+app.add_command(tasks.app)
+app.add_command(queues.app)
+app.add_command(bench.bench)
+
+host_option = click.option("--host", help="Address to listen on.")
+port_option = click.option("--port", type=int, help="Port to listen on.")
+concurrency_option = click.option(
+    "--concurrency", type=int, help="How many tasks a worker process runs at once."
+)
+handlers_option = click.option(
+    "--handlers",
+    multiple=True,
+    metavar="MODULE,…",
+    help="Modules with handlers, such as billing.tasks or billing/tasks.py.",
+)
 
 
 def main() -> NoReturn:
@@ -58,14 +63,17 @@ def main() -> NoReturn:
     status 1 if the same command may work later, with 2 if not.
     """
     try:
-        app(prog_name="asyncflow")
+        status = app.main(prog_name="asyncflow", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except AsyncFlowError as error:
-        typer.echo(f"asyncflow: {_sentences(error)}", err=True)
+        click.echo(f"asyncflow: {_sentences(error)}", err=True)
         may_work_later = isinstance(error, StoreUnavailable | TransportError)
         sys.exit(NOT_NOW if may_work_later else REFUSED)
-    except KeyboardInterrupt:
+    except click.Abort:
         sys.exit(INTERRUPTED)
-    sys.exit(0)
+    sys.exit(status)
 
 
 def _sentences(error: AsyncFlowError) -> str:
@@ -74,22 +82,13 @@ def _sentences(error: AsyncFlowError) -> str:
     return str(error)
 
 
-@app.callback()
-def begin(
-    supervised: Annotated[bool, typer.Option(CHILD_OPTION, hidden=True)] = False,
-) -> None:
-    if supervised:
-        from asyncflow.supervisor import stop_with_parent
-
-        stop_with_parent()
-
-
 @app.command()
+@host_option
+@port_option
+@concurrency_option
+@handlers_option
 def dev(
-    host: Host = None,
-    port: Port = None,
-    concurrency: Concurrency = None,
-    handlers: Handlers = None,
+    host: str | None, port: int | None, concurrency: int | None, handlers: Sequence[str]
 ) -> None:
     """
     Run all of AsyncFlow on this machine, with a PostgreSQL of its own.
@@ -123,11 +122,13 @@ def migrate() -> None:
     url = required_database_url(_settings())
     before = asyncio.run(bring_up_to_date(url))
     change = f"is at {before} already" if before == SCHEMA_VERSION else f"is now {SCHEMA_VERSION}"
-    typer.echo(f"The schema of {masked(url)} {change}.")
+    click.echo(f"The schema of {masked(url)} {change}.")
 
 
 @app.command()
-def api(host: Host = None, port: Port = None) -> None:
+@host_option
+@port_option
+def api(host: str | None, port: int | None) -> None:
     """
     Serve the HTTP API.
     """
@@ -139,20 +140,16 @@ def api(host: Host = None, port: Port = None) -> None:
 
 
 @app.command()
+@click.option(
+    "--queues",
+    metavar="NAME,…",
+    help="Queues to take tasks from; all that its handlers name if left out.",
+)
+@concurrency_option
+@click.option("--processes", type=int, help="How many worker processes.")
+@handlers_option
 def worker(
-    queues: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,…",
-            help="Queues to take tasks from; all that its handlers name if left out.",
-            show_default=False,
-        ),
-    ] = None,
-    concurrency: Concurrency = None,
-    processes: Annotated[
-        int | None, typer.Option(help="How many worker processes.", show_default=False)
-    ] = None,
-    handlers: Handlers = None,
+    queues: str | None, concurrency: int | None, processes: int | None, handlers: Sequence[str]
 ) -> None:
     """
     Run tasks.
@@ -191,13 +188,13 @@ def version() -> None:
     """
     from asyncflow import __version__
 
-    typer.echo(__version__)
+    click.echo(__version__)
 
 
 async def _several_workers(settings: Settings) -> int:
     from asyncflow.supervisor import Child, Supervisor, as_environment
 
-    one = settings.model_copy(update={"worker_processes": 1})
+    one = replace(settings, worker_processes=1)
     children = [
         Child(f"worker {number}", ["worker"], as_environment(one))
         for number in range(1, settings.worker_processes + 1)
@@ -220,5 +217,5 @@ def _configure_logs(settings: Settings, process: str) -> None:
     configure_logs(level=settings.log_level, log_format=settings.log_format, process=process)
 
 
-def _names(handlers: list[str] | None) -> str | None:
+def _names(handlers: Sequence[str]) -> str | None:
     return ",".join(handlers) if handlers else None

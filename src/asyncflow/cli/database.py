@@ -21,9 +21,9 @@ def embedded_cluster(settings: Settings) -> Cluster:
 
 
 @asynccontextmanager
-async def opened(settings: Settings) -> AsyncIterator[Database]:
+async def opened(settings: Settings, *, size: int = 2) -> AsyncIterator[Database]:
     """
-    The database for one command, its schema checked.
+    The database for one command, its schema checked; `size` connections at most.
 
     Raises:
         InvalidSettings: None is set, and no `asyncflow dev` runs in this folder.
@@ -32,7 +32,7 @@ async def opened(settings: Settings) -> AsyncIterator[Database]:
     """
     async with Database(
         _url(settings),
-        size=2,
+        size=size,
         timeout_seconds=settings.database_timeout_seconds,
         pooler=settings.database_pooler,
         name="asyncflow command",

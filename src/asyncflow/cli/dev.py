@@ -12,6 +12,7 @@ import contextlib
 import http.client
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -58,7 +59,7 @@ async def develop(settings: Settings) -> int:
     with Supervisor(grace_seconds=settings.shutdown_grace_seconds) as supervisor:
         async with _database(settings, supervisor) as url:
             await _migrate(url)
-            environment = as_environment(settings.model_copy(update={"database_url": url}))
+            environment = as_environment(replace(settings, database_url=url))
             children = [Child(role, [role], environment) for role in ROLES]
             announcing = asyncio.create_task(_announce(settings))
             try:

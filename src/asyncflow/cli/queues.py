@@ -6,45 +6,52 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
 if TYPE_CHECKING:
     from asyncflow.store.database import Database
 
-app = typer.Typer(help="Pause and resume queues.", no_args_is_help=True, rich_markup_mode=None)
+queue_argument = click.argument("name", metavar="NAME")
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The queue.", show_default=False)]
+
+@click.group("queue")
+def app() -> None:
+    """
+    Pause and resume queues.
+    """
 
 
 @app.command()
-def pause(name: Name) -> None:
+@queue_argument
+def pause(name: str) -> None:
     """
     Start no more tasks of a queue. What runs goes on, and tasks are still accepted.
     """
     from asyncflow.store import queues
 
     _run(name, queues.pause)
-    typer.echo(f"Queue {name!r} is paused.")
+    click.echo(f"Queue {name!r} is paused.")
 
 
 @app.command()
-def resume(name: Name) -> None:
+@queue_argument
+def resume(name: str) -> None:
     """
     Let tasks of a paused queue start again.
     """
     from asyncflow.store import queues
 
     _run(name, queues.resume)
-    typer.echo(f"Queue {name!r} is not paused.")
+    click.echo(f"Queue {name!r} is not paused.")
 
 
 def _run(name: str, change: Callable[[Database, str], Awaitable[None]]) -> None:
     from asyncflow.domain.policy import NAME_PATTERN
 
     if not NAME_PATTERN.fullmatch(name):
-        raise typer.BadParameter(f"{name!r} is no queue: use 1 to 128 of A-Z a-z 0-9 . _ -")
+        raise click.BadParameter(f"{name!r} is no queue: use 1 to 128 of A-Z a-z 0-9 . _ -")
     asyncio.run(_change(name, change))
 
 

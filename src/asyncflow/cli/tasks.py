@@ -8,25 +8,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
-import typer
+import click
 
 if TYPE_CHECKING:
     from asyncflow.store.database import Database
     from asyncflow.store.tasks import Page, Task
 
-app = typer.Typer(help="Look at tasks and steer them.", no_args_is_help=True, rich_markup_mode=None)
-
 Result = TypeVar("Result")
 
-Id = Annotated[UUID, typer.Argument(metavar="ID", help="The task.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, as the HTTP API answers.")]
+task_argument = click.argument("task_id", metavar="ID", type=click.UUID)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON, as the HTTP API answers."
+)
+
+
+@click.group("task")
+def app() -> None:
+    """
+    Look at tasks and steer them.
+    """
 
 
 @app.command()
-def get(task_id: Id, as_json: Json = False) -> None:
+@task_argument
+@json_option
+def get(task_id: UUID, as_json: bool) -> None:
     """
     Show everything about one task.
     """
@@ -36,18 +45,25 @@ def get(task_id: Id, as_json: Json = False) -> None:
 
 
 @app.command("list")
+@click.option("--status", help="Such as FAILED or running.")
+@click.option("--name", help="Of the handler.")
+@click.option("--queue", help="Of this queue.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 500),
+    default=20,
+    show_default=True,
+    help="At most so many.",
+)
+@click.option("--cursor", help="Go on where the page before ended.")
+@json_option
 def list_tasks(
-    status: Annotated[
-        str | None, typer.Option(help="Such as FAILED or running.", show_default=False)
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Of the handler.", show_default=False)] = None,
-    queue: Annotated[str | None, typer.Option(help="Of this queue.", show_default=False)] = None,
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=500)] = 20,
-    cursor: Annotated[
-        str | None,
-        typer.Option(help="Go on where the page before ended.", show_default=False),
-    ] = None,
-    as_json: Json = False,
+    status: str | None,
+    name: str | None,
+    queue: str | None,
+    limit: int,
+    cursor: str | None,
+    as_json: bool,
 ) -> None:
     """
     List tasks, newest first.
@@ -56,7 +72,7 @@ def list_tasks(
 
     if status is not None and status.upper() not in tasks.STATUS_FILTERS:
         statuses = ", ".join(tasks.STATUS_FILTERS)
-        raise typer.BadParameter(f"{status!r} is none of {statuses}", param_hint="--status")
+        raise click.BadParameter(f"{status!r} is none of {statuses}", param_hint="--status")
 
     async def read(db: Database) -> Page:
         return await tasks.list_tasks(
@@ -73,7 +89,7 @@ def list_tasks(
     if as_json:
         from asyncflow.api.views import page_json
 
-        typer.echo(page_json(page))
+        click.echo(page_json(page))
     else:
         from asyncflow.cli.views import print_page
 
@@ -81,7 +97,9 @@ def list_tasks(
 
 
 @app.command()
-def cancel(task_id: Id, as_json: Json = False) -> None:
+@task_argument
+@json_option
+def cancel(task_id: UUID, as_json: bool) -> None:
     """
     Cancel a waiting task, or ask the worker of a running one to stop it.
     """
@@ -91,7 +109,9 @@ def cancel(task_id: Id, as_json: Json = False) -> None:
 
 
 @app.command()
-def redrive(task_id: Id, as_json: Json = False) -> None:
+@task_argument
+@json_option
+def redrive(task_id: UUID, as_json: bool) -> None:
     """
     Give a failed or cancelled task a new generation, due now.
     """
@@ -121,7 +141,7 @@ def _show(task: Task, as_json: bool) -> None:
     if as_json:
         from asyncflow.api.views import task_json
 
-        typer.echo(task_json(task))
+        click.echo(task_json(task))
     else:
         from asyncflow.cli.views import print_task
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 DEFAULT_TENANT_ID = 1
 """The one built-in tenant."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewTask:
+class NewTask(NamedTuple):
     """
     Everything `store.tasks.submit` writes.
 

@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+from asyncflow.telemetry.logs import log
+
 MESSAGE_LENGTH_MAX = 500
 """Longer progress messages are cut, in characters."""
 
@@ -144,10 +146,8 @@ class Context:
         A structlog logger whose lines carry the task's id, name and attempt.
         """
         if self._logger is None:
-            # Most attempts log nothing; they should not pay for the import or the binding.
-            import structlog
-
-            self._logger = structlog.get_logger().bind(
+            # Most attempts log nothing; they should not pay for the binding, nor for structlog.
+            self._logger = log.structlog().bind(
                 task_id=str(self.task_id), task=self.name, attempt=self.attempt
             )
         return self._logger

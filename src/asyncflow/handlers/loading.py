@@ -20,6 +20,7 @@ from types import ModuleType
 
 from asyncflow.errors import HandlerError
 from asyncflow.handlers.registry import DEFAULT_REGISTRY, Registry
+from asyncflow.telemetry.logs import log
 
 BUILTIN_MODULE = "asyncflow.handlers.builtin"
 
@@ -67,6 +68,8 @@ def load_module(name: str) -> ModuleType:
     importlib.invalidate_caches()
     module = _imported(dotted)
     _check_is_the_file(module, name)
+    if "structlog" in sys.modules:
+        log.adopt_structlog()
     return module
 
 

@@ -40,6 +40,7 @@ class Handler:
         never_retry: Exceptions that fail a task at once.
         memory_bytes_max: What the child process and its own children may hold together;
             None means no limit. Only with `process`.
+        known_schema: What `payload_schema` answers; None means that the signature says it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Handler:
     isolation: IsolationKind = "loop"
     never_retry: tuple[type[BaseException], ...] = ()
     memory_bytes_max: int | None = None
+    known_schema: dict[str, Any] | None = None
     is_async: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +93,7 @@ class Handler:
         Raises:
             HandlerError: If a parameter's type has no JSON form.
         """
-        return self._signature[0].schema()
+        return self.known_schema or self._signature[0].schema()
 
     def check(self) -> None:
         """

@@ -9,8 +9,8 @@ import binascii
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from asyncflow.domain.states import Event, State, display_status, sources
@@ -19,13 +19,11 @@ from asyncflow.errors import Fault, IllegalTransition, InvalidTask, TaskNotFound
 from asyncflow.store.database import Executor, Record
 
 
-@dataclass(frozen=True, slots=True)
-class Submitted:
+class Submitted(NamedTuple):
     """
     What the database decided about a task it took.
     """
 
-    id: UUID
     status: str
     created_at: datetime
     run_at: datetime
@@ -103,18 +101,19 @@ class Page:
 
 
 SUBMIT = """
-    INSERT INTO asyncflow.tasks
-           (id, tenant_id, name, queue, priority, run_at, expires_at,
-            max_attempts, timeout_seconds, payload)
-    SELECT id, tenant_id, name, queue, priority,
-           coalesce(run_at, now() + delay_seconds * interval '1 second'), expires_at,
-           max_attempts, timeout_seconds, payload::json
-      FROM unnest($1::uuid[], $2::int[], $3::text[], $4::text[], $5::smallint[],
-                  $6::timestamptz[], $7::float8[], $8::timestamptz[],
-                  $9::int[], $10::float8[], $11::text[])
-           AS new (id, tenant_id, name, queue, priority, run_at, delay_seconds, expires_at,
-                   max_attempts, timeout_seconds, payload)
-    RETURNING id, created_at, run_at
+    WITH stored AS (
+        INSERT INTO asyncflow.tasks
+               (id, tenant_id, name, queue, priority, run_at, expires_at,
+                max_attempts, timeout_seconds, payload)
+        SELECT id, tenant_id, name, queue, priority,
+               coalesce(run_at, now() + delay_microseconds * interval '1 microsecond', now()),
+               expires_at, max_attempts, timeout_seconds, payload::json
+          FROM unnest($1::uuid[], $2::int[], $3::text[], $4::text[], $5::smallint[],
+                      $6::timestamptz[], $7::bigint[], $8::timestamptz[],
+                      $9::int[], $10::float8[], $11::text[])
+               AS new (id, tenant_id, name, queue, priority, run_at, delay_microseconds,
+                       expires_at, max_attempts, timeout_seconds, payload))
+    SELECT now()
 """
 
 
@@ -129,28 +128,52 @@ async def submit(db: Executor, tasks: Sequence[NewTask]) -> list[Submitted]:
         StoreUnavailable: None of them is stored, unless the connection was lost while
             PostgreSQL committed; then all may be.
     """
-    rows = await db.fetch(
+    if not tasks:
+        return []
+    column = dict(zip(NewTask._fields, zip(*tasks, strict=True), strict=True))
+    # One row comes back, not one per task: all are created at the same moment, and with it
+    # the rest of the answer is known.
+    created_at = await db.fetchval(
         SUBMIT,
-        [t.id for t in tasks],
-        [t.tenant_id for t in tasks],
-        [t.name for t in tasks],
-        [t.queue for t in tasks],
-        [t.priority for t in tasks],
-        [t.run_at for t in tasks],
-        [t.delay_seconds for t in tasks],
-        [t.expires_at for t in tasks],
-        [t.max_attempts for t in tasks],
-        [t.timeout_seconds for t in tasks],
-        [t.payload for t in tasks],
+        column["id"],
+        column["tenant_id"],
+        column["name"],
+        column["queue"],
+        column["priority"],
+        _unless_all_none(column["run_at"]),
+        _unless_all_none([_microseconds(seconds) for seconds in column["delay_seconds"]]),
+        _unless_all_none(column["expires_at"]),
+        _unless_all_none(column["max_attempts"]),
+        _unless_all_none(column["timeout_seconds"]),
+        column["payload"],
     )
-    stored = {row["id"]: row for row in rows}
-    return [_submitted(stored[task.id]) for task in tasks]
+    due_at_once = _submitted(created_at, run_at=created_at)
+    return [
+        _submitted(created_at, run_at=_run_at(task, created_at))
+        if task.run_at or task.delay_seconds
+        else due_at_once
+        for task in tasks
+    ]
 
 
-def _submitted(row: Record) -> Submitted:
-    created_at, run_at = row["created_at"], row["run_at"]
+def _unless_all_none(column: Sequence[Any]) -> Sequence[Any]:
+    # `unnest` fills up the shorter of its arrays with NULL.
+    return column if column.count(None) < len(column) else ()
+
+
+def _microseconds(delay_seconds: float) -> int | None:
+    # Whole ones, so that adding them here and in the database gives the same moment.
+    return round(delay_seconds * 1_000_000) if delay_seconds else None
+
+
+def _run_at(task: NewTask, created_at: datetime) -> datetime:
+    delay = timedelta(microseconds=_microseconds(task.delay_seconds) or 0)
+    return task.run_at or created_at + delay
+
+
+def _submitted(created_at: datetime, *, run_at: datetime) -> Submitted:
     status = display_status(State.PENDING, run_at=run_at, failures=0, now=created_at)
-    return Submitted(row["id"], status, created_at, run_at)
+    return Submitted(status, created_at, run_at)
 
 
 LIST_COLUMNS = """

@@ -8,12 +8,10 @@ must. Payloads, results and secrets are never arguments here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii as quoted
 from uuid import UUID
 
-import structlog
-
-log = structlog.get_logger()
-
+from asyncflow.telemetry.logs import log
 
 # Processes
 
@@ -71,6 +69,17 @@ def attempt_settled(
     """
     An attempt ended and its outcome is recorded.
     """
+    if not log.takes_info and outcome != "fail":
+        return
+    if outcome == "complete" and log.json_lines is not None:
+        # Written thousands of times a second. By hand it costs half.
+        log.json_lines.emit_encoded(
+            "attempt.settled",
+            f'"task_id": "{task_id}", "task": {quoted(name)}, "queue": {quoted(queue)}, '
+            f'"tenant": {tenant_id}, "attempt": {attempt}, "outcome": "complete", '
+            f'"run_seconds": {round(run_seconds, 4)}',
+        )
+        return
     fields = {
         "task_id": str(task_id),
         "task": name,

@@ -19,8 +19,6 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
-import psutil
-
 from asyncflow.domain.outcome import Crashed, Failed, Failure, Outcome
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.registry import Handler
@@ -341,6 +339,8 @@ def _memory_bytes(pid: int) -> int:
     """
     Resident memory of a process's descendants; shared pages count once in each.
     """
+    import psutil  # Most workers limit no memory and save this much of it: 1 MB.
+
     total = 0
     pending = _child_pids(pid)
     while pending:
@@ -354,6 +354,8 @@ def _memory_bytes(pid: int) -> int:
 
 
 def _child_pids(pid: int) -> list[int]:
+    import psutil
+
     # psutil finds children by reading every process of the machine; Linux can list them.
     try:
         lists = list(Path(f"/proc/{pid}/task").glob("*/children"))

@@ -1,0 +1,135 @@
+"""
+What `asyncflow bench` asks of the database: who would run its tasks, how far they are, and when
+each was submitted, started and finished by the database's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+from uuid import UUID
+
+from asyncflow.store.database import Executor
+
+
+class Offer(NamedTuple):
+    """
+    Who runs tasks of one name on one queue, and what stands in the way.
+
+    Attributes:
+        workers: Live worker processes that offer the name on the queue.
+        slots: How many tasks they run at once, together.
+        unfinished: Other tasks that wait or run anywhere, counted up to `UNFINISHED_MAX`.
+    """
+
+    workers: int
+    slots: int
+    is_paused: bool
+    unfinished: int
+
+
+UNFINISHED_MAX = 100_000
+
+OFFERED = """
+    SELECT count(w.id) AS workers,
+           coalesce(sum(w.concurrency), 0) AS slots,
+           EXISTS (SELECT FROM asyncflow.queues q
+                    WHERE q.name = $2 AND q.paused_at IS NOT NULL) AS is_paused,
+           (SELECT count(*)
+              FROM (SELECT FROM asyncflow.tasks_live LIMIT $3) AS live) AS unfinished
+      FROM asyncflow.workers w
+     WHERE w.stopped_at IS NULL
+       AND w.lost_at IS NULL
+       -- Only maintenance marks the lost, and it may not run.
+       AND w.heartbeat_at > now() - w.lease_seconds * interval '1 second'
+       AND $1 = ANY (w.handlers)
+       AND $2 = ANY (w.queues)
+"""
+
+
+async def offer(db: Executor, name: str, queue: str) -> Offer:
+    """
+    Who would run a task of this name on this queue now.
+    """
+    row = await db.fetchrow(OFFERED, name, queue, UNFINISHED_MAX)
+    assert row is not None
+    return Offer(row["workers"], row["slots"], row["is_paused"], row["unfinished"])
+
+
+UNFINISHED = """
+    SELECT t.id
+      FROM asyncflow.tasks_live t
+     WHERE t.id = ANY ($1)
+"""
+
+
+async def unfinished(db: Executor, task_ids: Sequence[UUID]) -> list[UUID]:
+    """
+    Those of these tasks that still wait or run.
+    """
+    return [row["id"] for row in await db.fetch(UNFINISHED, task_ids)]
+
+
+class Course(NamedTuple):
+    """
+    How some tasks went, all of them finished.
+
+    Attributes:
+        completed: How many, failed and cancelled ones not among them.
+        seconds: From the first one's submission to the last one's end.
+        start_seconds, finish_seconds: From a task's submission to its start, and to its end:
+            the 50th, 95th and 99th percentile.
+    """
+
+    completed: int
+    seconds: float
+    start_seconds: tuple[float, ...]
+    finish_seconds: tuple[float, ...]
+
+
+COURSE = """
+    SELECT count(*) FILTER (WHERE state = 'completed') AS completed,
+           extract(epoch FROM max(finished_at) - min(created_at))::float8 AS seconds,
+           percentile_cont(ARRAY [0.5, 0.95, 0.99]) WITHIN GROUP
+               (ORDER BY extract(epoch FROM started_at - created_at)::float8) AS start_seconds,
+           percentile_cont(ARRAY [0.5, 0.95, 0.99]) WITHIN GROUP
+               (ORDER BY extract(epoch FROM finished_at - created_at)::float8) AS finish_seconds
+      FROM asyncflow.tasks_finished t
+     WHERE t.id = ANY ($1)
+"""
+
+
+async def course(db: Executor, task_ids: Sequence[UUID]) -> Course:
+    """
+    How these tasks went. Ask when every one of them is finished.
+    """
+    row = await db.fetchrow(COURSE, task_ids)
+    assert row is not None
+    return Course(
+        row["completed"],
+        row["seconds"] or 0.0,
+        tuple(row["start_seconds"] or ()),
+        tuple(row["finish_seconds"] or ()),
+    )
+
+
+REMOVE = """
+    WITH history AS (
+        DELETE FROM asyncflow.attempts a
+         WHERE a.task_id = ANY ($1))
+    DELETE FROM asyncflow.tasks t
+     WHERE t.id = ANY ($1)
+       -- A running one belongs to its worker.
+       AND t.state IN ('pending', 'queued', 'completed', 'failed', 'cancelled')
+    RETURNING t.id
+"""
+
+
+async def remove(db: Executor, task_ids: Sequence[UUID]) -> int:
+    """
+    Delete these tasks, finished or still waiting, but for those that run; return how many.
+
+    For a measurement's own tasks alone: a hint to one that is still on its way finds nothing,
+    and is forgotten.
+    """
+    return len(await db.fetch(REMOVE, task_ids))

@@ -1,0 +1,360 @@
+"""
+What log lines say, and when and how they leave the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
+
+import pytest
+import structlog
+
+from asyncflow.telemetry import events, logs
+from asyncflow.telemetry.lines import WRITE_BYTES_MAX
+from asyncflow.telemetry.logs import configure_logs
+
+TASK_ID = UUID("0192f0c1-2345-7789-8abc-def012345678")
+
+
+class Stream(io.StringIO):
+    """
+    Standard error that remembers what came in one write.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def write(self, text: str) -> int:
+        """
+        Note one write.
+        """
+        self.writes.append(text)
+        return len(text)
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """
+        What was written so far.
+        """
+        return [json.loads(line) for line in "".join(self.writes).splitlines()]
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
+    """
+    Where the lines of a worker go; logging is as it was before afterwards.
+    """
+    stream = Stream()
+    handlers, level = logging.root.handlers[:], logging.root.level
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(logs, "log", logs.Log())
+    monkeypatch.setattr(events, "log", logs.log)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    structlog.reset_defaults()
+    configure_logs(level="info", log_format="json", process="worker")
+    yield stream
+    structlog.reset_defaults()
+    logging.root.setLevel(level)
+    logging.root.handlers[:] = handlers
+
+
+def settle(number: int = 1, outcome: str = "complete") -> None:
+    """
+    Report the end of an attempt.
+    """
+    events.attempt_settled(
+        task_id=TASK_ID,
+        name='ship "it"',
+        queue="default",
+        tenant_id=1,
+        attempt=number,
+        outcome=outcome,
+        run_seconds=0.123456,
+        failure=None,
+        retry_seconds=None,
+    )
+
+
+def test_an_event_is_one_json_object(stream: Stream) -> None:
+    """
+    Its fields first, then what every line has.
+    """
+    settle()
+
+    (line,) = stream.lines
+    assert [
+        *("task_id", "task", "queue", "tenant", "attempt", "outcome", "run_seconds"),
+        *("event", "process", "level", "timestamp"),
+    ] == list(line)
+    assert (str(TASK_ID), 'ship "it"', 0.1235) == (
+        line["task_id"],
+        line["task"],
+        line["run_seconds"],
+    )
+    assert ("attempt.settled", "worker", "info") == (line["event"], line["process"], line["level"])
+
+
+def test_the_line_of_a_completed_attempt_has_the_shape_of_all_others(stream: Stream) -> None:
+    """
+    It is written in another way.
+    """
+    settle(1, outcome="complete")
+    settle(1, outcome="release")
+
+    complete, release = stream.lines
+    assert list(complete) == list(release)
+    assert complete | {"outcome": "release", "timestamp": release["timestamp"]} == release
+
+
+def test_an_event_without_fields_is_one_as_well(stream: Stream) -> None:
+    """
+    Nothing but what every line has.
+    """
+    events.process_stopped()
+
+    assert ["event", "process", "level", "timestamp"] == list(stream.lines[0])
+
+
+async def test_the_lines_of_one_turn_of_the_loop_leave_together(stream: Stream) -> None:
+    """
+    In order, in one write, without a wait.
+    """
+    for number in range(5):
+        settle(number)
+    assert [] == stream.writes
+    await asyncio.sleep(0)
+
+    assert 1 == len(stream.writes)
+    assert list(range(5)) == [line["attempt"] for line in stream.lines]
+
+
+async def test_a_write_is_never_too_large_for_a_pipe_to_keep_it_whole(stream: Stream) -> None:
+    """
+    Several processes may share standard error.
+    """
+    for number in range(100):
+        settle(number)
+    await asyncio.sleep(0)
+
+    assert list(range(100)) == [line["attempt"] for line in stream.lines]
+    assert 1 < len(stream.writes) < 20
+    assert all(len(text) <= WRITE_BYTES_MAX and text.endswith("}\n") for text in stream.writes)
+
+
+async def test_a_line_longer_than_that_goes_alone(stream: Stream) -> None:
+    """
+    It is not cut.
+    """
+    settle()
+    events.chore_failed(chore="reaper", reason="x" * 2 * WRITE_BYTES_MAX)
+
+    assert 2 == len(stream.writes)
+    assert 2 == len(stream.lines)
+
+
+async def test_a_warning_does_not_wait_nor_does_what_came_before_it(stream: Stream) -> None:
+    """
+    The process may be about to die.
+    """
+    settle(1)
+    settle(2, outcome="fail")
+
+    assert [(1, "info"), (2, "warning")] == [(ln["attempt"], ln["level"]) for ln in stream.lines]
+
+
+async def test_a_line_from_another_thread_does_not_wait(stream: Stream) -> None:
+    """
+    No loop there would write it.
+    """
+    await asyncio.to_thread(settle)
+
+    assert 1 == len(stream.lines)
+
+
+def test_lines_do_not_wait_for_a_loop_that_is_closed(stream: Stream) -> None:
+    """
+    The next loop takes them along.
+    """
+
+    async def report(number: int) -> None:
+        settle(number)
+        if number == 1:
+            asyncio.get_running_loop().stop()  # Before the turn at whose end they would go.
+
+    first = asyncio.new_event_loop()
+    stopping = first.create_task(report(1))
+    first.run_forever()
+    assert stopping.done()
+    first.close()
+    asyncio.run(report(2))
+
+    assert [1, 2] == [line["attempt"] for line in stream.lines]
+
+
+async def test_a_line_says_when_it_happened_and_not_when_it_was_written(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    To the microsecond, in UTC.
+    """
+    monkeypatch.setattr("time.time", lambda: 1_760_000_000.000_25)
+    settle()
+    monkeypatch.setattr("time.time", lambda: 1_760_000_009.5)
+    await asyncio.sleep(0)
+
+    assert "2025-10-09T08:53:20.000250Z" == stream.lines[0]["timestamp"]
+
+
+def test_what_is_below_the_level_is_not_written(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A failed task is more than an attempt that ended.
+    """
+    monkeypatch.setattr(sys, "stderr", stream)
+    configure_logs(level="warning", log_format="json", process="worker")
+
+    settle(1)
+    events.process_stopped()
+    settle(2, outcome="fail")
+
+    assert [2] == [line["attempt"] for line in stream.lines]
+
+
+def test_an_error_brings_its_traceback(stream: Stream) -> None:
+    """
+    In one string, after everything else.
+    """
+    try:
+        raise ValueError("no")
+    except ValueError as error:
+        events.request_failed(incident_id="i", method="GET", path="/", error=error)
+
+    (line,) = stream.lines
+    assert "exception" == list(line)[-1]
+    assert line["exception"].startswith("Traceback")
+    assert line["exception"].endswith("ValueError: no")
+
+
+def test_libraries_speak_in_the_same_way(stream: Stream) -> None:
+    """
+    From warnings on.
+    """
+    logging.getLogger("asyncio").info("quiet")
+    try:
+        raise ValueError("no")
+    except ValueError:
+        logging.getLogger("asyncio").exception("Task %s died", 7)
+
+    (line,) = stream.lines
+    assert ["event", "process", "level", "timestamp", "exception"] == list(line)
+    assert ("Task 7 died", "worker", "error") == (line["event"], line["process"], line["level"])
+    assert line["exception"].endswith("ValueError: no")
+
+
+async def test_a_handlers_line_leaves_at_once(stream: Stream) -> None:
+    """
+    What it announces may end the process. It carries what was bound to it and its context.
+    """
+    logger = logs.log.structlog().bind(task_id="1")
+    with structlog.contextvars.bound_contextvars(order=7):
+        logger.info("looked", at="stars", process="mine")
+    logger.debug("unheard")
+
+    (line,) = stream.lines
+    assert {"task_id": "1", "order": 7, "at": "stars", "event": "looked", "level": "info"} == {
+        key: value for key, value in line.items() if key not in ("process", "timestamp")
+    }
+    assert "worker" == line["process"]
+
+
+async def test_a_handlers_line_may_hold_anything_and_an_exception(stream: Stream) -> None:
+    """
+    What JSON cannot say is said as Python would.
+    """
+    try:
+        raise ValueError("no")
+    except ValueError:
+        logs.log.structlog().exception("failed", where={1, 2})
+
+    (line,) = stream.lines
+    assert ("{1, 2}", "error") == (line["where"], line["level"])
+    assert line["exception"].endswith("ValueError: no")
+
+
+def test_whoever_configured_structlog_keeps_it(stream: Stream) -> None:
+    """
+    Their handlers log as they like.
+    """
+    heard = []
+
+    def hear(_: Any, __: str, event: Any) -> str:
+        heard.append(event["event"])
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[hear])
+
+    logs.log.structlog().info("mine")
+
+    assert ["mine"] == heard
+    assert [] == stream.lines
+
+
+PROGRAM = """
+import asyncio, os, sys
+from asyncflow.telemetry import events
+from asyncflow.telemetry.logs import configure_logs
+
+configure_logs(level="info", log_format="json", process="worker")
+
+async def main():
+    events.process_started(number=1)
+    {ending}
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [
+        ("sys.exit(3)", ["process.started"]),
+        ("asyncio.get_running_loop().stop()", ["process.started"]),
+        # A handler's fork that ends like any program.
+        ("os.fork() and os.wait(); sys.exit(3)", ["process.started"]),
+        (
+            "events.worker_stalled(seconds=1, tasks=[]); os._exit(70)",
+            ["process.started", "worker.stalled"],
+        ),
+    ],
+)
+def test_a_line_is_written_once_however_the_process_ends(ending: str, expected: list[str]) -> None:
+    """
+    Also before the turn of the loop is over.
+    """
+    program = PROGRAM.format(ending=ending)
+
+    ended = subprocess.run(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, check=False
+    )
+
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("{")]
+    assert expected == [json.loads(line)["event"] for line in lines]
+
+
+def test_json_lines_need_no_structlog() -> None:
+    """
+    It is 6 MB, of which an idle worker needs nothing.
+    """
+    program = PROGRAM.format(ending='sys.exit("structlog" in sys.modules)')
+
+    assert 0 == subprocess.run([sys.executable, "-c", program], check=False).returncode
