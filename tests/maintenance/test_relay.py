@@ -21,8 +21,20 @@ from asyncflow.maintenance.relay import BATCH, WINDOW_MAX, WINDOW_MIN, Relay, Wi
 from asyncflow.store import admission, claims, leadership, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
-from asyncflow.transport.amqp import Channel, Message, PublishResult, QueueCounts, connect
-from asyncflow.transport.topology import broker_queue, declare_unreadable
+from asyncflow.transport.amqp import (
+    Channel,
+    Delivery,
+    Message,
+    PublishResult,
+    QueueCounts,
+    connect,
+)
+from asyncflow.transport.topology import (
+    PACK_MAX,
+    broker_queue,
+    declare_unreadable,
+    decode_hints,
+)
 from services.broker import Broker
 from transport.tasks import (
     NAME,
@@ -314,6 +326,151 @@ async def test_a_large_backlog_leaves_in_batches(
     assert Counter(queued=2 * BATCH) == await states(db)
 
 
+async def grow_window(db: Database, channel: Channel, relay: Relay) -> None:
+    """
+    Run short tasks as fast as they come, until the relay sends packs of up to four.
+    """
+    await a_worker(db)
+    await submit(db, 3 * WINDOW_MIN)
+    while await relay.run_once(db, channel):
+        await channel.purge_queue(broker_queue(QUEUE))
+        await claim_hinted(db, WINDOW_MAX)
+    await channel.purge_queue(broker_queue(QUEUE))
+    await claim_hinted(db, WINDOW_MAX)
+
+
+async def test_while_workers_drain_fast_hints_travel_in_packs(
+    db: Database, channel: Channel, relay: Relay
+) -> None:
+    """
+    One message carries some tasks then, in order, and never of two priorities.
+    """
+    await grow_window(db, channel, relay)
+    low = await submit(db, 7, priority=0)
+    high = await submit(db, 5, priority=9)
+
+    await relay.run_once(db, channel)
+
+    packs = [decode_hints(delivery.body) for delivery in await drain(channel, 4)]
+    assert [high[:4], high[4:], low[:4], low[4:]] == packs
+    assert 12 == (await states(db))["queued"]
+
+
+async def drain(channel: Channel, count: int) -> list[Delivery]:
+    """
+    Consume and acknowledge so many messages.
+    """
+    received: asyncio.Queue[list[Delivery]] = asyncio.Queue()
+    tag = await channel.consume(
+        broker_queue(QUEUE),
+        prefetch=0,
+        on_deliveries=received.put_nowait,
+        on_cancelled=channel.abandon,
+    )
+    deliveries: list[Delivery] = []
+    while len(deliveries) < count:
+        deliveries += await received.get()
+    await channel.cancel(tag)
+    channel.ack(deliveries[-1].tag, multiple=True)
+    return deliveries
+
+
+async def test_hints_that_wait_in_packs_are_not_taken_for_lost(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Fewer messages than queued tasks is no loss where a message carries some.
+    """
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    await grow_window(db, channel, relay)
+    await submit(db, 12)
+    await relay.run_once(db, channel)
+    sent = count_messages(channel, monkeypatch)
+
+    for _ in range(3):
+        await relay.run_once(db, channel)
+
+    assert 3 == await ready(channel)
+    assert [] == sent
+    assert 12 == (await states(db))["queued"]
+
+
+async def test_another_leader_does_not_take_packs_for_lost(
+    db: Database, channel: Channel, relay: Relay, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    It does not know how large those are that its predecessor sent.
+    """
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    await grow_window(db, channel, relay)
+    await submit(db, 12)
+    await relay.run_once(db, channel)
+
+    await Relay(db, broker_url).run_once(db, channel)
+
+    assert 3 == await ready(channel)
+    assert 12 == (await states(db))["queued"]
+
+
+async def test_lost_packs_are_sent_again(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    An emptied queue is empty, whatever its messages carried.
+    """
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    await grow_window(db, channel, relay)
+    ids = await submit(db, 12)
+    await relay.run_once(db, channel)
+    await channel.purge_queue(broker_queue(QUEUE))
+
+    await relay.run_once(db, channel)
+
+    bodies = [decode_hints(delivery.body) or [] for delivery in await drain(channel, 3)]
+    assert ids == [task_id for body in bodies for task_id in body]
+    assert 12 == (await states(db))["queued"]
+
+
+async def test_some_lost_among_packs_are_found_although_a_backlog_lasts(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    That packs were sent hides a loss for a while, not for ever.
+    """
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    await grow_window(db, channel, relay)
+    await submit(db, 12)
+    await relay.run_once(db, channel)
+    await drain(channel, 1)
+    await relay.run_once(db, channel)
+    assert 12 == (await states(db))["queued"]
+
+    monkeypatch.setattr(relay_module, "PACKS_REMEMBERED_SECONDS", 0.0)
+    sent = count_messages(channel, monkeypatch)
+    await relay.run_once(db, channel)
+
+    assert sum(sent) >= 1
+
+
+async def test_a_pack_that_no_queue_takes_leaves_all_its_tasks_pending(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A message that was returned is that for each of its hints.
+    """
+    await grow_window(db, channel, relay)
+    await submit(db, 12)
+    await channel.delete_queue(broker_queue(QUEUE))
+
+    async def vanished(channel: Channel, queue: str) -> QueueCounts:
+        return QueueCounts(0, 0)
+
+    monkeypatch.setattr(relay_module, "declare_task_queue", vanished)
+    await relay.run_once(db, channel)
+
+    assert 12 == (await states(db))["pending"]
+
+
 async def test_a_running_relay_sends_a_new_task_at_once(db: Database, broker_url: str) -> None:
     """
     It is woken, rather than finding the task at its next poll.
@@ -478,3 +635,51 @@ def test_the_window_follows_the_workers_slots() -> None:
     """
     assert WINDOW_MIN == Window().room(ready=0, slots=1)
     assert 200 == Window().room(ready=0, slots=100)
+
+
+def test_slow_tasks_travel_one_by_one() -> None:
+    """
+    A window that nobody drains between two rounds has no packs, however many slots there are.
+    """
+    for slots in (1, 10, 1_000):
+        window = Window()
+        for ready in (0, slots, 2 * slots, 2 * slots):
+            window.room(ready=ready, slots=slots)
+            window.note(is_full=True)
+
+        assert 1 == window.pack
+
+
+def test_packs_grow_and_shrink_with_the_window() -> None:
+    """
+    Small enough at any time that a window has a message for every slot.
+    """
+    window = Window()
+    packs = []
+    for _ in range(10):
+        window.room(ready=0, slots=10)
+        window.note(is_full=True)
+        packs.append(window.pack)
+    assert [1, 2, 4, 8, 16, 32, PACK_MAX] == packs[:7]
+    assert PACK_MAX == packs[-1]
+
+    for _ in range(200):
+        window.room(ready=WINDOW_MAX, slots=10)
+
+    assert 1 == window.pack
+
+
+def test_ready_messages_may_be_as_large_as_the_largest_pack_sent() -> None:
+    """
+    Until nothing is queued any more, or for a minute.
+    """
+    window = Window()
+    assert 0 == window.hints_max(QueueCounts(0, 0), queued=0)
+    window.note_pack(20)
+    window.note_pack(5)
+
+    assert 60 == window.hints_max(QueueCounts(3, 0), queued=100)
+    assert 50 == window.hints_max(QueueCounts(3, 0), queued=50)
+    assert 0 == window.hints_max(QueueCounts(0, 0), queued=50)
+    assert 0 == window.hints_max(QueueCounts(3, 0), queued=0)
+    assert 3 == window.hints_max(QueueCounts(3, 0), queued=100)

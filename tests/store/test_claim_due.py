@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from dataclasses import replace
 from uuid import UUID, uuid4
 
 import pytest
@@ -244,7 +243,7 @@ async def test_a_released_task_keeps_its_place_and_a_retried_one_waits(db: Datab
     released = await tasks.get(db, 1, task)
     (claim,) = await claimed_due(db)
     assert task == claim.task_id
-    await settled(db, task, claim.lease_id, replace(SETTLEMENTS[Event.RETRY], delay_seconds=30))
+    await settled(db, task, claim.lease_id, SETTLEMENTS[Event.RETRY]._replace(delay_seconds=30))
     retried = await tasks.get(db, 1, task)
 
     assert (0, 1) == (released.failures, retried.failures)

@@ -20,13 +20,14 @@ from asyncflow.store.claims import Claim, Offer
 from asyncflow.store.database import Database
 from asyncflow.transport import Claimant, rabbitmq
 from asyncflow.transport.amqp import Channel, Delivery, Message, PublishResult, connect
-from asyncflow.transport.rabbitmq import RabbitTransport
+from asyncflow.transport.rabbitmq import Consumer, RabbitTransport
 from asyncflow.transport.topology import (
+    PACK_MAX,
     UNREADABLE,
     broker_queue,
     declare_task_queue,
     declare_unreadable,
-    encode_hint,
+    encode_hints,
 )
 from services.broker import Broker
 from services.postgres import PostgresServer
@@ -89,14 +90,11 @@ class Workshop:
         self.cleanup.push_async_callback(transport.close)
         return transport
 
-    async def send(self, *bodies: bytes | UUID, queue: str = QUEUE) -> None:
+    async def send(self, *bodies: bytes | UUID | Sequence[UUID], queue: str = QUEUE) -> None:
         """
-        Put messages into a task queue: hints of tasks, or anything else.
+        Put messages into a task queue: a hint, a pack of hints, or anything else.
         """
-        messages = [
-            Message(broker_queue(queue), encode_hint(body) if isinstance(body, UUID) else body)
-            for body in bodies
-        ]
+        messages = [Message(broker_queue(queue), as_body(body)) for body in bodies]
         async with self.channel() as channel:
             await channel.confirm_select()
             results = await channel.publish(messages, exchange="", timeout_seconds=10)
@@ -119,6 +117,15 @@ class Workshop:
             return await self.ready(queue) == count
 
         await until(as_many)
+
+
+def as_body(content: bytes | UUID | Sequence[UUID]) -> bytes:
+    """
+    What the relay would write for these.
+    """
+    if isinstance(content, bytes):
+        return content
+    return encode_hints([content] if isinstance(content, UUID) else content)
 
 
 @pytest.fixture
@@ -185,6 +192,158 @@ async def test_a_hint_sent_many_times_runs_its_task_once(workshop: Workshop) -> 
     assert 0 == await workshop.ready()
 
 
+async def test_a_pack_brings_all_its_tasks_and_is_kept_until_the_last_is_finished(
+    workshop: Workshop,
+) -> None:
+    """
+    However its tasks are claimed, a worker that dies before gives back the whole message.
+    """
+    ids = await submit(workshop.db, PACK_MAX)
+    await workshop.send(ids)
+    dying = await workshop.taker(slots=PACK_MAX)
+    mine: list[Claim] = []
+    while len(mine) < PACK_MAX:
+        mine += await take(dying, 7, window=PACK_MAX)
+    await complete(workshop.db, mine)
+    for done in mine[1:]:
+        dying.finished(done)
+
+    await dying.close()
+
+    assert sorted(ids) == sorted(claim.task_id for claim in mine)
+    await workshop.until_ready(1)
+
+
+async def test_a_pack_whose_tasks_are_all_finished_is_gone(workshop: Workshop) -> None:
+    """
+    After the last `finished` nothing of it is left in the broker.
+    """
+    await workshop.send(await submit(workshop.db, 3))
+    taker = await workshop.taker(slots=3)
+
+    for done in await take(taker, 3):
+        taker.finished(done)
+    await taker.close()
+
+    assert 0 == await workshop.ready()
+
+
+async def test_a_task_in_several_packs_runs_once(workshop: Workshop) -> None:
+    """
+    Twice in one pack, in two packs, alone besides; every message is used up in the end.
+    """
+    a, b, c = await submit(workshop.db, 3)
+    await workshop.send([a, b], [b, c], [a, a, uuid4()], c)
+    taker = await workshop.taker(slots=2)
+    taken: Counter[UUID] = Counter()
+    working = asyncio.create_task(work_off(taker, workshop.db, taken, slots=2))
+
+    await until_states(workshop.db, completed=3)
+    await workshop.until_ready(0)
+    await taker.stop()
+    await working
+    await taker.close()
+
+    assert {a: 1, b: 1, c: 1} == taken
+    assert 0 == await workshop.ready()
+
+
+async def test_what_waits_in_a_pack_for_a_slot_goes_to_another_worker(workshop: Workshop) -> None:
+    """
+    Slow tasks that were packed do not wait behind each other while others are idle.
+    """
+    ids = await submit(workshop.db, 3)
+    await workshop.send(ids)
+    busy = await workshop.taker()
+    [mine] = await take(busy)
+
+    idle = await workshop.taker(slots=2)
+    theirs: list[Claim] = []
+    while len(theirs) < 2:
+        theirs += await take(idle, 2 - len(theirs), window=2)
+
+    assert sorted(ids) == sorted(claim.task_id for claim in [mine, *theirs])
+    assert [True, True, True] == await complete(workshop.db, [mine, *theirs])
+    for done in theirs:
+        idle.finished(done)
+    await idle.stop()
+    busy.finished(mine)
+    await busy.close()
+    await idle.close()
+    assert 0 == await workshop.ready()
+
+
+async def test_stop_hands_back_a_pack_as_a_whole(workshop: Workshop) -> None:
+    """
+    What runs of it here goes on; who gets the message next claims only the rest.
+    """
+    ids = await submit(workshop.db, 4)
+    await workshop.send(ids)
+    leaving = await workshop.taker(slots=4)
+    [mine] = await take(leaving, 1, window=4)
+
+    await leaving.stop()
+    heir = await workshop.taker(slots=4)
+    theirs = await take(heir, 4)
+
+    assert set(ids) - {mine.task_id} == {claim.task_id for claim in theirs}
+    assert [True] == await complete(workshop.db, [mine])
+    leaving.finished(mine)
+    await leaving.close()
+    for done in theirs:
+        heir.finished(done)
+    await heir.close()
+    assert 0 == await workshop.ready()
+
+
+async def test_a_worker_takes_fewer_packs_than_single_hints(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    What it may hold is counted in tasks, so the rest stays in the broker for others.
+    """
+    monkeypatch.setattr(rabbitmq, "WAIT_SECONDS_MAX", PATIENCE_SECONDS)  # Nothing goes back.
+    window = 2 * PACK_MAX
+    taker = await workshop.taker(slots=window)
+    await workshop.send(await submit(workshop.db, PACK_MAX))
+    for done in await take(taker, window):  # It learns that packs come.
+        taker.finished(done)
+
+    await workshop.send(*[await submit(workshop.db, PACK_MAX) for _ in range(20)])
+    taken = 0
+    while taken < window:
+        taken += len(await take(taker, window - taken, window=window))
+
+    packs = Consumer(hints_per_message=PACK_MAX).prefetch_for(window)
+    assert 20 - 2 * packs <= await workshop.ready()
+
+
+def test_a_prefetch_is_as_many_messages_as_bring_a_window_of_hints() -> None:
+    """
+    Exactly the window where messages are single hints; twice for packs, whose last hint
+    keeps the whole unacknowledged; never nothing.
+    """
+    single, pack = Consumer(), Consumer(hints_per_message=50)
+
+    assert [0, 1, 10, 1_000] == [single.prefetch_for(window) for window in (0, 1, 10, 1_000)]
+    assert [0, 1, 1, 41] == [pack.prefetch_for(window) for window in (0, 1, 10, 1_000)]
+
+
+def test_a_consumer_learns_at_once_that_packs_come_and_soon_that_they_stopped() -> None:
+    """
+    A worker must not drown in packs, nor starve when they are followed by single hints.
+    """
+    consumer = Consumer(prefetch=10)
+    consumer.observe(50)
+    assert 50 == consumer.hints_per_message
+    assert consumer.is_far_from(10)
+
+    for _ in range(6):
+        consumer.observe(1)
+
+    assert 1 == consumer.hints_per_message
+
+
 async def test_messages_that_are_no_ids_are_parked_and_cost_nothing_else(
     workshop: Workshop,
 ) -> None:
@@ -200,6 +359,10 @@ async def test_messages_that_are_no_ids_are_parked_and_cost_nothing_else(
         str(ids[0]).encode() + b" ",
         b"{" + str(ids[0]).encode()[1:],
         ids[0].bytes,
+        encode_hints([ids[0]]) + b"\n",
+        encode_hints([ids[0]]) + b"\n\n" + encode_hints([ids[1]]),
+        encode_hints([ids[0]]) + b"\n" + b"x" * 36,
+        encode_hints([uuid4() for _ in range(PACK_MAX + 1)]),
         b"x" * 2_000_000,
     ]
     await workshop.send(ids[0], *garbage, ids[1])

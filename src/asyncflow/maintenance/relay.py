@@ -14,11 +14,13 @@ RabbitMQ is being talked to, because a memory alarm there can block a publisher 
 
 The window is short so that priority and pause act at once: what is inside RabbitMQ has
 been decided. It starts at a multiple of the workers' slots, doubles while workers drain it
-between two rounds, and shrinks again.
+between two rounds, and shrinks again. Only a window that has grown, which is to say only for
+short tasks, is sent in packs of several hints per message; slow tasks travel one by one, so
+that workers share them evenly.
 
 Hints can get lost: a queue is purged or deleted, a disk dies. So each round also compares
-how many tasks have been queued for a while with how many messages are ready; the surplus
-has no message any more and goes back to pending.
+how many tasks have been queued for a while with how many hints the ready messages can hold;
+the surplus has no message any more and goes back to pending.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ import asyncio
 import contextlib
 import random
 import time
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 from uuid import UUID
 
 from asyncflow.errors import InvalidSettings, StoreUnavailable, TransportError
@@ -50,10 +54,11 @@ from asyncflow.transport.amqp import (
 )
 from asyncflow.transport.resting import RestingQueues
 from asyncflow.transport.topology import (
+    PACK_MAX,
     broker_queue,
     declare_task_queue,
     declare_unreadable,
-    encode_hint,
+    encode_hints,
 )
 
 POLL_SECONDS = 0.5
@@ -67,34 +72,65 @@ WINDOW_PER_SLOT = 2
 WINDOW_MIN, WINDOW_MAX = 16, 4_000
 LOST_AFTER_SECONDS = 3.0
 LOST_BATCH = 5_000
+PACKS_REMEMBERED_SECONDS = 60.0
 
 
 class Window:
     """
-    How many messages of one queue RabbitMQ should hold ready.
+    How many hints of one queue RabbitMQ should hold ready, and in packs of how many.
     """
 
     def __init__(self) -> None:
         self._size = 0
+        self._floor = WINDOW_MIN
         self._was_filled = False
+        # Of what a former leader sent only this is known.
+        self._largest_pack = PACK_MAX
+        self._largest_pack_at = time.monotonic()
 
     def room(self, *, ready: int, slots: int) -> int:
         """
-        How many more to publish now, from what happened since the last call.
+        How many more hints to publish now, from what happened since the last call.
         """
-        floor = max(WINDOW_MIN, WINDOW_PER_SLOT * slots)
+        self._floor = max(WINDOW_MIN, WINDOW_PER_SLOT * slots)
         if self._was_filled and ready == 0:
             self._size = min(WINDOW_MAX, 2 * self._size)
         elif ready > self._size // 2:
             self._size -= self._size // 16
-        self._size = max(floor, self._size)
+        self._size = max(self._floor, self._size)
         return max(0, self._size - ready)
+
+    @property
+    def pack(self) -> int:
+        """
+        How many hints to put into one message: few enough that every slot gets messages.
+        """
+        return min(PACK_MAX, self._size // self._floor)
 
     def note(self, *, is_full: bool) -> None:
         """
         Remember whether the last round filled the window, or ran out of tasks.
         """
         self._was_filled = is_full
+
+    def note_pack(self, hints: int) -> None:
+        """
+        Remember that a message with so many hints is being sent.
+        """
+        if hints >= self._largest_pack:
+            self._largest_pack, self._largest_pack_at = hints, time.monotonic()
+
+    def hints_max(self, counts: QueueCounts, *, queued: int) -> int:
+        """
+        How many of `queued` tasks can have a hint in the messages that are ready.
+
+        Packs that nobody has taken for a minute count no more. If that is wrong, hints are
+        sent twice; the other mistake would leave a lost one lost while a backlog lasts.
+        """
+        age_seconds = time.monotonic() - self._largest_pack_at
+        if queued == 0 or age_seconds > PACKS_REMEMBERED_SECONDS:
+            self._largest_pack = 1
+        return min(queued, counts.messages * self._largest_pack)
 
 
 class QueueUnusable(TransportError):
@@ -115,7 +151,7 @@ class Relay:
     def __init__(self, db: Database, broker_url: str) -> None:
         self._db = db
         self._broker_url = broker_url
-        self._windows: dict[str, Window] = {}
+        self._windows: defaultdict[str, Window] = defaultdict(Window)
         self._resting = RestingQueues()
         self._woken = asyncio.Event()
 
@@ -215,8 +251,9 @@ class Relay:
     async def _fill(
         self, db: Executor, channel: Channel, queue: OpenQueue, counts: QueueCounts
     ) -> bool:
-        window = self._windows.setdefault(queue.name, Window())
-        room = window.room(ready=counts.messages, slots=queue.slots)
+        window = self._windows[queue.name]
+        ready = window.hints_max(counts, queued=queue.queued)
+        room = window.room(ready=ready, slots=queue.slots)
         admitted: list[Admitted] = []
         if room:
             admitted = await admission.admissible(
@@ -235,7 +272,8 @@ class Relay:
             if isinstance(result, BaseException):
                 raise result
             sent += result
-        is_full = sent >= room > 0
+        # A window that has grown is drained fast: full or not, look again soon.
+        is_full = sent >= room and (room > 0 or window.pack > 1)
         window.note(is_full=is_full)
         return is_full
 
@@ -249,32 +287,56 @@ class Relay:
     async def _publish(
         self, channel: Channel, queue: str, admitted: Sequence[Admitted]
     ) -> list[UUID]:
+        window = self._windows[queue]
+        packs = _packs(admitted, hints_max=window.pack)
+        window.note_pack(max(len(pack.task_ids) for pack in packs))
         messages = [
-            Message(broker_queue(queue), encode_hint(task.task_id), priority=task.priority)
-            for task in admitted
+            Message(broker_queue(queue), encode_hints(pack.task_ids), priority=pack.priority)
+            for pack in packs
         ]
         results = await channel.publish(messages, exchange="", timeout_seconds=CALL_TIMEOUT_SECONDS)
         confirmed = [
-            task.task_id
-            for task, result in zip(admitted, results, strict=True)
+            task_id
+            for pack, result in zip(packs, results, strict=True)
             if result is PublishResult.CONFIRMED
+            for task_id in pack.task_ids
         ]
         if len(confirmed) < len(admitted):
             events.hints_not_sent(queue=queue, count=len(admitted) - len(confirmed))
         return confirmed
 
     async def _find_lost(self, queue: OpenQueue, counts: QueueCounts) -> None:
-        if queue.queued <= counts.messages:
+        ready = self._windows[queue.name].hints_max(counts, queued=queue.queued)
+        if queue.queued == ready:
             return
         count = await admission.unqueue_lost(
             self._db,
             queue=queue.name,
             older_than_seconds=LOST_AFTER_SECONDS,
-            ready=counts.messages,
+            ready=ready,
             limit=LOST_BATCH,
         )
         if count:
             events.hints_lost(queue=queue.name, count=count)
+
+
+class Pack(NamedTuple):
+    """
+    What goes in one message: hints of tasks of one priority.
+    """
+
+    priority: int
+    task_ids: list[UUID]
+
+
+def _packs(admitted: Sequence[Admitted], *, hints_max: int) -> list[Pack]:
+    packs: list[Pack] = []
+    for task_id, priority in admitted:
+        if packs and packs[-1].priority == priority and len(packs[-1].task_ids) < hints_max:
+            packs[-1].task_ids.append(task_id)
+        else:
+            packs.append(Pack(priority, [task_id]))
+    return packs
 
 
 def _report_blocked(blocked: bool) -> None:

@@ -6,15 +6,21 @@ robustly": on any break everything is torn down and built anew, and a consumer t
 broker cancels (its queue was deleted, a consumer timeout) counts as a break, so a worker is
 never connected and deaf.
 
-How many hints may be out at one worker is its `window`, the slots it has and a little more
-when tasks are short. A hint is unacknowledged from delivery to the end of its attempt, so
-the broker's prefetch does the counting and gives other workers their share. Two hints leave
-that scheme early:
+A message carries the hint of one task or, while workers run short tasks faster than single
+messages could feed them, a pack of some. Which, decides the relay.
 
-- One that found no free slot within `WAIT_SECONDS_MAX`, which happens to a worker of several
-  queues, goes back and the worker stops consuming until a slot is free.
-- One whose attempt has lasted `EARLY_ACK_SECONDS` is acknowledged, before RabbitMQ's own
-  consumer timeout (30 minutes) strikes. Its lease carries on alone.
+How many hints may be out at one worker is its `window`, the slots it has and a little more
+when tasks are short. A message is unacknowledged from delivery to the end of the last attempt
+that came of it, so the broker's prefetch does the counting and gives other workers their
+share; where packs arrive, the prefetch is that much smaller. Two messages leave that scheme
+early:
+
+- One with a hint that found no free slot within `WAIT_SECONDS_MAX`, which happens to a worker
+  of several queues, or where slow tasks were packed with quick ones, goes back as a whole, and
+  the worker stops consuming until a slot is free. What runs here of it carries on; who gets
+  the message next cannot claim that.
+- One that came `EARLY_ACK_SECONDS` ago is acknowledged, before RabbitMQ's own consumer timeout
+  (30 minutes) strikes. The leases of its tasks carry on alone.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
@@ -41,7 +48,7 @@ from asyncflow.transport.topology import (
     broker_queue,
     declare_task_queue,
     declare_unreadable,
-    decode_hint,
+    decode_hints,
 )
 
 RECONNECT_SECONDS = (0.2, 1.5)
@@ -59,15 +66,91 @@ DECLINE_SECONDS = 1.0
 """How long a task rests that reached a worker which does not offer its name."""
 
 
+class Pack:
+    """
+    A message that was delivered, until it is acknowledged or given back; both only once.
+
+    A delivery tag means nothing on another channel, so it goes with its own.
+    """
+
+    __slots__ = ("_channel", "_tag", "_unsettled", "arrived")
+
+    def __init__(self, channel: Channel, tag: int, *, hints: int) -> None:
+        self._channel = channel
+        self._tag = tag
+        self._unsettled = hints
+        self.arrived = time.monotonic()
+
+    def settle_one(self) -> None:
+        """
+        One of its hints is used up; with the last one the message may go.
+        """
+        self._unsettled -= 1
+        if self._unsettled == 0:
+            self._channel.ack(self._tag)
+
+    def settle(self) -> None:
+        """
+        All of its hints are as good as used up.
+        """
+        if self._unsettled > 0:
+            self._unsettled = 0
+            self._channel.ack(self._tag)
+
+    def give_back(self) -> None:
+        """
+        Let another worker have it, whatever of it runs here.
+        """
+        if self._unsettled > 0:
+            self._unsettled = 0
+            self._channel.nack(self._tag, requeue=True)
+
+
 class Hint(NamedTuple):
     """
-    A delivery and where it came from; a delivery tag means nothing on another channel.
+    A task id, and the message it came in.
     """
 
     task_id: UUID
-    channel: Channel
-    tag: int
-    arrived: float
+    pack: Pack
+
+
+@dataclass(slots=True)
+class Consumer:
+    """
+    How messages come from one queue.
+
+    Attributes:
+        tag: None while it does not consume.
+        prefetch: How many messages may be here unacknowledged.
+        hints_per_message: What the largest ones bring lately.
+    """
+
+    tag: str | None = None
+    prefetch: int = 0
+    hints_per_message: int = 1
+
+    def observe(self, hints: int) -> None:
+        """
+        Take note of the largest message among some; forget an older one by halves.
+        """
+        self.hints_per_message = max(hints, self.hints_per_message // 2)
+
+    def prefetch_for(self, window: int) -> int:
+        """
+        How many messages bring as many hints as `window`, 1 or more unless that is 0.
+        """
+        if self.hints_per_message == 1 or not window:
+            return window
+        # A pack counts until its last hint is used up; twice as many keep work coming.
+        return 1 + 2 * window // self.hints_per_message
+
+    def is_far_from(self, window: int) -> bool:
+        """
+        Whether its prefetch is worth changing; that costs two calls.
+        """
+        wanted = self.prefetch_for(window)
+        return wanted >= 2 * self.prefetch or wanted <= self.prefetch // 4
 
 
 class RabbitTransport:
@@ -90,8 +173,7 @@ class RabbitTransport:
         self._paused = False
         self._taking = False
         self._stopped = False
-        self._consuming: dict[str, str] = {}
-        self._consuming_window = 0
+        self._consumers: dict[str, Consumer] = {}
         self._queues: list[str] = []
         self._resting = RestingQueues()
         self._channel: Channel | None = None
@@ -134,7 +216,7 @@ class RabbitTransport:
         See `Transport.finished`.
         """
         for hint in self._claimed.pop((claim.task_id, claim.lease_id), ()):
-            hint.channel.ack(hint.tag)
+            hint.pack.settle_one()
 
     async def stop(self) -> None:
         """
@@ -193,7 +275,7 @@ class RabbitTransport:
             )
         for hints in unclaimed.values():
             for hint in hints:
-                hint.channel.ack(hint.tag)
+                hint.pack.settle_one()
 
     # The connection
 
@@ -260,58 +342,70 @@ class RabbitTransport:
             broken.cancel()
 
     async def _adjust_consumers(self, channel: Channel) -> None:
-        wanted = 0 if self._paused or self._stopped else self._window
-        if wanted == self._consuming_window:
-            return
-        self._consuming_window = wanted
-        former, self._consuming = self._consuming, {}
-        if wanted:
+        window = 0 if self._paused or self._stopped else self._window
+        if window:
             self._quiet.clear()
-            for queue in self._queues:
-                with self._resting_if_unusable(queue):
-                    self._consuming[queue] = await channel.consume(
-                        broker_queue(queue),
-                        prefetch=wanted,
-                        on_deliveries=lambda deliveries: self._receive(channel, deliveries),
-                        # A deaf consumer on a healthy channel is the nastiest outage.
-                        on_cancelled=channel.abandon,
-                    )
-                self._resting.worked(queue)
-        for tag in former.values():
-            await channel.cancel(tag)
-        if not wanted:
+        for queue in self._queues:
+            consumer = self._consumers.setdefault(queue, Consumer())
+            if consumer.is_far_from(window):
+                await self._adjust_consumer(channel, queue, consumer, window)
+        if not window:
             _give_back(self._inbox)
             self._inbox.clear()
             self._quiet.set()
 
-    def _receive(self, channel: Channel, deliveries: Sequence[Delivery]) -> None:
-        now = time.monotonic()
+    async def _adjust_consumer(
+        self, channel: Channel, queue: str, consumer: Consumer, window: int
+    ) -> None:
+        former, consumer.tag = consumer.tag, None
+        consumer.prefetch = consumer.prefetch_for(window)
+        if consumer.prefetch:
+            with self._resting_if_unusable(queue):
+                consumer.tag = await channel.consume(
+                    broker_queue(queue),
+                    prefetch=consumer.prefetch,
+                    on_deliveries=lambda deliveries: self._receive(channel, consumer, deliveries),
+                    # A deaf consumer on a healthy channel is the nastiest outage.
+                    on_cancelled=channel.abandon,
+                )
+            self._resting.worked(queue)
+        if former is not None:
+            await channel.cancel(former)
+
+    def _receive(
+        self, channel: Channel, consumer: Consumer, deliveries: Sequence[Delivery]
+    ) -> None:
+        largest = 0
         for delivery in deliveries:
-            task_id = decode_hint(delivery.body)
-            if task_id is None:
+            task_ids = decode_hints(delivery.body)
+            if task_ids is None:
                 events.message_unreadable(
                     queue=delivery.routing_key, body_bytes=len(delivery.body or b"")
                 )
                 channel.nack(delivery.tag, requeue=False)
-            else:
-                self._inbox.append(Hint(task_id, channel, delivery.tag, now))
+                continue
+            pack = Pack(channel, delivery.tag, hints=len(task_ids))
+            self._inbox.extend([Hint(task_id, pack) for task_id in task_ids])
+            largest = max(largest, len(task_ids))
+        if largest:
+            consumer.observe(largest)
+            if consumer.is_far_from(self._window):
+                self._changed.set()
         self._arrived.set()
 
     def _forget_deliveries(self) -> None:
         # The broker delivers them again. Claims already made carry on; their acks go nowhere.
         self._inbox.clear()
         self._claimed.clear()
-        self._consuming.clear()
-        self._consuming_window = 0
+        self._consumers.clear()
         self._quiet.set()
 
     # The window
 
     def _want(self, window: int) -> None:
         resume, self._paused = self._paused, False
-        # Changing a prefetch costs two calls per queue, so small wishes are not followed.
-        if resume or window >= 2 * self._window or window <= self._window // 4:
-            self._window = window
+        self._window = window
+        if resume or any(c.is_far_from(window) for c in self._consumers.values()):
             self._changed.set()
 
     def _pause(self) -> None:
@@ -325,7 +419,7 @@ class RabbitTransport:
             if (
                 self._inbox
                 and not self._taking
-                and now - self._inbox[0].arrived > WAIT_SECONDS_MAX
+                and now - self._inbox[0].pack.arrived > WAIT_SECONDS_MAX
                 and not self._paused
             ):
                 self._pause()
@@ -334,11 +428,10 @@ class RabbitTransport:
                 self._channel.abandon()
             for hints in self._claimed.values():
                 for hint in hints:
-                    if now - hint.arrived > EARLY_ACK_SECONDS:
-                        hint.channel.ack(hint.tag)
-                hints[:] = [h for h in hints if now - h.arrived <= EARLY_ACK_SECONDS]
+                    if now - hint.pack.arrived > EARLY_ACK_SECONDS:
+                        hint.pack.settle()
 
 
 def _give_back(hints: Iterable[Hint]) -> None:
     for hint in hints:
-        hint.channel.nack(hint.tag, requeue=True)
+        hint.pack.give_back()

@@ -10,6 +10,7 @@ refused with 406 for as long as the old queue exists).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from uuid import UUID
 
 from asyncflow.transport.amqp import Channel, QueueCounts
@@ -25,6 +26,13 @@ TASK_QUEUE_ARGUMENTS: Arguments = {
     # towards RabbitMQ's default limit of 20, after which it would drop them.
     "x-delivery-limit": -1,
 }
+
+PACK_MAX = 50
+"""
+Most task ids in one message. What a message costs RabbitMQ and both ends is shared by so many.
+"""
+
+_BODY_BYTES_MAX = PACK_MAX * len("01a20cb2-c821-712a-9253-242be15a5023\n") - 1
 
 UNREADABLE_ARGUMENTS: Arguments = {"x-queue-type": "quorum", "x-max-length": 10_000}
 
@@ -52,20 +60,27 @@ async def declare_task_queue(channel: Channel, queue: str) -> QueueCounts:
     return await channel.declare_queue(broker_queue(queue), arguments=TASK_QUEUE_ARGUMENTS)
 
 
-def encode_hint(task_id: UUID) -> bytes:
+def encode_hints(task_ids: Sequence[UUID]) -> bytes:
     """
-    The body of a hint: the task's id as text, so that a person can read it, and nothing else.
+    The body of a message: the ids as text, a line each, so that a person can read it.
+
+    Args:
+        task_ids: 1 to `PACK_MAX` of them.
     """
-    return str(task_id).encode()
+    return "\n".join(map(str, task_ids)).encode()
 
 
-def decode_hint(body: bytes | None) -> UUID | None:
+def decode_hints(body: bytes | None) -> list[UUID] | None:
     """
-    The task id in a body, or None if it is not exactly one.
+    The task ids in a body, or None if it is anything else than 1 to `PACK_MAX` lines of one.
+
+    One bad line spoils the message: a person shall see it as it came, and should an id beside
+    it be a task's, the relay finds out that its hint is gone.
     """
-    if body is None or len(body) != 36:
+    if body is None or len(body) > _BODY_BYTES_MAX:
         return None
     try:
-        return UUID(body.decode("ascii"))
+        lines = body.decode("ascii").split("\n")
+        return [UUID(line) for line in lines] if {len(line) for line in lines} == {36} else None
     except ValueError:
         return None
