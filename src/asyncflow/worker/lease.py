@@ -23,6 +23,7 @@ Five things can happen to a lease, and each has one answer:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
@@ -119,7 +120,8 @@ class LeaseKeeper:
         Say goodbye to the database, if it can be reached, and end the thread.
         """
         self._stopping.set()
-        self._wake()
+        with contextlib.suppress(RuntimeError):
+            self._wake()  # Its loop is closed if the thread has ended by itself: worker lost.
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
