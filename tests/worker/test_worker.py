@@ -21,8 +21,9 @@ from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import State
 from asyncflow.maintenance.reaper import Reaper
 from asyncflow.store import claims, tasks, workers
-from asyncflow.store.claims import Offer
+from asyncflow.store.claims import Claim, Offer
 from asyncflow.store.database import Database
+from asyncflow.transport.postgres import PostgresTransport
 from asyncflow.worker import worker as worker_module
 from asyncflow.worker.lease import STALLED_EXIT_STATUS
 from asyncflow.worker.worker import WorkerExhausted, WorkerLost
@@ -540,6 +541,38 @@ async def test_a_claim_whose_answer_was_lost_is_given_back(db: Database) -> None
 
     task = await read(db, task_id)
     assert (["released"], 0) == ([a.outcome for a in task.attempts], task.failures)
+
+
+async def test_a_claim_that_comes_after_its_release_is_not_run(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The answer to a claim was so slow that the worker gave the lease back as an orphan.
+    """
+    may_come = asyncio.Event()
+    take = PostgresTransport.take
+
+    async def slow_take(transport: PostgresTransport, slots: int, *, window: int) -> list[Claim]:
+        taken = await take(transport, slots, window=window)
+        await may_come.wait()
+        return taken
+
+    async def is_released() -> bool:
+        return [a.outcome for a in (await read(db, task_id)).attempts] == ["released"]
+
+    attempts = []
+
+    async def work(context: Context) -> None:
+        attempts.append(context.attempt)
+
+    monkeypatch.setattr(PostgresTransport, "take", slow_take)
+    [task_id] = await submit(db)
+    async with a_running_worker(db, work):
+        await until(is_released)
+        may_come.set()
+        await until_states(db, completed=1)
+
+    assert [2] == attempts
 
 
 async def test_a_thread_that_cannot_be_stopped_keeps_its_slot(db: Database) -> None:

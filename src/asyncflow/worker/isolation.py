@@ -31,7 +31,7 @@ from asyncflow.domain.outcome import Cancelled, Completed, Crashed, Failed, Fail
 from asyncflow.handlers.calls import call_async, call_blocking, failed
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.encoding import RESULT_BYTES_MAX
-from asyncflow.handlers.registry import Handler
+from asyncflow.handlers.registry import Handler, IsolationKind
 from asyncflow.telemetry import events
 from asyncflow.telemetry.logs import Format
 from asyncflow.worker.children import Child, Children
@@ -85,11 +85,10 @@ class Isolation:
                 whatever the handler does: with the outcome, or with None if the attempt was
                 interrupted and left nothing whole.
         """
-        if handler.isolation == "loop":
-            return LoopRun(self, handler, payload, context, on_end)
-        if handler.isolation == "thread":
-            return ThreadRun(self, handler, payload, context, on_end)
-        return ChildRun(self, handler, payload, context, on_end)
+        run = _KINDS[handler.isolation](self, handler, payload, context, on_end)
+        run.enter()
+        self.alarm.set(run, time.monotonic() + context.remaining_seconds())
+        return run
 
     @property
     def stuck(self) -> int:
@@ -148,10 +147,13 @@ class Alarm:
     def _ring(self) -> None:
         self._timer, self._rings_at = None, math.inf
         now = time.monotonic()
-        for run in [run for run, at in self._deadlines.items() if at <= now]:
-            run.on_deadline()
-        if self._deadlines:
-            self._arm(min(self._deadlines.values()))
+        try:
+            for run in [run for run, at in self._deadlines.items() if at <= now]:
+                if run in self._deadlines:  # what one does may end another
+                    run.on_deadline()
+        finally:
+            if self._deadlines:
+                self._arm(min(self._deadlines.values()))
 
 
 class Run:
@@ -162,15 +164,29 @@ class Run:
     All methods belong to the loop's thread.
     """
 
-    def __init__(self, isolation: Isolation, context: Context, on_end: OnEnd) -> None:
+    def __init__(
+        self,
+        isolation: Isolation,
+        handler: Handler,
+        payload: str,
+        context: Context,
+        on_end: OnEnd,
+    ) -> None:
         self.isolation = isolation
+        self.handler = handler
+        self.payload = payload
         self.context = context
         self.is_stopping = False
         self.has_ended = False
         self._is_cancelled = False
         self._is_interrupted = False
         self._on_end: OnEnd | None = on_end
-        isolation.alarm.set(self, time.monotonic() + context.remaining_seconds())
+
+    def enter(self) -> None:
+        """
+        Have the handler called.
+        """
+        raise NotImplementedError
 
     def cancel(self) -> None:
         """
@@ -276,20 +292,17 @@ class LoopRun(Run):
     An `async def` handler, as an asyncio task of its own.
     """
 
-    def __init__(
-        self,
-        isolation: Isolation,
-        handler: Handler,
-        payload: str,
-        context: Context,
-        on_end: OnEnd,
-    ) -> None:
-        super().__init__(isolation, context, on_end)
-        self._task = asyncio.get_running_loop().create_task(self._call(handler, payload))
+    _task: asyncio.Task[None]
 
-    async def _call(self, handler: Handler, payload: str) -> None:
+    def enter(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._call())
+
+    async def _call(self) -> None:
         outcome = await call_async(
-            handler, payload, self.context, result_bytes_max=self.isolation.result_bytes_max
+            self.handler,
+            self.payload,
+            self.context,
+            result_bytes_max=self.isolation.result_bytes_max,
         )
         self.end(outcome, stop_seen=True)
 
@@ -312,29 +325,24 @@ class ThreadRun(Run):
     A `def` handler, in one of the worker's threads.
     """
 
-    def __init__(
-        self,
-        isolation: Isolation,
-        handler: Handler,
-        payload: str,
-        context: Context,
-        on_end: OnEnd,
-    ) -> None:
-        super().__init__(isolation, context, on_end)
-        self._loop = asyncio.get_running_loop()
+    def enter(self) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            isolation.threads.run(lambda: self._call(handler, payload))
+            self.isolation.threads.run(lambda: self._call(loop))
         except RuntimeError as error:
             failure = Failure("Crashed", f"No thread could be started: {error}.")
-            self._loop.call_soon(self._end, Crashed(failure))
+            loop.call_soon(self._end, Crashed(failure))
 
-    def _call(self, handler: Handler, payload: str) -> None:
+    def _call(self, loop: asyncio.AbstractEventLoop) -> None:
         # In the handler's thread.
         outcome = call_blocking(
-            handler, payload, self.context, result_bytes_max=self.isolation.result_bytes_max
+            self.handler,
+            self.payload,
+            self.context,
+            result_bytes_max=self.isolation.result_bytes_max,
         )
         try:
-            self._loop.call_soon_threadsafe(self._end, outcome)
+            loop.call_soon_threadsafe(self._end, outcome)
         except RuntimeError:
             pass  # the loop is closed: the worker has gone and nobody waits for this thread
 
@@ -347,19 +355,11 @@ class ChildRun(Run):
     A handler in a child process. The child reports here, see `children.Listener`.
     """
 
-    def __init__(
-        self,
-        isolation: Isolation,
-        handler: Handler,
-        payload: str,
-        context: Context,
-        on_end: OnEnd,
-    ) -> None:
-        super().__init__(isolation, context, on_end)
-        self._handler = handler
-        self._payload = payload
-        self._child: Child | None = None
-        self._is_killed = False
+    _child: Child | None = None
+    _is_killed = False
+    _entering: asyncio.Task[None]
+
+    def enter(self) -> None:
         self._entering = asyncio.get_running_loop().create_task(self._enter_child())
 
     async def _enter_child(self) -> None:
@@ -373,8 +373,8 @@ class ChildRun(Run):
             return self._end_unentered()
         self._child = child
         child.run(
-            self._handler,
-            self._payload,
+            self.handler,
+            self.payload,
             self.context,
             self,
             bytes_max=self.isolation.result_bytes_max,
@@ -401,7 +401,7 @@ class ChildRun(Run):
         else:
             # A warm child may die in the moment it is lent. Then the handler was not entered
             # and the task is not to blame: another child gets it.
-            self._entering = asyncio.get_running_loop().create_task(self._enter_child())
+            self.enter()
 
     def ask_to_stop(self) -> None:
         if self._child is not None:
@@ -420,6 +420,13 @@ class ChildRun(Run):
         child, self._child = self._child, None
         assert child is not None
         self.isolation.children.take_back(child)
+
+
+_KINDS: dict[IsolationKind, type[Run]] = {
+    "loop": LoopRun,
+    "thread": ThreadRun,
+    "process": ChildRun,
+}
 
 
 class Threads:

@@ -105,6 +105,7 @@ class Worker:
         self._running = 0
         self._progress: dict[tuple[UUID, UUID], Progress] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._orphans: set[tuple[UUID, UUID]] = set()
         self._leases_hold = False
         self._may_take_more = asyncio.Event()
         self._is_idle = asyncio.Event()
@@ -210,6 +211,10 @@ class Worker:
         return self._pace.window - len(self._attempts) - stuck
 
     def _accept(self, claim: Claim) -> None:
+        if (claim.task_id, claim.lease_id) in self._orphans:
+            # Its answer took so long that the lease was given back; others may run it by now.
+            self._transport.finished(claim)
+            return
         attempt = Attempt(claim, self._tools)
         self._attempts[claim.task_id, claim.lease_id] = attempt
         self._waiting.append(attempt)
@@ -339,6 +344,7 @@ class Worker:
         orphans = [s for s in suspects if (s.task_id, s.lease_id) not in self._attempts]
         if not orphans:
             return
+        self._orphans.update((s.task_id, s.lease_id) for s in orphans)
         with contextlib.suppress(StoreUnavailable):
             written = await claims.settle(self._db, orphans)
             if any(written):

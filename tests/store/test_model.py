@@ -1,0 +1,509 @@
+"""
+PostgreSQL against the model: any sequence of statements leaves the rows the model says.
+
+`model.protocol` explores what can happen if each statement does what `model.statements` says.
+This closes the gap: the store's functions run in random order, rightly and wrongly, and after
+every one of them the database's rows are compared with the model's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, NamedTuple, TypeVar
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as some
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from asyncflow.domain.outcome import Settlement
+from asyncflow.domain.states import TERMINAL, Event, State
+from asyncflow.errors import IllegalTransition, TaskNotFound
+from asyncflow.store import admission, claims, queues, tasks, upkeep, workers
+from asyncflow.store.claims import Claim, Offer, Settling
+from asyncflow.store.database import Database
+from builders import FAILURE, NAME, QUEUE, SETTLEMENTS, a_worker, backdate, submitted
+from model.statements import NO_LEASE, NOBODY, Row, Statements
+
+T = TypeVar("T")
+
+OTHER_NAME = "other"
+NAMES = (NAME, OTHER_NAME)
+OFFERS = ((NAME, OTHER_NAME), (NAME,))
+"""What the two workers can run."""
+
+LONG_SECONDS = 36_000.0
+TASKS_MAX = 4
+
+EVENT = some.sampled_from(sorted(SETTLEMENTS))
+AGO = some.integers(0, 5)
+"""Which task or lease, counted from the newest."""
+
+CHORES = (
+    "the_relay_looks",
+    "the_reaper_looks",
+    "tasks_expire",
+    "the_broker_is_given_up",
+    "finished_tasks_are_pruned",
+)
+"""One rule for all of them, or most steps would find nothing left to do."""
+
+ROWS = """
+    SELECT id, state, generation, attempt, failures, lease_id, worker_id, max_attempts,
+           cancel_requested_at IS NOT NULL AS cancel_requested,
+           run_at <= now() AS due,
+           coalesce(expires_at <= now(), false) AS expired
+      FROM asyncflow.tasks
+"""
+
+
+class Lease(NamedTuple):
+    """
+    A lease that was given once, valid or not.
+    """
+
+    task_id: UUID
+    lease_id: UUID
+    number: int
+
+
+class StoreAgainstModel(RuleBasedStateMachine):
+    """
+    The rules are the store's functions; the model says what each must have done.
+    """
+
+    def __init__(self, runner: asyncio.Runner, db: Database) -> None:
+        super().__init__()
+        self.runner = runner
+        self.db = db
+        self.model = Statements()
+        self.rows: dict[UUID, Row] = {}
+        self.task_ids: list[UUID] = []
+        self.leases: list[Lease] = []
+        self.names: dict[UUID, str] = {}
+        self.lease_numbers: dict[UUID, dict[UUID, int]] = {}
+        self.worker_numbers: dict[UUID, int] = {}
+        self.alive: list[UUID] = []
+        self.paused = False
+
+    def wait(self, call: Coroutine[Any, Any, T]) -> T:
+        """
+        What the database answers.
+        """
+        return self.runner.run(call)
+
+    # Workers
+
+    @initialize()
+    def two_workers_start(self) -> None:
+        for table in ("tasks", "attempts", "workers", "queues"):
+            self.wait(self.db.execute(f"DELETE FROM asyncflow.{table}"))
+        self.alive = [self.a_new_worker(place) for place in range(len(OFFERS))]
+        for name in (NAME, OTHER_NAME, NAME):
+            self.a_task_is_submitted(name=name, is_due=True)
+
+    def a_new_worker(self, place: int) -> UUID:
+        worker = self.wait(
+            a_worker(self.db, handlers=OFFERS[place], lease_seconds=LONG_SECONDS, holds_lock=False)
+        )
+        self.worker_numbers[worker.id] = len(self.worker_numbers) + 1
+        return worker.id
+
+    @rule(place=some.sampled_from([0, 1]), says_goodbye=some.booleans())
+    def a_worker_is_replaced(self, place: int, says_goodbye: bool) -> None:
+        worker_id = self.alive[place]
+        if says_goodbye:
+            self.wait(workers.stop(self.db, worker_id))
+        else:
+            self.wait(backdate(self.db, "workers", worker_id, heartbeat_at=LONG_SECONDS + 1))
+            lost = self.wait(workers.mark_lost(self.db, restart_grace_seconds=0))
+            assert [worker_id] == [lost_id for lost_id, _ in lost]
+        assert not self.wait(workers.heartbeat(self.db, worker_id))
+        self.alive[place] = self.a_new_worker(place)
+        self.the_reaper_looks()
+
+    # Submitting, asking, and the clock
+
+    @rule(name=some.sampled_from(NAMES), is_due=some.booleans())
+    def a_task_is_submitted(self, name: str, is_due: bool) -> None:
+        if len(self.rows) == TASKS_MAX:
+            return
+        delay = 0.0 if is_due else LONG_SECONDS
+        (task_id,) = self.wait(
+            submitted(self.db, 1, name=name, delay_seconds=delay, max_attempts=2)
+        )
+        self.rows[task_id] = Row(due=is_due)
+        self.names[task_id] = name
+        self.lease_numbers[task_id] = {}
+        self.task_ids.append(task_id)
+
+    def task(self, ago: int) -> UUID:
+        """
+        The task that was submitted so many submissions ago; it may be pruned by now.
+        """
+        return self.task_ids[-1 - ago % len(self.task_ids)]
+
+    def lease(self, ago: int) -> Lease:
+        """
+        The lease that was given so many claims ago, or one that nobody ever had.
+        """
+        if not self.leases:
+            return Lease(self.task(ago), uuid4(), NO_LEASE)
+        return self.leases[-1 - ago % len(self.leases)]
+
+    @rule(ago=AGO)
+    def it_becomes_due(self, ago: int) -> None:
+        task_id = self.task(ago)
+        row = self.rows.get(task_id)
+        if row is not None and row.state is State.PENDING:
+            self.wait(backdate(self.db, "tasks", task_id, run_at=0))
+            self.rows[task_id] = row._replace(due=True)
+
+    @rule(ago=AGO)
+    def its_deadline_passes(self, ago: int) -> None:
+        task_id = self.task(ago)
+        row = self.rows.get(task_id)
+        if row is not None and row.state not in TERMINAL:
+            self.wait(backdate(self.db, "tasks", task_id, expires_at=0))
+            self.rows[task_id] = row._replace(expired=True)
+
+    @rule(ago=AGO)
+    def it_is_cancelled(self, ago: int) -> None:
+        task_id = self.task(ago)
+        row = self.rows.get(task_id)
+        try:
+            self.wait(tasks.cancel(self.db, 1, task_id))
+        except TaskNotFound:
+            assert row is None
+        except IllegalTransition:
+            assert row is not None and row.state in TERMINAL
+        else:
+            assert row is not None and row.state not in TERMINAL
+            self.rows[task_id] = self.model.cancel(row)
+
+    @rule(ago=AGO)
+    def it_is_redriven(self, ago: int) -> None:
+        task_id = self.task(ago)
+        row = self.rows.get(task_id)
+        redriven = row and self.model.redrive(row)
+        try:
+            self.wait(tasks.redrive(self.db, 1, task_id))
+        except TaskNotFound:
+            assert row is None
+        except IllegalTransition:
+            assert redriven is row
+        else:
+            assert redriven is not None and redriven is not row
+            self.rows[task_id] = redriven
+
+    @rule(paused=some.sampled_from([False, False, True]))
+    def the_queue_is_paused_or_resumed(self, paused: bool) -> None:
+        self.wait((queues.pause if paused else queues.resume)(self.db, QUEUE))
+        self.paused = paused
+
+    # Claims
+
+    @rule(place=some.sampled_from([0, 1]), agos=some.lists(AGO, min_size=1, max_size=3))
+    def hints_are_claimed(self, place: int, agos: Sequence[int]) -> None:
+        hints = [self.task(ago) for ago in agos]
+        lease_id, worker_id = uuid4(), self.alive[place]
+        taken = self.wait(
+            claims.claim_hinted(
+                self.db, hints, lease_id=lease_id, worker_id=worker_id, offers=_offers(place)
+            )
+        )
+        expected = {
+            task_id: self.model.claim_hinted(
+                self.rows[task_id], worker=self.worker_numbers[worker_id], paused=self.paused
+            )
+            for task_id in set(hints) & set(self.rows)
+            if self.names[task_id] in OFFERS[place]
+        }
+        self.claimed(taken, self.changed(expected))
+
+    @rule(place=some.sampled_from([0, 1]), limit=some.sampled_from([1, 9]))
+    def due_tasks_are_claimed(self, place: int, limit: int) -> None:
+        lease_id, worker_id = uuid4(), self.alive[place]
+        taken = self.wait(
+            claims.claim_due(
+                self.db,
+                lease_id=lease_id,
+                worker_id=worker_id,
+                offers=_offers(place),
+                queues=[QUEUE],
+                limit=limit,
+            )
+        )
+        possible = self.changed(
+            {
+                task_id: self.model.claim_due(
+                    row, worker=self.worker_numbers[worker_id], paused=self.paused
+                )
+                for task_id, row in self.rows.items()
+                if self.names[task_id] in OFFERS[place]
+            }
+        )
+        assert min(limit, len(possible)) == len(taken)
+        chosen = {claim.task_id for claim in taken}
+        self.claimed(taken, {t: row for t, row in possible.items() if t in chosen})
+
+    def changed(self, rows: dict[UUID, Row]) -> dict[UUID, Row]:
+        """
+        Those that a statement changes.
+        """
+        return {task_id: row for task_id, row in rows.items() if row is not self.rows[task_id]}
+
+    def claimed(self, taken: Sequence[Claim], expected: dict[UUID, Row]) -> None:
+        """
+        A worker is told what the rows say.
+        """
+        assert {(task_id, row.attempt, row.failures) for task_id, row in expected.items()} == {
+            (claim.task_id, claim.attempt, claim.failures) for claim in taken
+        }
+        self.rows |= expected
+        for claim in taken:
+            self.lease_numbers[claim.task_id][claim.lease_id] = claim.attempt
+            self.leases.append(Lease(claim.task_id, claim.lease_id, claim.attempt))
+
+    # Settles, under leases that hold and leases that were lost
+
+    @rule(
+        agos=some.lists(AGO, min_size=1, max_size=3),
+        events=some.lists(EVENT, min_size=3, max_size=3),
+    )
+    def attempts_are_settled(self, agos: Sequence[int], events: Sequence[Event]) -> None:
+        # No worker settles one lease twice in one call.
+        leases = list(dict.fromkeys(self.lease(ago) for ago in agos))
+        self.leases_are_settled(list(zip(leases, events, strict=False)))
+
+    def leases_are_settled(self, settlings: Sequence[tuple[Lease, Event]]) -> None:
+        """
+        In one call; each of them is answered as the model says.
+        """
+        written = self.wait(
+            claims.settle(
+                self.db,
+                [
+                    Settling(lease.task_id, lease.lease_id, _settlement(event))
+                    for lease, event in settlings
+                ],
+            )
+        )
+        assert [self.settled(lease, event) for lease, event in settlings] == written
+
+    @rule(ago=AGO, place=some.sampled_from([0, 1]), event=EVENT, late=EVENT)
+    def a_worker_settles_late(self, ago: int, place: int, event: Event, late: Event) -> None:
+        """
+        Twice, because it heard no answer; and then once more, after another claim.
+        """
+        self.hints_are_claimed(place, [ago])
+        stale = self.lease(0)
+        for what in (event, late):
+            self.leases_are_settled([(stale, what)])
+            self.the_rows_are_as_the_model_says()
+        self.it_becomes_due(ago)
+        self.hints_are_claimed(place, [ago])
+        self.the_rows_are_as_the_model_says()
+        self.leases_are_settled([(stale, late)])
+
+    def settled(self, lease: Lease, event: Event) -> bool:
+        """
+        Whether the model writes it.
+        """
+        row = self.rows.get(lease.task_id)
+        if row is None:
+            return False
+        self.rows[lease.task_id] = self.model.settle(row, lease=lease.number, event=event)
+        return self.rows[lease.task_id] is not row
+
+    # The relay
+
+    def the_relay_looks(self) -> None:
+        admitted = self.wait(admission.admissible(self.db, queue=QUEUE, names=NAMES, limit=9))
+        expected = {t for t, row in self.rows.items() if self.model.is_admissible(row)}
+        assert expected == {task.task_id for task in admitted}
+
+    @rule(agos=some.lists(AGO, min_size=1, max_size=3))
+    def the_relay_marks(self, agos: Sequence[int]) -> None:
+        marked = {self.task(ago) for ago in agos}
+        self.wait(admission.mark_queued(self.db, list(marked)))
+        for task_id in marked & set(self.rows):
+            self.rows[task_id] = self.model.mark_queued(self.rows[task_id])
+
+    @rule(ready=some.integers(0, 2))
+    def the_relay_finds_lost_hints(self, ready: int) -> None:
+        queued = {t for t, row in self.rows.items() if row.state is State.QUEUED}
+        count = self.wait(
+            admission.unqueue_lost(self.db, queue=QUEUE, older_than_seconds=0, ready=ready, limit=9)
+        )
+        assert max(0, len(queued) - ready) == count
+        # Which of them, the order in which they were marked decides.
+        left = {row["id"] for row in self.wait(self.db.fetch(ROWS)) if row["state"] == "queued"}
+        for task_id in queued - left:
+            self.rows[task_id] = self.model.unqueue(self.rows[task_id])
+
+    @rule(ago=AGO, place=some.sampled_from([0, 1]))
+    def a_worker_declines(self, ago: int, place: int) -> None:
+        task_id = self.task(ago)
+        self.wait(
+            admission.decline(self.db, [task_id], names=OFFERS[place], delay_seconds=LONG_SECONDS)
+        )
+        row = self.rows.get(task_id)
+        if row is not None and self.names[task_id] not in OFFERS[place]:
+            self.rows[task_id] = self.model.decline(row)
+
+    def the_broker_is_given_up(self) -> None:
+        self.wait(admission.unqueue_stranded(self.db, limit=9))
+        self.rows = {task_id: self.model.unqueue(row) for task_id, row in self.rows.items()}
+
+    # Maintenance
+
+    @rule(chore=some.sampled_from(CHORES))
+    def a_chore_is_done(self, chore: str) -> None:
+        getattr(self, chore)()
+
+    def the_reaper_looks(self) -> None:
+        # What it settles then, and how late, is the same as what a stale worker may settle.
+        alive = {self.worker_numbers[worker_id] for worker_id in self.alive}
+        lost = self.wait(upkeep.lost_leases(self.db, limit=9))
+        expected = {
+            (task_id, row.lease, row.failures, row.cancel_requested)
+            for task_id, row in self.rows.items()
+            if row.state is State.RUNNING and row.owner not in alive
+        }
+        assert expected == {
+            (
+                one.task_id,
+                self.lease_numbers[one.task_id][one.lease_id],
+                one.failures,
+                one.cancel_requested,
+            )
+            for one in lost
+        }
+
+    def tasks_expire(self) -> None:
+        count = self.wait(upkeep.expire(self.db, limit=9))
+        changed = self.changed({t: self.model.expire(row) for t, row in self.rows.items()})
+        assert len(changed) == count
+        self.rows |= changed
+
+    def finished_tasks_are_pruned(self) -> None:
+        count = self.wait(upkeep.prune_finished(self.db, older_than_days=0, limit=9))
+        finished = {task_id for task_id, row in self.rows.items() if row.state in TERMINAL}
+        assert len(finished) == count
+        self.rows = {t: row for t, row in self.rows.items() if t not in finished}
+
+    # The comparison
+
+    @invariant()
+    def the_rows_are_as_the_model_says(self) -> None:
+        assert self.rows == self.found_rows()
+
+    def found_rows(self) -> dict[UUID, Row]:
+        """
+        The database's rows in the model's words.
+        """
+        found = {}
+        for row in self.wait(self.db.fetch(ROWS)):
+            state = State(row["state"])
+            live = state not in TERMINAL
+            lease_id = row["lease_id"]
+            found[row["id"]] = Row(
+                state=state,
+                generation=row["generation"],
+                attempt=row["attempt"],
+                failures=row["failures"],
+                lease=self.lease_numbers[row["id"]][lease_id] if lease_id else NO_LEASE,
+                owner=self.worker_numbers.get(row["worker_id"], NOBODY) if live else NOBODY,
+                cancel_requested=row["cancel_requested"] and live,
+                due=row["due"] or not live,
+                expired=row["expired"] and live,
+                max_attempts=row["max_attempts"],
+            )
+        return found
+
+    def teardown(self) -> None:
+        """
+        No attempt is missing from a task's history, and none is there twice.
+        """
+        for task_id, row in self.rows.items():
+            history = self.wait(tasks.get(self.db, 1, task_id)).attempts
+            assert [*range(1, row.attempt + 1)] == [attempt.attempt for attempt in history]
+
+
+def _offers(place: int) -> list[Offer]:
+    return [Offer(name, max_attempts=5, timeout_seconds=900.0) for name in OFFERS[place]]
+
+
+def _settlement(event: Event) -> Settlement:
+    if event is Event.RETRY:
+        return Settlement(event, delay_seconds=LONG_SECONDS, failure=FAILURE)
+    return SETTLEMENTS[event]
+
+
+def compare(url: str, *, examples: int) -> None:
+    """
+    Run so many sequences of statements, the same ones every time.
+    """
+    with asyncio.Runner() as runner:
+        db = Database(url, size=1)
+        runner.run(db.__aenter__())
+        try:
+            run_state_machine_as_test(
+                lambda: StoreAgainstModel(runner, db),  # type: ignore[arg-type]
+                settings=settings(
+                    max_examples=examples,
+                    stateful_step_count=50,
+                    deadline=None,
+                    derandomize=True,
+                    database=None,
+                    phases=[Phase.generate],
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+        finally:
+            runner.run(db.close())
+
+
+def test_the_store_does_what_the_model_says(shared_database_url: str) -> None:
+    """
+    In any order of statements, also under leases that were lost and for tasks that are gone.
+    """
+    compare(shared_database_url, examples=150)
+
+
+@pytest.mark.parametrize(
+    ("statement", "guard"),
+    [
+        ("SETTLE_COMPLETED", "AND t.lease_id = {lease}"),
+        ("SETTLE_FAILED", "AND t.state = 'running'"),
+        ("SETTLE_RELEASED", "AND t.cancel_requested_at IS NULL"),
+        ("CLAIM_HINTED", "AND t.run_at <= now()"),
+        ("CLAIM_DUE", "AND (t.expires_at IS NULL OR t.expires_at > now())"),
+    ],
+)
+def test_a_guard_that_is_missing_is_found(
+    shared_database_url: str, monkeypatch: pytest.MonkeyPatch, statement: str, guard: str
+) -> None:
+    """
+    The comparison would be worth nothing if it never failed.
+    """
+    original = getattr(claims, statement)
+    # Every parameter must keep its type.
+    instead = "AND $2::uuid[] IS NOT NULL" if "lease" in guard else ""
+    broken = original.replace(guard.format(lease=claims._LEASE), instead)
+    assert original != broken
+    monkeypatch.setattr(claims, statement, broken)
+    settles = {e: broken if sql == original else sql for e, sql in claims._SETTLES.items()}
+    monkeypatch.setattr(claims, "_SETTLES", settles)
+
+    with pytest.raises(AssertionError):
+        compare(shared_database_url, examples=150)
