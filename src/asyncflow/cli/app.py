@@ -17,6 +17,7 @@ import click
 from asyncflow.cli import bench, queues, tasks
 from asyncflow.errors import AsyncFlowError, InvalidSettings, StoreUnavailable, TransportError
 from asyncflow.supervisor import CHILD_OPTION
+from asyncflow.verify.command import verify
 
 if TYPE_CHECKING:
     from asyncflow.settings import Settings
@@ -41,6 +42,7 @@ def app(supervised: bool) -> None:
 app.add_command(tasks.app)
 app.add_command(queues.app)
 app.add_command(bench.bench)
+app.add_command(verify)
 
 host_option = click.option("--host", help="Address to listen on.")
 port_option = click.option("--port", type=int, help="Port to listen on.")

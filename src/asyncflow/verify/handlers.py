@@ -1,0 +1,161 @@
+"""
+What the tasks of a verify run do. Every execution is written down, see `history`.
+
+Results name the lease they were made under: so the checker can tell whose result was recorded.
+Histories go to the folder `history` of the current one, where the run started its workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from asyncflow import Backoff, Context, handler
+from asyncflow.verify.history import History
+
+BACKOFF = Backoff(base_seconds=0.2, factor=2.0, cap_seconds=1.0, jitter=False)
+MAX_ATTEMPTS_OF_THE_DOOMED = 2
+
+_histories: dict[int, History] = {}
+
+
+class Planned(Exception):
+    """
+    A failure that belongs to the workload; its text names the lease it happened under.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(f"planned failure, lease={context.lease_id}")
+
+
+def _history() -> History:
+    # By process id: a child process may have been forked with its parent's.
+    pid = os.getpid()
+    if pid not in _histories:
+        _histories[pid] = History(Path("history"), f"handler-{pid}")
+    return _histories[pid]
+
+
+@contextmanager
+def _written_down(context: Context, isolation: str) -> Iterator[None]:
+    facts = {
+        "task": str(context.task_id),
+        "lease": str(context.lease_id),
+        "attempt": context.attempt,
+        "pid": os.getpid(),
+        "isolation": isolation,
+    }
+    _history().write("start", name=context.name, **facts)
+    how = "stopped"
+    try:
+        yield
+        how = "returned"
+    except Exception:
+        how = "raised"
+        raise
+    finally:
+        _history().write("end", how=how, **facts)
+
+
+def _result(context: Context, submission: int, pad: str, **more: Any) -> dict[str, Any]:
+    return {
+        "submission": submission,
+        "digest": hashlib.sha256(pad.encode()).hexdigest()[:16],
+        "lease": str(context.lease_id),
+        "attempt": context.attempt,
+        **more,
+    }
+
+
+@handler("verify.sleep", backoff=BACKOFF)
+async def sleep(
+    context: Context, submission: int, pad: str = "", seconds: float = 0.0
+) -> dict[str, Any]:
+    """
+    Take this long, or no time.
+    """
+    with _written_down(context, "loop"):
+        if seconds:
+            await asyncio.sleep(seconds)
+        return _result(context, submission, pad)
+
+
+@handler("verify.fail", backoff=BACKOFF)
+async def fail(
+    context: Context, submission: int, times: int, pad: str = "", seconds: float = 0.0
+) -> dict[str, Any]:
+    """
+    Fail every attempt up to number `times`.
+    """
+    with _written_down(context, "loop"):
+        if seconds:
+            await asyncio.sleep(seconds)
+        if context.attempt <= times:
+            raise Planned(context)
+        return _result(context, submission, pad)
+
+
+@handler("verify.doom", backoff=BACKOFF, max_attempts=MAX_ATTEMPTS_OF_THE_DOOMED)
+async def doom(context: Context, submission: int, pad: str = "") -> None:
+    """
+    Fail always.
+    """
+    with _written_down(context, "loop"):
+        raise Planned(context)
+
+
+@handler("verify.crunch", isolation="process", backoff=BACKOFF)
+def crunch(
+    context: Context, submission: int, pad: str = "", seconds: float = 0.0
+) -> dict[str, Any]:
+    """
+    Keep a processor busy.
+    """
+    with _written_down(context, "process"):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+        return _result(context, submission, pad)
+
+
+@handler(
+    "verify.exit", isolation="process", backoff=BACKOFF, max_attempts=MAX_ATTEMPTS_OF_THE_DOOMED
+)
+def exit_(context: Context, submission: int, pad: str = "") -> None:
+    """
+    End the child process without a word.
+    """
+    with _written_down(context, "process"):
+        os._exit(9)
+
+
+@handler(
+    "verify.stubborn",
+    isolation="process",
+    backoff=BACKOFF,
+    max_attempts=MAX_ATTEMPTS_OF_THE_DOOMED,
+    timeout_seconds=0.5,
+)
+def stubborn(context: Context, submission: int, pad: str = "", seconds: float = 30.0) -> None:
+    """
+    Overrun the time limit and heed no request to stop.
+    """
+    with _written_down(context, "process"):
+        time.sleep(seconds)
+
+
+@handler("verify.big", backoff=BACKOFF)
+async def big(
+    context: Context, submission: int, pad: str = "", size: int = 200_000
+) -> dict[str, Any]:
+    """
+    Return a result of some size.
+    """
+    with _written_down(context, "loop"):
+        return _result(context, submission, pad, blob="x" * size)

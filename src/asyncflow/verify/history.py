@@ -1,0 +1,36 @@
+"""
+What one process saw, as a file of JSON lines.
+
+A line is written by one `write` to a file opened for appending, so that a process killed in the
+middle of its work leaves whole lines, and several may share a file. Nothing here goes through
+the system under test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+
+class History:
+    """
+    Appends to `folder`/`who`.jsonl.
+    """
+
+    def __init__(self, folder: Path, who: str) -> None:
+        self._file = os.open(folder / f"{who}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, what: str, **fields: object) -> None:
+        """
+        Add one line; `t` is the monotonic clock in nanoseconds.
+        """
+        line = {"t": time.monotonic_ns(), "what": what, **fields}
+        os.write(self._file, json.dumps(line).encode() + b"\n")
+
+    def close(self) -> None:
+        """
+        No more lines.
+        """
+        os.close(self._file)

@@ -1,0 +1,249 @@
+"""
+Known bugs, one switch each, to see that the checker finds them.
+
+Each is a mistake that somebody made in a system like this one. They are planted by replacing a
+name or a piece of a statement at the start of a process, which only `process` does: nothing of
+AsyncFlow itself knows that they exist.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from asyncflow.domain import outcome
+from asyncflow.domain.outcome import Crashed, Released
+from asyncflow.domain.states import Event
+from asyncflow.errors import StoreUnavailable
+from asyncflow.maintenance import reaper
+from asyncflow.store import admission, claims, database, upkeep, workers
+from asyncflow.store import tasks as store_tasks
+from asyncflow.store.claims import Settling
+from asyncflow.store.database import Executor
+from asyncflow.worker import execute, lease
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """
+    A bug, and what a run needs to meet it.
+
+    Attributes:
+        summary: What is wrong.
+        plant: Makes it so, in this process.
+        faults: The kinds that bring it out; empty if the workload alone does.
+        seconds: How long they happen in a run that looks for it.
+        engine: The one it is a bug of.
+    """
+
+    summary: str
+    plant: Callable[[], None]
+    faults: tuple[str, ...] = ()
+    seconds: float = 12.0
+    engine: str = "postgres"
+    needs_reaper: bool = False
+
+
+MUTANTS: dict[str, Mutant] = {}
+
+
+def _mutant(summary: str, **needs: Any) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def declare(plant: Callable[[], None]) -> Callable[[], None]:
+        name = plant.__name__.strip("_").replace("_", "-")
+        MUTANTS[name] = Mutant(summary, plant, **needs)
+        return plant
+
+    return declare
+
+
+def _without(statement: str, piece: str) -> str:
+    """
+    A statement that lost a piece; it must have had it, or the mutant would be none.
+    """
+    return _instead_of(piece, "", statement)
+
+
+def _instead_of(piece: str, other: str, statement: str) -> str:
+    if piece not in statement:
+        raise ValueError(f"The statement has no {piece!r} to leave out.")
+    return statement.replace(piece, other)
+
+
+def _leave_out_the_fence(*events: Event) -> None:
+    fence = f"t.lease_id = {claims._LEASE}"
+    for event in events:
+        # Something must still name the parameter, or its type is unknown.
+        claims._SETTLES[event] = _instead_of(
+            fence, "$2::uuid[] IS NOT NULL", claims._SETTLES[event]
+        )
+
+
+# Leases
+
+
+@_mutant(
+    "A worker settles without naming its lease.",
+    faults=("cut-off",),
+    seconds=12.0,
+    needs_reaper=True,
+)
+def _settle_without_lease() -> None:
+    _leave_out_the_fence(Event.COMPLETE, Event.FAIL, Event.CANCEL)
+
+
+@_mutant("A claim does not lock what it takes, nor look at its state again.", seconds=4.0)
+def _claim_without_lock() -> None:
+    statement = _without(claims.CLAIM_DUE, "FOR UPDATE SKIP LOCKED")
+    claims.CLAIM_DUE = _without(statement, "AND t.state IN ('pending', 'queued')")
+
+
+@_mutant("A worker claims under one lease for all its life.", seconds=4.0)
+def _lease_reused() -> None:
+    original = claims.claim_due
+
+    async def claim_due(db: Executor, *, lease_id: Any, worker_id: Any, **more: Any) -> Any:
+        return await original(db, lease_id=worker_id, worker_id=worker_id, **more)
+
+    claims.claim_due = claim_due
+
+
+@_mutant(
+    "A worker that cannot beat goes on.",
+    faults=("cut-off",),
+    seconds=10.0,
+)
+def _fence_forgotten() -> None:
+    lease.LeaseKeeper._fence_if_overdue = lambda self: None  # type: ignore[method-assign]
+
+
+# The reaper
+
+
+@_mutant(
+    "The reaper acts late on what it saw, by id alone.",
+    faults=("kill-worker",),
+    seconds=15.0,
+    needs_reaper=True,
+)
+def _reaper_by_id() -> None:
+    original = upkeep.lost_leases
+
+    async def lost_leases(db: Executor, *, limit: int) -> Any:
+        lost = await original(db, limit=limit)
+        if lost:
+            await asyncio.sleep(1.5)
+        return lost
+
+    upkeep.lost_leases = lost_leases
+    _leave_out_the_fence(Event.FAIL, Event.RETRY)
+
+
+@_mutant("The reaper gives up workers whose last heartbeat is young.", needs_reaper=True)
+def _reaper_impatient() -> None:
+    workers.MARK_LOST = _instead_of(
+        "w.lease_seconds * interval", "0.3 * w.heartbeat_seconds * interval", workers.MARK_LOST
+    )
+
+
+@_mutant("An attempt whose process died is charged to nobody.", seconds=6.0)
+def _crash_unpunished() -> None:
+    original = outcome.decide
+
+    def decide(what: outcome.Outcome, **facts: Any) -> outcome.Settlement:
+        return original(Released() if isinstance(what, Crashed) else what, **facts)
+
+    for module in (execute, reaper):
+        module.decide = decide  # type: ignore[attr-defined]
+
+
+# Settling and counting
+
+
+@_mutant(
+    "A worker takes a settlement for written that PostgreSQL never confirmed.",
+    faults=("terminate-backends", "reset-postgres"),
+    seconds=10.0,
+)
+def _settle_believed() -> None:
+    original = claims.settle
+
+    async def settle(db: Executor, settlings: Sequence[Settling]) -> list[bool]:
+        try:
+            return await original(db, settlings)
+        except StoreUnavailable:
+            return [True] * len(settlings)
+
+    claims.settle = settle
+
+
+@_mutant("A claim begins to count its attempts anew.", seconds=4.0)
+def _attempt_reset() -> None:
+    claims.CLAIM_DUE = _instead_of("attempt = t.attempt + 1", "attempt = 1", claims.CLAIM_DUE)
+
+
+@_mutant("A claim does not look whether the task is due.", seconds=4.0)
+def _early_claim() -> None:
+    claims.CLAIM_DUE = _without(claims.CLAIM_DUE, "AND t.run_at <= now()")
+
+
+@_mutant("A cancellation does not look at the state of the task.", seconds=5.0)
+def _cancel_overwrites() -> None:
+    guard = "AND t.state IN ('pending', 'queued')"
+    store_tasks.CANCEL_WAITING = _without(store_tasks.CANCEL_WAITING, guard)
+
+
+# Accepting
+
+
+@_mutant(
+    "PostgreSQL confirms a commit before it is on disk.",
+    faults=("postgres-crash",),
+    seconds=8.0,
+)
+def _commit_unsynced() -> None:
+    database.PLANNER["synchronous_commit"] = "off"
+
+
+@_mutant(
+    "The API answers 202 whatever PostgreSQL says.",
+    faults=("terminate-backends", "postgres-crash"),
+    seconds=8.0,
+)
+def _submit_believed() -> None:
+    original = store_tasks.submit
+
+    async def submit(db: Executor, tasks: Sequence[Any]) -> list[store_tasks.Submitted]:
+        try:
+            return await original(db, tasks)
+        except StoreUnavailable:
+            now = datetime.now(UTC)
+            return [store_tasks._submitted(now, run_at=now) for _ in tasks]
+
+    store_tasks.submit = submit
+
+
+# RabbitMQ
+
+
+@_mutant(
+    "Nobody looks for hints that RabbitMQ has lost.",
+    faults=("broker-purge", "broker-delete-queues"),
+    engine="rabbitmq",
+)
+def _hints_not_reconciled() -> None:
+    async def unqueue_lost(db: Executor, **more: Any) -> int:
+        return 0
+
+    admission.unqueue_lost = unqueue_lost
+
+
+@_mutant("A worker runs what a message names, whatever its state.", engine="rabbitmq")
+def _message_is_truth() -> None:
+    claims.CLAIM_HINTED = _instead_of(
+        "AND t.state IN ('pending', 'queued')",
+        "AND t.state IN ('pending', 'queued', 'running')",
+        claims.CLAIM_HINTED,
+    )

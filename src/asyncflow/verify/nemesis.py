@@ -1,0 +1,465 @@
+"""
+The nemesis: one fault after the other, sometimes two at once, each with evidence that it bit.
+
+A fault knows its target, does its harm, heals it, and returns how often it bit: connections
+broken, bytes held up, sessions terminated, messages purged. A fault that bit nothing proves
+nothing, and the checker will call a run that relies on it invalid.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import asyncpg
+import psutil
+
+from asyncflow.embedded import Cluster
+from asyncflow.verify.broker import Broker, OwnBroker
+from asyncflow.verify.fleet import Fleet, Member
+from asyncflow.verify.history import History
+
+PAIRED_SHARE = 0.2
+TERMINATE_SECONDS_MAX = 20.0
+POLL_SECONDS = 0.02
+LISTED_TRIES_MAX = 10
+HINTS_WAIT_SECONDS = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """
+    What faults can get at.
+
+    Attributes:
+        lease_seconds: How long a worker may be silent.
+        grace_seconds: How long a process may take to stop when asked.
+    """
+
+    fleet: Fleet
+    cluster: Cluster
+    broker: Broker | None
+    lease_seconds: float
+    grace_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bite:
+    """
+    What a fault achieved. `count` 0: it missed.
+    """
+
+    count: int
+    detail: str
+
+
+Harm = Callable[[Stage, Member, random.Random], Awaitable[Bite]]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """
+    A kind of fault.
+
+    Attributes:
+        roles: Whom it may hit; empty if it hits a server.
+        needs: `broker`, `own-broker`, or empty for nothing.
+    """
+
+    kind: str
+    harm: Harm
+    roles: tuple[str, ...] = ()
+    needs: str = ""
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def _fault(kind: str, *roles: str, needs: str = "") -> Callable[[Harm], Harm]:
+    def declare(harm: Harm) -> Harm:
+        FAULTS[kind] = Fault(kind, harm, roles, needs)
+        return harm
+
+    return declare
+
+
+# On processes
+
+
+@_fault("kill", "worker", "api", "maintenance")
+async def kill(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    kill -9; the fleet starts another.
+    """
+    process = await _running(victim)
+    victim.asked = True
+    process.send_signal(signal.SIGKILL)
+    status = await process.wait()
+    await _replaced(victim, process)
+    return Bite(int(status == -signal.SIGKILL), f"pid {process.pid} ended by signal {-status}")
+
+
+@_fault("kill-worker", "worker")
+async def kill_worker(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    kill -9 of one that holds leases.
+    """
+    return await kill(stage, victim, chance)
+
+
+@_fault("pause", "worker")
+async def pause(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    SIGSTOP until well past the lease, then SIGCONT: a zombie that thinks it holds leases.
+    """
+    process = await _running(victim)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        await _is_stopped(process.pid)
+        await asyncio.sleep(stage.lease_seconds + chance.uniform(1.5, 2.5))
+    finally:
+        victim.send(signal.SIGCONT)
+    return Bite(1, f"pid {process.pid} stood still")
+
+
+@_fault("pause-briefly", "worker", "api", "maintenance")
+async def pause_briefly(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    SIGSTOP for less than the lease.
+    """
+    process = await _running(victim)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        await _is_stopped(process.pid)
+        await asyncio.sleep(stage.lease_seconds * chance.uniform(0.2, 0.5))
+    finally:
+        victim.send(signal.SIGCONT)
+    return Bite(1, f"pid {process.pid} stood still for a moment")
+
+
+@_fault("terminate", "worker", "api", "maintenance")
+async def terminate(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    SIGTERM, as a rolling restart does.
+    """
+    process = await _running(victim)
+    victim.asked = True
+    process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(stage.grace_seconds + TERMINATE_SECONDS_MAX):
+        status = await process.wait()
+    await _replaced(victim, process)
+    return Bite(1, f"pid {process.pid} ended with {status}")
+
+
+# On wires
+
+
+@_fault("reset-postgres", "worker", "api", "maintenance")
+async def reset_postgres(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    All its connections to PostgreSQL break at once, a few times.
+    """
+    return await _reset(victim, "postgres", chance)
+
+
+@_fault("hold-postgres", "worker", "api", "maintenance")
+async def hold_postgres(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    Not a byte between it and PostgreSQL for longer than the lease; then late, or never.
+    """
+    return await _hold(victim, "postgres", stage.lease_seconds + 2, chance)
+
+
+@_fault("cut-off", "worker")
+async def cut_off(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    A worker that is without PostgreSQL until its leases are others'; then what it had sent
+    arrives after all.
+    """
+    return await _hold(victim, "postgres", stage.lease_seconds + 3, None)
+
+
+@_fault("reset-broker", "worker", "maintenance", needs="broker")
+async def reset_broker(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    Its connections to RabbitMQ break.
+    """
+    return await _reset(victim, "broker", chance)
+
+
+@_fault("hold-broker", "worker", "maintenance", needs="broker")
+async def hold_broker(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    Not a byte between it and RabbitMQ for a while.
+    """
+    return await _hold(victim, "broker", stage.lease_seconds + 2, chance)
+
+
+# On PostgreSQL
+
+
+@_fault("postgres-crash")
+async def postgres_crash(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    An immediate stop, which is a crash with recovery, and a start.
+    """
+    before = stage.cluster.pid
+    await asyncio.to_thread(stage.cluster.stop, "immediate")
+    await asyncio.sleep(chance.uniform(0.1, 1.5))
+    await asyncio.to_thread(stage.cluster.start)
+    return Bite(int(before != stage.cluster.pid), f"server {before} is now {stage.cluster.pid}")
+
+
+@_fault("terminate-backends")
+async def terminate_backends(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    pg_terminate_backend on every session, a few times.
+    """
+    count = 0
+    connection = await asyncpg.connect(stage.cluster.url)
+    try:
+        for _ in range(3):
+            count += await connection.fetchval(
+                """
+                SELECT count(pg_terminate_backend(pid))
+                  FROM pg_stat_activity
+                 WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
+                """
+            )
+            await asyncio.sleep(chance.uniform(0.1, 0.5))
+    finally:
+        await connection.close()
+    return Bite(count, f"{count} sessions terminated")
+
+
+# On RabbitMQ
+
+
+@_fault("broker-restart", needs="own-broker")
+async def broker_restart(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    RabbitMQ stops in good order and starts again.
+    """
+    broker = _own(stage)
+    await broker.stop()
+    was_down = not await broker.answers()
+    await asyncio.sleep(chance.uniform(0, 2))
+    await broker.start()
+    return Bite(int(was_down), "stopped and started")
+
+
+@_fault("broker-kill", needs="own-broker")
+async def broker_kill(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    RabbitMQ dies and starts again.
+    """
+    broker = _own(stage)
+    await broker.kill()
+    was_down = not await broker.answers()
+    await broker.start()
+    return Bite(int(was_down), "killed and started")
+
+
+@_fault("broker-alarm", needs="own-broker")
+async def broker_alarm(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    RabbitMQ takes no messages for a while.
+    """
+    broker = _own(stage)
+    await broker.alarm(on=True)
+    try:
+        await asyncio.sleep(chance.uniform(2, 5))
+        was_raised = await broker.has_alarm()
+    finally:
+        await broker.alarm(on=False)
+    return Bite(int(was_raised), "a memory alarm came and went")
+
+
+@_fault("broker-purge", needs="broker")
+async def broker_purge(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    Every hint that waits in RabbitMQ is gone.
+    """
+    assert stage.broker is not None
+    async with _hints_waiting(stage):
+        count = await stage.broker.purge()
+    return Bite(count, f"{count} messages purged")
+
+
+@_fault("broker-delete-queues", needs="broker")
+async def broker_delete_queues(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    Every queue is deleted, with the hints that wait in it.
+    """
+    assert stage.broker is not None
+    async with _hints_waiting(stage):
+        count = await stage.broker.delete_queues()
+    return Bite(count, f"{count} queues deleted")
+
+
+@_fault("broker-close-connections", needs="broker")
+async def broker_close_connections(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    RabbitMQ closes every connection.
+    """
+    assert stage.broker is not None
+    count = 0
+    for _ in range(LISTED_TRIES_MAX):
+        # The management plugin learns of a new connection only after some seconds.
+        count = await stage.broker.close_connections()
+        if count:
+            break
+        await asyncio.sleep(1)
+    return Bite(count, f"{count} connections closed")
+
+
+# The order of things
+
+
+def planned(
+    kinds: Sequence[str] | None, *, broker: Broker | None, chance: random.Random
+) -> list[Fault]:
+    """
+    One round: every fault that this run can do, or those of `kinds`, in an order by seed.
+
+    Faults of processes come before those of servers, because for ten seconds after a start of
+    PostgreSQL no worker is taken for dead.
+    """
+    able = {""}
+    if broker is not None:
+        able |= {"broker"} | ({"own-broker"} if broker.is_ours else set())
+    faults = [fault for fault in FAULTS.values() if fault.needs in able]
+    if kinds is not None:
+        faults = [fault for fault in faults if fault.kind in kinds]
+    chance.shuffle(faults)
+    return sorted(faults, key=lambda fault: not fault.roles)
+
+
+class Nemesis:
+    """
+    Works through rounds of faults until its time is up.
+    """
+
+    def __init__(
+        self, stage: Stage, history: History, *, chance: random.Random, rest: tuple[float, float]
+    ) -> None:
+        self._stage = stage
+        self._history = history
+        self._chance = chance
+        self._rest = rest
+        self.log: list[str] = []
+
+    async def run(self, kinds: Sequence[str] | None, *, seconds: float) -> None:
+        """
+        Return when time is up and the last fault is healed, but not within the first round: a
+        run in which a planned fault never came would prove nothing.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        is_first_round = True
+        faults = planned(kinds, broker=self._stage.broker, chance=self._chance)
+        while faults and (is_first_round or loop.time() < until):
+            pair = [faults.pop(0)]
+            if faults and self._chance.random() < PAIRED_SHARE and faults[0].roles:
+                pair.append(faults.pop(0))
+            await asyncio.gather(*self._harms(pair))
+            await asyncio.sleep(self._chance.uniform(*self._rest))
+            if not faults:
+                is_first_round = False
+                faults = planned(kinds, broker=self._stage.broker, chance=self._chance)
+
+    def _harms(self, faults: Sequence[Fault]) -> list[Awaitable[None]]:
+        free = [*self._stage.fleet.members]
+        harms: list[Awaitable[None]] = []
+        for fault in faults:
+            able = [m for m in free if m.role in fault.roles] or free
+            victim = self._chance.choice(able)
+            free.remove(victim)
+            harms.append(self._harm(fault, victim))
+        return harms
+
+    async def _harm(self, fault: Fault, victim: Member) -> None:
+        target = victim.name if fault.roles else fault.kind.partition("-")[0]
+        pid = victim.process.pid if fault.roles and victim.process else None
+        self._history.write("fault.start", kind=fault.kind, target=target, pid=pid)
+        try:
+            bite = await fault.harm(self._stage, victim, self._chance)
+        except Exception as error:
+            # Overlapping faults can take each other's target away; then this one missed.
+            bite = Bite(0, f"missed: {error!r}")
+        self._history.write(
+            "fault.end",
+            kind=fault.kind,
+            target=target,
+            pid=pid,
+            evidence=bite.count,
+            detail=bite.detail,
+        )
+
+
+async def _running(victim: Member) -> asyncio.subprocess.Process:
+    while True:
+        if victim.process is not None and victim.is_running:
+            return victim.process
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def _replaced(victim: Member, former: asyncio.subprocess.Process) -> None:
+    while True:
+        if victim.process is not former:
+            return
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def _is_stopped(pid: int) -> None:
+    while True:
+        if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
+            return
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def _reset(victim: Member, wire: str, chance: random.Random) -> Bite:
+    count = 0
+    for _ in range(chance.randint(1, 4)):
+        count += victim.wires[wire].reset()
+        await asyncio.sleep(chance.uniform(0.05, 0.6))
+    return Bite(count, f"{count} connections to {wire} reset")
+
+
+async def _hold(victim: Member, wire: str, seconds: float, chance: random.Random | None) -> Bite:
+    proxy = victim.wires[wire]
+    before = proxy.held_bytes
+    proxy.hold()
+    await asyncio.sleep(seconds)
+    held = proxy.held_bytes - before
+    how = "delivered late"
+    if chance is not None and chance.random() < 0.5:
+        proxy.reset()
+        how = "never delivered"
+    proxy.release()
+    return Bite(held, f"{held} bytes to and from {wire} {how}")
+
+
+@asynccontextmanager
+async def _hints_waiting(stage: Stage) -> AsyncIterator[None]:
+    """
+    Workers that are cut off from RabbitMQ, so that it holds what they would have taken.
+    """
+    wires = [worker.wires["broker"] for worker in stage.fleet.of("worker")]
+    for wire in wires:
+        wire.hold()
+    try:
+        await asyncio.sleep(HINTS_WAIT_SECONDS)
+        yield
+    finally:
+        for wire in wires:
+            wire.release()
+
+
+def _own(stage: Stage) -> OwnBroker:
+    assert isinstance(stage.broker, OwnBroker)
+    return stage.broker

@@ -1,0 +1,110 @@
+"""
+A wire between one process and one server, that can be cut and held.
+
+Every process has wires of its own, so that "this worker has lost PostgreSQL while RabbitMQ and
+everybody else are fine" is one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+
+CHUNK_BYTES = 65_536
+
+
+class Proxy:
+    """
+    A TCP relay from a port of 127.0.0.1 to a server.
+
+    Attributes:
+        port: Where it listens, once started.
+        held_bytes: How many bytes arrived while the wire was held, ever.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self.port = 0
+        self.held_bytes = 0
+        self._host, self._server_port = host, port
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._server: asyncio.Server | None = None
+        self._relays: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> None:
+        """
+        Begin to relay.
+        """
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """
+        End every connection and listen no more.
+        """
+        if self._server is not None:
+            self._server.close()
+        for relay in self._relays:
+            relay.cancel()
+        await asyncio.gather(*self._relays, return_exceptions=True)
+
+    def reset(self) -> int:
+        """
+        Break every connection with a TCP reset, to both sides; return how many there were.
+        """
+        count = len(self._relays)
+        for writer in tuple(self._writers):
+            sock = writer.get_extra_info("socket")
+            with contextlib.suppress(OSError):
+                # Close with unsent data thrown away, which is what makes it a reset.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+        for relay in tuple(self._relays):
+            relay.cancel()
+        return count
+
+    def hold(self) -> None:
+        """
+        Carry no byte any more, in either direction, and leave all connections open.
+        """
+        self._flowing.clear()
+
+    def release(self) -> None:
+        """
+        Carry again, what was held up first: late, as a network that heals does.
+        """
+        self._flowing.set()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        relay = asyncio.current_task()
+        assert relay is not None
+        self._relays.add(relay)
+        self._writers.add(writer)
+        upstream: asyncio.StreamWriter | None = None
+        try:
+            await self._flowing.wait()
+            server_reader, upstream = await asyncio.open_connection(self._host, self._server_port)
+            self._writers.add(upstream)
+            # Whichever side ends first ends both.
+            ways = [self._carry(reader, upstream), self._carry(server_reader, writer)]
+            await asyncio.gather(*ways)
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass
+        finally:
+            self._relays.discard(relay)
+            for end in (writer, upstream):
+                if end is not None:
+                    self._writers.discard(end)
+                    end.transport.abort()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(CHUNK_BYTES):
+            if not self._flowing.is_set():
+                self.held_bytes += len(data)
+                await self._flowing.wait()
+            writer.write(data)
+            await writer.drain()
+        raise EOFError

@@ -1,0 +1,230 @@
+"""
+Histories made by hand: what everybody would have written about a task, truly or not.
+
+A `Story` begins as one whole run of one task that fails once, completes in its second attempt,
+and is read meanwhile. Tests change a line and look what the checker says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from asyncflow.verify.checker import Verdict, judge
+
+Line = dict[str, Any]
+
+TASK = "01a20cc6-2f47-7000-9ea2-000000000001"
+WORKER, OTHER_WORKER = "worker-a", "worker-b"
+FIRST_LEASE, SECOND_LEASE = (
+    "aaaaaaaa-0000-4000-8000-000000000001",
+    "bbbbbbbb-0000-4000-8000-000000000002",
+)
+LEASE_SECONDS, HEARTBEAT_SECONDS = 2.0, 0.4
+WALL_MINUS_MONOTONIC = 1_000_000_000_000
+
+PLAN: Line = {
+    "kinds": [],
+    "lease_seconds": LEASE_SECONDS,
+    "heartbeat_seconds": HEARTBEAT_SECONDS,
+    "backoff": [0.2, 1.0],
+}
+
+
+class Story:
+    """
+    Lines of a run; times are seconds since its beginning.
+    """
+
+    def __init__(self) -> None:
+        self.plan = dict(PLAN)
+        self.lines: list[Line] = []
+        self.logs: list[Line] = []
+        self._seq = 0
+
+    def seen(self, at: float, what: str, **fields: Any) -> Line:
+        """
+        Something a process saw.
+        """
+        return self._add({"t": int(at * 1e9), "what": what, **fields})
+
+    def recorded(self, at: float, what: str, **fields: Any) -> Line:
+        """
+        Something the database recorded.
+        """
+        self._seq += 1
+        return self._add({"at": micros(at), "what": what, "seq": self._seq, **fields})
+
+    def moved(self, at: float, old: str, new: str, **fields: Any) -> Line:
+        """
+        A transition; what is not said stays as it was at the transition before.
+        """
+        before = next((line for line in reversed(self.lines) if line["what"] == "db.move"), START)
+        line = {
+            **{"old_" + k: before[k] for k in ("lease", "worker", "attempt", "failures", "run_at")},
+            "old_generation": before["generation"],
+            **{k: before[k] for k in START},
+            "old": old,
+            "new": new,
+            "task": TASK,
+            "now": micros(at),
+            "kind": None,
+            "message": None,
+            "result_lease": None,
+            **fields,
+        }
+        return self.recorded(at, "db.move", **line)
+
+    def heartbeats(self, worker: str, *moments: float) -> None:
+        """
+        A worker's heartbeats; after one of them it is known.
+        """
+        for at in moments:
+            self.recorded(at, "db.heartbeat", worker=worker, **OF_A_WORKER)
+
+    def gone(self, at: float, worker: str, *, how: str = "lost", silent: float = 2.5) -> Line:
+        """
+        A worker that was given up, or said goodbye.
+        """
+        return self.recorded(
+            at, f"db.{how}", worker=worker, silent_micros=int(silent * 1e6), **OF_A_WORKER
+        )
+
+    def ran(self, lease: str, begin: float, end: float, *, attempt: int, how: str) -> None:
+        """
+        An execution, from the handler's side.
+        """
+        of_it = {"task": TASK, "lease": lease, "attempt": attempt, "pid": 7, "isolation": "loop"}
+        self.seen(begin, "start", **of_it)
+        self.seen(end, "end", how=how, **of_it)
+
+    def find(self, what: str, number: int = 0, **fields: Any) -> Line:
+        """
+        A line to be changed.
+        """
+        return [
+            line for line in self.lines if line["what"] == what and fields.items() <= line.items()
+        ][number]
+
+    def drop(self, what: str, **fields: Any) -> None:
+        """
+        Leave lines out.
+        """
+        self.lines = [
+            line
+            for line in self.lines
+            if not (line["what"] == what and fields.items() <= line.items())
+        ]
+
+    def judged(self, folder: Path) -> Verdict:
+        """
+        What the checker says.
+        """
+        for name in ("history", "logs"):
+            (folder / name).mkdir()
+        (folder / "plan.json").write_text(json.dumps(self.plan))
+        _write(folder / "history" / "all.jsonl", self.lines)
+        _write(folder / "logs" / "worker-1.log", self.logs)
+        return judge(folder)
+
+    def _add(self, line: Line) -> Line:
+        self.lines.append(line)
+        return line
+
+
+OF_A_WORKER = {"lease_seconds": LEASE_SECONDS, "heartbeat_seconds": HEARTBEAT_SECONDS}
+
+
+def micros(at: float) -> int:
+    """
+    A moment by the database's clock.
+    """
+    return int(at * 1e6) + WALL_MINUS_MONOTONIC
+
+
+START: Line = {
+    "lease": None,
+    "worker": None,
+    "attempt": 0,
+    "failures": 0,
+    "run_at": micros(1.0),
+    "generation": 1,
+    "max_attempts": 5,
+    "cancel_requested": False,
+    "expires_at": None,
+}
+
+
+def a_good_run() -> Story:
+    """
+    Everything as it should be.
+    """
+    story = Story()
+    for second in range(8):
+        story.seen(second, "clock", wall_us=second * 1_000_000 + WALL_MINUS_MONOTONIC)
+    story.seen(0, "phase", phase="calm")
+    story.heartbeats(WORKER, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+    body = {"name": "verify.fail", "payload": {"submission": 1, "times": 1}}
+    story.seen(1.0, "submit.invoke", n=1, recipe="fail", digest="d1", body=body)
+    story.recorded(1.0, "db.submit", task=TASK, new="pending", attempt=0, generation=1)
+    story.seen(1.1, "submit.ok", n=1, task=TASK)
+    claimed = {"worker": WORKER, "lease": FIRST_LEASE, "attempt": 1}
+    story.moved(1.2, "pending", "running", **claimed)
+    story.ran(FIRST_LEASE, 1.3, 1.4, attempt=1, how="raised")
+    story.moved(
+        1.5,
+        "running",
+        "pending",
+        lease=None,
+        worker=None,
+        failures=1,
+        run_at=micros(1.75),
+        kind="Planned",
+        message=f"planned failure, lease={FIRST_LEASE}",
+    )
+    story.seen(1.6, "read", task=TASK, status=200, state="RETRYING", generation=1, attempt=1)
+    again = {"worker": WORKER, "lease": SECOND_LEASE, "attempt": 2}
+    story.moved(1.8, "pending", "running", **again)
+    story.ran(SECOND_LEASE, 1.9, 2.0, attempt=2, how="returned")
+    story.moved(2.1, "running", "completed", result_lease=SECOND_LEASE)
+    story.seen(2.2, "read", task=TASK, status=200, state="COMPLETED", generation=1, attempt=2)
+    settled = {"event": "attempt.settled", "task_id": TASK}
+    story.logs.append({**settled, "attempt": 1, "outcome": "retry"})
+    story.logs.append({**settled, "attempt": 2, "outcome": "complete"})
+    story.gone(5.0, WORKER, how="stopped", silent=0.2)
+    story.seen(4.0, "drained", unfinished=0, queues=[])
+    story.seen(4.1, "phase", phase="stopping")
+    story.seen(5.1, "process.ended", who="worker-1", status=0, final=True)
+    story.recorded(6.0, "db.row", **a_row())
+    return story
+
+
+def a_row(**changes: Any) -> Line:
+    """
+    The task as it is at the end.
+    """
+    row: Line = {
+        "task": TASK,
+        "state": "completed",
+        "attempt": 2,
+        "generation": 1,
+        "failures": 1,
+        "lease": SECOND_LEASE,
+        "submission": 1,
+        "has_result": True,
+        "result_submission": 1,
+        "result_digest": "d1",
+        "result_lease": SECOND_LEASE,
+        "result_attempt": 2,
+        "result_blob": None,
+    }
+    return row | changes
+
+
+Change = Callable[[Story], Any]
+
+
+def _write(file: Path, lines: list[Line]) -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
