@@ -88,11 +88,13 @@ async def take(taker: Transport, slots: int = 1, *, window: int | None = None) -
 
 async def take_ids(taker: Transport, count: int, *, slots: int = 1) -> list[UUID]:
     """
-    Take until `count` tasks are claimed; return their ids in that order.
+    Take until `count` tasks are claimed, as a worker does, whose free slots grow fewer; return
+    their ids in that order.
     """
     taken: list[UUID] = []
     while len(taken) < count:
-        taken += [claim.task_id for claim in await take(taker, slots)]
+        free = min(slots, count - len(taken))
+        taken += [claim.task_id for claim in await take(taker, free, window=slots)]
     return taken
 
 
