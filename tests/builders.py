@@ -7,6 +7,7 @@ one that can exist; only time is cheated, by `backdate`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -14,6 +15,7 @@ from asyncflow.domain.outcome import Failure, Settlement
 from asyncflow.domain.states import Event, State
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
 from asyncflow.store import admission, claims, tasks, workers
+from asyncflow.store.admission import Admitted
 from asyncflow.store.claims import Claim, Offer, Settling
 from asyncflow.store.database import Executor
 from asyncflow.store.workers import Registration
@@ -129,12 +131,22 @@ async def a_task(
         if state in _ENDS:
             await settled(db, task.id, lease_id, SETTLEMENTS[_ENDS[state]])
     elif state is State.QUEUED:
-        await admission.mark_queued(db, [task.id])
+        await admission.mark_queued(db, await as_sent(db, [task.id]))
     elif state is State.CANCELLED:
         await tasks.cancel(db, task.tenant_id, task.id)
     if cancel_requested:
         await tasks.cancel(db, task.tenant_id, task.id)
     return ATask(task.id, lease_id, worker_id if lease_id else None)
+
+
+async def as_sent(db: Executor, task_ids: Sequence[UUID]) -> list[Admitted]:
+    """
+    The tasks as a relay knows them that sends their hints now.
+    """
+    rows = await db.fetch(
+        "SELECT id, attempt, priority FROM asyncflow.tasks WHERE id = ANY ($1)", list(task_ids)
+    )
+    return [Admitted._make(row) for row in rows]
 
 
 async def a_worker(db: Executor, **changes: Any) -> Registration:

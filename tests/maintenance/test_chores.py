@@ -18,6 +18,7 @@ from asyncflow.maintenance.unqueuer import unqueue
 from asyncflow.store import admission, tasks, workers
 from asyncflow.store.database import Database, Executor
 from asyncflow.store.wakeups import Listener, Waker
+from builders import as_sent
 from services.postgres import PostgresServer
 from transport.tasks import (
     PATIENCE_SECONDS,
@@ -49,7 +50,7 @@ async def test_tasks_queued_for_a_broker_that_is_gone_can_be_claimed(db: Databas
     """
     worker = await a_worker(db)
     ids = await submit(db, count=3)
-    await admission.mark_queued(db, ids[:2])
+    await admission.mark_queued(db, await as_sent(db, ids[:2]))
     await claim(db, worker.id, limit=3)
     assert {"queued": 2, "running": 1} == await states(db)
 

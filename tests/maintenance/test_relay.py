@@ -15,6 +15,7 @@ from uuid import uuid4
 import pytest
 from structlog.testing import capture_logs
 
+from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
 from asyncflow.maintenance import relay as relay_module
 from asyncflow.maintenance.relay import BATCH, WINDOW_MAX, WINDOW_MIN, Relay, Window
@@ -35,6 +36,7 @@ from asyncflow.transport.topology import (
     declare_unreadable,
     decode_hints,
 )
+from builders import SETTLEMENTS, settled
 from services.broker import Broker
 from transport.tasks import (
     NAME,
@@ -157,7 +159,7 @@ async def test_a_crash_between_publish_and_mark_repeats_hints_and_loses_none(
     await a_worker(db)
     await submit(db, 5)
 
-    async def crash(db: Any, task_ids: Sequence[Any]) -> None:
+    async def crash(db: Any, sent: Sequence[Any]) -> None:
         raise StoreUnavailable("crashed")
 
     with monkeypatch.context() as patched:
@@ -333,10 +335,29 @@ async def grow_window(db: Database, channel: Channel, relay: Relay) -> None:
     await a_worker(db)
     await submit(db, 3 * WINDOW_MIN)
     while await relay.run_once(db, channel):
-        await channel.purge_queue(broker_queue(QUEUE))
-        await claim_hinted(db, WINDOW_MAX)
-    await channel.purge_queue(broker_queue(QUEUE))
-    await claim_hinted(db, WINDOW_MAX)
+        await run_hinted(db, channel)
+    await run_hinted(db, channel)
+
+
+async def run_hinted(db: Database, channel: Channel) -> int:
+    """
+    Run every task whose hint RabbitMQ holds to its end; return how many.
+    """
+    worker = await a_worker(db)
+    deliveries = await drain(channel, await ready(channel))
+    hints = [task_id for delivery in deliveries for task_id in decode_hints(delivery.body) or ()]
+    taken = await claims.claim_hinted(
+        db, hints, lease_id=uuid4(), worker_id=worker.id, offers=[Offer(NAME, 5, 900.0)]
+    )
+    return sum(await complete(db, taken))
+
+
+def forget_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    What was sent in the last round is marked in the next, and lost if no hint is there.
+    """
+    monkeypatch.setattr(relay_module, "MARK_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
 
 
 async def test_while_workers_drain_fast_hints_travel_in_packs(
@@ -353,7 +374,69 @@ async def test_while_workers_drain_fast_hints_travel_in_packs(
 
     packs = [decode_hints(delivery.body) for delivery in await drain(channel, 4)]
     assert [high[:4], high[4:], low[:4], low[4:]] == packs
-    assert 12 == (await states(db))["queued"]
+
+
+async def test_what_travels_in_packs_is_marked_only_if_nobody_takes_it(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Until then it is remembered, and not sent twice.
+    """
+    await grow_window(db, channel, relay)
+    await submit(db, 12)
+    sent = count_messages(channel, monkeypatch)
+
+    for _ in range(3):
+        await relay.run_once(db, channel)
+
+    assert [3] == sent
+    assert 12 == (await states(db))["pending"]
+    monkeypatch.setattr(relay_module, "MARK_AFTER_SECONDS", 0.0)
+    assert 12 == await run_hinted(db, channel)
+    await submit(db, 4)
+    await relay.run_once(db, channel)
+    await relay.run_once(db, channel)
+    assert {"queued": 4} == {k: n for k, n in (await states(db)).items() if k != "completed"}
+
+
+async def test_what_came_back_after_it_was_sent_is_sent_again(
+    db: Database, channel: Channel, relay: Relay
+) -> None:
+    """
+    A retry needs a hint of its own, although the relay remembers the first one.
+    """
+    worker = await a_worker(db)
+    await grow_window(db, channel, relay)
+    [task_id] = await submit(db, 1)
+    await relay.run_once(db, channel)
+    await drain(channel, 1)
+    [claim] = await claims.claim_hinted(
+        db, [task_id], lease_id=uuid4(), worker_id=worker.id, offers=[Offer(NAME, 5, 900.0)]
+    )
+    await settled(db, task_id, claim.lease_id, SETTLEMENTS[Event.RELEASE])
+
+    await relay.run_once(db, channel)
+
+    assert [[task_id]] == [decode_hints(delivery.body) for delivery in await drain(channel, 1)]
+
+
+async def test_a_pause_uses_up_what_was_sent_before(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A worker that got the hint meanwhile has let it go, so it is sent again afterwards.
+    """
+    await grow_window(db, channel, relay)
+    [task_id] = await submit(db, 1)
+    await relay.run_once(db, channel)
+    await queues.pause(db, QUEUE)
+    assert 0 == await run_hinted(db, channel)
+    await relay.run_once(db, channel)
+    await queues.resume(db, QUEUE)
+
+    await relay.run_once(db, channel)
+
+    assert [[task_id]] == [decode_hints(delivery.body) for delivery in await drain(channel, 1)]
 
 
 async def drain(channel: Channel, count: int) -> list[Delivery]:
@@ -371,7 +454,8 @@ async def drain(channel: Channel, count: int) -> list[Delivery]:
     while len(deliveries) < count:
         deliveries += await received.get()
     await channel.cancel(tag)
-    channel.ack(deliveries[-1].tag, multiple=True)
+    if deliveries:
+        channel.ack(deliveries[-1].tag, multiple=True)
     return deliveries
 
 
@@ -381,7 +465,7 @@ async def test_hints_that_wait_in_packs_are_not_taken_for_lost(
     """
     Fewer messages than queued tasks is no loss where a message carries some.
     """
-    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    forget_at_once(monkeypatch)
     await grow_window(db, channel, relay)
     await submit(db, 12)
     await relay.run_once(db, channel)
@@ -401,9 +485,10 @@ async def test_another_leader_does_not_take_packs_for_lost(
     """
     It does not know how large those are that its predecessor sent.
     """
-    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    forget_at_once(monkeypatch)
     await grow_window(db, channel, relay)
     await submit(db, 12)
+    await relay.run_once(db, channel)
     await relay.run_once(db, channel)
 
     await Relay(db, broker_url).run_once(db, channel)
@@ -418,17 +503,19 @@ async def test_lost_packs_are_sent_again(
     """
     An emptied queue is empty, whatever its messages carried.
     """
-    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    forget_at_once(monkeypatch)
     await grow_window(db, channel, relay)
     ids = await submit(db, 12)
     await relay.run_once(db, channel)
     await channel.purge_queue(broker_queue(QUEUE))
 
+    # It notes what it has sent, and then finds out.
+    await relay.run_once(db, channel)
+    assert 12 == (await states(db))["queued"]
     await relay.run_once(db, channel)
 
     bodies = [decode_hints(delivery.body) or [] for delivery in await drain(channel, 3)]
     assert ids == [task_id for body in bodies for task_id in body]
-    assert 12 == (await states(db))["queued"]
 
 
 async def test_some_lost_among_packs_are_found_although_a_backlog_lasts(
@@ -437,7 +524,7 @@ async def test_some_lost_among_packs_are_found_although_a_backlog_lasts(
     """
     That packs were sent hides a loss for a while, not for ever.
     """
-    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    forget_at_once(monkeypatch)
     await grow_window(db, channel, relay)
     await submit(db, 12)
     await relay.run_once(db, channel)
@@ -643,7 +730,8 @@ def test_slow_tasks_travel_one_by_one() -> None:
     """
     for slots in (1, 10, 1_000):
         window = Window()
-        for ready in (0, slots, 2 * slots, 2 * slots):
+        full = max(WINDOW_MIN, 2 * slots)
+        for ready in (0, full // 2, full, full):
             window.room(ready=ready, slots=slots)
             window.note(is_full=True)
 

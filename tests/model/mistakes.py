@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from asyncflow.domain.states import Event, State
 from model.protocol import (
     ANSWER,
+    NOTHING,
     Attempt,
     Protocol,
     Reaping,
@@ -151,11 +152,12 @@ class MarksBeforeItPublishes(OnlyTheRelayCrashes):
 
     def relay(self, world: World, task: int) -> Iterator[Step]:
         row = world.rows[task]
-        if world.sent[task]:
-            after = with_sent(with_ready(world, task, +1), task, False)
+        if world.sent[task] != NOTHING:
+            after = with_sent(with_ready(world, task, +1), task, NOTHING)
             yield progress("the relay publishes a hint of task {}", (task,), after)
         elif self.is_admissible(row) and not world.paused:
-            after = with_row(with_sent(world, task, True), task, self.mark_queued(row))
+            marked = self.mark_queued(row, attempt=row.attempt)
+            after = with_row(with_sent(world, task, row.attempt), task, marked)
             yield progress("the relay marks task {} as queued", (task,), after)
 
 

@@ -145,7 +145,8 @@ class World(NamedTuple):
     Attributes:
         attempts: In order, so that equal worlds are equal.
         ready: Per task, how many hints RabbitMQ holds ready.
-        sent: Per task, whether the relay has sent a hint that it has not marked yet.
+        sent: Per task, after how many attempts the relay has sent a hint that it has not
+            marked yet, or NOTHING.
         faults, requests: How many more of them may happen.
     """
 
@@ -153,7 +154,7 @@ class World(NamedTuple):
     workers: tuple[Worker, ...]
     attempts: tuple[Attempt, ...]
     ready: tuple[int, ...]
-    sent: tuple[bool, ...]
+    sent: tuple[int, ...]
     reaping: tuple[Reaping | None, ...]
     paused: bool
     faults: int
@@ -236,7 +237,7 @@ class Protocol(Statements):
             workers=(Worker(),) * WORKERS,
             attempts=(),
             ready=(0,) * count,
-            sent=(False,) * count,
+            sent=(NOTHING,) * count,
             reaping=(None,) * count,
             paused=False,
             faults=self._faults,
@@ -292,7 +293,7 @@ class Protocol(Statements):
             and not any(world.ready)
             and all(row.state not in LIVE for row in world.rows)
             and all(worker.inbox == NOTHING for worker in world.workers)
-            and not any(world.sent)
+            and all(sent == NOTHING for sent in world.sent)
             and all(reaping is None for reaping in world.reaping)
         )
 
@@ -304,11 +305,18 @@ class Protocol(Statements):
         """
         row = world.rows[task]
         is_open = not world.paused and self.is_offered(world, task)
-        if world.sent[task]:
-            after = with_row(with_sent(world, task, False), task, self.mark_queued(row))
+        sent = world.sent[task]
+        if sent != NOTHING:
+            marked = self.mark_queued(row, attempt=sent)
+            after = with_row(with_sent(world, task, NOTHING), task, marked)
             yield progress("the relay marks task {} as queued", (task,), after)
-        elif is_open and self.is_admissible(row) and sum(world.ready) < WINDOW:
-            after = with_sent(with_ready(world, task, +1), task, True)
+        if (
+            is_open
+            and self.is_admissible(row)
+            and sent != row.attempt
+            and sum(world.ready) < WINDOW
+        ):
+            after = with_sent(with_ready(world, task, +1), task, row.attempt)
             yield progress("the relay publishes a hint of task {}", (task,), after)
         if is_open and row.state is State.QUEUED and self.knows_hints_are_lost(world):
             after = with_row(world, task, self.unqueue(row))
@@ -600,8 +608,8 @@ class Protocol(Statements):
         """
         It never marks what it sent; another one, or itself on a new connection, sends again.
         """
-        if any(world.sent):
-            after = world._replace(sent=(False,) * len(self.tasks))
+        if any(sent != NOTHING for sent in world.sent):
+            after = world._replace(sent=(NOTHING,) * len(self.tasks))
             yield _fault("the relay crashes before it has marked what it sent", (), after)
 
 
@@ -683,7 +691,7 @@ def with_ready(world: World, task: int, change: int) -> World:
     return world._replace(ready=_replaced(world.ready, task, world.ready[task] + change))
 
 
-def with_sent(world: World, task: int, sent: bool) -> World:
+def with_sent(world: World, task: int, sent: int) -> World:
     return world._replace(sent=_replaced(world.sent, task, sent))
 
 

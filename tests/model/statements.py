@@ -146,12 +146,11 @@ class Statements:
         """
         return row.state is State.PENDING and row.due and not row.expired
 
-    def mark_queued(self, row: Row) -> Row:
+    def mark_queued(self, row: Row, *, attempt: int) -> Row:
         """
-        MARK_QUEUED. What came back to pending meanwhile is marked too, though its hint is
-        used up; unless it waits for a retry. UNQUEUE_LOST finds it.
+        MARK_QUEUED, for a hint that was sent after so many attempts. A later one has used it up.
         """
-        if row.state is not State.PENDING or not row.due:
+        if row.state is not State.PENDING or not row.due or row.attempt != attempt:
             return row
         return moved(row, Event.QUEUE)
 
@@ -165,9 +164,11 @@ class Statements:
         """
         UNQUEUE: its hint reached a worker that does not offer its name; it rests a while.
         """
-        if row.state is not State.QUEUED:
+        if not waits(row) or not row.due:
             return row
-        return moved(row, Event.UNQUEUE)._replace(due=False)
+        if row.state is State.QUEUED:
+            row = moved(row, Event.UNQUEUE)
+        return row._replace(due=False)
 
     def cancel(self, row: Row) -> Row:
         """

@@ -17,6 +17,7 @@ from builders import (
     SETTLEMENTS,
     a_task,
     a_worker,
+    as_sent,
     backdate,
     claimed,
     row_of,
@@ -66,7 +67,7 @@ async def test_tasks_are_admitted_by_priority_and_then_by_due_time(db: Database)
 
     found = await admission.admissible(db, queue="default", names=["greet"], limit=3)
 
-    assert [(high[0], 9), (high[1], 9), (low[1], 0)] == found
+    assert [(high[0], 0, 9), (high[1], 0, 9), (low[1], 0, 0)] == found
 
 
 async def test_a_task_that_may_not_go_is_not_admitted(db: Database) -> None:
@@ -95,7 +96,7 @@ async def test_admission_waits_for_no_lock(db: Database) -> None:
         await claimed(other, ids[0])
         async with asyncio.timeout(5):
             found = await admission.admissible(db, queue="default", names=["greet"], limit=9)
-            await admission.mark_queued(db, [task_id for task_id, _ in found])
+            await admission.mark_queued(db, found)
 
     assert [State.RUNNING, State.QUEUED, State.QUEUED] == [await state_of(db, i) for i in ids]
 
@@ -112,9 +113,29 @@ async def test_a_note_never_overtakes_what_happened_meanwhile(db: Database) -> N
     ]
     before = [await row_of(db, task.id) for task in moved]
 
-    await admission.mark_queued(db, [task.id for task in moved])
+    await admission.mark_queued(db, await as_sent(db, [task.id for task in moved]))
 
     assert before == [await row_of(db, task.id) for task in moved]
+
+
+async def test_a_note_counts_only_for_the_attempt_that_its_hint_was_for(db: Database) -> None:
+    """
+    Sent, claimed, failed and due again: the hint was used up, so another must be sent.
+    """
+    task = await a_task(db)
+    sent = await as_sent(db, [task.id])
+    for event in (Event.RETRY, Event.RELEASE):
+        (claim,) = await claimed(db, task.id)
+        await settled(db, task.id, claim.lease_id, SETTLEMENTS[event])
+
+        await admission.mark_queued(db, sent)
+
+        assert State.PENDING == await state_of(db, task.id)
+        sent = await as_sent(db, [task.id])
+
+    await admission.mark_queued(db, sent)
+
+    assert State.QUEUED == await state_of(db, task.id)
 
 
 async def test_notes_and_claims_that_race_leave_no_task_behind(db: Database) -> None:
@@ -123,9 +144,10 @@ async def test_notes_and_claims_that_race_leave_no_task_behind(db: Database) -> 
     """
     ids = await submitted(db, 600)
     batches = [ids[i : i + 20] for i in range(0, len(ids), 20)]
+    sent = [await as_sent(db, batch) for batch in batches]
 
     async def relay() -> None:
-        for batch in batches:
+        for batch in sent:
             await admission.mark_queued(db, batch)
 
     async def worker() -> list[UUID]:
@@ -157,6 +179,38 @@ async def test_a_worker_declines_only_what_it_does_not_offer(db: Database) -> No
     )
     assert 4 < (row["run_at"] - now).total_seconds() <= 5
     assert State.QUEUED == await state_of(db, known.id)
+
+
+async def test_a_task_may_be_declined_before_the_note_that_its_hint_was_sent(
+    db: Database,
+) -> None:
+    """
+    The note, when it comes, does not make it wait for a hint that is used up.
+    """
+    task = await a_task(db, name="other")
+    sent = await as_sent(db, [task.id])
+
+    await admission.decline(db, [task.id], names=["greet"], delay_seconds=5.0)
+    await admission.mark_queued(db, sent)
+
+    row = await row_of(db, task.id)
+    now = await db.fetchval("SELECT now()")
+    assert State.PENDING == row["state"]
+    assert 4 < (row["run_at"] - now).total_seconds() <= 5
+
+
+async def test_a_task_that_waits_for_a_retry_is_not_hurried_by_a_worker_that_declines_it(
+    db: Database,
+) -> None:
+    """
+    Its hint is an old one.
+    """
+    task = await a_task(db, name="other", attempt=1, due_in_seconds=30)
+    before = await row_of(db, task.id)
+
+    await admission.decline(db, [task.id], names=["greet"], delay_seconds=5.0)
+
+    assert before == await row_of(db, task.id)
 
 
 @pytest.mark.parametrize(
@@ -202,4 +256,4 @@ async def test_a_task_that_was_queued_once_can_be_admitted_again(db: Database) -
 
     found = await admission.admissible(db, queue="default", names=["greet"], limit=9)
 
-    assert {lost.id, released.id, retried.id} == {task_id for task_id, _ in found}
+    assert {lost.id, released.id, retried.id} == {task_id for task_id, *_ in found}

@@ -14,7 +14,7 @@ from asyncflow.domain.states import State
 from asyncflow.store import admission, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
-from builders import OFFERS, a_task, backdate, claimed, state_of, submitted
+from builders import OFFERS, a_task, as_sent, backdate, claimed, state_of, submitted
 from store.waiting import until_someone_waits_for_a_lock
 
 
@@ -49,8 +49,9 @@ async def test_a_hint_may_overtake_the_relays_note(db: Database) -> None:
     """
     task = await a_task(db)
 
+    sent = await as_sent(db, [task.id])
     found = await claimed(db, task.id)
-    await admission.mark_queued(db, [task.id])
+    await admission.mark_queued(db, sent)
 
     assert [task.id] == [claim.task_id for claim in found]
     assert State.RUNNING == await state_of(db, task.id)
@@ -63,7 +64,7 @@ async def test_a_hint_waits_for_a_note_that_is_being_committed(db: Database) -> 
     task = await a_task(db)
 
     async with db.transaction() as relay:
-        await admission.mark_queued(relay, [task.id])
+        await admission.mark_queued(relay, await as_sent(db, [task.id]))
         claiming = asyncio.create_task(claimed(db, task.id))
         await until_someone_waits_for_a_lock(db)
 

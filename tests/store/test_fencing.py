@@ -17,6 +17,7 @@ from builders import (
     SETTLEMENTS,
     a_task,
     a_worker,
+    as_sent,
     claimed,
     row_of,
     settled,
@@ -154,7 +155,7 @@ async def _move_on(db: Database, task_id: UUID, state: State) -> None:
     if state is State.PENDING:
         return
     if state is State.QUEUED:
-        return await admission.mark_queued(db, [task_id])
+        return await admission.mark_queued(db, await as_sent(db, [task_id]))
     (fresh,) = await claimed(db, task_id)
     ends = {
         State.COMPLETED: Event.COMPLETE,

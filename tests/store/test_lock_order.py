@@ -17,7 +17,7 @@ from asyncflow.errors import IllegalTransition
 from asyncflow.store import admission, claims, tasks, upkeep, workers
 from asyncflow.store.claims import Claim, Offer, Settling
 from asyncflow.store.database import Database
-from builders import SETTLEMENTS, backdate, new_task
+from builders import SETTLEMENTS, as_sent, backdate, new_task
 
 ROUNDS = 300
 TASKS = 48
@@ -98,7 +98,7 @@ async def _settle(db: Database, found: list[Claim]) -> None:
 
 
 async def _relay(db: Database, ids: list[UUID]) -> None:
-    await admission.mark_queued(db, ids)
+    await admission.mark_queued(db, await as_sent(db, ids))
     await admission.unqueue_lost(db, queue=QUEUE, older_than_seconds=0, ready=0, limit=5)
 
 

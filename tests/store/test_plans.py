@@ -158,7 +158,7 @@ async def test_a_plan_made_while_the_tables_were_empty_serves_full_ones(
         "SETTLE_RETRIED": [*settling, array(0)],
         "SETTLE_RELEASED": settling,
         "RECORD_PROGRESS": settling,
-        "MARK_QUEUED": [waiting],
+        "MARK_QUEUED": [waiting, array(0, 0)],
         "UNQUEUE": [waiting, "0", array("other")],
         "HELD": [one(worker), "0"],
         "GET": ["1", one(ids["completed"])],

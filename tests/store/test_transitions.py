@@ -23,6 +23,7 @@ from builders import (
     SETTLEMENTS,
     ATask,
     a_task,
+    as_sent,
     backdate,
     claimed,
     claimed_due,
@@ -36,11 +37,15 @@ Act = Callable[[Database, ATask], Awaitable[object]]
 class Statement(NamedTuple):
     """
     A statement, the event it performs, and the states it is meant for.
+
+    Attributes:
+        puts_off: States in which it moves `run_at` and nothing else.
     """
 
     event: Event
     serves: tuple[State, ...]
     act: Act
+    puts_off: tuple[State, ...] = ()
 
 
 def _settle(event: Event) -> Statement:
@@ -73,16 +78,21 @@ async def _expire(db: Database, task: ATask) -> None:
     await upkeep.expire(db, limit=10)
 
 
+async def _mark_queued(db: Database, task: ATask) -> None:
+    await admission.mark_queued(db, await as_sent(db, [task.id]))
+
+
 STATEMENTS = {
     "mark_queued": Statement(
         Event.QUEUE,
         (State.PENDING,),
-        lambda db, task: admission.mark_queued(db, [task.id]),
+        _mark_queued,
     ),
     "decline": Statement(
         Event.UNQUEUE,
         (State.QUEUED,),
         lambda db, task: admission.decline(db, [task.id], names=(), delay_seconds=0),
+        puts_off=(State.PENDING,),
     ),
     "unqueue_lost": Statement(Event.UNQUEUE, (State.QUEUED,), _unqueue_lost),
     "claim_due": Statement(Event.CLAIM, (State.PENDING,), lambda db, task: claimed_due(db)),
@@ -122,6 +132,9 @@ async def test_a_statement_moves_a_task_as_the_table_says_or_not_at_all(
     after = await row_of(db, task.id)
     expected = TRANSITIONS[state][statement.event] if moves else state
     assert expected == after["state"]
+    if state in statement.puts_off:
+        assert before["run_at"] < after["run_at"]
+        after["run_at"] = before["run_at"]
     if not moves:
         assert _compared(before) == _compared(after)
 

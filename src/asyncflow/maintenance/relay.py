@@ -12,11 +12,15 @@ Publish before mark: a crash in between repeats a hint, which a claim ignores. T
 order could lose one, and a lost hint looks like a long backlog. No transaction is open while
 RabbitMQ is being talked to, because a memory alarm there can block a publisher for hours.
 
+A mark costs PostgreSQL as much as a claim, and tasks that travel in packs are claimed within
+milliseconds. So theirs waits a moment, and is never made for those that have moved on
+(`Unmarked`).
+
 The window is short so that priority and pause act at once: what is inside RabbitMQ has
-been decided. It starts at a multiple of the workers' slots, doubles while workers drain it
-between two rounds, and shrinks again. Only a window that has grown, which is to say only for
-short tasks, is sent in packs of several hints per message; slow tasks travel one by one, so
-that workers share them evenly.
+been decided. It starts at a multiple of the workers' slots, doubles while workers all but
+empty it between two rounds, and shrinks again. Only a window that has grown, which is to say
+only for short tasks, is sent in packs of several hints per message; slow tasks travel one by
+one, so that workers share them evenly.
 
 Hints can get lost: a queue is purged or deleted, a disk dies. So each round also compares
 how many tasks have been queued for a while with how many hints the ready messages can hold;
@@ -29,9 +33,8 @@ import asyncio
 import contextlib
 import random
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
-from typing import NamedTuple
 from uuid import UUID
 
 from asyncflow.errors import InvalidSettings, StoreUnavailable, TransportError
@@ -62,17 +65,21 @@ from asyncflow.transport.topology import (
 )
 
 POLL_SECONDS = 0.5
-REFILL_SECONDS = 0.02
+REFILL_SECONDS = 0.01
 RECONNECT_SECONDS = (0.3, 1.0)
 CALL_TIMEOUT_SECONDS = 3.0
 """Less than the leader's session may idle, so that an alarm does not end it."""
 
 BATCH = 500
 WINDOW_PER_SLOT = 2
-WINDOW_MIN, WINDOW_MAX = 16, 4_000
+WINDOW_MIN, WINDOW_MAX = 16, 1_500
+DRAINED = 1 / 8
+"""A window with no more than this part of it left was too small."""
+
 LOST_AFTER_SECONDS = 3.0
 LOST_BATCH = 5_000
 PACKS_REMEMBERED_SECONDS = 60.0
+MARK_AFTER_SECONDS = 0.2
 
 
 class Window:
@@ -93,12 +100,14 @@ class Window:
         How many more hints to publish now, from what happened since the last call.
         """
         self._floor = max(WINDOW_MIN, WINDOW_PER_SLOT * slots)
-        if self._was_filled and ready == 0:
+        if self._was_filled and ready <= self._size * DRAINED:
             self._size = min(WINDOW_MAX, 2 * self._size)
         elif ready > self._size // 2:
             self._size -= self._size // 16
         self._size = max(self._floor, self._size)
-        return max(0, self._size - ready)
+        room = max(0, self._size - ready)
+        # Where many go, they go many at a time: a round costs as much for few.
+        return room if self.pack == 1 or room >= self._size // 2 else 0
 
     @property
     def pack(self) -> int:
@@ -133,6 +142,51 @@ class Window:
         return min(queued, counts.messages * self._largest_pack)
 
 
+class Unmarked:
+    """
+    Tasks of one queue whose hints RabbitMQ has confirmed, and which are not marked as queued.
+
+    To forget one of them is always safe: if it is still pending, it is sent again.
+    """
+
+    def __init__(self) -> None:
+        self._attempts: dict[UUID, int] = {}
+        self._sent: deque[tuple[float, list[Admitted]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._attempts)
+
+    def __contains__(self, task: Admitted) -> bool:
+        # Another attempt needs another hint.
+        return self._attempts.get(task.task_id) == task.attempt
+
+    def add(self, sent: list[Admitted], *, now: float) -> None:
+        """
+        Remember what was sent just now.
+        """
+        self._attempts.update((task.task_id, task.attempt) for task in sent)
+        self._sent.append((now, sent))
+
+    def keep(self, pending: Sequence[Admitted]) -> None:
+        """
+        Forget all that is not among the tasks that are still pending.
+        """
+        self._attempts = {task.task_id: task.attempt for task in pending if task in self}
+
+    def pop(self, *, before: float) -> list[Admitted]:
+        """
+        Take out what was sent earlier than `before`.
+        """
+        taken: list[Admitted] = []
+        while self._sent and self._sent[0][0] <= before:
+            _, sent = self._sent.popleft()
+            for task in sent:
+                if task in self:
+                    del self._attempts[task.task_id]
+                    taken.append(task)
+        return taken
+
+
 class QueueUnusable(TransportError):
     """
     One queue does not answer, or exists with other properties than ours.
@@ -152,6 +206,7 @@ class Relay:
         self._db = db
         self._broker_url = broker_url
         self._windows: defaultdict[str, Window] = defaultdict(Window)
+        self._unmarked: defaultdict[str, Unmarked] = defaultdict(Unmarked)
         self._resting = RestingQueues()
         self._woken = asyncio.Event()
 
@@ -198,8 +253,13 @@ class Relay:
             self._woken.clear()
             left_over = await self._run_unless_blocked(db, connection, channel)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REFILL_SECONDS if left_over else POLL_SECONDS):
+                async with asyncio.timeout(self._rest_seconds(left_over)):
                     await self._woken.wait()
+
+    def _rest_seconds(self, left_over: bool) -> float:
+        if left_over:
+            return REFILL_SECONDS
+        return MARK_AFTER_SECONDS if any(self._unmarked.values()) else POLL_SECONDS
 
     async def _run_unless_blocked(
         self, db: Executor, connection: Connection, channel: Channel
@@ -236,29 +296,40 @@ class Relay:
             TransportError, StoreUnavailable: Nothing is lost; begin again.
         """
         left_over = False
-        for queue in await admission.open_queues(db):
+        queues = await admission.open_queues(db)
+        for closed in self._unmarked.keys() - {queue.name for queue in queues}:
+            # A hint that meets a pause is used up.
+            del self._unmarked[closed]
+        for queue in queues:
             if self._resting.rests(queue.name, now=time.monotonic()):
                 continue
             try:
                 counts = await declare_task_queue(channel, queue.name)
-                await self._find_lost(queue, counts)
-                left_over |= await self._fill(db, channel, queue, counts)
+                sent = queue.queued + len(self._unmarked[queue.name])
+                ready = self._windows[queue.name].hints_max(counts, queued=sent)
+                await self._find_lost(queue, ready=ready)
+                await self._mark(queue.name)
+                left_over |= await self._fill(db, channel, queue, ready=ready)
             except (BrokerTimeout, ChannelClosed, ValueError) as error:
                 raise QueueUnusable(queue.name, error) from error
             self._resting.worked(queue.name)
         return left_over
 
-    async def _fill(
-        self, db: Executor, channel: Channel, queue: OpenQueue, counts: QueueCounts
-    ) -> bool:
-        window = self._windows[queue.name]
-        ready = window.hints_max(counts, queued=queue.queued)
+    async def _mark(self, queue: str) -> None:
+        due = self._unmarked[queue].pop(before=time.monotonic() - MARK_AFTER_SECONDS)
+        for begin in range(0, len(due), BATCH):
+            await admission.mark_queued(self._db, due[begin : begin + BATCH])
+
+    async def _fill(self, db: Executor, channel: Channel, queue: OpenQueue, *, ready: int) -> bool:
+        window, unmarked = self._windows[queue.name], self._unmarked[queue.name]
         room = window.room(ready=ready, slots=queue.slots)
         admitted: list[Admitted] = []
         if room:
-            admitted = await admission.admissible(
-                db, queue=queue.name, names=queue.names, limit=room
+            pending = await admission.admissible(
+                db, queue=queue.name, names=queue.names, limit=room + len(unmarked)
             )
+            admitted = [task for task in pending if task not in unmarked][:room]
+            unmarked.keep(pending)
         # Published in order, all at once; each batch is noted while later ones are on their way.
         results = await asyncio.gather(
             *[
@@ -279,35 +350,40 @@ class Relay:
 
     async def _send(self, channel: Channel, queue: str, admitted: Sequence[Admitted]) -> int:
         confirmed = await self._publish(channel, queue, admitted)
-        if confirmed:
+        if self._windows[queue].pack > 1:
+            self._unmarked[queue].add(confirmed, now=time.monotonic())
+        elif confirmed:
             # Through the pool: a connection, such as the leader's, does one thing at a time.
             await admission.mark_queued(self._db, confirmed)
         return len(confirmed)
 
     async def _publish(
         self, channel: Channel, queue: str, admitted: Sequence[Admitted]
-    ) -> list[UUID]:
+    ) -> list[Admitted]:
         window = self._windows[queue]
         packs = _packs(admitted, hints_max=window.pack)
-        window.note_pack(max(len(pack.task_ids) for pack in packs))
+        window.note_pack(max(len(pack) for pack in packs))
         messages = [
-            Message(broker_queue(queue), encode_hints(pack.task_ids), priority=pack.priority)
+            Message(
+                broker_queue(queue),
+                encode_hints([task.task_id for task in pack]),
+                priority=pack[0].priority,
+            )
             for pack in packs
         ]
         results = await channel.publish(messages, exchange="", timeout_seconds=CALL_TIMEOUT_SECONDS)
         confirmed = [
-            task_id
+            task
             for pack, result in zip(packs, results, strict=True)
             if result is PublishResult.CONFIRMED
-            for task_id in pack.task_ids
+            for task in pack
         ]
         if len(confirmed) < len(admitted):
             events.hints_not_sent(queue=queue, count=len(admitted) - len(confirmed))
         return confirmed
 
-    async def _find_lost(self, queue: OpenQueue, counts: QueueCounts) -> None:
-        ready = self._windows[queue.name].hints_max(counts, queued=queue.queued)
-        if queue.queued == ready:
+    async def _find_lost(self, queue: OpenQueue, *, ready: int) -> None:
+        if queue.queued <= ready:
             return
         count = await admission.unqueue_lost(
             self._db,
@@ -320,22 +396,16 @@ class Relay:
             events.hints_lost(queue=queue.name, count=count)
 
 
-class Pack(NamedTuple):
+def _packs(admitted: Sequence[Admitted], *, hints_max: int) -> list[list[Admitted]]:
     """
-    What goes in one message: hints of tasks of one priority.
+    What goes in one message each: tasks of one priority.
     """
-
-    priority: int
-    task_ids: list[UUID]
-
-
-def _packs(admitted: Sequence[Admitted], *, hints_max: int) -> list[Pack]:
-    packs: list[Pack] = []
-    for task_id, priority in admitted:
-        if packs and packs[-1].priority == priority and len(packs[-1].task_ids) < hints_max:
-            packs[-1].task_ids.append(task_id)
+    packs: list[list[Admitted]] = []
+    for task in admitted:
+        if packs and packs[-1][0].priority == task.priority and len(packs[-1]) < hints_max:
+            packs[-1].append(task)
         else:
-            packs.append(Pack(priority, [task_id]))
+            packs.append([task])
     return packs
 
 

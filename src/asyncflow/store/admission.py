@@ -62,17 +62,23 @@ async def open_queues(db: Executor) -> list[OpenQueue]:
 class Admitted(NamedTuple):
     """
     A task that may be queued now.
+
+    Attributes:
+        attempt: The last one, 0 if there was none: while it is the same, the task has not been
+            claimed since.
     """
 
     task_id: UUID
+    attempt: int
     priority: int
 
 
 ADMISSIBLE = """
-    SELECT found.id, level.priority
+    -- in the order of `Admitted`
+    SELECT found.id, found.attempt, level.priority
       FROM generate_series(9, 0, -1) AS level (priority)
      CROSS JOIN LATERAL (
-           SELECT t.id
+           SELECT t.id, t.attempt
              FROM asyncflow.tasks_live t
             WHERE t.queued_at IS NULL AND t.lease_id IS NULL   -- pending; index tasks_due
               AND t.queue = $1
@@ -95,7 +101,7 @@ async def admissible(
     Locks nothing: no transaction stays open while the relay talks to RabbitMQ.
     """
     rows = await db.fetch(ADMISSIBLE, queue, list(names), limit)
-    return [Admitted(row["id"], row["priority"]) for row in rows]
+    return [Admitted._make(row) for row in rows]
 
 
 MARK_QUEUED = """
@@ -104,7 +110,8 @@ MARK_QUEUED = """
           FROM asyncflow.tasks t
          WHERE t.id = ANY ($1)
            AND t.state = 'pending'
-           -- Not if it was claimed and failed meanwhile: its hint is used up.
+           -- Not if it was claimed meanwhile and came back, or was declined: its hint is used up.
+           AND t.attempt = ($2::int[])[array_position($1::uuid[], t.id)]
            AND t.run_at <= now()
          ORDER BY t.id
            -- A row that is locked is being claimed, cancelled or expired: leave it.
@@ -117,11 +124,11 @@ MARK_QUEUED = """
 """
 
 
-async def mark_queued(db: Executor, task_ids: Sequence[UUID]) -> None:
+async def mark_queued(db: Executor, sent: Sequence[Admitted]) -> None:
     """
     Note that hints for these tasks are in RabbitMQ; those that moved on meanwhile are left.
     """
-    await db.execute(MARK_QUEUED, list(task_ids))
+    await db.execute(MARK_QUEUED, [task.task_id for task in sent], [task.attempt for task in sent])
 
 
 UNQUEUE = """
@@ -130,7 +137,9 @@ UNQUEUE = """
            queued_at = NULL,
            run_at = now() + $2 * interval '1 second'
      WHERE t.id = ANY ($1)
-       AND t.state = 'queued'
+       -- `pending` too: a hint may overtake the relay's note that it was sent.
+       AND t.state IN ('pending', 'queued')
+       AND t.run_at <= now()
        AND NOT t.name = ANY ($3)
 """
 
@@ -139,7 +148,7 @@ async def decline(
     db: Executor, task_ids: Sequence[UUID], *, names: Sequence[str], delay_seconds: float
 ) -> None:
     """
-    Give back queued tasks that reached a worker which offers only `names`.
+    Give back due tasks whose hints reached a worker which offers only `names`.
 
     They become due again after `delay_seconds`, so that a worker that cannot run them
     and the relay do not play ball with them.

@@ -142,8 +142,8 @@ class Consumer:
         """
         if self.hints_per_message == 1 or not window:
             return window
-        # A pack counts until its last hint is used up; twice as many keep work coming.
-        return 1 + 2 * window // self.hints_per_message
+        # A pack counts until its last hint is used up, so one more keeps work coming.
+        return 1 + window // self.hints_per_message
 
     def is_far_from(self, window: int) -> bool:
         """

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from uuid import UUID
 
+from asyncpg.pgproto import pgproto
+
 from asyncflow.transport.amqp import Channel, QueueCounts
 from asyncflow.transport.amqp.channel import Arguments
 
@@ -81,6 +83,9 @@ def decode_hints(body: bytes | None) -> list[UUID] | None:
         return None
     try:
         lines = body.decode("ascii").split("\n")
-        return [UUID(line) for line in lines] if {len(line) for line in lines} == {36} else None
+        if {len(line) for line in lines} != {36}:
+            return None
+        # PostgreSQL's client has a UUID of its own that is made eight times as fast.
+        return [pgproto.UUID(line) for line in lines]
     except ValueError:
         return None
