@@ -32,7 +32,10 @@ class State(StrEnum):
     """Accepted and waiting: for `run_at`, for its turn, or for a worker that offers its name."""
 
     QUEUED = "queued"
-    """Admitted: its id is on its way through RabbitMQ. Not used without a broker."""
+    """
+    Admitted: its id is on its way through RabbitMQ. Not used without a broker, and skipped by
+    short tasks that a worker takes at once.
+    """
 
     RUNNING = "running"
     """Claimed by one worker under one lease."""
