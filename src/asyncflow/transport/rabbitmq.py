@@ -30,9 +30,9 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TypeAlias
 from uuid import UUID, uuid4
 
 from asyncflow.errors import InvalidSettings, StoreUnavailable, TransportError
@@ -106,13 +106,8 @@ class Pack:
             self._channel.nack(self._tag, requeue=True)
 
 
-class Hint(NamedTuple):
-    """
-    A task id, and the message it came in.
-    """
-
-    task_id: UUID
-    pack: Pack
+Hint: TypeAlias = tuple[UUID, Pack]
+"""A task id, and the message it came in."""
 
 
 @dataclass(slots=True)
@@ -164,7 +159,7 @@ class RabbitTransport:
         self._broker_url = broker_url
         self._names = [offer.name for offer in claimant.offers]
         self._inbox: deque[Hint] = deque()
-        self._claimed: dict[tuple[UUID, UUID], list[Hint]] = {}
+        self._claimed: dict[tuple[UUID, UUID], Pack] = {}
         self._arrived = asyncio.Event()
         self._changed = asyncio.Event()
         self._quiet = asyncio.Event()
@@ -215,8 +210,9 @@ class RabbitTransport:
         """
         See `Transport.finished`.
         """
-        for hint in self._claimed.pop((claim.task_id, claim.lease_id), ()):
-            hint.pack.settle_one()
+        pack = self._claimed.pop((claim.task_id, claim.lease_id), None)
+        if pack is not None:
+            pack.settle_one()
 
     async def stop(self) -> None:
         """
@@ -241,13 +237,16 @@ class RabbitTransport:
     # From hints to claims
 
     async def _claim(self, hints: Sequence[Hint]) -> list[Claim]:
-        by_id: dict[UUID, list[Hint]] = {}
-        for hint in hints:
-            by_id.setdefault(hint.task_id, []).append(hint)
+        packs: dict[UUID, Pack] = {}
+        for task_id, pack in hints:
+            if task_id in packs:
+                pack.settle_one()  # It came twice, and one hint is enough.
+            else:
+                packs[task_id] = pack
         try:
             taken = await claims.claim_hinted(
                 self._db,
-                list(by_id),
+                list(packs),
                 lease_id=uuid4(),
                 worker_id=self._claimant.worker_id,
                 offers=self._claimant.offers,
@@ -255,17 +254,17 @@ class RabbitTransport:
         except StoreUnavailable as error:
             # This worker cannot now; another may, so ask the broker for nothing meanwhile.
             events.database_unavailable(where="claim", reason=str(error))
-            _give_back(hints)
+            _give_back(packs.values())
             self._pause()
             await asyncio.sleep(random.uniform(*OUTAGE_SECONDS))
             return []
         for claim in taken:
-            self._claimed[claim.task_id, claim.lease_id] = by_id.pop(claim.task_id)
-        if by_id:
-            await self._let_go(by_id)
+            self._claimed[claim.task_id, claim.lease_id] = packs.pop(claim.task_id)
+        if packs:
+            await self._let_go(packs)
         return taken
 
-    async def _let_go(self, unclaimed: dict[UUID, list[Hint]]) -> None:
+    async def _let_go(self, unclaimed: Mapping[UUID, Pack]) -> None:
         # Finished, running elsewhere, not due, unknown: nothing to do. But a queued task of
         # a name we do not offer must not lose its turn. Should that fail, the relay finds
         # out that the hint is gone.
@@ -273,9 +272,8 @@ class RabbitTransport:
             await admission.decline(
                 self._db, list(unclaimed), names=self._names, delay_seconds=DECLINE_SECONDS
             )
-        for hints in unclaimed.values():
-            for hint in hints:
-                hint.pack.settle_one()
+        for pack in unclaimed.values():
+            pack.settle_one()
 
     # The connection
 
@@ -350,7 +348,7 @@ class RabbitTransport:
             if consumer.is_far_from(window):
                 await self._adjust_consumer(channel, queue, consumer, window)
         if not window:
-            _give_back(self._inbox)
+            _give_back(pack for _, pack in self._inbox)
             self._inbox.clear()
             self._quiet.set()
 
@@ -385,7 +383,7 @@ class RabbitTransport:
                 channel.nack(delivery.tag, requeue=False)
                 continue
             pack = Pack(channel, delivery.tag, hints=len(task_ids))
-            self._inbox.extend([Hint(task_id, pack) for task_id in task_ids])
+            self._inbox.extend([(task_id, pack) for task_id in task_ids])
             largest = max(largest, len(task_ids))
         if largest:
             consumer.observe(largest)
@@ -419,19 +417,18 @@ class RabbitTransport:
             if (
                 self._inbox
                 and not self._taking
-                and now - self._inbox[0].pack.arrived > WAIT_SECONDS_MAX
+                and now - self._inbox[0][1].arrived > WAIT_SECONDS_MAX
                 and not self._paused
             ):
                 self._pause()
             if self._channel is not None and self._usable_queues() != self._queues:
                 # A queue has rested: begin anew, with it; what is running goes on.
                 self._channel.abandon()
-            for hints in self._claimed.values():
-                for hint in hints:
-                    if now - hint.pack.arrived > EARLY_ACK_SECONDS:
-                        hint.pack.settle()
+            for pack in self._claimed.values():
+                if now - pack.arrived > EARLY_ACK_SECONDS:
+                    pack.settle()
 
 
-def _give_back(hints: Iterable[Hint]) -> None:
-    for hint in hints:
-        hint.pack.give_back()
+def _give_back(packs: Iterable[Pack]) -> None:
+    for pack in packs:
+        pack.give_back()
