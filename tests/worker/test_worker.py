@@ -23,6 +23,7 @@ from asyncflow.maintenance.reaper import Reaper
 from asyncflow.store import claims, tasks, workers
 from asyncflow.store.claims import Claim, Offer
 from asyncflow.store.database import Database
+from asyncflow.store.wakeups import Listener
 from asyncflow.transport.postgres import PostgresTransport
 from asyncflow.worker import worker as worker_module
 from asyncflow.worker.lease import STALLED_EXIT_STATUS
@@ -97,6 +98,20 @@ async def test_what_a_handler_returns_is_the_result(db: Database) -> None:
 
     assert ("42", 1, 0) == (task.result, task.attempt, task.failures)
     assert running.registration.id == task.worker_id
+
+
+async def test_a_worker_that_has_come_wakes_whoever_waited_for_one(db: Database) -> None:
+    """
+    The relay sends it tasks at once, not at its next poll.
+    """
+
+    async def idle() -> None: ...
+
+    heard: asyncio.Queue[None] = asyncio.Queue()
+    async with Listener(db, lambda: heard.put_nowait(None)):
+        await asyncio.wait_for(heard.get(), PATIENCE_SECONDS)  # It listens now.
+        async with a_running_worker(db, idle):
+            await asyncio.wait_for(heard.get(), PATIENCE_SECONDS)
 
 
 async def test_a_failing_handler_is_retried_until_its_attempts_are_used_up(db: Database) -> None:

@@ -33,6 +33,7 @@ from uuid import UUID
 
 from asyncflow.store import workers
 from asyncflow.store.database import Database, Executor, translated_errors
+from asyncflow.store.wakeups import send_wakeup
 from asyncflow.store.workers import Held, Published, Registration
 from asyncflow.telemetry import events
 
@@ -153,6 +154,8 @@ class LeaseKeeper:
                 if self._published is not None:
                     await workers.publish_handlers(connection, self._published)
                     self._published = None
+                # Only now will the relay let tasks go that nobody but this worker runs.
+                await send_wakeup(connection)
                 while not (self._stopping.is_set() or self._lost):
                     await self._beat(connection)
                     await _wait(woken, self._registration.heartbeat_seconds)
