@@ -415,7 +415,8 @@ def _configurations(lines: Lines) -> str:
 
 def _versions(lines: Lines) -> str:
     packages = lines.environment["packages"]
-    return _section("Versions", ", ".join(f"{name} {v}" for name, v in packages.items()) + ".")
+    named = ", ".join(f"{name} {version}" for name, version in packages.items())
+    return _section("Versions", f"Packages: {named}.")
 
 
 def _errors(lines: Lines) -> str:
