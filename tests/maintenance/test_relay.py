@@ -151,10 +151,10 @@ async def test_what_may_not_go_stays_pending(db: Database, channel: Channel, rel
 
 
 async def test_a_crash_between_publish_and_mark_repeats_hints_and_loses_none(
-    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+    db: Database, channel: Channel, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Hints that were sent and not noted are sent again.
+    Hints that were sent and not noted are sent again by the next relay.
     """
     await a_worker(db)
     await submit(db, 5)
@@ -165,14 +165,39 @@ async def test_a_crash_between_publish_and_mark_repeats_hints_and_loses_none(
     with monkeypatch.context() as patched:
         patched.setattr(admission, "mark_queued", crash)
         with pytest.raises(StoreUnavailable):
-            await relay.run_once(db, channel)
+            await Relay(db, broker_url).run_once(db, channel)
     assert Counter(pending=5) == await states(db)
     assert 5 == await ready(channel)
 
-    await relay.run_once(db, channel)
+    await Relay(db, broker_url).run_once(db, channel)
 
     assert Counter(queued=5) == await states(db)
     assert 10 == await ready(channel)
+
+
+async def test_a_database_that_takes_no_notes_makes_no_flood_of_hints(
+    db: Database, channel: Channel, broker_url: str, database_url: str
+) -> None:
+    """
+    While PostgreSQL is read-only or full, what was sent cannot be marked; it is not sent again with
+    every try.
+    """
+    name = urlsplit(database_url).path[1:]
+    await a_worker(db)
+    await submit(db, 100)
+    await db.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    async with database(database_url) as demoted:
+        relay = Relay(demoted, broker_url)
+
+        for _ in range(5):
+            with pytest.raises(StoreUnavailable):
+                await relay.run_once(demoted, channel)
+
+        assert WINDOW_MIN == await ready(channel)
+        await db.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        await relay.run_once(demoted, channel)
+    assert Counter(queued=WINDOW_MIN, pending=100 - WINDOW_MIN) == await states(db)
+    assert WINDOW_MIN == await ready(channel)
 
 
 async def test_hints_that_the_broker_refuses_stay_pending(

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 from collections import defaultdict, deque
@@ -166,6 +167,13 @@ class Unmarked:
         """
         self._attempts.update((task.task_id, task.attempt) for task in sent)
         self._sent.append((now, sent))
+
+    def put_back(self, tasks: list[Admitted]) -> None:
+        """
+        Remember what could not be marked; it is the first to be taken out again.
+        """
+        self._attempts.update((task.task_id, task.attempt) for task in tasks)
+        self._sent.appendleft((-math.inf, tasks))
 
     def keep(self, pending: Sequence[Admitted]) -> None:
         """
@@ -308,17 +316,32 @@ class Relay:
                 sent = queue.queued + len(self._unmarked[queue.name])
                 ready = self._windows[queue.name].hints_max(counts, queued=sent)
                 await self._find_lost(queue, ready=ready)
-                await self._mark(queue.name)
+                await self._mark_due(queue.name)
                 left_over |= await self._fill(db, channel, queue, ready=ready)
             except (BrokerTimeout, ChannelClosed, ValueError) as error:
                 raise QueueUnusable(queue.name, error) from error
             self._resting.worked(queue.name)
         return left_over
 
-    async def _mark(self, queue: str) -> None:
-        due = self._unmarked[queue].pop(before=time.monotonic() - MARK_AFTER_SECONDS)
-        for begin in range(0, len(due), BATCH):
-            await admission.mark_queued(self._db, due[begin : begin + BATCH])
+    async def _mark_due(self, queue: str) -> None:
+        before = time.monotonic() - MARK_AFTER_SECONDS
+        await self._mark(queue, self._unmarked[queue].pop(before=before))
+
+    async def _mark(self, queue: str, sent: list[Admitted]) -> None:
+        """
+        Note that hints for these tasks are in RabbitMQ.
+
+        A PostgreSQL that is full or read-only takes no notes for a while. What was sent must be
+        remembered then: forgotten, it would be sent again with every try, and RabbitMQ would fill
+        up with hints of the same few tasks.
+        """
+        try:
+            for begin in range(0, len(sent), BATCH):
+                # Through the pool: a connection, such as the leader's, does one thing at a time.
+                await admission.mark_queued(self._db, sent[begin : begin + BATCH])
+        except StoreUnavailable:
+            self._unmarked[queue].put_back(sent)
+            raise
 
     async def _fill(self, db: Executor, channel: Channel, queue: OpenQueue, *, ready: int) -> bool:
         window, unmarked = self._windows[queue.name], self._unmarked[queue.name]
@@ -353,8 +376,7 @@ class Relay:
         if self._windows[queue].pack > 1:
             self._unmarked[queue].add(confirmed, now=time.monotonic())
         elif confirmed:
-            # Through the pool: a connection, such as the leader's, does one thing at a time.
-            await admission.mark_queued(self._db, confirmed)
+            await self._mark(queue, confirmed)
         return len(confirmed)
 
     async def _publish(
