@@ -479,21 +479,34 @@ async def idle() -> None:
     """
 
 
+async def holders(db: Database) -> set[int]:
+    """
+    The server processes of the sessions that hold a worker's lock.
+    """
+    rows = await db.fetch("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted")
+    return {row["pid"] for row in rows}
+
+
+async def heartbeat_follows(db: Database) -> None:
+    """
+    Wait until a worker has beaten once more.
+    """
+    before = await db.fetchval("SELECT now()")
+
+    async def beats_again() -> bool:
+        beat = await db.fetchval("SELECT heartbeat_at FROM asyncflow.workers")
+        return bool(beat > before)
+
+    await until(beats_again)
+
+
 async def test_a_worker_takes_its_lock_back_as_soon_as_it_can(db: Database) -> None:
     """
     After a cut PostgreSQL may think for a while that its old session lives and holds it.
     """
-
-    async def holders() -> set[int]:
-        rows = await db.fetch("SELECT pid FROM pg_locks WHERE locktype = 'advisory'")
-        return {row["pid"] for row in rows}
-
-    async def someone_holds_it() -> bool:
-        return bool(await holders())
-
     async with a_running_worker(db, idle) as running:
-        await until(someone_holds_it)
-        [pid] = await holders()
+        await until(lambda: holders(db))
+        [pid] = await holders(db)
         ghost = await db.connect("ghost")
         await db.fetchval("SELECT pg_terminate_backend($1)", pid)
 
@@ -501,15 +514,38 @@ async def test_a_worker_takes_its_lock_back_as_soon_as_it_can(db: Database) -> N
             return await workers.hold_lock(ghost, running.registration.id)
 
         await until(ghost_holds_it)
-        before = await db.fetchval("SELECT now()")
-
-        async def beats_again() -> bool:
-            beat = await db.fetchval("SELECT heartbeat_at FROM asyncflow.workers")
-            return bool(beat > before)
-
-        await until(beats_again)
+        await heartbeat_follows(db)
         await ghost.close()
-        await until(someone_holds_it)
+        await until(lambda: holders(db))
+
+
+async def test_a_table_that_is_locked_for_long_costs_no_worker_its_session(db: Database) -> None:
+    """
+    A foreign migration keeps heartbeats from reading what the worker holds. Were the session given
+    up for that, its lock could fall, and PostgreSQL, which does not notice, would keep one more
+    session each time.
+    """
+
+    async def sessions() -> list[int]:
+        rows = await db.fetch(
+            "SELECT pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name LIKE '% leases'"
+        )
+        return [row["pid"] for row in rows]
+
+    # A sixth of the lease is how long a statement of the heartbeat may take.
+    async with a_running_worker(db, idle, lease_seconds=3.0):
+        await until(lambda: holders(db))
+        before = await sessions()
+        migration = await db.connect("migration")
+        async with migration.transaction():
+            await migration.execute("LOCK TABLE asyncflow.tasks IN ACCESS EXCLUSIVE MODE")
+
+            for _ in range(3):
+                await heartbeat_follows(db)
+
+            assert before == await sessions()
+        await migration.close()
 
 
 async def test_a_late_settle_of_a_lost_lease_is_void(db: Database) -> None:

@@ -177,11 +177,20 @@ class LeaseKeeper:
         if self._fenced:
             self._fenced = False
             self._tell(self._holder.on_kept)
-        held = await workers.held(
-            connection,
-            self._registration.id,
-            older_than_seconds=2 * self._registration.heartbeat_seconds,
-        )
+        await self._read_back(connection)
+
+    async def _read_back(self, connection: Executor) -> None:
+        try:
+            held = await workers.held(
+                connection,
+                self._registration.id,
+                older_than_seconds=2 * self._registration.heartbeat_seconds,
+            )
+        except TimeoutError:
+            # Behind a migration that locks the tasks, or dead rows that nobody may remove yet. It
+            # costs cancellations some time. Were the connection given up, its lock would fall, and
+            # this worker would be taken for dead.
+            return
         if held:
             self._tell(self._holder.on_held, held)
 
