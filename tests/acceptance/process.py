@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,28 @@ class Process:
                     return line
             return None
 
+        return await self._wait_for(found, f"log {event} {fields}", timeout_seconds)
+
+    async def complains(self, words: str, *, timeout_seconds: float = 20.0) -> LogLine:
+        """
+        Wait until it logged something with these words in its reason, and return that line.
+        """
+
+        def found() -> LogLine | None:
+            return next((line for line in self.lines if words in line.get("reason", "")), None)
+
+        return await self._wait_for(found, f"complain of {words!r}", timeout_seconds)
+
+    async def _wait_for(
+        self, found: Callable[[], LogLine | None], expectation: str, timeout_seconds: float
+    ) -> LogLine:
         async with self._said_more:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_seconds):
                     while found() is None and not self._reading.done():
                         await self._said_more.wait()
         line = found()
-        assert line is not None, f"{self.name} did not log {event} {fields}:\n{self.tail()}"
+        assert line is not None, f"{self.name} did not {expectation}:\n{self.tail()}"
         return line
 
     def has_logged(self, event: str) -> bool:

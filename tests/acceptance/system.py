@@ -296,6 +296,17 @@ class System:
             raise AssertionError(f"{error}: {dict(states)}") from None
         return states
 
+    async def punished(self) -> list[str]:
+        """
+        The ids of tasks that were charged with a failure, in this generation or by an attempt.
+        """
+        rows = await self.rows("""
+            SELECT id FROM asyncflow.tasks WHERE failures > 0
+             UNION
+            SELECT task_id FROM asyncflow.attempts WHERE outcome = 'retried'
+        """)
+        return [str(row["id"]) for row in rows]
+
     async def locks_prove_death(self) -> None:
         """
         Wait until PostgreSQL has run for so long that a free lock means a dead worker.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from services import fetch, postgres, rabbitmq
+from services import fetch, pgbouncer, postgres, rabbitmq
 
 ON_EVERY_POSTGRES = Path(__file__).parents[1] / "store"
 
@@ -71,9 +71,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         versions = _versions(session, "broker")
         if session.config.getoption("--without-rabbitmq"):
             versions = []
-        fetch.fetch(majors, versions, say=_say_to(session))
-        if missing := postgres.missing(majors) + rabbitmq.missing(versions):
-            raise pytest.UsageError("\n".join(missing))
+        with_pgbouncer = _is_used(session, "pooler")
+        fetch.fetch(majors, versions, with_pgbouncer=with_pgbouncer, say=_say_to(session))
+        lacking = postgres.missing(majors) + rabbitmq.missing(versions)
+        if with_pgbouncer:
+            lacking += pgbouncer.missing()
+        if lacking:
+            raise pytest.UsageError("\n".join(lacking))
+
+
+def _is_used(session: pytest.Session, fixture: str) -> bool:
+    functions = [item for item in session.items if isinstance(item, pytest.Function)]
+    return any(fixture in function.fixturenames for function in functions)
 
 
 def _versions(session: pytest.Session, fixture: str) -> list[str]:

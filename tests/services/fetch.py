@@ -15,20 +15,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from services import debian, postgres, rabbitmq
+from services import debian, pgbouncer, postgres, rabbitmq
 
 Say = Callable[[str], None]
 
 
-def fetch(majors: Sequence[str], versions: Sequence[str], *, say: Say) -> None:
+def fetch(
+    majors: Sequence[str], versions: Sequence[str], *, with_pgbouncer: bool = False, say: Say
+) -> None:
     """
     Fetch these versions of PostgreSQL and of RabbitMQ, as far as that is possible here.
 
     Args:
+        with_pgbouncer: Fetch that, too.
         say: Is given a line for what takes long or fails.
     """
     if postgres.missing(majors) and _has_apt():
         _fetch_postgres(say)
+    if with_pgbouncer and pgbouncer.missing() and _has_apt():
+        _apt_install(pgbouncer.PACKAGE, say)
     absent = [version for version in versions if debian.ready_tree(version) is None]
     if absent and debian.may_use_trees() and not rabbitmq.is_chosen_by_hand():
         _fetch_rabbitmq(absent, say)

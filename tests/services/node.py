@@ -57,14 +57,19 @@ class ProcessBroker(Broker):
     Args:
         erlang_arguments: For the Erlang VM. By default one scheduler, which leaves the cores
             to the tests.
+        folder: An empty one for its data, removed at the end; None makes one.
     """
 
     def __init__(
-        self, installation: Installation, *, erlang_arguments: str = "+S 1:1 +sbwt none"
+        self,
+        installation: Installation,
+        *,
+        erlang_arguments: str = "+S 1:1 +sbwt none",
+        folder: Path | None = None,
     ) -> None:
         self._installation = installation
         self._erlang_arguments = erlang_arguments
-        self._folder = scratch.make_folder("rabbitmq", in_memory=False)
+        self._folder = folder or scratch.make_folder("rabbitmq", in_memory=False)
         self._port, self._management_port, self._dist_port, self._epmd_port = free_ports(4)
         self._process: subprocess.Popen[bytes] | None = None
         super().__init__(

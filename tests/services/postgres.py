@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -98,16 +98,23 @@ class PostgresServer:
 
 
 @contextmanager
-def running_server(major: str) -> Iterator[PostgresServer]:
+def running_server(
+    major: str, *, folder: Path | None = None, settings: Mapping[str, str] | None = None
+) -> Iterator[PostgresServer]:
     """
     Run a server until the end of the block, or skip the test if it is not installed.
+
+    Args:
+        folder: An empty one, emptied again at the end; None makes one.
+        settings: Of the server, beyond or instead of `SETTINGS`.
     """
     bin_folder = _oldest_bin_folder() if major == OLDEST else None
     if lacking := missing([major]):
         pytest.skip(lacking[0])
-    folder = scratch.make_folder("postgres", in_memory=True)
+    folder = folder or scratch.make_folder("postgres", in_memory=True)
+    all_settings = {**SETTINGS, **(settings or {})}
     try:
-        with Cluster(folder, bin_folder=bin_folder, settings=SETTINGS) as cluster:
+        with Cluster(folder, bin_folder=bin_folder, settings=all_settings) as cluster:
             yield PostgresServer(cluster, major)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

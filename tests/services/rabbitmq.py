@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
@@ -34,7 +34,7 @@ WHAT_WOULD_HELP = (
 
 
 @contextmanager
-def running_broker(version: str, **options: str) -> Iterator[Broker]:
+def running_broker(version: str, **options: Any) -> Iterator[Broker]:
     """
     Run a broker until the end of the block, or skip the test if there is none.
 
@@ -70,7 +70,7 @@ def is_chosen_by_hand() -> bool:
     return "ASYNCFLOW_TEST_BROKER_URL" in os.environ
 
 
-def _find_broker(version: str, **options: str) -> Broker:
+def _find_broker(version: str, **options: Any) -> Broker:
     if is_chosen_by_hand():
         _only_the_oldest(version, "ASYNCFLOW_TEST_BROKER_URL")
         return RemoteBroker(os.environ["ASYNCFLOW_TEST_BROKER_URL"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -43,4 +44,6 @@ def _remove_leftovers(place: Path) -> None:
     for folder in place.glob(f"{PREFIX}-*-*"):
         pid = folder.name.split("-")[1]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            if folder.is_mount():  # See `disk`.
+                subprocess.run(["umount", "--lazy", str(folder)], capture_output=True)
             shutil.rmtree(folder, ignore_errors=True)
