@@ -58,7 +58,7 @@ async def develop(settings: Settings) -> int:
     listen(settings.api_host, settings.api_port).close()
     with Supervisor(grace_seconds=settings.shutdown_grace_seconds) as supervisor:
         async with _database(settings, supervisor) as url:
-            await _migrate(url)
+            await _migrate(url, settings)
             environment = as_environment(replace(settings, database_url=url))
             children = [Child(role, [role], environment) for role in ROLES]
             announcing = asyncio.create_task(_announce(settings))
@@ -99,8 +99,8 @@ def _prepare(folder: Path) -> None:
         raise NoDataFolder(folder, error.strerror or str(error)) from error
 
 
-async def _migrate(url: str) -> None:
-    async with Database(url, size=2) as db:
+async def _migrate(url: str, settings: Settings) -> None:
+    async with Database(url, size=2, pooler=settings.database_pooler) as db:
         if await schema_version(db) == SCHEMA_VERSION:
             return
     # Costs as much time as everything else here together, and is rarely needed.

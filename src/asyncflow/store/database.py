@@ -253,6 +253,9 @@ def translated_errors() -> Iterator[None]:
         yield
     except CANNOT_SERVE as error:
         fact = str(error) or type(error).__name__
+        if "unsupported startup parameter" in fact:
+            # So PgBouncer refuses the settings that a connection of ours brings along.
+            fact += " (behind PgBouncer, see ASYNCFLOW_DATABASE_POOLER)"
         raise StoreUnavailable(f"PostgreSQL cannot serve now: {fact}") from error
     except REFUSED as error:
         constraint = getattr(error, "constraint_name", None)

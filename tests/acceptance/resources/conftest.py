@@ -1,0 +1,63 @@
+"""
+A PostgreSQL of their own for the tests that starve it, and systems on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from acceptance.conftest import show_logs
+from acceptance.system import System
+from services import postgres
+from services.postgres import PostgresServer
+
+MAX_CONNECTIONS = 60
+
+
+@pytest.fixture(scope="session")
+def own_server() -> Iterator[PostgresServer]:
+    """
+    A PostgreSQL that no other test needs, with few connections to take away.
+    """
+    settings = {"max_connections": str(MAX_CONNECTIONS)}
+    with postgres.running_server(postgres.EMBEDDED, settings=settings) as server:
+        yield server
+
+
+@pytest.fixture
+def own_database_url(own_server: PostgresServer) -> Iterator[str]:
+    """
+    A fresh database on it.
+    """
+    url = own_server.create_database()
+    yield url
+    own_server.drop_database(url)
+
+
+@pytest.fixture
+async def system(
+    own_database_url: str, vhost_url: str | None, tmp_path: Path, request: pytest.FixtureRequest
+) -> AsyncIterator[System]:
+    """
+    A system on the server that may be starved.
+    """
+    async with System(
+        database_url=own_database_url, broker_url=vhost_url, folder=tmp_path
+    ) as system:
+        yield system
+    show_logs(request, system)
+
+
+@pytest.fixture
+async def alone(
+    own_database_url: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> AsyncIterator[System]:
+    """
+    The same on PostgreSQL alone, for tests to which RabbitMQ makes no difference.
+    """
+    async with System(database_url=own_database_url, broker_url=None, folder=tmp_path) as system:
+        yield system
+    show_logs(request, system)

@@ -1,0 +1,234 @@
+"""
+PgBouncer, pooling transactions, between PostgreSQL and all of our processes: tasks live their whole
+life, a killed worker is found out, and a PgBouncer that dies is ridden out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from acceptance.conftest import show_logs
+from acceptance.system import System, free_port
+from asyncflow.store.database import PLANNER
+from services.pgbouncer import SESSIONS, Pooler, running_pooler
+from services.postgres import PostgresServer
+
+FLOWING_AGAIN_SECONDS = 30.0
+
+
+@pytest.fixture(scope="module")
+def pooler(own_server: PostgresServer) -> Iterator[Pooler]:
+    """
+    A PgBouncer. A test that kills it should start it again.
+    """
+    with running_pooler(own_server) as pooler:
+        yield pooler
+
+
+@pytest.fixture
+def unmigrated_url(own_server: PostgresServer) -> Iterator[str]:
+    """
+    An empty database, reached directly.
+    """
+    url = own_server.create_empty_database()
+    yield url
+    own_server.drop_database(url)
+
+
+@asynccontextmanager
+async def behind(
+    pooler: Pooler,
+    database_url: str,
+    broker_url: str | None,
+    request: pytest.FixtureRequest,
+    folder: Path,
+) -> AsyncIterator[System]:
+    """
+    A system whose processes know only the pooler; the test itself looks past it.
+    """
+    async with System(database_url=database_url, broker_url=broker_url, folder=folder) as system:
+        system.settings |= {"database_url": pooler.url(database_url), "database_pooler": True}
+        await system.command("migrate")
+        yield system
+    show_logs(request, system)
+
+
+@pytest.fixture
+async def pooled(
+    unmigrated_url: str,
+    pooler: Pooler,
+    vhost_url: str | None,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> AsyncIterator[System]:
+    """
+    A system behind the pooler, on both engines.
+    """
+    async with behind(pooler, unmigrated_url, vhost_url, request, tmp_path) as system:
+        yield system
+
+
+@pytest.fixture
+async def pooled_alone(
+    unmigrated_url: str, pooler: Pooler, request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[System]:
+    """
+    The same on PostgreSQL alone.
+    """
+    async with behind(pooler, unmigrated_url, None, request, tmp_path) as system:
+        yield system
+
+
+async def sessions(system: System) -> int:
+    """
+    How many sessions others than this one have in the system's database.
+    """
+    [row] = await system.rows("""
+        SELECT count(*) FROM pg_stat_activity
+         WHERE datname = current_database()
+           AND backend_type = 'client backend'
+           AND pid <> pg_backend_pid()
+    """)
+    return int(row["count"])
+
+
+async def test_tasks_live_their_whole_life_behind_a_pooler(pooled: System) -> None:
+    """
+    Run in every isolation, retried, delayed, failed and redriven, cancelled while they wait and
+    while they run; and in numbers, so that statements of all processes share few sessions.
+    """
+    assert "already" in await pooled.command("migrate")
+    await pooled.start(workers=2)
+    many = await pooled.submit_batch([{"name": "work", "payload": {"seconds": 0}}] * 500)
+    good = [
+        await pooled.submit("work"),
+        await pooled.submit("work-in-thread"),
+        await pooled.submit("work-in-process"),
+        await pooled.submit("sidelined"),
+        await pooled.submit("flaky", {"failures": 2}),
+        await pooled.submit("work", delay_seconds=0.5),
+    ]
+    broken = await pooled.submit("broken", {"until_attempt": 3})
+    waiting = await pooled.submit("work", delay_seconds=1_000)
+    running = await pooled.submit("work", {"seconds": 60})
+    await pooled.journal.wait_for("start", running)
+
+    cancelled = [await pooled.post(task_id, "cancel") for task_id in (waiting, running)]
+    failed = await pooled.finishes(broken)
+    redriven = await pooled.post(broken, "redrive")
+
+    assert [200, 202] == [response.status_code for response in cancelled]
+    assert {"cancelled": 2} == await pooled.all_terminal([waiting, running])
+    assert ("FAILED", 202) == (failed["status"], redriven.status_code)
+    completed = [*many, *good, broken]
+    assert {"completed": len(completed)} == await pooled.all_terminal(completed)
+    assert (await pooled.get(good[4]))["attempt"] == 3
+    assert broken in await pooled.command("task", "list", "--name", "broken", "--json")
+    assert SESSIONS >= await sessions(pooled)
+
+
+async def test_a_task_of_a_killed_worker_runs_again_behind_a_pooler(pooled_alone: System) -> None:
+    """
+    There are no session locks; once its lease is over, the worker is given up.
+    """
+    _, [worker], _ = await pooled_alone.start(heartbeat_seconds=0.5, lease_seconds=3)
+    await pooled_alone.locks_prove_death()
+    task_id = await pooled_alone.submit("work", {"seconds": 1})
+    await pooled_alone.journal.wait_for("start", task_id)
+
+    await worker.kill()
+    await pooled_alone.start_worker()
+    task = await pooled_alone.finishes(task_id)
+
+    assert task["status"] == "COMPLETED"
+    assert task["result"] == {"attempt": 2}
+    assert task["attempts"][0]["error"]["kind"] == "WorkerLost"
+
+
+async def test_a_pooler_that_dies_costs_time_and_no_task(
+    pooled_alone: System, pooler: Pooler
+) -> None:
+    """
+    503 while it is away; all processes come back to its successor by themselves.
+    """
+    started = await pooled_alone.start(workers=2)
+
+    async with pooled_alone.load(payload={"seconds": 0.2}) as load:
+        await load.has_accepted(20)
+        await asyncio.to_thread(pooler.kill)
+        try:
+            await load.is_refused()
+        finally:
+            await asyncio.to_thread(pooler.start)
+        await load.has_accepted(5)
+        await pooled_alone.finishes(load.accepted[-1], timeout_seconds=FLOWING_AGAIN_SECONDS)
+
+    assert {503} == set(load.refused)
+    assert load.broken == 0
+    assert {"completed": len(load.accepted)} == await pooled_alone.all_terminal(load.accepted)
+    assert [] == await pooled_alone.punished()
+    assert all(process.is_running for processes in started for process in processes)
+
+
+async def test_a_forgotten_setting_is_named(pooled_alone: System) -> None:
+    """
+    A worker that takes the pooler for PostgreSQL itself says which setting would help.
+    """
+    worker = await pooled_alone.run("worker", database_pooler=False)
+
+    line = await worker.log_event("database.unavailable")
+
+    assert "ASYNCFLOW_DATABASE_POOLER" in line["reason"]
+
+
+async def test_a_pooler_of_sessions_serves_what_needs_sessions(
+    own_server: PostgresServer, own_database_url: str, tmp_path: Path
+) -> None:
+    """
+    Wake-ups and locks work through it, if it lets our settings pass: a killed worker is found out
+    long before its lease is over.
+    """
+    settings = {
+        "pool_mode": "session",
+        "default_pool_size": "50",
+        "ignore_startup_parameters": ", ".join(PLANNER),
+    }
+    with running_pooler(own_server, settings=settings) as pooler:
+        url = pooler.url(own_database_url)
+        async with System(database_url=url, broker_url=None, folder=tmp_path) as system:
+            _, [worker], _ = await system.start(lease_seconds=60)
+            await system.locks_prove_death()
+            task_id = await system.submit("work", {"seconds": 1})
+            await system.journal.wait_for("start", task_id)
+
+            await worker.kill()
+            await system.start_worker()
+
+            assert (await system.finishes(task_id))["result"] == {"attempt": 2}
+
+
+async def test_dev_runs_behind_a_pooler(
+    own_server: PostgresServer, pooler: Pooler, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """
+    It migrates and runs everything on the database that it is given.
+    """
+    url = await asyncio.to_thread(own_server.create_empty_database)
+    async with System(database_url=url, broker_url=None, folder=tmp_path) as system:
+        system.settings |= {"database_url": pooler.url(url), "database_pooler": True}
+        port = free_port()
+        dev = await system.run("dev", "--port", str(port))
+        await system.reaches_api(f"http://127.0.0.1:{port}")
+
+        task_id = await system.submit("sample-task", {"seconds": 0})
+
+        assert (await system.finishes(task_id))["status"] == "COMPLETED"
+        dev.send(signal.SIGTERM)
+        assert 0 == await dev.exit_status()
+    show_logs(request, system)
