@@ -1,0 +1,117 @@
+"""
+RabbitMQ short of disk while tasks flow: it takes no messages, submissions never notice, tasks wait,
+and everything completes once there is room again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from acceptance.conftest import Engine, show_logs
+from acceptance.system import System
+from services import rabbitmq
+from services.broker import Broker
+from services.disk import SmallDisk, small_disk
+from services.node import ProcessBroker
+
+FLOWING_AGAIN_SECONDS = 30.0
+DISK_MEBIBYTES = 192
+LEFT_MEBIBYTES = 10
+FREE_MIN = "50MB"
+"""Below this RabbitMQ raises the alarm, as `services.node` configures it."""
+
+WORKING = {"seconds": 0.1}
+
+Raising = Callable[[], object]
+
+
+async def sits_out(system: System, *, raising: Raising, ending: Raising) -> None:
+    """
+    Go through an alarm, and check that it cost time and no task.
+    """
+    started = await system.start()
+    _, _, [maintenance] = started
+
+    async with system.load(payload=WORKING) as load:
+        await load.has_accepted(20)
+        await asyncio.to_thread(raising)
+        try:
+            await maintenance.log_event("broker.blocked")
+            await load.has_accepted(20)
+            # RabbitMQ has not read anything from the relay since then.
+            waiting = await system.get(load.accepted[-1])
+        finally:
+            await asyncio.to_thread(ending)
+        await load.has_accepted(5)
+        await system.finishes(load.accepted[-1], timeout_seconds=FLOWING_AGAIN_SECONDS)
+
+    assert waiting["status"] == "PENDING"
+    assert not load.refused
+    assert load.broken == 0
+    assert load.slowest_seconds < 5
+    assert {"completed": len(load.accepted)} == await system.all_terminal(load.accepted)
+    assert [] == await system.punished()
+    assert all(process.is_running for processes in started for process in processes)
+
+
+@pytest.mark.needs_rabbitmq
+async def test_a_disk_alarm_of_the_broker_costs_time_and_no_task(
+    system: System, engine: Engine
+) -> None:
+    """
+    As raised by an operator who asks for more free disk than there is.
+    """
+    broker = engine.broker
+    assert broker is not None
+
+    await sits_out(
+        system,
+        raising=lambda: broker.ctl("set_disk_free_limit", "100000GB"),
+        ending=lambda: broker.ctl("set_disk_free_limit", FREE_MIN),
+    )
+
+
+class OnSmallDisk(NamedTuple):
+    """
+    A RabbitMQ, and the disk that its data is on.
+    """
+
+    broker: Broker
+    disk: SmallDisk
+
+
+@pytest.fixture
+def cramped(request: pytest.FixtureRequest) -> Iterator[OnSmallDisk]:
+    """
+    A RabbitMQ whose disk can be filled.
+    """
+    if request.config.getoption("--without-rabbitmq"):
+        pytest.skip("left out by --without-rabbitmq")
+    chosen = request.config.getoption("--rabbitmq")
+    version = chosen if chosen in rabbitmq.VERSIONS else rabbitmq.OLDEST
+    with (
+        small_disk("rabbitmq", mebibytes=DISK_MEBIBYTES) as disk,
+        rabbitmq.running_broker(version, folder=disk.folder) as broker,
+    ):
+        if not isinstance(broker, ProcessBroker):
+            pytest.skip("only a RabbitMQ that the tests run themselves can have a small disk")
+        yield OnSmallDisk(broker, disk)
+
+
+async def test_a_full_disk_of_the_broker_costs_time_and_no_task(
+    cramped: OnSmallDisk, database_url: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """
+    As raised by RabbitMQ itself, when others fill its disk.
+    """
+    broker, disk = cramped
+    url = await asyncio.to_thread(broker.create_vhost)
+
+    async with System(database_url=database_url, broker_url=url, folder=tmp_path) as system:
+        await sits_out(system, raising=lambda: disk.fill_but(LEFT_MEBIBYTES), ending=disk.free)
+    show_logs(request, system)
