@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,24 @@ class Process:
 
     @classmethod
     async def start(
-        cls, name: str, *arguments: str, settings: Mapping[str, object], folder: Path
+        cls,
+        name: str,
+        *arguments: str,
+        settings: Mapping[str, object],
+        folder: Path,
+        program: Sequence[str] = ("asyncflow",),
     ) -> Process:
         """
         Run `asyncflow` with `arguments` in `folder`.
 
         Args:
             settings: Environment variables without their prefix `ASYNCFLOW_`, in any case.
+            program: What to run in place of it: a module and its first arguments.
         """
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("ASYNCFLOW_")}
         given = {f"ASYNCFLOW_{k.upper()}": str(v) for k, v in settings.items()}
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "asyncflow", *arguments),
+            *(sys.executable, "-m", *program, *arguments),
             cwd=folder,
             env={**inherited, **given},
             stdin=asyncio.subprocess.DEVNULL,

@@ -86,7 +86,7 @@ class Proxy:
         upstream: asyncio.StreamWriter | None = None
         try:
             await self._flowing.wait()
-            server_reader, upstream = await asyncio.open_connection(self._host, self._server_port)
+            server_reader, upstream = await self._reach_server()
             self._writers.add(upstream)
             # Whichever side ends first ends both.
             ways = [self._carry(reader, upstream), self._carry(server_reader, writer)]
@@ -99,6 +99,9 @@ class Proxy:
                 if end is not None:
                     self._writers.discard(end)
                     end.transport.abort()
+
+    async def _reach_server(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(self._host, self._server_port)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(CHUNK_BYTES):

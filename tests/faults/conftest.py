@@ -1,0 +1,95 @@
+"""
+A sweep for each engine, of the cases whose tests were chosen.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from faults.cases import CASES, Case
+from faults.sweep import Sweep
+from faults.trial import Ground
+from services.broker import Broker
+from services.postgres import PostgresServer
+
+TESTS = Path(__file__).parents[1]
+
+# A line per request would bury what the processes said.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@pytest.fixture(scope="module")
+def ground_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """
+    Where the processes of all cases run; they find the tests' own modules.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(TESTS))
+        yield tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def postgres_ground(postgres_server: PostgresServer, ground_folder: Path) -> Ground:
+    """
+    PostgreSQL alone.
+    """
+    # The first one makes the template, which is not for many at once.
+    postgres_server.drop_database(postgres_server.create_database())
+    return Ground(postgres_server, None, ground_folder)
+
+
+@pytest.fixture(scope="module")
+def rabbitmq_ground(postgres_ground: Ground, broker: Broker) -> Ground:
+    """
+    PostgreSQL and RabbitMQ.
+    """
+    return Ground(postgres_ground.postgres, broker, postgres_ground.folder)
+
+
+@pytest.fixture(scope="module")
+def postgres_sweep(postgres_ground: Ground, request: pytest.FixtureRequest) -> Iterator[Sweep]:
+    """
+    The cases of PostgreSQL alone.
+    """
+    with sweeping(postgres_ground, "postgres", request) as sweep:
+        yield sweep
+
+
+@pytest.fixture(scope="module")
+def rabbitmq_sweep(rabbitmq_ground: Ground, request: pytest.FixtureRequest) -> Iterator[Sweep]:
+    """
+    The cases of PostgreSQL with RabbitMQ.
+    """
+    with sweeping(rabbitmq_ground, "rabbitmq", request) as sweep:
+        yield sweep
+
+
+@contextmanager
+def sweeping(ground: Ground, engine: str, request: pytest.FixtureRequest) -> Iterator[Sweep]:
+    """
+    A sweep that is running; its report is printed and written when it ends.
+    """
+    sweep = Sweep(ground, [case for case in chosen_cases(request) if case.engine == engine])
+    try:
+        yield sweep
+    finally:
+        sweep.stop()
+        report = sweep.report()
+        (ground.folder / f"{engine}.txt").write_text(report)
+        sys.stdout.write(f"\n{report}")
+
+
+def chosen_cases(request: pytest.FixtureRequest) -> list[Case]:
+    """
+    The cases whose tests are run, in the order of the table.
+    """
+    functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    params = [function.callspec.params for function in functions if hasattr(function, "callspec")]
+    chosen = {values["case"] for values in params if isinstance(values.get("case"), Case)}
+    return [case for case in CASES if case in chosen]

@@ -1,0 +1,398 @@
+"""
+Every step of a task's path at which a process can be made to fail, and how it is done.
+
+A failpoint is planted from outside, by wrapping a function of the product when a process starts
+(`process`), so that nothing of AsyncFlow knows of it. It fires once: it writes down that it does
+(`FIRED`), and then it acts.
+
+    before    before the function is called
+    after     when it has returned
+    unread    when the server has done what the function asked it to, and its answer is on the
+              wire but not read
+
+    exit          the process is killed
+    raise         the step fails with an error that nobody expects
+    freeze        the process stands still until the test lets it go on, past its lease
+    cut-postgres  its connections to PostgreSQL are reset
+    cut-broker    its connections to RabbitMQ are reset
+
+The last two, and holding answers back, are done by the wires of the test (`wire`), which the
+process asks by a line over a socket. What must hold after each is in `cases.txt`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+ANSWER_SECONDS_MAX = 10.0
+
+POINT, ACTION = "ASYNCFLOW_TEST_POINT", "ASYNCFLOW_TEST_ACTION"
+FIRED = "ASYNCFLOW_TEST_FIRED"
+"""The file that a failpoint writes into when it fires; it can do so only if there is none."""
+
+CONTROL = "ASYNCFLOW_TEST_CONTROL"
+"""The port at which the test takes orders for its wires."""
+
+CHILD = "asyncflow.worker.child"
+
+
+class Call(NamedTuple):
+    """
+    One call of a wrapped function; `result` is None until it has returned.
+    """
+
+    arguments: tuple[Any, ...]
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Failpoint:
+    """
+    One step.
+
+    Attributes:
+        role: Which kind of process takes it: api, worker, maintenance, or a worker's child.
+        target: The function, as `module:name` where it is looked up when it is called.
+        when: before, after or unread.
+        story: What the task goes through, see `stories`.
+        counts: Whether a call is the one that is meant. One that found nothing to do never is.
+        statement: For unread answers of PostgreSQL: a piece of the statement.
+        handler: What the task runs.
+    """
+
+    name: str
+    role: str
+    target: str
+    when: str
+    story: str = "task"
+    counts: Callable[[Call], bool] = lambda call: True
+    statement: str = ""
+    handler: str = "step-in-loop"
+
+    def plant(self, action: str) -> None:
+        """
+        Wrap the function in this process.
+        """
+        module, _, path = self.target.partition(":")
+        *parents, name = path.split(".")
+        owner: Any = importlib.import_module(module)
+        for parent in parents:
+            owner = getattr(owner, parent)
+        charge = Charge(self, action)
+        original = getattr(owner, name)
+        is_async = inspect.iscoroutinefunction(original)
+        setattr(owner, name, (charge.wrapped_async if is_async else charge.wrapped)(original))
+
+
+class Charge:
+    """
+    A failpoint that waits for its call, and an action.
+    """
+
+    def __init__(self, point: Failpoint, action: str) -> None:
+        self._point = point
+        self._action = action
+        self._is_live = True
+        self._deciding = threading.Lock()
+
+    def wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """
+        A plain function with the failpoint before or after it.
+        """
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            if self._point.when == "before" and self._goes_off(Call(arguments, None)):
+                self._act()
+            result = original(*arguments, **more)
+            if self._point.when == "after" and self._goes_off(Call(arguments, result)):
+                self._act()
+            return result
+
+        return call
+
+    def wrapped_async(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """
+        A coroutine function with the failpoint before, after or inside it.
+        """
+
+        async def call(*arguments: Any, **more: Any) -> Any:
+            if self._point.when == "unread" and self._goes_off(Call(arguments, None)):
+                return await self._act_before_the_answer(original(*arguments, **more))
+            if self._point.when == "before" and self._goes_off(Call(arguments, None)):
+                self._act()
+            result = await original(*arguments, **more)
+            if self._point.when == "after" and self._goes_off(Call(arguments, result)):
+                self._act()
+            return result
+
+        return call
+
+    def _goes_off(self, call: Call) -> bool:
+        with self._deciding:
+            found_nothing = call.result is not None and not call.result
+            if not self._is_live or found_nothing or not self._point.counts(call):
+                return False
+            self._is_live = False
+            return not os.path.exists(os.environ[FIRED])  # A child before this one may have.
+
+    async def _act_before_the_answer(self, call: Any) -> Any:
+        server = "postgres" if self._point.statement else "broker"
+        ask(f"hold {server} {self._point.statement}")
+        calling = asyncio.ensure_future(call)
+        # The call goes on in this loop, so the wait for its answer must not hold it up.
+        await asyncio.to_thread(ask, f"answered {server}")
+        if self._action not in ("exit", f"cut-{server}"):
+            ask(f"release {server}")
+        self._act()
+        return await calling
+
+    def _act(self) -> None:
+        """
+        Do it, in the middle of whatever this thread does: no other code runs in between.
+        """
+        if not self._note():
+            return
+        match self._action:
+            case "exit":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "raise":
+                raise Planted(f"{self._point.name} fails as it was told to.")
+            case cut:
+                ask(cut.replace("-", " "))
+
+    def _note(self) -> bool:
+        line = f"{time.monotonic()} {os.getpid()} {self._point.name} {self._action}\n"
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+            file = os.open(os.environ[FIRED], flags, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            os.write(file, line.encode())
+        finally:
+            os.close(file)
+        return True
+
+
+class Planted(Exception):
+    """
+    An error that no code expects.
+    """
+
+
+def ask(order: str) -> None:
+    """
+    Have the test do something to this process's wires; returns when it is done.
+    """
+    port = int(os.environ[CONTROL])
+    with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_SECONDS_MAX) as line:
+        line.sendall(f"{order}\n".encode())
+        if line.recv(16) != b"done\n":
+            raise RuntimeError(f"The test could not {order!r}.")
+
+
+def plant_from_environment(*, in_child: bool) -> None:
+    """
+    Plant what `process` was told to, if this is the process that it is for.
+    """
+    point = FAILPOINTS.get(os.environ.get(POINT, ""))
+    if point is not None and in_child == (point.role == "child"):
+        point.plant(os.environ[ACTION])
+
+
+def is_child() -> bool:
+    """
+    Whether this is a child process that a worker started for its handlers.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name == CHILD
+
+
+# Which call is meant
+
+
+def ends(event: str) -> Callable[[Call], bool]:
+    """
+    It settles an attempt by this event.
+    """
+
+    def settles(call: Call) -> bool:
+        return any(settling.settlement.event == event for settling in call.arguments[1])
+
+    return settles
+
+
+def notes(what: str) -> Callable[[Call], bool]:
+    """
+    It is the handler's word that it starts, or ends.
+    """
+    return lambda call: bool(call.arguments[1] == what)
+
+
+def tells(what: str) -> Callable[[Call], bool]:
+    """
+    It is this word of a child.
+    """
+    return lambda call: bool(call.arguments[1]["tell"] == what)
+
+
+def handler_runs(call: Call) -> bool:
+    """
+    Some handler has started by now.
+    """
+    return os.path.getsize(os.environ["ASYNCFLOW_TEST_JOURNAL"]) > 0
+
+
+# The steps
+
+
+def _step(part: str, step: str, target: str, whens: str, **more: Any) -> list[Failpoint]:
+    name = {"before": "{}.before-{}", "after": "{}.after-{}", "unread": "{}.{}-unread"}
+    return [
+        Failpoint(name[when].format(part, step), ROLES[part], target, when, **more)
+        for when in whens.split()
+    ]
+
+
+ROLES = {
+    "api": "api",
+    "relay": "maintenance",
+    "unqueuer": "maintenance",
+    "worker": "worker",
+    "loop": "worker",
+    "thread": "worker",
+    "child": "child",
+    "reaper": "maintenance",
+    "expirer": "maintenance",
+    "pruner": "maintenance",
+}
+"""Which kind of process each part runs in; `loop`, `thread` and `child` are where handlers do."""
+
+TASKS = "asyncflow.store.tasks"
+CLAIMS = "asyncflow.store.claims"
+ADMISSION = "asyncflow.store.admission"
+UPKEEP = "asyncflow.store.upkeep"
+WORKERS = "asyncflow.store.workers"
+CHANNEL = "asyncflow.transport.amqp.channel"
+NOTE = "faults.handlers:note"
+
+RUNNING, PENDING = "SET state = 'running'", "SET state = 'pending'"
+QUEUED, COMPLETED, CANCELLED = (
+    "SET state = 'queued'",
+    "SET state = 'completed'",
+    "SET state = 'cancelled'",
+)
+RETRIED, RELEASED = "generation, 'retried'", "generation, 'released'"
+
+ALL, ENDS = "before unread after", "before unread"
+
+_STEPS = [
+    # A submission
+    _step(
+        *("api", "commit", f"{TASKS}:submit", ALL),
+        story="submission",
+        statement="INSERT INTO asyncflow.tasks",
+    ),
+    _step(
+        *("api", "answer", "asyncflow.api.submissions:_send_accepted", "before"),
+        story="submission",
+    ),
+    _step(*("api", "wake-up", "asyncflow.store.wakeups:send_wakeup", "before"), story="submission"),
+    # Its hint
+    _step("relay", "admissible", f"{ADMISSION}:admissible", "after"),
+    _step("relay", "confirm", f"{CHANNEL}:Channel.publish", "unread after"),
+    _step("relay", "mark", f"{ADMISSION}:mark_queued", "unread after", statement=QUEUED),
+    _step(
+        *("relay", "unqueue", f"{ADMISSION}:unqueue_lost", ALL),
+        story="lost hint",
+        statement=PENDING,
+    ),
+    _step(
+        *("unqueuer", "unqueue", f"{ADMISSION}:unqueue_stranded", ALL),
+        story="lost hint",
+        statement=PENDING,
+    ),
+    _step("worker", "delivery", "asyncflow.transport.rabbitmq:RabbitTransport._receive", "before"),
+    # Its claim
+    _step("worker", "due-claim", f"{CLAIMS}:claim_due", ALL, statement=RUNNING),
+    _step("worker", "hinted-claim", f"{CLAIMS}:claim_hinted", ALL, statement=RUNNING),
+    # Its attempt
+    _step("worker", "start", "asyncflow.worker.isolation:Isolation.start", "before"),
+    _step("loop", "start", NOTE, "after", counts=notes("start")),
+    _step("loop", "end", NOTE, "after", counts=notes("end")),
+    _step("thread", "start", NOTE, "after", counts=notes("start"), handler="step-in-thread"),
+    _step("child", "start", NOTE, "after", counts=notes("start"), handler="step-in-process"),
+    _step("child", "end", NOTE, "after", counts=notes("end"), handler="step-in-process"),
+    _step(
+        *("worker", "child-start", "asyncflow.worker.children:Child._receive", "after"),
+        counts=tells("started"),
+        handler="step-in-process",
+    ),
+    _step("worker", "outcome", "asyncflow.worker.execute:Attempt._on_run_end", "before"),
+    _step(
+        *("worker", "beat", f"{WORKERS}:heartbeat", ENDS),
+        story="a while",
+        counts=handler_runs,
+        statement="UPDATE asyncflow.workers",
+    ),
+    # Its settlement
+    _step(
+        *("worker", "settle", f"{CLAIMS}:settle", ALL),
+        counts=ends("complete"),
+        statement=COMPLETED,
+    ),
+    _step("worker", "ack", f"{CHANNEL}:Channel.ack", "before after"),
+    _step(
+        *("worker", "retry", f"{CLAIMS}:settle", ALL),
+        story="failure",
+        counts=ends("retry"),
+        statement=RETRIED,
+    ),
+    _step(
+        *("worker", "release", f"{CLAIMS}:settle", ALL),
+        story="shutdown",
+        counts=ends("release"),
+        statement=RELEASED,
+    ),
+    # Its cancellation
+    _step(
+        *("api", "flag", f"{TASKS}:cancel", "unread after"),
+        story="cancellation",
+        statement="SET cancel_requested_at = coalesce",
+    ),
+    _step(
+        *("worker", "cancel", f"{CLAIMS}:settle", ENDS),
+        story="stop",
+        counts=ends("cancel"),
+        statement=CANCELLED,
+    ),
+    # What maintenance does for it
+    _step("reaper", "declare", f"{WORKERS}:mark_lost", "after", story="dead worker"),
+    _step("reaper", "select", f"{UPKEEP}:lost_leases", "after", story="dead worker"),
+    _step(
+        *("reaper", "settle", f"{CLAIMS}:settle", "unread after"),
+        story="dead worker",
+        statement=RETRIED,
+    ),
+    _step("expirer", "expire", f"{UPKEEP}:expire", ALL, story="expiry", statement=CANCELLED),
+    _step(
+        *("pruner", "prune", f"{UPKEEP}:prune_finished", ALL),
+        story="old task",
+        statement="DELETE FROM asyncflow.tasks",
+    ),
+]
+
+FAILPOINTS = {point.name: point for points in _STEPS for point in points}

@@ -1,0 +1,58 @@
+"""
+What the tasks of the sweep run: one handler in each isolation.
+
+A child process, which starts by itself and imports this, plants its failpoint here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from acceptance.handlers import QUICKLY, note
+from asyncflow import Context, handler
+from faults.failpoints import is_child, plant_from_environment
+
+LINGER_SECONDS = 60.0
+
+
+@handler(backoff=QUICKLY, max_attempts=5)
+async def step_in_loop(
+    context: Context, seconds: float = 0.0, failures: int = 0, lingers: bool = False
+) -> dict[str, Any]:
+    """
+    Fail the first `failures` attempts; for the first one, take a minute if it `lingers`.
+    """
+    note(context, "start")
+    if context.attempt <= failures:
+        raise ConnectionError(f"attempt {context.attempt} failed")
+    await asyncio.sleep(LINGER_SECONDS if lingers and context.attempt == 1 else seconds)
+    note(context, "end")
+    return {"attempt": context.attempt}
+
+
+@handler(backoff=QUICKLY, max_attempts=5)
+def step_in_thread(context: Context, seconds: float = 0.0) -> dict[str, Any]:
+    """
+    The same in a thread.
+    """
+    note(context, "start")
+    time.sleep(seconds)
+    note(context, "end")
+    return {"attempt": context.attempt}
+
+
+@handler(backoff=QUICKLY, max_attempts=5, isolation="process")
+def step_in_process(context: Context, seconds: float = 0.0) -> dict[str, Any]:
+    """
+    The same in a child process.
+    """
+    note(context, "start")
+    time.sleep(seconds)
+    note(context, "end")
+    return {"attempt": context.attempt}
+
+
+if is_child():
+    plant_from_environment(in_child=True)

@@ -1,0 +1,158 @@
+"""
+What the task of a case goes through until its process fails: a submission, a shutdown, a death.
+
+Most tasks are stored before the process starts, so that the first call that counts is about
+them. They are stored past the API, as `builders` does, where the API is not the point.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import builders
+from asyncflow.domain.states import State
+from asyncflow.domain.task import DEFAULT_TENANT_ID
+from asyncflow.store import tasks
+
+if TYPE_CHECKING:
+    from faults.trial import Trial
+
+AGES = 60.0
+"""Seconds long enough for leases and hints."""
+
+RETENTION_DAYS = 1.0
+
+Step = Callable[["Trial"], Awaitable[None]]
+
+
+async def nothing(trial: Trial) -> None:
+    """
+    No step.
+    """
+
+
+class Story(NamedTuple):
+    """
+    What happens before the process starts, and when it runs.
+
+    Attributes:
+        settings: What the process needs for it.
+    """
+
+    prepare: Step
+    provoke: Step = nothing
+    settings: Mapping[str, object] = MappingProxyType({})
+
+
+def stored(**payload: object) -> Step:
+    """
+    A task with this payload waits.
+    """
+
+    async def store(trial: Trial) -> None:
+        fields = {"name": trial.point.handler, "payload": json.dumps(payload)}
+        trial.accepted.extend(await builders.submitted(trial.db, 1, **fields))
+
+    return store
+
+
+async def submit(trial: Trial) -> None:
+    """
+    A client submits it, again and again until it has its 202.
+    """
+    trial.client = asyncio.create_task(trial.submit_until_accepted())
+
+
+async def send_sigterm(trial: Trial) -> None:
+    """
+    The worker that runs it is asked to stop.
+    """
+    await trial.handler_starts()
+    trial.victim.send(signal.SIGTERM)
+
+
+async def cancel(trial: Trial) -> None:
+    """
+    It is cancelled while it runs, past the API.
+    """
+    await trial.handler_starts()
+    await tasks.cancel(trial.db, DEFAULT_TENANT_ID, trial.accepted[0])
+
+
+async def cancel_by_http(trial: Trial) -> None:
+    """
+    The API is asked to cancel it while it runs.
+    """
+    await trial.handler_starts()
+    trial.client = asyncio.create_task(trial.post(f"/tasks/{trial.accepted[0]}/cancel"))
+
+
+async def lose_hint(trial: Trial) -> None:
+    """
+    It was queued long ago, and there is no message of it.
+    """
+    task = await builders.a_task(trial.db, state=State.QUEUED, **step(trial))
+    await builders.backdate(trial.db, "tasks", task.id, queued_at=AGES)
+    trial.accepted.append(task.id)
+
+
+async def lose_worker(trial: Trial) -> None:
+    """
+    It runs on paper only: its worker died without a word.
+    """
+    worker = await builders.a_worker(trial.db)
+    task = await builders.a_task(trial.db, state=State.RUNNING, worker_id=worker.id, **step(trial))
+    await builders.backdate(trial.db, "workers", worker.id, heartbeat_at=AGES)
+    trial.accepted.append(task.id)
+
+
+async def let_expire(trial: Trial) -> None:
+    """
+    It is too late for it.
+    """
+    fields = {**step(trial), "expires_at": just_now()}
+    trial.accepted.extend(await builders.submitted(trial.db, 1, **fields))
+
+
+async def finish_long_ago(trial: Trial) -> None:
+    """
+    It completed, and nobody needs it any more.
+    """
+    task = await builders.a_task(trial.db, state=State.COMPLETED, **step(trial))
+    await builders.backdate(trial.db, "tasks", task.id, finished_at=2 * RETENTION_DAYS * 86_400)
+    trial.accepted.append(task.id)
+
+
+def step(trial: Trial) -> dict[str, Any]:
+    """
+    The fields of a task that is a step.
+    """
+    return {"name": trial.point.handler, "payload": "{}"}
+
+
+def just_now() -> datetime:
+    """
+    A moment that has passed.
+    """
+    return datetime.now(UTC) - timedelta(seconds=1)
+
+
+STORIES = {
+    "submission": Story(nothing, submit),
+    "task": Story(stored()),
+    "a while": Story(stored(seconds=2)),
+    "failure": Story(stored(failures=1)),
+    "shutdown": Story(stored(lingers=True), send_sigterm, {"shutdown_grace_seconds": 0}),
+    "stop": Story(stored(lingers=True), cancel),
+    "cancellation": Story(stored(lingers=True), cancel_by_http),
+    "lost hint": Story(lose_hint),
+    "dead worker": Story(lose_worker),
+    "expiry": Story(let_expire),
+    "old task": Story(finish_long_ago, settings={"retention_days": RETENTION_DAYS}),
+}

@@ -1,0 +1,137 @@
+"""
+The sweep can fail: it covers what it says, and it sees what is wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from uuid import UUID, uuid4
+
+import pytest
+
+from faults.cases import ACTIONS, CASES, GONE, Case
+from faults.failpoints import FAILPOINTS, Failpoint
+from faults.finding import Facts, Row, judge
+from faults.trial import Ground, perform
+
+CASE = Case("postgres", "worker.before-settle", "exit", "completed", 1, 2, 15.0)
+
+
+def facts(**changes: object) -> Facts:
+    """
+    What is seen of a case in which all is well.
+    """
+    task_id = uuid4()
+    values: dict[str, object] = {
+        "fired": True,
+        "seconds": 2.0,
+        "accepted": [task_id],
+        "rows": {task_id: Row("completed", 2, 2)},
+        "starts": Counter({task_id: 2}),
+        "afterwards": ("completed", "completed"),
+        "statuses": {"worker-2": 0},
+    }
+    return Facts(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_there_are_more_than_a_hundred_cases() -> None:
+    """
+    Each of them once.
+    """
+    names = [case.name for case in CASES]
+
+    assert len(names) > 100
+    assert len(names) == len(set(names))
+    assert {case.action for case in CASES} == set(ACTIONS)
+
+
+def test_every_failpoint_is_used() -> None:
+    """
+    And every case has one.
+    """
+    assert {case.point for case in CASES} == set(FAILPOINTS)
+
+
+@pytest.mark.parametrize("point", FAILPOINTS.values(), ids=list(FAILPOINTS))
+def test_what_a_failpoint_wraps_exists(point: Failpoint) -> None:
+    """
+    A function that was renamed is not left out in silence.
+    """
+    module, _, path = point.target.partition(":")
+    owner = importlib.import_module(module)
+    for name in path.split("."):
+        owner = getattr(owner, name)
+
+    assert callable(owner)
+
+
+def test_all_is_well_if_it_is() -> None:
+    """
+    The facts that the next test spoils are fine.
+    """
+    assert [] == judge(CASE, facts())
+
+
+OTHER = UUID(int=1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"fired": False},
+        {"trouble": "the worker did not start"},
+        {"accepted": [OTHER]},
+        {"rows": {OTHER: Row("running", 2, None)}, "starts": Counter({OTHER: 2})},
+        {"starts": Counter()},
+        {"rows": {OTHER: Row("completed", 2, 1)}, "starts": Counter({OTHER: 2})},
+        {"rows": {OTHER: Row("completed", 3, 3)}, "starts": Counter({OTHER: 3})},
+        {"seconds": None},
+        {"seconds": 15.1},
+        {"afterwards": ("pending", "completed")},
+        {"left": 1},
+        {"hints": 1},
+        {"statuses": {"worker-2": 1}},
+    ],
+    ids=repr,
+)
+def test_whatever_must_not_be_is_seen(wrong: dict[str, object]) -> None:
+    """
+    One fact that is wrong fails the case.
+    """
+    rows = wrong.get("rows")
+    more = {"accepted": list(rows)} if isinstance(rows, dict) else {}
+
+    assert judge(CASE, facts(**more, **wrong))
+
+
+def test_a_task_that_should_be_gone_and_is_not_is_seen() -> None:
+    """
+    The one state in which nothing is left to look at.
+    """
+    gone = CASE._replace(state=GONE)
+
+    assert judge(gone, facts())
+    assert [] == judge(gone, facts(rows={}, starts=Counter()))
+
+
+async def test_a_failpoint_that_is_not_reached_did_not_bite(postgres_ground: Ground) -> None:
+    """
+    There is nothing to acknowledge without RabbitMQ.
+    """
+    case = CASE._replace(point="worker.before-ack")
+    finding = await perform(case, postgres_ground, bite_seconds=3.0)
+
+    assert "did not bite" in finding.faults[0]
+
+
+async def test_a_task_that_ends_otherwise_than_it_should_fails_its_case(
+    postgres_ground: Ground,
+) -> None:
+    """
+    A real case, held against another line of the table.
+    """
+    case = Case("postgres", "worker.before-settle", "raise", "failed", 1, 1, 3.0)
+    finding = await perform(case, postgres_ground)
+
+    assert "completed" in finding.faults[0]

@@ -1,0 +1,47 @@
+"""
+The sweep: a process fails at every step of a task's path, and nothing is lost.
+
+Which steps there are is in `failpoints`, what must hold after each in `cases.txt`. A case whose
+failpoint was never reached has failed.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from faults.cases import CASES, Case
+from faults.finding import Finding
+from faults.sweep import Sweep
+
+# A test waits for the case of its name, and for those before it.
+pytestmark = pytest.mark.timeout(600)
+
+
+def cases_of(engine: str) -> list[object]:
+    """
+    The cases of one engine, as parameters of a test.
+    """
+    return [pytest.param(case, id=case.name) for case in CASES if case.engine == engine]
+
+
+@pytest.mark.parametrize("case", cases_of("postgres"))
+def test_nothing_is_lost_on_postgres(case: Case, postgres_sweep: Sweep) -> None:
+    """
+    The task comes to its end, its handler starts no oftener than it may, and nothing is stuck.
+    """
+    assert_held(postgres_sweep.finding(case))
+
+
+@pytest.mark.parametrize("case", cases_of("rabbitmq"))
+def test_nothing_is_lost_with_rabbitmq(case: Case, rabbitmq_sweep: Sweep) -> None:
+    """
+    The same, and no message is left.
+    """
+    assert_held(rabbitmq_sweep.finding(case))
+
+
+def assert_held(finding: Finding) -> None:
+    """
+    Fail with what is wrong, and with what the processes said.
+    """
+    assert not finding.faults, f"{finding.line()}\n{finding.tails}"
