@@ -116,6 +116,12 @@ class LeaseKeeper:
         """
         self._thread.start()
 
+    def holds(self) -> bool:
+        """
+        Whether the leases can be trusted at this moment. From any thread.
+        """
+        return not self._fenced and time.monotonic() - self._kept_at <= self._fence_seconds
+
     async def stop(self) -> None:
         """
         Say goodbye to the database, if it can be reached, and end the thread.

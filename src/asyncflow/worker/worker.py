@@ -82,6 +82,8 @@ class Worker:
     One worker process's work. Made by `processes`, run once.
     """
 
+    _keeper: LeaseKeeper
+
     def __init__(
         self,
         db: Database,
@@ -146,7 +148,7 @@ class Worker:
             WorkerLost: It must be replaced by a new worker.
             WorkerExhausted: It must be replaced by a new process.
         """
-        keeper = LeaseKeeper(
+        keeper = self._keeper = LeaseKeeper(
             self._db,
             self._registration,
             _published(self._registry),
@@ -199,10 +201,11 @@ class Worker:
             )
             for claim in taken:
                 self._accept(claim)
-            self._start_waiting()
-            if not self._leases_hold:
-                # Fenced while the claim was under way.
+            if not (self._leases_hold and self._keeper.holds()):
+                # Fenced while the claim was under way. A process that stood still meanwhile has
+                # not even heard of it yet, and the claim in its hand is worth nothing.
                 self._make_void("its worker was fenced")
+            self._start_waiting()
 
     def _room(self) -> int:
         stuck = self._isolation.stuck
