@@ -164,6 +164,10 @@ class EmbeddedDatabaseError(AsyncFlowError):
     """
 
 
+AFTER_SECONDS_MAX = 86_400 * 365
+"""The longest wait that a handler may ask for: a year."""
+
+
 class HandlerSignal(AsyncFlowError):
     """
     The base of what a handler raises to steer its own attempt.
@@ -183,7 +187,7 @@ class Retry(HandlerSignal):
     """
 
     def __init__(self, reason: str = "", *, after_seconds: float | None = None) -> None:
-        if after_seconds is not None and not 0 <= after_seconds <= 86_400 * 365:
+        if after_seconds is not None and not 0 <= after_seconds <= AFTER_SECONDS_MAX:
             raise ValueError(f"after_seconds is {after_seconds}; it must lie in 0 … one year.")
         self.reason = reason
         self.after_seconds = after_seconds

@@ -44,6 +44,8 @@ def a_context(
         ((7,), Progress(1.0)),
         ((float("nan"), "?"), Progress(None, "?")),
         ((float("inf"),), Progress(1.0)),
+        ((-float("inf"),), Progress(0.0)),
+        ((10**400,), Progress(1.0)),
         ((None, "a\0b\ud800"), Progress(None, "a\ufffdb?")),
         ((None, "x" * 501), Progress(None, "x" * 500)),
     ],

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import itertools
 import os
 import signal
 import subprocess
@@ -71,6 +72,84 @@ class UnpicklableError(Exception):
     def __init__(self):
         self.lock = threading.Lock()
         super().__init__("locked")
+
+
+class UnfinishedRetryError(Retry):
+    # Its author forgot the call of `super().__init__`.
+    def __init__(self, who):
+        self.who = who
+
+
+class UnfinishedRejectError(Reject):
+    def __init__(self, who):
+        self.who = who
+
+
+class SpeechlessRetryError(Retry):
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+class OverwrittenRetryError(Retry):
+    def __init__(self, after_seconds):
+        super().__init__("later")
+        self.after_seconds = after_seconds
+
+
+class IndivisibleError(ExceptionGroup):
+    def derive(self, exceptions):
+        raise RuntimeError("no")
+
+
+class HomelessKind(type):
+    @property
+    def __module__(cls):  # type: ignore[override]
+        raise KeyboardInterrupt
+
+
+class NumberedKind(type):
+    @property
+    def __module__(cls):  # type: ignore[override]
+        return 7
+
+
+class HomelessError(Exception, metaclass=HomelessKind):
+    pass
+
+
+class NumberedError(Exception, metaclass=NumberedKind):
+    pass
+
+
+class MaskedError(Exception):
+    @property  # type: ignore[misc]
+    def __class__(self):
+        raise KeyboardInterrupt
+
+
+LongNamedError = type("E" * 100_000, (Exception,), {})
+OddlyNamedError = type("OddlyNamedError", (Exception,), {"__qualname__": "a\0b\ud800"})
+OddlyNamed = type("OddlyNamed", (), {"__qualname__": "a\0b\ud800" * 10_000})
+
+
+class Liar(dict[str, int]):
+    def items(self):
+        raise ConnectionError("no items")
+
+
+class Quitter(pydantic.BaseModel):
+    @pydantic.model_serializer
+    def leave(self):
+        sys.exit(3)
+
+
+def stopping_half_way():
+    yield 1
+    raise ValueError("half way")
+
+
+async def items_to_await():
+    yield 1
 
 
 def raise_(error):
@@ -139,6 +218,8 @@ RETURNS = {
     "deep": (lambda: nested(500), "[" * 500 + "]" * 500),
     "many objects": (lambda: [{}] * 1_000, "[" + ",".join(["{}"] * 1_000) + "]"),
     "as large as allowed": (lambda: "x" * (MIB - 2), '"' + "x" * (MIB - 2) + '"'),
+    "a generator": (lambda: (n for n in range(3)), "[0,1,2]"),
+    "four thousand digits": (lambda: 10**4_000, "1" + "0" * 4_000),
     "the current context": (lambda: current_context().attempt, "1"),
 }
 
@@ -156,6 +237,11 @@ UNSTORABLE = {
     "an object": (object, "InvalidResult"),
     "a lock": (lambda: {"lock": threading.Lock()}, "InvalidResult"),
     "a coroutine": (forgotten, "InvalidResult"),
+    "a generator that fails": (stopping_half_way, "InvalidResult"),
+    "an asynchronous generator": (items_to_await, "InvalidResult"),
+    "a generator without end": (lambda: (n for n in itertools.count()), "ResultTooLarge"),
+    "a serializer that quits": (Quitter, "InvalidResult"),
+    "a type of an unstorable name": (OddlyNamed, "InvalidResult"),
     "too many digits": (lambda: 10**5000, "InvalidResult"),
     "one byte too large": (lambda: "x" * (MIB - 1), "ResultTooLarge"),
     "too large in bytes": (lambda: "€" * (MIB // 3), "ResultTooLarge"),
@@ -236,6 +322,34 @@ RAISES = {
         True,
     ),
     "reject": (lambda: raise_(Reject("never")), "Reject", "never", False),
+    "unfinished retry": (lambda: raise_(UnfinishedRetryError("me")), "Retry", "me", True),
+    "unfinished reject": (lambda: raise_(UnfinishedRejectError("me")), "Reject", "me", False),
+    "speechless retry": (lambda: raise_(SpeechlessRetryError()), "Retry", "RuntimeError", True),
+    "retry at no time": (
+        lambda: raise_(OverwrittenRetryError(float("nan"))),
+        "Retry",
+        "later",
+        True,
+    ),
+    "retry in a word": (lambda: raise_(OverwrittenRetryError("soon")), "Retry", "later", True),
+    "retry much too late": (lambda: raise_(OverwrittenRetryError(1e300)), "Retry", "later", True),
+    "indivisible group": (
+        lambda: raise_(IndivisibleError("g", [KeyError("k"), ValueError("v")])),
+        f"{__name__}.IndivisibleError",
+        "g",
+        True,
+    ),
+    "homeless": (lambda: raise_(HomelessError("n")), "Exception", "n", True),
+    "numbered": (lambda: raise_(NumberedError("n")), "7.NumberedError", "n", True),
+    "masked": (lambda: raise_(MaskedError("m")), f"{__name__}.MaskedError", "m", True),
+    "long name": (
+        lambda: raise_(LongNamedError("n")),
+        f"{__name__}.{'E' * (253 - len(__name__) - 1)}…",
+        "n",
+        True,
+    ),
+    "odd name": (lambda: raise_(OddlyNamedError("n")), f"{__name__}.a\ufffdb\ufffd", "n", True),
+    "items that lie": (lambda: Liar(a=1), "ConnectionError", "no items", True),
 }
 
 
@@ -264,6 +378,20 @@ for table in (RETURNS, UNSTORABLE, RAISES):
         declare(what, call)
 
 declare("stop", lambda: raise_(StopIteration("early")))
+
+
+@handler("exit-in-a-task.process-async", isolation="process")
+async def exit_in_a_task_of_an_async_process():
+    async def leave():
+        sys.exit(3)
+
+    await asyncio.gather(leave())
+
+
+@handler("rows-without-end.process", isolation="process")
+def rows_without_end_in_process(context: Context):
+    context.progress(message="begun")
+    return {"rows": (n for n in itertools.count())}
 
 
 # What runs until it is stopped. Each tells by its progress that it has begun.

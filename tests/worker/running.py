@@ -57,12 +57,14 @@ async def a_running_worker(
     heartbeat_seconds: float = 0.1,
     lease_seconds: float = 10.0,
     cancel_grace_seconds: float = 0.5,
+    registry: Registry | None = None,
     **policy: Any,
 ) -> AsyncIterator[Running]:
     """
-    A worker that offers `functions`, the first under the name `work`; hurried at the end.
+    A worker that offers `functions`, the first under the name `work`, or what a `registry`
+    has; hurried at the end.
     """
-    registry = registry_of(*functions, **policy)
+    registry = registry or registry_of(*functions, **policy)
     registration = a_registration(
         names=registry.names,
         slots=slots,

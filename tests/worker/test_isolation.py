@@ -186,6 +186,7 @@ async def test_a_result_that_cannot_be_kept_fails_for_good(
 
     assert (kind, False) == (outcome.failure.kind, outcome.retryable)
     assert outcome.failure.message.startswith(("The result ", "The handler returned "))
+    _assert_storable(outcome.failure)
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
@@ -214,8 +215,46 @@ async def test_stop_iteration_is_a_failure(isolation: Isolation, where: str) -> 
     assert outcome.retryable
 
 
+@pytest.mark.parametrize("where", ISOLATIONS)
+@pytest.mark.parametrize(
+    "what", ["unfinished retry", "retry at no time", "retry in a word", "retry much too late"]
+)
+async def test_a_wait_that_makes_no_sense_is_left_to_the_backoff(
+    isolation: Isolation, what: str, where: str
+) -> None:
+    """
+    What a subclass of `Retry` makes of itself reaches no statement.
+    """
+    outcome = await failure_in(isolation, named(what, where))
+
+    assert outcome.after_seconds is None
+
+
+async def test_a_task_that_exits_inside_of_a_child_is_a_failure(isolation: Isolation) -> None:
+    """
+    It ends the child's event loop, and nothing else.
+    """
+    outcome = await failure_in(isolation, the("exit-in-a-task.process-async"))
+
+    assert ("SystemExit", True) == (outcome.failure.kind, outcome.retryable)
+
+
+async def test_a_result_that_never_ends_is_stopped_with_its_child(isolation: Isolation) -> None:
+    """
+    Writing a result is part of the attempt: its time runs, and it can be killed.
+    """
+    running, ended, _ = await start(isolation, the("rows-without-end.process"))
+
+    running.cancel()
+
+    outcome = await asyncio.wait_for(ended, 10)
+    assert isinstance(outcome, Cancelled)
+    assert "was killed" in outcome.failure.message
+
+
 def _assert_storable(failure: Failure) -> None:
-    for text, bytes_max in ((failure.message, 4096), (failure.traceback or "", 16384)):
+    texts = ((failure.kind, 256), (failure.message, 4096), (failure.traceback or "", 16384))
+    for text, bytes_max in texts:
         assert len(text.encode()) <= bytes_max
         assert "\0" not in text
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from asyncflow.domain.outcome import Completed, Failed, Failure, Outcome
-from asyncflow.errors import InvalidPayload, Reject, Retry
+from asyncflow.errors import AFTER_SECONDS_MAX, InvalidPayload, Reject, Retry
 from asyncflow.handlers.context import CURRENT, Context
 from asyncflow.handlers.encoding import (
-    MESSAGE_BYTES_MAX,
     Unstorable,
-    clip,
     encode_result,
     error_kind,
     error_message,
@@ -57,24 +55,43 @@ def call_blocking(
 
 def failed(error: BaseException, never_retry: tuple[type[BaseException], ...] = ()) -> Failed:
     """
-    What it means that a handler raised `error`.
+    What it means that a handler raised `error`; never raises, whatever that is.
 
     An exception group, as a TaskGroup raises it, counts as its member when it has one.
     """
+    try:
+        return _judged(error, never_retry)
+    except BaseException:
+        # The handler's own class of errors has code that fails when it is looked at. That must
+        # not leave the attempt without an end.
+        return Failed(_failure(error))
+
+
+def _judged(error: BaseException, never_retry: tuple[type[BaseException], ...]) -> Failed:
     signal = _only_member(error)
     if isinstance(signal, Retry):
         return Failed(
-            Failure("Retry", clip(str(signal), MESSAGE_BYTES_MAX)),
-            after_seconds=signal.after_seconds,
+            Failure("Retry", error_message(signal)), after_seconds=_wait_asked_for(signal)
         )
     if isinstance(signal, Reject):
-        return Failed(Failure("Reject", clip(str(signal), MESSAGE_BYTES_MAX)), retryable=False)
+        return Failed(Failure("Reject", error_message(signal)), retryable=False)
     if isinstance(error, InvalidPayload):
-        return Failed(Failure("InvalidPayload", clip(str(error), MESSAGE_BYTES_MAX)), False)
+        return Failed(Failure("InvalidPayload", error_message(error)), retryable=False)
     if isinstance(error, Unstorable):
-        return Failed(Failure(error.kind, clip(str(error), MESSAGE_BYTES_MAX)), False)
-    failure = Failure(error_kind(error), error_message(error), error_traceback(error))
-    return Failed(failure, retryable=not _is_listed(error, never_retry))
+        return Failed(Failure(error.kind, error_message(error)), retryable=False)
+    return Failed(_failure(error), retryable=not _is_listed(error, never_retry))
+
+
+def _failure(error: BaseException) -> Failure:
+    return Failure(error_kind(error), error_message(error), error_traceback(error))
+
+
+def _wait_asked_for(signal: Retry) -> float | None:
+    # A subclass need not have called our `__init__`, which checks it.
+    wanted = getattr(signal, "after_seconds", None)
+    if isinstance(wanted, int | float) and 0 <= wanted <= AFTER_SECONDS_MAX:
+        return float(wanted)
+    return None
 
 
 def _only_member(error: BaseException) -> BaseException:

@@ -8,7 +8,6 @@ report. How an attempt is run and stopped lives in `worker/isolation`.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -197,9 +196,9 @@ def current_context() -> Context:
 
 
 def _clamped(fraction: float | None) -> float | None:
-    if fraction is None or math.isnan(fraction):
+    if fraction is None or fraction != fraction:  # NaN
         return None
-    return min(1.0, max(0.0, float(fraction)))
+    return float(min(1.0, max(0.0, fraction)))
 
 
 def _shortened(message: str | None) -> str | None:

@@ -9,6 +9,7 @@ follows from the text is decided in `handlers/calls`.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
 import traceback
@@ -62,7 +63,7 @@ def encode_result(value: Any, *, bytes_max: int = RESULT_BYTES_MAX) -> str:
     try:
         text = _encode(value)
     except TypeError:
-        text = _encode_rich(value)
+        text = _encode_rich(value, bytes_max)
     except (ValueError, RecursionError, MemoryError) as error:
         raise _not_json(value, error) from error
     text = _storable_json(text)
@@ -89,9 +90,10 @@ def error_kind(error: BaseException) -> str:
         name = kind.__qualname__
         if kind.__module__ not in ("builtins", "__main__"):
             name = f"{kind.__module__}.{name}"
-    except Exception:
-        name = "Exception"
-    return clip(name, KIND_BYTES_MAX)
+        return clip(name, KIND_BYTES_MAX)
+    except BaseException:
+        # A metaclass can make anything of these names.
+        return "Exception"
 
 
 def error_message(error: BaseException) -> str:
@@ -143,7 +145,7 @@ def storable(text: str) -> str:
     return _without_surrogates(text.replace("\x00", "\ufffd"))
 
 
-def _encode_rich(value: Any) -> str:
+def _encode_rich(value: Any, bytes_max: int) -> str:
     if inspect.iscoroutine(value):
         value.close()
         raise Unstorable("InvalidResult", LOST_COROUTINE)
@@ -151,6 +153,10 @@ def _encode_rich(value: Any) -> str:
     from pydantic_core import to_jsonable_python
 
     try:
+        if inspect.isgenerator(value):
+            # It may have no end. An item takes two bytes or more, so what is left out here could
+            # not be kept anyway.
+            value = list(itertools.islice(value, bytes_max // 2 + 1))
         return _encode(to_jsonable_python(value))
     except Exception as error:  # serialising may run the user's own code, which may raise anything
         raise _not_json(value, error) from error

@@ -1,0 +1,61 @@
+"""
+Every odd thing that handlers return and raise, as tasks of one worker: each ends as a dead
+letter that says why, nothing is stuck, and the worker goes on.
+
+What each comes to in detail is `test_isolation`'s; here it has to get through PostgreSQL.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from asyncflow.handlers import DEFAULT_REGISTRY, Registry
+from asyncflow.store.database import Database
+from transport.tasks import submit, until, until_states
+from worker import odd_handlers
+from worker.running import a_running_worker
+
+ISOLATIONS = ["loop", "thread", "process"]
+ENDINGS: dict[str, tuple[Any, ...]] = {**odd_handlers.RAISES, **odd_handlers.UNSTORABLE}
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+async def test_every_odd_ending_is_recorded_and_the_worker_goes_on(
+    db: Database, where: str
+) -> None:
+    """
+    All at once, four side by side, and a good task behind them.
+    """
+    registry = Registry()
+    names = [f"{what.replace(' ', '-')}.{where}" for what in (*ENDINGS, "number")]
+    for name in names:
+        handler = DEFAULT_REGISTRY.get(name)
+        assert handler is not None
+        registry.add(handler)
+
+    async with a_running_worker(db, registry=registry) as running:
+
+        async def is_idle() -> bool:
+            return running.worker.running == 0
+
+        for name in names:
+            await submit(db, name=name, max_attempts=1)
+        await until_states(db, failed=len(ENDINGS), completed=1)
+
+        await until(is_idle)
+        assert not running.ended.done()
+
+    rows = await db.fetch("SELECT name, attempt, failure->>'kind' AS kind FROM asyncflow.tasks")
+    expected = {name: _kind(what) for what, name in zip(ENDINGS, names, strict=False)}
+    assert expected == {row["name"]: row["kind"] for row in rows if row["kind"] is not None}
+    assert {1} == {row["attempt"] for row in rows}
+
+
+def _kind(what: str) -> str:
+    """
+    How the ending `what` is to be recorded.
+    """
+    kind: str = ENDINGS[what][1]
+    return kind
