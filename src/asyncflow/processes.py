@@ -60,13 +60,30 @@ class AddressTaken(AsyncFlowError):
 def run(process: Coroutine[Any, Any, None]) -> None:
     """
     Run a process to its end on uvloop.
+
+    `sys.exit()` in an asyncio task or a callback that a handler started stops the loop, but is
+    no reason for the process to end: the exception is that task's, and whoever awaits it gets it.
     """
     # What was imported is here to stay. Beyond it, many short-lived objects are alive at any
     # time, and looking for cycles after every 700 new ones, Python's default, costs a worker
     # that runs short tasks a fifth of its time and finds nothing.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-    uvloop.run(process)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        loop = runner.get_loop()
+        main = loop.create_task(process)
+        while not main.done():
+            try:
+                loop.run_until_complete(main)
+            except (SystemExit, KeyboardInterrupt) as error:
+                if main.done() or _interrupts_by_signal():
+                    raise
+                events.loop_interrupted(reason=repr(error))
+
+
+def _interrupts_by_signal() -> bool:
+    # Until a process has handlers of its own for signals, Ctrl-C means what it always means.
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 async def serve_api(settings: Settings) -> None:

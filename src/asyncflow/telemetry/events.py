@@ -153,6 +153,13 @@ def worker_exhausted(*, worker_id: UUID, slots: int) -> None:
     log.error("worker.exhausted", worker_id=str(worker_id), slots=slots)
 
 
+def loop_interrupted(*, reason: str) -> None:
+    """
+    A task or callback that a handler left in the event loop tried to end the process.
+    """
+    log.error("loop.interrupted", reason=reason)
+
+
 def heartbeat_failed(*, reason: str) -> None:
     """
     A heartbeat could not be written; leases hold for a while.
