@@ -296,6 +296,38 @@ async def test_a_connection_that_says_nothing_is_given_up(port: int) -> None:
     assert status_of(answer) == 408
 
 
+@pytest.mark.parametrize(
+    ("request_bytes", "drop"),
+    [
+        (b"GET /health/live HTTP/1.1\r\nHost: api\r\n\r\n", b"\r\n"),
+        (b"GET /health/live HTTP/1.1\r\nContent-Length: 9999\r\n\r\n", b" "),
+        (b"POST /tasks HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    ],
+    ids=["line breaks", "a body nobody reads", "a body that was refused"],
+)
+async def test_bytes_that_begin_no_request_hold_no_connection(
+    port: int, request_bytes: bytes, drop: bytes
+) -> None:
+    """
+    After the answer they are no sign of life, however regularly they arrive.
+    """
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request_bytes)
+    answer = await reader.readuntil(b"}")
+    async with asyncio.timeout(5):
+        while not reader.at_eof():
+            writer.write(drop)
+            try:
+                answer += await asyncio.wait_for(reader.read(1000), 0.05)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+    writer.close()
+
+    assert 1 == answer.count(b"HTTP/1.1 ")
+
+
 async def test_a_head_without_end_is_refused(port: int) -> None:
     """
     431 long before it fills our memory.
