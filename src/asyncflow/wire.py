@@ -11,7 +11,7 @@ Durations are seconds, as their names say.
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, get_args
 from uuid import UUID
 
@@ -60,12 +60,18 @@ def rfc3339(time: datetime) -> str:
     return time.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
+_FIRST = datetime.min.replace(tzinfo=UTC) + timedelta(microseconds=1)
+_LAST = datetime.max.replace(tzinfo=UTC) - timedelta(microseconds=1)
+
+
 def _instant(value: object) -> datetime:
     try:
         if isinstance(value, str) and _RFC_3339.fullmatch(value):
             value = datetime.fromisoformat(value.upper())
         if isinstance(value, datetime) and value.tzinfo is not None:
-            return value.astimezone(UTC)
+            # The first and the last moment of the calendar, which is how some languages say
+            # "never", would reach PostgreSQL as infinities and come back without a time zone.
+            return min(max(value.astimezone(UTC), _FIRST), _LAST)
     except (ValueError, OverflowError):
         # The 30th of February, or a time that leaves the calendar on its way to UTC.
         pass

@@ -193,6 +193,7 @@ async def test_an_unknown_path_is_a_problem(offline_client: httpx.AsyncClient, p
         ("DELETE", "/tasks/0192f0c1-2b3c-7d4e-8f50-123456789abc", "GET, HEAD, OPTIONS"),
         ("GET", "/tasks/x/cancel", "OPTIONS, POST"),
         ("PUT", "/tasks/batch", "OPTIONS, POST"),
+        ("GET", "/tasks/batch", "OPTIONS, POST"),
         ("POST", "/health/live", "GET, HEAD, OPTIONS"),
         ("TRACE", "/docs", "GET, HEAD, OPTIONS"),
         ("BREW", "/tasks", "GET, HEAD, OPTIONS, POST"),

@@ -8,7 +8,7 @@ import re
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import FastAPI, Path, Query
+from fastapi import FastAPI, HTTPException, Path, Query
 from starlette.responses import Response
 
 from asyncflow.api.openapi import problems
@@ -66,6 +66,8 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
         """
         Everything about one task: its status, payload, result, and every attempt.
         """
+        if task_id == "batch":
+            raise HTTPException(405)  # A path of its own, for POST.
         return _json(task_json(await store.get(db, DEFAULT_TENANT_ID, _task_id(task_id))))
 
     @app.post(

@@ -1,0 +1,303 @@
+"""
+Bodies, heads and ids that no client library would send, to a live API: the client's fault and
+named as such, or taken and given back unchanged. Never ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import asyncpg
+import pytest
+
+from api.live import JSON, Answer, LiveApi, live_api
+from api.torture import Body, corpus
+from asyncflow.api.problems import KINDS
+from asyncflow.wire import Problem
+from services.postgres import PostgresServer
+
+BODIES = list(corpus())
+
+
+class Counting:
+    """
+    A live API, and how many tasks it said to have stored.
+    """
+
+    def __init__(self, api: LiveApi) -> None:
+        self.api = api
+        self.accepted = 0
+
+    def post(self, path: str, text: bytes, headers: dict[str, str] = JSON) -> Answer:
+        """
+        Submit, and count what is accepted.
+        """
+        answer = self.api.send("POST", path, text, headers)
+        if answer.status == 202:
+            self.accepted += len(answer.json.get("tasks", [answer.json]))
+        return answer
+
+
+@pytest.fixture(scope="module")
+def counting(
+    postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Counting]:
+    """
+    One API for all bodies. In the end every row was answered 202, every 202 is a row, and all
+    can be listed.
+    """
+    database_url = postgres_server.create_database()
+    with live_api(database_url, tmp_path_factory.mktemp("torture")) as api:
+        counting = Counting(api)
+        yield counting
+        assert counting.accepted == asyncio.run(stored(database_url)) == listed(api)
+    postgres_server.drop_database(database_url)
+
+
+def listed(api: LiveApi) -> int:
+    """
+    How many tasks there are to see.
+    """
+    count, cursor = 0, ""
+    while True:
+        page = api.send("GET", f"/tasks?limit=500{cursor}").json
+        count += len(page["tasks"])
+        if page["next_cursor"] is None:
+            return count
+        cursor = f"&cursor={page['next_cursor']}"
+
+
+async def stored(database_url: str) -> int:
+    """
+    How many tasks there are.
+    """
+    connection = await asyncpg.connect(database_url)
+    try:
+        return int(await connection.fetchval("SELECT count(*) FROM asyncflow.tasks"))
+    finally:
+        await connection.close()
+
+
+def test_the_corpus_is_large_and_says_each_thing_once() -> None:
+    """
+    About 400 bodies, of both kinds, under names of their own.
+    """
+    assert len(BODIES) >= 300
+    assert len(BODIES) == len({body.what for body in BODIES})
+    assert len(BODIES) == len({body.text for body in BODIES})
+    assert 50 <= sum(body.kind is None for body in BODIES) <= len(BODIES) - 150
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: ascii(body.what)[1:-1])
+def test_a_tortured_body_is_refused_with_its_fact_or_read_back_as_it_was(
+    counting: Counting, body: Body
+) -> None:
+    """
+    Alone and as the second of a batch.
+    """
+    alone = counting.post("/tasks", body.text)
+    batch = b'{"tasks":[{"name":"first"},' + body.text + b"]}"
+    batched = counting.post("/tasks/batch", batch)
+
+    if body.kind is None:
+        assert (alone.status, batched.status) == (202, 202), (alone.content, batched.content)
+        sent = json.loads(body.text).get("payload", {})
+        for task_id in (alone.json["id"], batched.json["tasks"][1]["id"]):
+            read = counting.api.send("GET", f"/tasks/{task_id}").json["payload"]
+            assert json.dumps(sent) == json.dumps(read)
+    else:
+        for answer, path in ((alone, "/tasks"), (batched, "/tasks/batch")):
+            assert re.search(body.fact, told_by(answer, body.kind, path)), answer.content
+
+
+def told_by(answer: Answer, kind: str, path: str) -> str:
+    """
+    Every sentence of a problem document; fails if it is none, or another one.
+    """
+    assert answer.headers["content-type"] == "application/problem+json", answer
+    problem = Problem.model_validate_json(answer.content)
+    expected = (f"/problems/{kind}", KINDS[kind].status, KINDS[kind].title, path)
+    assert expected == (problem.type, problem.status, problem.title, problem.instance)
+    assert answer.status == problem.status
+    faults = [f"{fault.pointer} {fault.detail}" for fault in problem.errors or ()]
+    return "\n".join([problem.detail, *faults])
+
+
+@pytest.mark.parametrize(
+    ("content_type", "is_read"),
+    [
+        ("APPLICATION/JSON;CHARSET=UTF8", True),
+        ("application/json ; charset=utf-8 ", True),
+        ("application/problem+json", True),
+        ("application/json;charset=us-ascii", False),
+        ("application/json; charset=utf-7", False),
+        ("application/json; charset=utf-8; charset=utf-16", False),
+        ("application/json; charset=", False),
+        ("application/json; boundary=x", False),
+        ("application/json\t; charset=utf-8, text/html", False),
+        ("application/json5", False),
+        ("application/json-seq", False),
+        ("application/x-json", False),
+        ("application/x-ndjson", False),
+        ("text/json", False),
+        ("*/*", False),
+        ("application/*", False),
+        ("application/", False),
+        ("/json", False),
+        ("application/json/x", False),
+        ("application\\json", False),
+        ("äpplication/json", False),
+        ("application/" + "a" * 30_000 + "!json", False),
+        ("application/json;" + " " * 30_000 + "x", False),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+def test_a_content_type_says_json_or_is_refused(
+    counting: Counting, content_type: str, is_read: bool
+) -> None:
+    """
+    Nothing in between is guessed at, and none of them takes long.
+    """
+    answer = counting.post("/tasks", b'{"name":"x"}', {"Content-Type": content_type})
+
+    if is_read:
+        assert answer.status == 202
+    else:
+        assert "Content-Type: application/json" in told_by(
+            answer, "unsupported-media-type", "/tasks"
+        )
+
+
+HEAD = b"POST /tasks HTTP/1.1\r\nHost: api\r\nContent-Type: application/json\r\n"
+LIVE = b"GET /health/live HTTP/1.1\r\nHost: api\r\n"
+TASK = b'{"name":"x"}'
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+CLOSE = b"Connection: close\r\n"
+
+
+def chunks(*pieces: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+
+
+REQUESTS: dict[str, tuple[bytes, Sequence[int]]] = {
+    # what: (bytes, the statuses it may be answered with, one per answer)
+    "a chunk per byte": (
+        HEAD + CLOSE + CHUNKED + chunks(*[bytes([b]) for b in TASK]) + b"0\r\n\r\n",
+        [202],
+    ),
+    "a chunk with an extension": (
+        HEAD + CLOSE + CHUNKED + b'c;name="va;lue"\r\n' + TASK + b"\r\n0\r\n\r\n",
+        [202],
+    ),
+    "a chunk size with zeros": (
+        HEAD + CLOSE + CHUNKED + b"0000000c\r\n" + TASK + b"\r\n0\r\n\r\n",
+        [202],
+    ),
+    "a trailer": (
+        HEAD + CLOSE + CHUNKED + chunks(TASK) + b"0\r\nContent-Type: text/plain\r\n\r\n",
+        [202],
+    ),
+    "no chunk at all": (HEAD + CLOSE + CHUNKED + b"0\r\n\r\n", [400]),
+    "an endless chunk size": (HEAD + CHUNKED + b"f" * 100_000, [400]),
+    "a negative chunk size": (HEAD + CHUNKED + b"-c\r\n" + TASK + b"\r\n0\r\n\r\n", [400]),
+    "a chunk size with a prefix": (HEAD + CHUNKED + b"0xc\r\n" + TASK + b"\r\n0\r\n\r\n", [400]),
+    "no hexadecimal chunk size": (HEAD + CHUNKED + b"g\r\n" + TASK, [400]),
+    "a chunk longer than it says": (HEAD + CHUNKED + b"2\r\n" + TASK + b"\r\n0\r\n\r\n", [400]),
+    "an unknown coding": (HEAD + b"Transfer-Encoding: xchunked\r\n\r\n" + chunks(TASK), [400]),
+    "chunked not last": (HEAD + b"Transfer-Encoding: chunked, gzip\r\n\r\n" + chunks(TASK), [400]),
+    "two lengths": (HEAD + b"Content-Length: 12\r\nContent-Length: 13\r\n\r\n" + TASK, [400]),
+    "a list of lengths": (HEAD + b"Content-Length: 12, 12\r\n\r\n" + TASK, [400]),
+    "a length with a sign": (HEAD + b"Content-Length: +12\r\n\r\n" + TASK, [400]),
+    "a hexadecimal length": (HEAD + b"Content-Length: 0xc\r\n\r\n" + TASK, [400]),
+    "a length beyond 64 bits": (HEAD + b"Content-Length: 18446744073709551628\r\n\r\n", [400]),
+    "a length of a petabyte": (HEAD + b"Content-Length: 1000000000000000\r\n\r\n", [413]),
+    "no length": (HEAD + CLOSE + b"\r\n", [400]),
+    "a length of nothing": (HEAD + CLOSE + b"Content-Length: 0\r\n\r\n", [400]),
+    "a line that goes on": (HEAD + b"X-Long: a\r\n b\r\nContent-Length: 12\r\n\r\n" + TASK, [400]),
+    "a space before the colon": (HEAD + b"X-Odd : a\r\n\r\n", [400]),
+    "no colon": (HEAD + b"nonsense\r\n\r\n", [400]),
+    "nul in a header": (HEAD + b"X-Odd: a\x00b\r\n\r\n", [400]),
+    "a carriage return in a header": (HEAD + b"X-Odd: a\rb\r\n\r\n", [400]),
+    "a method nobody knows": (b"SMUGGLE /tasks HTTP/1.1\r\n\r\n", [400]),
+    "a version nobody speaks": (b"GET /tasks HTTP/9.9\r\n\r\n", [400]),
+    "http/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400]),
+    "no path": (b"GET HTTP/1.1\r\n\r\n", [400]),
+    "a path of bytes": (b"GET /t\xe4sks HTTP/1.1\r\nHost: api\r\n" + CLOSE + b"\r\n", [400]),
+    "an asterisk": (b"OPTIONS * HTTP/1.1\r\nHost: api\r\n" + CLOSE + b"\r\n", [404]),
+    "a tunnel": (b"CONNECT db:5432 HTTP/1.1\r\nHost: db\r\n" + CLOSE + b"\r\n", [400]),
+    "an upgrade": (
+        LIVE + b"Connection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n",
+        [200],
+    ),
+    "another site's address": (
+        b"GET http://169.254.169.254/tasks HTTP/1.1\r\nHost: api\r\n" + CLOSE + b"\r\n",
+        [200],
+    ),
+    "two requests, the first without end": (
+        HEAD + b"Content-Length: 12\r\n\r\n{" + b"GET /health/live HTTP/1.1\r\n\r\n",
+        [400],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+def test_a_request_that_is_odd_as_http_is_understood_or_refused(
+    counting: Counting, what: str
+) -> None:
+    """
+    One meaning or none: whoever stands in front of us must not read another request there.
+    """
+    sent, statuses = REQUESTS[what]
+
+    received = counting.api.exchange(sent)
+
+    found = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d\d\d) ", received)]
+    counting.accepted += found.count(202)
+    assert found == list(statuses), received
+
+
+@pytest.mark.parametrize(
+    "task_id",
+    [
+        "0192f0c1-2b3c-7d4e-8f50-123456789ab",
+        "0192f0c1-2b3c-7d4e-8f50-123456789abcd",
+        "0192f0c1-2b3c-7d4e-8f50-123456789abg",
+        "0192f0c1-2b3c-7d4e-8f501-23456789abc",
+        "0192f0c12b3c-7d4e-8f50-123456789abc",
+        "0192F0C1-2b3c-7d4e-8f50-123456789abc",
+        "0192f0c1-2b3c-7d4e-8f50-123456789abc%20",
+        "%200192f0c1-2b3c-7d4e-8f50-123456789abc",
+        "0192f0c1-2b3c-7d4e-8f50-123456789abc%00",
+        "0192f0c1%E2%80%932b3c%E2%80%937d4e%E2%80%938f50%E2%80%93123456789abc",
+        "%EF%BC%90192f0c1-2b3c-7d4e-8f50-123456789abc",
+        "%FF%FE",
+        "%ED%A0%80",
+        "%",
+        "%zz",
+        "null",
+        "-1",
+        "0192f0c1-2b3c-7d4e-8f50-123456789abc;DROP",
+        "00000000-0000-0000-0000-000000000000",
+        "ffffffff-ffff-ffff-ffff-ffffffffffff",
+        "6ba7b810-9dad-11d1-80b4-00c04fd430c8",
+        "a" * 20_000,
+    ],
+    ids=lambda task_id: task_id[:40],
+)
+def test_what_is_nearly_an_id_is_not_found(counting: Counting, task_id: str) -> None:
+    """
+    404 for every verb, by the wire's own spelling of it.
+    """
+    answers = [
+        counting.api.send("GET", f"/tasks/{task_id}"),
+        counting.api.send("POST", f"/tasks/{task_id}/cancel"),
+        counting.api.send("POST", f"/tasks/{task_id}/redrive"),
+    ]
+
+    for answer in answers:
+        problem: Any = answer.json
+        assert (answer.status, problem["type"]) == (404, "/problems/task-not-found"), problem
