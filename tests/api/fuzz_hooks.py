@@ -1,0 +1,26 @@
+"""
+Loaded by the Schemathesis that `test_fuzz` starts: notes every answer, a line of JSON each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import schemathesis
+
+ANSWERS = open(os.environ["ASYNCFLOW_TEST_FUZZ_ANSWERS"], "a", buffering=1)
+
+
+@schemathesis.hook
+def after_call(context, case, response):
+    """
+    The request, the status, and the ids of the tasks that are stored by it.
+    """
+    ids = []
+    if case.method == "POST" and case.path in ("/tasks", "/tasks/batch"):
+        if response.status_code == 202:
+            answer = json.loads(response.content)
+            ids = [task["id"] for task in answer.get("tasks", [answer])]
+    line = {"request": f"{case.method} {case.path}", "status": response.status_code, "ids": ids}
+    ANSWERS.write(f"{json.dumps(line)}\n")
