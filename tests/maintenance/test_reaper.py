@@ -63,9 +63,9 @@ async def test_a_killed_worker_is_known_by_its_lock(db: Database) -> None:
         await claim(db, worker.id)
         await age_heartbeat(db, worker.id, 2)
         # The server of this test may have been started just now.
-        assert [] == await workers.mark_lost(db, restart_grace_seconds=0)
+        assert [] == await workers.mark_lost(db, grace_seconds=0)
 
-    [(lost, _)] = await workers.mark_lost(db, restart_grace_seconds=0)
+    [(lost, _)] = await workers.mark_lost(db, grace_seconds=0)
     assert worker.id == lost
     assert 1 == await Reaper(grace_seconds=0).reap(db)
 
@@ -109,6 +109,32 @@ async def test_after_a_restart_of_the_database_free_locks_prove_nothing(
     await until(reaped_nothing)
     assert await workers.heartbeat(db, worker.id)
     assert {"running": 1} == await states(db)
+
+
+async def test_a_worker_that_was_back_after_a_restart_is_given_up_like_any_other(
+    db: Database, postgres_server: PostgresServer
+) -> None:
+    """
+    Else the tasks of whatever dies soon after a restart would wait for those who are still away.
+    """
+    worker = await a_worker(db, heartbeat_seconds=0.05, lease_seconds=0.5)
+    await submit(db)
+    await claim(db, worker.id)
+    reaper = Reaper(grace_seconds=3_600)
+    postgres_server.cluster.stop()
+    postgres_server.cluster.start()
+
+    async def reaped_nothing() -> bool:
+        return await reaper.reap(db) == 0
+
+    await until(reaped_nothing)
+    assert await workers.heartbeat(db, worker.id)
+
+    async def reaped_it() -> bool:
+        return await reaper.reap(db) == 1
+
+    await until(reaped_it)
+    assert {"pending": 1} == await states(db)
 
 
 async def test_a_worker_that_said_goodbye_leaves_nothing_behind(db: Database) -> None:
@@ -211,6 +237,26 @@ async def test_after_an_outage_of_its_own_the_reaper_gives_up_nobody(db: Databas
 
     assert await workers.heartbeat(db, worker.id)
     await age_heartbeat(db, worker.id, 6)
+
+    async def gave_it_up() -> bool:
+        await reaper.reap(db)
+        return bool(await db.fetchval("SELECT lost_at IS NOT NULL FROM asyncflow.workers"))
+
+    await until(gave_it_up)
+
+
+async def test_a_worker_that_was_back_after_an_outage_is_given_up_like_any_other(
+    db: Database,
+) -> None:
+    """
+    The reaper's own outage too protects only those who have not been back.
+    """
+    worker = await a_worker(db, heartbeat_seconds=0.05, lease_seconds=0.5)
+    reaper = Reaper(grace_seconds=3_600)
+    async with Database("postgresql://nobody@127.0.0.1:1/nowhere") as unreachable:
+        with pytest.raises(StoreUnavailable):
+            await reaper.reap(unreachable)
+    assert await workers.heartbeat(db, worker.id)
 
     async def gave_it_up() -> bool:
         await reaper.reap(db)

@@ -50,7 +50,7 @@ async def test_a_queue_without_a_live_worker_or_that_is_paused_is_closed(db: Dat
     await workers.stop(db, stopped.id)
     lost = await a_worker(db, queues=("lost",))
     await backdate(db, "workers", lost.id, heartbeat_at=60)
-    await workers.mark_lost(db, restart_grace_seconds=0)
+    await workers.mark_lost(db, grace_seconds=0)
     await a_worker(db, queues=("paused", "open"))
     await queues.pause(db, "paused")
 

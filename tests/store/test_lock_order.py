@@ -130,7 +130,7 @@ async def _cancel_and_redrive(db: Database, ids: list[UUID]) -> None:
 async def _expire(db: Database, ids: list[UUID]) -> None:
     await upkeep.expire(db, limit=5)
     await backdate(db, "tasks", ids[0], expires_at=0)
-    await workers.mark_lost(db, restart_grace_seconds=0)
+    await workers.mark_lost(db, grace_seconds=0)
 
 
 async def _report_progress(db: Database, ids: list[UUID]) -> None:

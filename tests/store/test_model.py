@@ -125,7 +125,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
             self.wait(workers.stop(self.db, worker_id))
         else:
             self.wait(backdate(self.db, "workers", worker_id, heartbeat_at=LONG_SECONDS + 1))
-            lost = self.wait(workers.mark_lost(self.db, restart_grace_seconds=0))
+            lost = self.wait(workers.mark_lost(self.db, grace_seconds=0))
             assert [worker_id] == [lost_id for lost_id, _ in lost]
         assert not self.wait(workers.heartbeat(self.db, worker_id))
         self.alive[place] = self.a_new_worker(place)

@@ -31,11 +31,11 @@ async def session(db: Database) -> AsyncIterator[asyncpg.Connection]:
     connection.terminate()
 
 
-async def lost(db: Database, *, restart_grace_seconds: float = 0) -> list[object]:
+async def lost(db: Database, *, grace_seconds: float = 0, **outage: float) -> list[object]:
     """
     The workers that the reaper gives up now, as if PostgreSQL had been running long.
     """
-    marked = await workers.mark_lost(db, restart_grace_seconds=restart_grace_seconds)
+    marked = await workers.mark_lost(db, grace_seconds=grace_seconds, **outage)
     return [worker_id for worker_id, _ in marked]
 
 
@@ -59,7 +59,7 @@ async def test_a_silent_worker_is_lost_when_its_lease_ends(
     await workers.hold_lock(session, worker.id)
     await backdate(db, "workers", worker.id, heartbeat_at=LEASE_SECONDS + 1)
 
-    assert [(worker.id, worker.name)] == await workers.mark_lost(db, restart_grace_seconds=0)
+    assert [(worker.id, worker.name)] == await workers.mark_lost(db, grace_seconds=0)
 
 
 async def test_an_overdue_worker_is_alive_while_it_holds_its_lock(
@@ -114,16 +114,14 @@ async def test_behind_a_pooler_only_the_heartbeat_tells_that_a_worker_lives(db: 
 
 
 @pytest.mark.parametrize("silent_seconds", [OVERDUE, LEASE_SECONDS + 1])
-async def test_nobody_is_lost_right_after_postgresql_started(
-    db: Database, silent_seconds: float
-) -> None:
+async def test_nobody_is_lost_right_after_an_outage(db: Database, silent_seconds: float) -> None:
     """
     Nobody could send a heartbeat meanwhile, and every lock is free; they need a moment.
     """
     worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
     await backdate(db, "workers", worker.id, heartbeat_at=silent_seconds)
 
-    assert [] == await lost(db, restart_grace_seconds=10**6)
+    assert [] == await lost(db, grace_seconds=10**6, outage_seconds_ago=0)
     assert [worker.id] == await lost(db)
 
 

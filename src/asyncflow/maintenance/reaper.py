@@ -26,7 +26,7 @@ BATCH = 500
 
 class Reaper:
     """
-    Reaps again and again, and declares nobody lost just after an outage.
+    Reaps again and again, and is slow to give up on workers that an outage kept away.
 
     When PostgreSQL restarts its backends or another server takes over, every lock is free
     and every heartbeat overdue for a moment, and nothing in the database tells. Whoever
@@ -49,17 +49,20 @@ class Reaper:
             StoreUnavailable: Remembered as an outage.
         """
         try:
-            if time.monotonic() - self._outage_at > self._grace_seconds:
-                await _declare_lost(db, restart_grace_seconds=self._grace_seconds)
+            await self._declare_lost(db)
             return await _settle_lost(db)
         except StoreUnavailable:
             self._outage_at = time.monotonic()
             raise
 
-
-async def _declare_lost(db: Executor, *, restart_grace_seconds: float) -> None:
-    for worker_id, name in await workers.mark_lost(db, restart_grace_seconds=restart_grace_seconds):
-        events.worker_declared_lost(worker_id=worker_id, name=name)
+    async def _declare_lost(self, db: Executor) -> None:
+        lost = await workers.mark_lost(
+            db,
+            grace_seconds=self._grace_seconds,
+            outage_seconds_ago=time.monotonic() - self._outage_at,
+        )
+        for worker_id, name in lost:
+            events.worker_declared_lost(worker_id=worker_id, name=name)
 
 
 async def _settle_lost(db: Executor) -> int:

@@ -154,10 +154,14 @@ async def stop(db: Executor, worker_id: UUID) -> None:
 MARK_LOST = """
     UPDATE asyncflow.workers w
        SET lost_at = now()
+      FROM (SELECT greatest(pg_postmaster_start_time(), now() - $2 * interval '1 second') AS ended)
+           AS outage
      WHERE w.stopped_at IS NULL
        AND w.lost_at IS NULL
-       -- While PostgreSQL was down nobody could beat, and its end freed every lock.
-       AND pg_postmaster_start_time() < now() - $1 * interval '1 second'
+       -- While PostgreSQL was away nobody could beat, and every lock was freed. Who has beaten
+       -- since is judged as ever; only the others get time to come back.
+       AND (w.heartbeat_at > outage.ended
+            OR outage.ended < now() - $1 * interval '1 second')
        AND (w.heartbeat_at < now() - w.lease_seconds * interval '1 second'
             -- A free lock is proof of death only if the heartbeat is overdue as well.
             OR (w.heartbeat_at < now() - (2 * w.heartbeat_seconds + 0.5) * interval '1 second'
@@ -174,18 +178,25 @@ MARK_LOST = """
     RETURNING w.id, w.name
 """
 
+OUTAGE_SECONDS_MAX = 1e9
 
-async def mark_lost(db: Executor, *, restart_grace_seconds: float) -> list[tuple[UUID, str]]:
+
+async def mark_lost(
+    db: Executor, *, grace_seconds: float, outage_seconds_ago: float = OUTAGE_SECONDS_MAX
+) -> list[tuple[UUID, str]]:
     """
     Give up workers that are dead or cut off; return the id and name of each.
 
     From here on they hold no lease: `upkeep.lost_leases` lists what they were running.
 
     Args:
-        restart_grace_seconds: How long after a start of PostgreSQL silence and free locks
-            prove nothing, since living workers need a moment to be back.
+        grace_seconds: How long after an outage the silence and the free lock of a worker that
+            has not been back prove nothing.
+        outage_seconds_ago: When the caller last could not reach PostgreSQL. Its last start counts
+            as an outage in any case.
     """
-    rows = await db.fetch(MARK_LOST, restart_grace_seconds)
+    ago = min(outage_seconds_ago, OUTAGE_SECONDS_MAX)
+    rows = await db.fetch(MARK_LOST, grace_seconds, ago)
     return [(row["id"], row["name"]) for row in rows]
 
 
