@@ -41,6 +41,13 @@ class Broker(ABC):
         return self._url("%2F")
 
     @property
+    def management_url(self) -> str:
+        """
+        Where its management plugin answers.
+        """
+        return self._management_url
+
+    @property
     def version(self) -> str:
         """
         The full version of the running broker, such as 4.0.5.

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asyncflow.verify.checker import Verdict, judge
+from asyncflow.verify.checker import Histories, Verdict, judge
+from asyncflow.verify.report import Onlooker
 
 Line = dict[str, Any]
 
 TASK = "01a20cc6-2f47-7000-9ea2-000000000001"
 WORKER, OTHER_WORKER = "worker-a", "worker-b"
+PIDS = {WORKER: 7, OTHER_WORKER: 8}
 FIRST_LEASE, SECOND_LEASE = (
     "aaaaaaaa-0000-4000-8000-000000000001",
     "bbbbbbbb-0000-4000-8000-000000000002",
@@ -36,7 +38,12 @@ PLAN: Line = {
 class Story:
     """
     Lines of a run; times are seconds since its beginning.
+
+    Attributes:
+        onlooker: Has looked on, once the story was judged.
     """
+
+    onlooker: Onlooker
 
     def __init__(self) -> None:
         self.plan = dict(PLAN)
@@ -82,15 +89,22 @@ class Story:
         A worker's heartbeats; after one of them it is known.
         """
         for at in moments:
-            self.recorded(at, "db.heartbeat", worker=worker, **OF_A_WORKER)
+            self.recorded(at, "db.heartbeat", **of_worker(worker))
 
     def gone(self, at: float, worker: str, *, how: str = "lost", silent: float = 2.5) -> Line:
         """
         A worker that was given up, or said goodbye.
         """
-        return self.recorded(
-            at, f"db.{how}", worker=worker, silent_micros=int(silent * 1e6), **OF_A_WORKER
-        )
+        return self.recorded(at, f"db.{how}", silent_micros=int(silent * 1e6), **of_worker(worker))
+
+    def fault(self, kind: str, begin: float, end: float, *, pid: int = 8, **fields: Any) -> None:
+        """
+        A fault that the nemesis made.
+        """
+        of_it = {"kind": kind, "target": "worker-2", "pid": pid}
+        self.seen(begin, "fault.start", **of_it)
+        more = {"evidence": 1, "detail": "", **fields}
+        self.seen(end, "fault.end", seconds=end - begin, **of_it, **more)
 
     def ran(self, lease: str, begin: float, end: float, *, attempt: int, how: str) -> None:
         """
@@ -127,14 +141,25 @@ class Story:
         (folder / "plan.json").write_text(json.dumps(self.plan))
         _write(folder / "history" / "all.jsonl", self.lines)
         _write(folder / "logs" / "worker-1.log", self.logs)
-        return judge(folder)
+        histories = Histories(folder)
+        self.onlooker = Onlooker(histories)
+        return judge(histories, self.onlooker.look)
 
     def _add(self, line: Line) -> Line:
         self.lines.append(line)
         return line
 
 
-OF_A_WORKER = {"lease_seconds": LEASE_SECONDS, "heartbeat_seconds": HEARTBEAT_SECONDS}
+def of_worker(worker: str) -> Line:
+    """
+    What the database knows of a worker.
+    """
+    return {
+        "worker": worker,
+        "name": f"host:{PIDS[worker]}",
+        "lease_seconds": LEASE_SECONDS,
+        "heartbeat_seconds": HEARTBEAT_SECONDS,
+    }
 
 
 def micros(at: float) -> int:
@@ -166,8 +191,7 @@ def a_good_run() -> Story:
         story.seen(second, "clock", wall_us=second * 1_000_000 + WALL_MINUS_MONOTONIC)
     story.seen(0, "phase", phase="calm")
     story.heartbeats(WORKER, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
-    body = {"name": "verify.fail", "payload": {"submission": 1, "times": 1}}
-    story.seen(1.0, "submit.invoke", n=1, recipe="fail", digest="d1", body=body)
+    story.seen(1.0, "submit.invoke", n=1, recipe="fail", digest="d1", times=1)
     story.recorded(1.0, "db.submit", task=TASK, new="pending", attempt=0, generation=1)
     story.seen(1.1, "submit.ok", n=1, task=TASK)
     claimed = {"worker": WORKER, "lease": FIRST_LEASE, "attempt": 1}
@@ -196,7 +220,7 @@ def a_good_run() -> Story:
     story.gone(5.0, WORKER, how="stopped", silent=0.2)
     story.seen(4.0, "drained", unfinished=0, queues=[])
     story.seen(4.1, "phase", phase="stopping")
-    story.seen(5.1, "process.ended", who="worker-1", status=0, final=True)
+    story.seen(5.1, "process.ended", who="worker-1", status=0, asked=True, final=True)
     story.recorded(6.0, "db.row", **a_row())
     return story
 

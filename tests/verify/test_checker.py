@@ -8,7 +8,6 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -35,6 +34,14 @@ def refused_and_stored(story: Story) -> None:
 
 def stored_twice(story: Story) -> None:
     story.recorded(6.0, "db.row", **a_row(task="another"))
+
+
+def a_batch_in_part(story: Story) -> None:
+    story.drop("submit.ok")
+    story.find("submit.invoke")["batch"] = 1
+    story.seen(1.0, "submit.invoke", n=2, recipe="noop", digest="d2", times=0, batch=1)
+    for number in (1, 2):
+        story.seen(1.1, "submit.info", n=number, status=503, batch=1)
 
 
 def alive_at_the_end(story: Story) -> None:
@@ -109,6 +116,17 @@ def claimed_after_cancellation(story: Story) -> None:
     story.find("db.move", attempt=2, new="running")["cancel_requested"] = True
 
 
+def cancelled_and_nobody_asked(story: Story) -> None:
+    story.drop("db.move", new="completed")
+    story.moved(2.1, "running", "cancelled", kind="Cancelled")
+    story.find("db.row").update(state="cancelled", has_result=False)
+
+
+def expired_too_soon(story: Story) -> None:
+    cancelled_and_nobody_asked(story)
+    story.find("db.move", new="cancelled").update(kind="Expired", expires_at=micros(9.0))
+
+
 def an_attempt_not_counted(story: Story) -> None:
     story.find("db.move", attempt=2, new="running")["attempt"] = 1
 
@@ -150,6 +168,10 @@ def a_process_that_would_not_stop(story: Story) -> None:
     story.find("process.ended")["status"] = -9
 
 
+def a_process_that_ended_by_itself(story: Story) -> None:
+    story.seen(3.0, "process.ended", who="worker-1", status=0, asked=False, final=False)
+
+
 def read_backwards(story: Story) -> None:
     story.seen(2.3, "read", task=TASK, status=200, state="RUNNING", generation=1, attempt=2)
 
@@ -170,6 +192,7 @@ LIES: list[tuple[str, Change]] = [
     ("I1", stored_twice),
     ("I1", lambda story: story.drop("submit.invoke")),
     ("I1", alive_at_the_end),
+    ("I1", a_batch_in_part),
     ("I2", cancelled_after_completion),
     ("I2", a_gap),
     ("I2", a_redrive_nobody_asked_for),
@@ -186,6 +209,8 @@ LIES: list[tuple[str, Change]] = [
     ("I5", claimed_early),
     ("I5", claimed_after_expiry),
     ("I5", claimed_after_cancellation),
+    ("I5", cancelled_and_nobody_asked),
+    ("I5", expired_too_soon),
     ("I6", an_attempt_not_counted),
     ("I6", a_failure_charged_twice),
     ("I6", one_attempt_too_many),
@@ -196,6 +221,7 @@ LIES: list[tuple[str, Change]] = [
     ("I7", completed_and_doomed),
     ("I13", a_message_left),
     ("I13", a_process_that_would_not_stop),
+    ("I13", a_process_that_ended_by_itself),
     ("I14", read_backwards),
     ("I14", not_found),
     ("I15", a_settlement_only_in_the_log),
@@ -250,8 +276,7 @@ def test_a_zombie_that_is_fenced_is_no_violation(tmp_path: Path) -> None:
     story.find("db.move", attempt=1, new="running")["worker"] = OTHER_WORKER
     story.find("start", lease=FIRST_LEASE)["pid"] = 8
     story.find("end", lease=FIRST_LEASE).update(pid=8, how="returned", t=int(6.9e9))
-    story.seen(1.35, "fault.start", kind="pause", target="worker-2", pid=8)
-    story.seen(6.8, "fault.end", kind="pause", target="worker-2", pid=8, evidence=1, detail="")
+    story.fault("pause", 1.35, 6.8)
     story.logs = story.logs[1:]
 
     assert [] == story.judged(tmp_path).violations
@@ -283,9 +308,7 @@ def test_a_fault_that_missed_proves_nothing(tmp_path: Path) -> None:
     """
     story = a_good_run()
     story.plan["kinds"] = ["reset-postgres"]
-    of_it: dict[str, Any] = {"kind": "reset-postgres", "target": "api-1", "pid": 3}
-    story.seen(1, "fault.start", **of_it)
-    story.seen(2, "fault.end", evidence=0, detail="", **of_it)
+    story.fault("reset-postgres", 1, 2, evidence=0)
 
     assert ["fault reset-postgres never bit"] == story.judged(tmp_path).shortcomings
 
@@ -296,7 +319,8 @@ def test_a_violation_comes_with_the_story_of_its_task(tmp_path: Path) -> None:
     """
     story = a_good_run()
     a_result_of_another_lease(story)
-    [told] = story.judged(tmp_path).timelines.values()
+    story.judged(tmp_path)
+    [told] = story.onlooker.timelines.values()
 
     who = [line[13:].split()[0] for line in told]
     assert ["client", "database", "client", "database", "handler"] == who[:5]

@@ -17,24 +17,23 @@ import pytest
 
 from asyncflow.verify.mutants import MUTANTS
 from asyncflow.verify.nemesis import FAULTS
+from services.broker import Broker
 
 QUICK = ("claim-without-lock", "commit-unsynced")
 CHOSEN = os.environ.get("ASYNCFLOW_TEST_MUTANTS", ",".join(QUICK))
-WANTED = [
-    name
-    for name, mutant in MUTANTS.items()
-    if mutant.engine == "postgres" and (CHOSEN == "all" or name in CHOSEN.split(","))
-]
+WANTED = [name for name in MUTANTS if CHOSEN == "all" or name in CHOSEN.split(",")]
+ON_POSTGRES = [name for name in WANTED if MUTANTS[name].engine == "postgres"]
+ON_RABBITMQ = [name for name in WANTED if MUTANTS[name].engine == "rabbitmq"]
 
 
-def verify(folder: Path, *arguments: str) -> tuple[int, str]:
+def verify(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     """
     Exit status and output of a run whose histories go to `folder`.
     """
     done = subprocess.run(
         [sys.executable, "-m", "asyncflow", "verify", "--output", str(folder), *arguments],
         cwd=folder.parent,
-        env={k: v for k, v in os.environ.items() if not k.startswith("ASYNCFLOW_")},
+        env={k: v for k, v in os.environ.items() if not k.startswith("ASYNCFLOW_")} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -46,7 +45,7 @@ def test_a_short_run_passes(tmp_path: Path) -> None:
     """
     Killed, cut off and crashed as it is, AsyncFlow keeps its word, and the report says so.
     """
-    faults = "kill,pause-briefly,reset-postgres,terminate,terminate-backends,postgres-crash"
+    faults = "kill,pause-briefly,clock-jump,reset-postgres,terminate-backends,postgres-crash"
     status, output = verify(
         tmp_path / "run", "--minutes", "0.2", "--seed", "1", "--calm", "1", "--faults", faults
     )
@@ -60,15 +59,56 @@ def test_a_short_run_passes(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.md").read_text().strip() in output
 
 
-@pytest.mark.parametrize("name", WANTED)
+def test_a_short_run_on_a_given_rabbitmq_passes(broker: Broker, tmp_path: Path) -> None:
+    """
+    It is purged and erased, and nothing of the run is left in it.
+    """
+    before = broker.api("GET", "vhosts")
+    faults = "broker-purge,broker-erase,reset-broker"
+    status, output = verify(
+        tmp_path / "run", "--minutes", "0.1", "--seed", "1", "--faults", faults, *given(broker)
+    )
+
+    assert 0 == status, output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert broker.version == report["plan"]["versions"]["rabbitmq"]
+    assert set(faults.split(",")) == set(report["figures"]["faults"])
+    assert [v["name"] for v in before] == [v["name"] for v in broker.api("GET", "vhosts")]
+
+
+def given(broker: Broker) -> list[str]:
+    """
+    The options that name a broker.
+    """
+    return ["--broker-url", broker.url, "--management-url", broker.management_url]
+
+
+@pytest.mark.parametrize("name", ON_POSTGRES)
 def test_a_known_bug_is_found(name: str, tmp_path: Path) -> None:
     """
     Within one run, and the report tells the story of a task that met it.
     """
-    status, output = verify(tmp_path / "run", "--seed", "1", "--mutant", name)
+    look_for(name, tmp_path)
+
+
+if ON_RABBITMQ:
+
+    @pytest.mark.parametrize("name", ON_RABBITMQ)
+    def test_a_known_bug_with_rabbitmq_is_found(name: str, broker: Broker, tmp_path: Path) -> None:
+        """
+        Of the engine that only RabbitMQ brings into play.
+        """
+        look_for(name, tmp_path, *given(broker))
+
+
+def look_for(name: str, folder: Path, *arguments: str) -> None:
+    """
+    Run with a known bug; the run must be called violated.
+    """
+    status, output = verify(folder / "run", "--seed", "1", "--mutant", name, *arguments)
 
     assert 1 == status, output
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    report = json.loads((folder / "run" / "report.json").read_text())
     assert "violated" == report["verdict"], output
     assert report["timelines"]
 
@@ -92,3 +132,48 @@ def test_what_does_not_exist_is_refused(argument: str, value: str, tmp_path: Pat
 
     assert 2 == status
     assert next(iter(FAULTS if argument == "--faults" else MUTANTS)) in output
+
+
+def test_a_machine_without_rabbitmq_is_told_what_would_help(tmp_path: Path) -> None:
+    """
+    Both ways to give it one.
+    """
+    status, output = verify(tmp_path / "run", "--engine", "rabbitmq", PATH=str(tmp_path))
+
+    assert 2 == status
+    assert "There is no rabbitmq-server on the PATH." in output
+    assert "--broker-url" in output
+
+
+@pytest.mark.parametrize(
+    ("url", "fact"),
+    [
+        ("amqp://guest:guest@127.0.0.1:1", "No management plugin of RabbitMQ answers at http"),
+        ("amqps://127.0.0.1", "must begin with amqp://"),
+    ],
+)
+def test_a_broker_that_cannot_be_used_is_refused(url: str, fact: str, tmp_path: Path) -> None:
+    """
+    With what is wrong about it.
+    """
+    status, output = verify(
+        tmp_path / "run", "--broker-url", url, "--management-url", "http://127.0.0.1:1"
+    )
+
+    assert 2 == status
+    assert fact in output
+
+
+def test_a_broker_that_refuses_its_user_is_no_broker(broker: Broker, tmp_path: Path) -> None:
+    """
+    The sentence names the user and the answer.
+    """
+    host = broker.url.rpartition("@")[2]
+    status, output = verify(
+        tmp_path / "run",
+        *("--broker-url", f"amqp://nobody:wrong@{host}"),
+        *("--management-url", broker.management_url),
+    )
+
+    assert 2 == status
+    assert "answers 401 to the user 'nobody'" in output

@@ -14,10 +14,14 @@ that knows nothing of AsyncFlow's code holds these histories against each other.
     proxy      a wire between one process and one server that can be cut or held
     fleet      the processes, started again when they end
     broker     a RabbitMQ, ours or given
+    clock      a time of day that can be made wrong
     nemesis    the faults, and the evidence that each one bit
     checker    the verdict, from the files alone
+    figures    what happened how often, and how fast things went on
+    timeline   the story of one task
     report     what a person reads afterwards
-    mutants    known bugs, to see that the checker finds them; `process` runs one
+    mutants    known bugs, to see that the checker finds them
+    process    runs a process with a wrong clock, or a known bug
     run        puts all of it together
 
 The order of events is that of the monotonic clock, which all processes of a machine share.

@@ -1,7 +1,7 @@
 """
 The RabbitMQ of a run: a node of our own, if the machine has the programs, or one that is given.
 
-Both are steered through the management plugin. Only our own can be stopped and killed.
+Both are steered through the management plugin. Only our own can be stopped, killed and wiped.
 """
 
 from __future__ import annotations
@@ -11,23 +11,28 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
 import urllib.error
 import urllib.request
 from base64 import b64encode
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from asyncflow.errors import AsyncFlowError
-from asyncflow.transport.amqp import connect
+from asyncflow.transport.amqp import Channel, connect
 
 START_SECONDS_MAX = 60.0
-STOP_SECONDS_MAX = 20.0
+CTL_SECONDS_MAX = 60.0
 POLL_SECONDS = 0.1
-VHOST = "asyncflow-verify"
+MAJOR_VERSION_MIN = 4
+SAID_BYTES_MAX = 1_000
 
 CONFIGURATION = """
 listeners.tcp.1 = 127.0.0.1:{port}
@@ -38,6 +43,9 @@ disk_free_limit.absolute = 50MB
 log.console = true
 log.console.level = warning
 """
+
+# Debian's script runs the program as another user, who cannot enter our folder.
+DEBIANS_SCRIPT, PROGRAMS = "/usr/sbin/rabbitmq-server", "/usr/lib/rabbitmq/bin"
 
 # The distribution's daemon would otherwise start itself and stay.
 GUARD = """
@@ -50,13 +58,14 @@ GUARD = """
 
 class NoBroker(AsyncFlowError):
     """
-    There is no RabbitMQ to run or to use.
+    There is no RabbitMQ to run or to use; the first sentence says why.
     """
 
     def __init__(self, fact: str) -> None:
         super().__init__(
-            f"{fact} Install rabbitmq-server 4, or give a broker with --broker-url and "
-            "--management-url."
+            f"{fact} Put rabbitmq-server {MAJOR_VERSION_MIN} or newer on the PATH, or give a "
+            "broker that has the management plugin: --broker-url amqp://user:password@host:5672 "
+            "--management-url http://host:15672."
         )
 
 
@@ -65,15 +74,28 @@ class Broker:
     A RabbitMQ with the management plugin, and a virtual host of its own for this run.
 
     Args:
-        url: Its AMQP URL; the virtual host in it does not matter.
-        management_url: Where its management plugin answers.
+        url: Its AMQP URL, of a user who is an administrator; the virtual host does not matter.
+        management_url: Where its management plugin answers; None is port 15672 of the same host.
+
+    Attributes:
+        version: Such as 4.0.5; empty until it is open.
+
+    Raises:
+        NoBroker: A run cannot use it.
     """
 
-    def __init__(self, url: str, management_url: str) -> None:
-        self._parts = urlsplit(url)
-        self._management_url = management_url.rstrip("/")
-
     is_ours = False
+
+    def __init__(self, url: str, management_url: str | None = None) -> None:
+        self._parts = urlsplit(url)
+        if self._parts.scheme != "amqp":
+            raise NoBroker("The broker's URL must begin with amqp://, for TLS cannot be cut.")
+        self._user = unquote(self._parts.username or "guest")
+        self._password = unquote(self._parts.password or "guest")
+        self._management_url = (management_url or f"http://{self.address[0]}:15672").rstrip("/")
+        # Nobody else's: another run may use the same broker.
+        self._vhost = f"asyncflow-verify-{secrets.token_hex(4)}"
+        self.version = ""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -88,30 +110,52 @@ class Broker:
         """
         return self._url("127.0.0.1", port)
 
-    async def start(self) -> None:
+    async def open(self) -> None:
         """
-        Return when it answers.
+        Return when it answers and the run's virtual host is there.
 
         Raises:
-            NoBroker: It does not.
+            NoBroker: It does not answer, is too old, or takes no orders from this user.
         """
-        if not await self.answers():
-            raise NoBroker("The management plugin of the given broker is silent.")
+        try:
+            await self.start()
+            self.version = str((await self.api("GET", "overview"))["rabbitmq_version"])
+            if int(self.version.partition(".")[0]) < MAJOR_VERSION_MIN:
+                raise NoBroker(f"RabbitMQ {self.version} is too old.")
+            await self.make_vhost()
+        except urllib.error.HTTPError as error:
+            raise NoBroker(
+                f"{self._management_url} answers {error.code} to the user {self._user!r}, who must "
+                "be an administrator of RabbitMQ."
+            ) from error
+        except (OSError, ValueError, KeyError) as error:
+            reason = getattr(error, "reason", error)
+            raise NoBroker(
+                f"No management plugin of RabbitMQ answers at {self._management_url}: {reason}."
+            ) from error
+
+    async def start(self) -> None:
+        """
+        Nothing to do: others run it.
+        """
 
     async def close(self) -> None:
         """
         Leave nothing of this run behind.
         """
         with contextlib.suppress(OSError):
-            await self.api("DELETE", f"vhosts/{VHOST}")
+            await self.api("DELETE", f"vhosts/{self._vhost}")
 
     async def make_vhost(self) -> None:
         """
-        Begin with an empty virtual host.
+        Make the virtual host anew: what is in it is erased, and its connections are closed.
         """
-        with contextlib.suppress(urllib.error.HTTPError):
-            await self.api("DELETE", f"vhosts/{VHOST}")
-        await self.api("PUT", f"vhosts/{VHOST}", {})
+        try:
+            await self.api("DELETE", f"vhosts/{self._vhost}")
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.NOT_FOUND:
+                raise
+        await self.api("PUT", f"vhosts/{self._vhost}", {})
 
     async def answers(self) -> bool:
         """
@@ -125,53 +169,53 @@ class Broker:
 
     async def queues(self) -> list[dict[str, Any]]:
         """
-        The run's queues with their counts; an empty list while it does not answer.
+        The run's queues with their counts, which may be some seconds old.
+
+        Raises:
+            OSError: It does not answer.
         """
-        try:
-            return list(
-                await self.api("GET", f"queues/{VHOST}?disable_stats=true&enable_queue_totals=true")
-                or []
-            )
-        except OSError:
-            return []
+        counted = "disable_stats=true&enable_queue_totals=true"
+        return list(await self.api("GET", f"queues/{self._vhost}?{counted}") or [])
+
+    async def ready(self) -> int:
+        """
+        How many messages are waiting in its queues just now.
+        """
+        async with self._channel() as channel:
+            counts = [await channel.inspect_queue(q["name"]) for q in await self.queues()]
+        return sum(count.messages for count in counts if count is not None)
 
     async def purge(self) -> int:
         """
         Empty all queues; return how many messages were waiting in them.
         """
-        count = 0
-        connection = await connect(self._url(*self.address), name="asyncflow verify")
-        try:
-            channel = await connection.channel()
-            for queue in await self.queues():
-                count += await channel.purge_queue(queue["name"])
-        finally:
-            await connection.close()
-        return count
+        async with self._channel() as channel:
+            return sum([await channel.purge_queue(q["name"]) for q in await self.queues()])
 
     async def delete_queues(self) -> int:
         """
-        Delete all queues; return how many.
+        Delete all queues; return how many messages were waiting in them.
         """
-        queues = await self.queues()
-        for queue in queues:
-            await self.api("DELETE", f"queues/{VHOST}/{quote(queue['name'], safe='')}")
-        return len(queues)
+        async with self._channel() as channel:
+            return sum([await channel.delete_queue(q["name"]) for q in await self.queues()])
 
     async def close_connections(self) -> int:
         """
         Let it close every connection of the run; return how many.
         """
-        connections = await self.api("GET", f"vhosts/{VHOST}/connections") or []
+        connections = await self.api("GET", f"vhosts/{self._vhost}/connections") or []
         for connection in connections:
             with contextlib.suppress(urllib.error.HTTPError):
                 await self.api("DELETE", f"connections/{quote(connection['name'], safe='')}")
         return len(connections)
 
-    def _url(self, host: str, port: int) -> str:
-        user = quote(self._parts.username or "guest", safe="")
-        password = quote(self._parts.password or "guest", safe="")
-        return f"amqp://{user}:{password}@{host}:{port}/{VHOST}"
+    @asynccontextmanager
+    async def _channel(self) -> AsyncIterator[Channel]:
+        connection = await connect(self._url(*self.address), name="asyncflow verify")
+        try:
+            yield await connection.channel()
+        finally:
+            await connection.close()
 
     async def api(self, method: str, path: str, body: Any = None) -> Any:
         """
@@ -180,8 +224,7 @@ class Broker:
         return await asyncio.to_thread(self._call, method, path, body)
 
     def _call(self, method: str, path: str, body: Any) -> Any:
-        user, password = self._parts.username or "guest", self._parts.password or "guest"
-        token = b64encode(f"{user}:{password}".encode()).decode()
+        token = b64encode(f"{self._user}:{self._password}".encode()).decode()
         request = urllib.request.Request(
             f"{self._management_url}/api/{path}",
             method=method,
@@ -191,6 +234,10 @@ class Broker:
         with urllib.request.urlopen(request, timeout=10) as answer:
             content = answer.read()
         return json.loads(content) if content else None
+
+    def _url(self, host: str, port: int) -> str:
+        login = f"{quote(self._user, safe='')}:{quote(self._password, safe='')}"
+        return f"amqp://{login}@{host}:{port}/{self._vhost}"
 
 
 class OwnBroker(Broker):
@@ -204,8 +251,11 @@ class OwnBroker(Broker):
     is_ours = True
 
     def __init__(self, folder: Path) -> None:
-        if shutil.which("rabbitmq-server") is None:
+        found, self._path = shutil.which("rabbitmq-server"), os.environ["PATH"]
+        if found is None:
             raise NoBroker("There is no rabbitmq-server on the PATH.")
+        if found == DEBIANS_SCRIPT:
+            self._path = f"{PROGRAMS}:{self._path}"
         self._folder = folder
         self._port, self._management_port, self._dist_port, self._epmd_port = free_ports(4)
         self._process: asyncio.subprocess.Process | None = None
@@ -216,13 +266,19 @@ class OwnBroker(Broker):
 
     async def start(self) -> None:
         """
-        Return when it answers; data and port are those of before.
+        Return when it is up, at once if it is; data and port are those of before.
+
+        Raises:
+            NoBroker: It ended, or takes too long.
         """
+        if self._process is not None and self._process.returncode is None:
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         configuration = CONFIGURATION.format(port=self._port, management_port=self._management_port)
         (self._folder / "rabbitmq.conf").write_text(configuration)
         (self._folder / "enabled_plugins").write_text("[rabbitmq_management].")
         with (self._folder / "console.log").open("ab") as log:
+            said_before = log.tell()
             self._process = await asyncio.create_subprocess_exec(
                 *("sh", "-c", GUARD, "sh", "rabbitmq-server"),
                 env=self._environment(),
@@ -231,11 +287,25 @@ class OwnBroker(Broker):
                 stderr=log,
                 start_new_session=True,
             )
-        async with asyncio.timeout(START_SECONDS_MAX):
-            while True:
-                if await self.answers():
-                    return
-                await asyncio.sleep(POLL_SECONDS)
+        try:
+            async with asyncio.timeout(START_SECONDS_MAX):
+                while True:
+                    if await self._is_up(said_before):
+                        return
+                    await asyncio.sleep(POLL_SECONDS)
+        except TimeoutError:
+            await self.kill()
+            said = self._said(said_before)[-SAID_BYTES_MAX:].decode(errors="replace").strip()
+            raise NoBroker(
+                f"rabbitmq-server was not up after {START_SECONDS_MAX:.0f} s; it said: {said!r}."
+            ) from None
+
+    async def _is_up(self, said_before: int) -> bool:
+        # Its ports open a little before it can be stopped in good order.
+        return b"completed with" in self._said(said_before) and await self.answers()
+
+    def _said(self, said_before: int) -> bytes:
+        return (self._folder / "console.log").read_bytes()[said_before:]
 
     async def stop(self) -> None:
         """
@@ -254,6 +324,15 @@ class OwnBroker(Broker):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
 
+    async def wipe(self) -> None:
+        """
+        Kill it, and start it with no data at all but an empty virtual host.
+        """
+        await self.kill()
+        await asyncio.to_thread(shutil.rmtree, self._folder / "mnesia")
+        await self.start()
+        await self.make_vhost()
+
     async def alarm(self, *, on: bool) -> None:
         """
         Raise a memory alarm, which blocks every publisher, or end it.
@@ -267,7 +346,7 @@ class OwnBroker(Broker):
         try:
             await self.api("GET", "health/checks/local-alarms")
         except urllib.error.HTTPError as error:
-            return error.code == 503
+            return error.code == HTTPStatus.SERVICE_UNAVAILABLE
         return False
 
     async def close(self) -> None:
@@ -284,12 +363,16 @@ class OwnBroker(Broker):
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
         )
-        async with asyncio.timeout(STOP_SECONDS_MAX):
-            await process.wait()
+        try:
+            async with asyncio.timeout(CTL_SECONDS_MAX):
+                await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
 
     def _environment(self) -> dict[str, str]:
         return {
-            "PATH": os.environ["PATH"],
+            "PATH": self._path,
             "LANG": "C.UTF-8",
             "HOME": str(self._folder),  # Where Erlang keeps its cookie.
             "RABBITMQ_NODENAME": "asyncflow-verify@localhost",

@@ -6,22 +6,26 @@ Holds the histories of a run against each other, and says whether every promise 
 It reads files and nothing else, and imports nothing of the system it judges. What it knows of
 that system is what is promised: the table of transitions, and one rule per invariant below.
 
+A run may leave more lines than fit into memory. So they are first sorted into parts, by task;
+then one part after the other is read and judged, task by task.
+
 Exit status: 0 every invariant holds, 1 one is violated, 3 the run proves nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import sys
+import zlib
+from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import median
+from tempfile import SpooledTemporaryFile, TemporaryFile
 from typing import Any
 
 PASSED, VIOLATED, INVALID = 0, 1, 3
@@ -30,14 +34,14 @@ VERDICTS = {PASSED: "passed", VIOLATED: "violated", INVALID: "invalid"}
 Line = dict[str, Any]
 
 INVARIANTS = {
-    "I1": "Every accepted task exists and ends; what was refused does not exist.",
+    "I1": "Every accepted task exists and ends; what was refused does not; a batch is all or none.",
     "I2": "States change as the table says, without a gap; a terminal state is left by a redrive.",
     "I3": "One lease at a time: fresh, taken by a live worker, ended under its own name.",
     "I4": "Every execution has a lease, and stops when its worker cannot keep it.",
-    "I5": "Nothing starts early, after its expiry, or after its cancellation.",
+    "I5": "Nothing starts early, expired or cancelled, and nothing is cancelled without a reason.",
     "I6": "Attempts are counted, failures are charged, and both are bounded.",
     "I7": "A recorded result is right, and was made under the lease that recorded it.",
-    "I13": "At the end nothing is left: no live task, no message, no process that will not stop.",
+    "I13": "Processes end when asked, and not before; nothing is left then, no task, no message.",
     "I14": "What one client reads of a task never goes backwards.",
     "I15": "A settlement that a log reports is in the database.",
 }
@@ -60,60 +64,49 @@ CHARGES = {("running", "pending"): {0, 1}, ("running", "failed"): {1}}
 RELEASES_MAX = 25
 CLOCK_SLACK_US = 50_000
 FENCE_SLACK_US = 1_000_000
-EXAMPLES_MAX = 5
+
+PARTS = 128
+PART_BYTES_IN_MEMORY = 65_536
+WHAT = re.compile(rb'"what" ?: ?"([^"]*)"')
+TASK = re.compile(rb'"task" ?: ?"([^"]*)"')
+LOGGED = re.compile(rb'"event": "(attempt\.settled|attempt\.void)"')
+LOGGED_TASK = re.compile(rb'"task_id": "([^"]*)"')
 
 
 class Task:
     """
     Everything known of one task, in order.
+
+    Attributes:
+        row: What the database has of it at the end; None if nothing.
+        history: How the database remembers its life, from its submission on.
+        moves: The transitions in it.
+        claims: Those to running, by lease.
+        logs: What workers logged about it.
+        submission: What its client meant it to be; None if no client did.
+        recipe: In a word.
     """
 
-    def __init__(self, id: str) -> None:
+    def __init__(self, id: str, lines: list[Line]) -> None:
         self.id = id
-        self.lines: list[Line] = []
-        self.logs: list[Line] = []
+        self.logs = [line for line in lines if "event" in line]
+        self.lines = [line for line in lines if "event" not in line]
+        self.lines.sort(key=lambda line: int(line["us"]))
+        self._kinds: dict[str, list[Line]] = {}
+        for line in self.lines:
+            self._kinds.setdefault(line["what"], []).append(line)
+        self.row: Line | None = next(iter(self.seen("db.row")), None)
+        self.moves = sorted(self.seen("db.move"), key=lambda move: int(move["seq"]))
+        self.history = sorted(self.seen("db.submit") + self.moves, key=lambda m: int(m["seq"]))
+        self.claims = {m["lease"]: m for m in self.moves if m["new"] == "running" != m["old"]}
         self.submission: Line | None = None
+        self.recipe = "?"
 
-    def seen(self, *kinds: str) -> list[Line]:
+    def seen(self, kind: str) -> list[Line]:
         """
-        The lines of these kinds, such as `start` or `cancel.` for all that begin so.
+        The lines of this kind.
         """
-        return [line for line in self.lines if line["what"].startswith(kinds)]
-
-    @cached_property
-    def row(self) -> Line | None:
-        """
-        What the database has of it at the end.
-        """
-        return next(iter(self.seen("db.row")), None)
-
-    @cached_property
-    def history(self) -> list[Line]:
-        """
-        How the database remembers its life, from its submission on.
-        """
-        return sorted(self.seen("db.submit", "db.move"), key=lambda line: int(line["seq"]))
-
-    @cached_property
-    def moves(self) -> list[Line]:
-        """
-        Its transitions.
-        """
-        return [line for line in self.history if line["what"] == "db.move"]
-
-    @cached_property
-    def claims(self) -> dict[str, Line]:
-        """
-        The transitions to running, by lease.
-        """
-        return {m["lease"]: m for m in self.moves if m["new"] == "running" != m["old"]}
-
-    @property
-    def recipe(self) -> str:
-        """
-        What kind of task its client meant it to be.
-        """
-        return str(self.submission["recipe"]) if self.submission else "?"
+        return self._kinds.get(kind, [])
 
 
 @dataclass
@@ -129,78 +122,123 @@ class Violation:
 
 class Histories:
     """
-    All lines of a run, by kind and by task; `us` is the monotonic clock in microseconds.
+    All lines of a run; `us` is the monotonic clock in microseconds.
+
+    Attributes:
+        kinds: Lines about no single task, by kind.
+        counts: How many lines of each kind there are, of logs by their event.
+        unanswered: The last word on submissions that brought no task, by number.
     """
 
     def __init__(self, folder: Path) -> None:
         self.plan: Line = json.loads((folder / "plan.json").read_text())
-        lines = list(_lines(folder / "history"))
-        clocks = [line["wall_us"] - line["t"] // 1000 for line in lines if line["what"] == "clock"]
-        offset = int(median(clocks or [0]))
-        for line in lines:
-            line["us"] = line["t"] // 1000 if "t" in line else line.get("at", 0) - offset
         self.kinds: dict[str, list[Line]] = defaultdict(list)
-        self.tasks: dict[str, Task] = {}
-        for line in sorted(lines, key=lambda line: int(line["us"])):
-            self.kinds[line["what"]].append(line)
-            if "task" in line:
-                self.task(line["task"]).lines.append(line)
-        for line in _logs(folder / "logs"):
-            if line["task_id"] in self.tasks:
-                self.tasks[line["task_id"]].logs.append(line)
-        self.invokes = {line["n"]: line for line in self.kinds["submit.invoke"]}
-        answers = ("submit.ok", "submit.fail", "submit.info")
-        self.answers = {line["n"]: line for kind in answers for line in self.kinds[kind]}
-        for line in self.kinds["db.row"] + self.kinds["submit.ok"]:
-            number = line["submission"] if line["what"] == "db.row" else line["n"]
-            self.task(line["task"]).submission = self.invokes.get(number)
+        self.counts: Counter[str] = Counter()
+        self.unanswered: dict[int, Line] = {}
+        self._invokes = TemporaryFile()
+        self._invoked_at = array("q")
+        self._parts = [SpooledTemporaryFile(PART_BYTES_IN_MEMORY) for _ in range(PARTS)]
+        for file in sorted((folder / "history").glob("*.jsonl")):
+            self._sort_history(file)
+        for file in sorted((folder / "logs").glob("*.log")):
+            self._sort_log(file)
+        clocks = [line["wall_us"] - line["t"] // 1000 for line in self.kinds["clock"]]
+        self._offset = int(median(clocks or [0]))
+        for lines in self.kinds.values():
+            lines.sort(key=self._set_time)
         self.workers: dict[str, list[Line]] = defaultdict(list)
         for kind in ("db.heartbeat", "db.lost", "db.stopped"):
             for line in self.kinds[kind]:
                 self.workers[line["worker"]].append(line)
-        self.faults = sorted(
-            self.kinds["fault.start"] + self.kinds["fault.end"], key=lambda line: int(line["us"])
-        )
-        self.origin = min((line["us"] for line in lines if "t" in line), default=0)
 
-    def task(self, id: str) -> Task:
+    def _sort_history(self, file: Path) -> None:
+        with file.open("rb") as lines:
+            for raw in lines:
+                found = WHAT.search(raw)
+                if found is None or not raw.endswith(b"\n"):
+                    continue  # Torn: the last words of a process that was killed.
+                what = found[1].decode()
+                self.counts[what] += 1
+                if what == "submit.invoke":
+                    self._keep_invoke(raw)
+                elif about := TASK.search(raw):
+                    self._part(about[1]).write(raw)
+                else:
+                    line = json.loads(raw)
+                    self.kinds[what].append(line)
+                    if what in ("submit.fail", "submit.info"):
+                        self.unanswered[line["n"]] = line
+
+    def _sort_log(self, file: Path) -> None:
+        with file.open("rb") as lines:
+            for raw in lines:
+                event, about = LOGGED.search(raw), LOGGED_TASK.search(raw)
+                if event and about:
+                    self.counts[event[1].decode()] += 1
+                    self._part(about[1]).write(file.stem.encode() + b"\t" + raw)
+
+    def _part(self, task: bytes) -> SpooledTemporaryFile[bytes]:
+        return self._parts[zlib.crc32(task) % PARTS]
+
+    def _keep_invoke(self, raw: bytes) -> None:
+        number = json.loads(raw)["n"]
+        self._invoked_at.extend([-1] * (number + 1 - len(self._invoked_at)))
+        self._invoked_at[number] = self._invokes.tell()
+        self._invokes.write(raw)
+
+    def invoke(self, number: int) -> Line | None:
         """
-        The task of this id, known or new.
+        What a client meant by this submission; None if it was never made.
         """
-        if id not in self.tasks:
-            self.tasks[id] = Task(id)
-        return self.tasks[id]
+        if not 0 <= number < len(self._invoked_at) or self._invoked_at[number] < 0:
+            return None
+        self._invokes.seek(self._invoked_at[number])
+        line: Line = json.loads(self._invokes.readline())
+        self._set_time(line)
+        return line
+
+    def tasks(self) -> Iterator[Task]:
+        """
+        Every task that anybody saw, once; may be called once.
+        """
+        for part in self._parts:
+            lines: dict[str, list[Line]] = {}
+            part.seek(0)
+            for raw in part:
+                who, is_log, text = raw.rpartition(b"\t")
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    if is_log:
+                        continue  # Torn, and the next process wrote on behind it.
+                    raise
+                if is_log:
+                    line["who"] = who.decode()
+                else:
+                    self._set_time(line)
+                lines.setdefault(line["task_id" if is_log else "task"], []).append(line)
+            part.close()
+            for id, about in lines.items():
+                yield self._with_submission(Task(id, about))
+        self._invokes.close()
+
+    def _with_submission(self, task: Task) -> Task:
+        source = task.row or next(iter(task.seen("submit.ok")), {})
+        number = source.get("submission", source.get("n"))
+        task.submission = None if number is None else self.invoke(number)
+        task.recipe = task.submission["recipe"] if task.submission else "?"
+        return task
+
+    def _set_time(self, line: Line) -> int:
+        line["us"] = line["t"] // 1000 if "t" in line else line.get("at", 0) - self._offset
+        return int(line["us"])
 
     def frozen(self) -> list[tuple[int, int, int]]:
         """
         (pid, from, to) of every time a process was made to stand still.
         """
-        spans = []
-        begun: dict[tuple[str, int], int] = {}
-        for line in self.faults:
-            if not line["kind"].startswith("pause"):
-                continue
-            key = (line["kind"], line["pid"])
-            if line["what"] == "fault.start":
-                begun[key] = line["us"]
-            elif key in begun:
-                spans.append((line["pid"], begun.pop(key), line["us"]))
-        return spans
-
-
-def _lines(folder: Path) -> Iterator[Line]:
-    for file in sorted(folder.glob("*.jsonl")):
-        for text in file.read_text().splitlines():
-            yield json.loads(text)
-
-
-def _logs(folder: Path) -> Iterator[Line]:
-    for file in sorted(folder.glob("*.log")):
-        for text in file.read_text(errors="replace").splitlines():
-            # The last line of a killed process may be torn.
-            with contextlib.suppress(ValueError):
-                if '"task_id"' in text:
-                    yield {**json.loads(text), "who": file.stem}
+        pauses = [f for f in self.kinds["fault.end"] if f["kind"].startswith("pause")]
+        return [(f["pid"], f["us"] - int(f["seconds"] * 1e6), f["us"]) for f in pauses]
 
 
 class Checker:
@@ -211,26 +249,32 @@ class Checker:
     def __init__(self, histories: Histories) -> None:
         self.h = histories
         self.violations: list[Violation] = []
+        self.completed = self.fenced = 0
         self.lease_us = int(histories.plan["lease_seconds"] * 1e6)
         self.frozen = histories.frozen()
         self.gone: dict[str, int] = {}
         self.beats: dict[str, list[int]] = defaultdict(list)
+        self.stored: set[int] = set()
 
-    def run(self) -> list[Violation]:
+    def run(self, look: Callable[[Task, list[Violation]], None]) -> list[Violation]:
         """
-        Every violation, worst first.
+        Every violation, worst first; `look` sees each task, with what is wrong about it.
         """
         self._check_workers()
-        for task in self.h.tasks.values():
+        for task in self.h.tasks():
+            before = len(self.violations)
+            self._check_submission(task)
             self._check_chain(task)
             self._check_leases(task)
             self._check_times(task)
+            self._check_cancellation(task)
             self._check_counts(task)
             self._check_result(task)
             self._check_executions(task)
             self._check_reads(task)
             self._check_logs(task)
-        self._check_submissions()
+            look(task, self.violations[before:])
+        self._check_batches()
         self._check_end()
         self.violations.sort(key=lambda v: int(v.invariant[1:]))
         return self.violations
@@ -238,29 +282,35 @@ class Checker:
     def _say(self, invariant: str, fact: str, task: Task | None = None) -> None:
         self.violations.append(Violation(invariant, fact, task.id if task else None))
 
-    def _check_submissions(self) -> None:
-        rows: dict[int, list[Task]] = defaultdict(list)
-        for task in self.h.tasks.values():
-            if task.row is not None:
-                rows[task.row["submission"] or -1].append(task)
-        for number, tasks in rows.items():
-            if number not in self.h.invokes:
-                self._say("I1", f"submission {number} was never made and is stored", tasks[0])
-            elif len(tasks) > 1:
-                self._say("I1", f"submission {number} is stored {len(tasks)} times", tasks[1])
-        for number, answer in self.h.answers.items():
-            stored = rows.get(number, [])
-            if answer["what"] == "submit.ok":
-                task = self.h.task(answer["task"])
-                if task.row is None:
-                    self._say("I1", f"submission {number} was answered 202 and is lost", task)
-                elif task not in stored:
-                    self._say("I1", f"submission {number} is stored as another task", task)
-            elif answer["what"] == "submit.fail" and stored:
-                self._say("I1", f"submission {number} was refused and is stored", stored[0])
-        for task in self.h.tasks.values():
-            if task.row is not None and task.row["state"] not in TERMINAL:
-                self._say("I1", f"it is still {task.row['state']} at the end", task)
+    def _check_submission(self, task: Task) -> None:
+        for answer in task.seen("submit.ok"):
+            if task.row is None:
+                self._say("I1", f"submission {answer['n']} was answered 202 and is lost", task)
+            elif task.row["submission"] != answer["n"]:
+                self._say("I1", f"submission {answer['n']} is stored as another task", task)
+        if task.row is None:
+            return
+        number = task.row["submission"] or -1
+        if task.submission is None:
+            self._say("I1", f"submission {number} was never made and is stored", task)
+        elif number in self.stored:
+            self._say("I1", f"submission {number} is stored a second time", task)
+        elif self.h.unanswered.get(number, {"what": ""})["what"] == "submit.fail":
+            self._say("I1", f"submission {number} was refused and is stored", task)
+        self.stored.add(number)
+        self.completed += task.row["state"] == "completed"
+        if task.row["state"] not in TERMINAL:
+            self._say("I1", f"it is still {task.row['state']} at the end", task)
+
+    def _check_batches(self) -> None:
+        batches: dict[int, list[int]] = defaultdict(list)
+        for number, line in self.h.unanswered.items():
+            if "batch" in line:
+                batches[line["batch"]].append(number)
+        for batch, numbers in batches.items():
+            count = sum(number in self.stored for number in numbers)
+            if 0 < count < len(numbers):
+                self._say("I1", f"{count} of the {len(numbers)} tasks of batch {batch} are stored")
 
     def _check_chain(self, task: Task) -> None:
         state: str | None = None
@@ -299,9 +349,7 @@ class Checker:
                     overdue = min(line["lease_seconds"], 2 * line["heartbeat_seconds"] + 0.5)
                     silent = (line["silent_micros"] or 0) / 1e6
                     if line["what"] == "db.lost" and silent < overdue - 0.1:
-                        self._say(
-                            "I3", f"worker {worker} was given up after {silent:.2f} s of silence"
-                        )
+                        self._say("I3", f"worker {worker} was given up after {silent:.2f} s")
 
     def _check_leases(self, task: Task) -> None:
         seen = set()
@@ -346,32 +394,45 @@ class Checker:
         if end["isolation"] != "loop":
             return
         claim = task.claims.get(end["lease"], {"worker": None})
-        beats = self.beats[claim["worker"]]
-        before = beats[: bisect_right(beats, end["us"])]
-        if not before:
+        beats = self.beats.get(claim["worker"], [])
+        number = bisect_right(beats, end["us"])
+        if not number:
             return
-        silent = end["us"] - before[-1]
+        beat = beats[number - 1]
+        silent = end["us"] - beat
+        if silent <= self.lease_us + FENCE_SLACK_US:
+            return
         for pid, begin, until in self.frozen:
             if pid == end["pid"]:
                 # It may need a moment to notice.
                 if begin <= end["us"] <= until + FENCE_SLACK_US:
                     return
-                silent -= max(0, min(until, end["us"]) - max(begin, before[-1]))
+                silent -= max(0, min(until, end["us"]) - max(begin, beat))
         if silent > self.lease_us + FENCE_SLACK_US:
-            seconds = silent / 1e6
-            self._say("I4", f"it went on {seconds:.1f} s after its worker's last heartbeat", task)
+            self._say("I4", f"it went on {silent / 1e6:.1f} s after its worker's last beat", task)
 
     def _check_times(self, task: Task) -> None:
         for move in task.moves:
             if move["new"] != "running" or move["old"] == "running":
                 continue
             if move["now"] < move["old_run_at"]:
-                early = (move["old_run_at"] - move["now"]) / 1e6
-                self._say("I5", f"it was claimed {early:.3f} s before its time", task)
+                early = move["old_run_at"] - move["now"]
+                self._say("I5", f"it was claimed {early} µs before its time", task)
             if move["expires_at"] and move["now"] > move["expires_at"]:
                 self._say("I5", "it was claimed after it had expired", task)
             if move["cancel_requested"]:
                 self._say("I5", "it was claimed after its cancellation was asked for", task)
+
+    def _check_cancellation(self, task: Task) -> None:
+        asked = [line["us"] for line in task.seen("cancel.invoke")]
+        for move in task.moves:
+            if move["new"] != "cancelled" or move["old"] == "cancelled":
+                continue
+            if move["kind"] == "Expired":
+                if move["expires_at"] is None or move["now"] < move["expires_at"]:
+                    self._say("I5", "it expired before its time", task)
+            elif not asked or asked[0] > move["us"] + CLOCK_SLACK_US:
+                self._say("I5", "it was cancelled and nobody had asked for it", task)
 
     def _check_counts(self, task: Task) -> None:
         releases = 0
@@ -412,16 +473,12 @@ class Checker:
             if move["old"] != "running":
                 continue
             if move["new"] == "completed" and move["result_lease"] != move["old_lease"]:
-                self._say(
-                    "I7",
-                    f"lease {move['old_lease']} recorded a result of {move['result_lease']}",
-                    task,
-                )
+                other = move["result_lease"]
+                self._say("I7", f"lease {move['old_lease']} recorded a result of {other}", task)
             named = re.search(r"lease=([0-9a-f-]{36})", move["message"] or "")
             if named and move["new"] != "completed" and named[1] != move["old_lease"]:
-                self._say(
-                    "I7", f"lease {move['old_lease']} recorded the failure of {named[1]}", task
-                )
+                other = named[1]
+                self._say("I7", f"lease {move['old_lease']} recorded the failure of {other}", task)
         row, submission = task.row, task.submission
         if row is None or submission is None:
             return
@@ -429,7 +486,6 @@ class Checker:
             if row["has_result"]:
                 self._say("I7", f"it is {row['state']} and has a result", task)
             return
-        payload = submission["body"]["payload"]
         if row["result_digest"] != submission["digest"]:
             self._say("I7", "its result is not that of its payload", task)
         if row["result_submission"] != submission["n"]:
@@ -438,7 +494,7 @@ class Checker:
             self._say("I7", "its result is not that of its last attempt", task)
         if task.recipe == "big" and row["result_blob"] != 200_000:
             self._say("I7", f"its result was cut to {row['result_blob']}", task)
-        if row["attempt"] <= payload.get("times", 0) or task.recipe in ("doom", "exit", "stubborn"):
+        if row["attempt"] <= submission["times"] or task.recipe in ("doom", "exit", "stubborn"):
             self._say("I7", f"a task that must fail ({task.recipe}) completed", task)
 
     def _check_end(self) -> None:
@@ -449,10 +505,12 @@ class Checker:
         for line in self.h.kinds["process.ended"]:
             if line["final"] and line["status"] != 0:
                 self._say("I13", f"{line['who']} was asked to stop and ended with {line['status']}")
-        for fault in self.h.faults:
-            if fault["kind"] == "terminate" and fault["what"] == "fault.end":
-                if fault["evidence"] and not fault["detail"].endswith("with 0"):
-                    self._say("I13", f"{fault['target']} on SIGTERM: {fault['detail']}")
+            if not line["asked"]:
+                self._say("I13", f"{line['who']} ended unasked, with {line['status']}")
+        for fault in self.h.kinds["fault.end"]:
+            is_known = fault["kind"] == "terminate" and fault["evidence"]
+            if is_known and not fault["detail"].endswith("with 0"):
+                self._say("I13", f"{fault['target']} on SIGTERM: {fault['detail']}")
 
     def _check_reads(self, task: Task) -> None:
         latest: tuple[int, int, int] = (0, 0, 0)
@@ -469,19 +527,18 @@ class Checker:
 
     def _check_logs(self, task: Task) -> None:
         left = {(m["old_attempt"], m["new"]) for m in task.moves if m["old"] == "running"}
+        lost = {m["old_attempt"] for m in task.moves if m["kind"] == "WorkerLost"}
         for line in task.logs:
-            if line.get("event") == "attempt.settled":
+            if line["event"] == "attempt.void":
+                self.fenced += line["attempt"] in lost
+            else:
                 may_be = {(line["attempt"], new) for new in SETTLED_AS[line["outcome"]]}
                 if not may_be & left:
-                    self._say(
-                        "I15",
-                        f"{line['who']} reports attempt {line['attempt']} as {line['outcome']}, "
-                        "the database does not",
-                        task,
-                    )
+                    told = f"attempt {line['attempt']} as {line['outcome']}"
+                    self._say("I15", f"{line['who']} reports {told}, the database does not", task)
 
 
-def shortcomings(h: Histories) -> list[str]:
+def shortcomings(h: Histories, *, completed: int, fenced: int) -> list[str]:
     """
     Why this run proves nothing; empty if it proves something.
     """
@@ -489,105 +546,50 @@ def shortcomings(h: Histories) -> list[str]:
     ended = {phase["phase"] for phase in h.kinds["phase"]} >= {"stopping"} and h.kinds["drained"]
     facts = {
         **{f"fault {kind} never bit": kind not in bit for kind in h.plan["kinds"]},
-        "no task was accepted": not h.kinds["submit.ok"],
-        "the database recorded nothing": not h.kinds["db.submit"],
-        "no task completed": not any(m["new"] == "completed" for m in h.kinds["db.move"]),
-        "no zombie was fenced": "pause" in h.plan["kinds"] and not fenced(h),
+        "no task was accepted": not h.counts["submit.ok"],
+        "the database recorded nothing": not h.counts["db.submit"],
+        "no task completed": not completed,
+        "no zombie was fenced": "pause" in h.plan["kinds"] and not fenced,
         "the run did not come to its end": not ended,
     }
     return [reason for reason, is_so in facts.items() if is_so]
 
 
-def fenced(h: Histories) -> int:
-    """
-    How many attempts ended without their lease: what they came to was not recorded.
-    """
-    return sum(
-        line.get("event") == "attempt.void" for task in h.tasks.values() for line in task.logs
-    )
-
-
-def timeline(h: Histories, id: str) -> list[str]:
-    """
-    Everything that was seen of one task, by all, in one order; a line each.
-    """
-    task = h.task(id)
-    told: list[tuple[int, str, str]] = []
-    if task.submission is not None:
-        told.append((task.submission["us"], "client", f"submits a {task.recipe} task"))
-    for line in task.seen("submit.ok", "cancel.", "redrive."):
-        fact = line["what"].replace(".", " ") + (f" {line['state']}" if line.get("state") else "")
-        told.append((line["us"], "client", fact))
-    for line in task.seen("read"):
-        told.append((line["us"], "client", f"reads {line['state']} attempt {line['attempt']}"))
-    for line in task.history:
-        told.append((line["us"], "database", _move_in_words(line)))
-    for line in task.seen("start", "end"):
-        how = line.get("how", "starts")
-        told.append((line["us"], f"handler {line['pid']}", f"{how}, lease {_short(line['lease'])}"))
-    if told:
-        first, last = min(told)[0], max(told)[0]
-        for line in h.faults:
-            if first - 5e6 < line["us"] < last + 1e6:
-                fact = f"{line['kind']} {line['target']}: {line.get('detail', 'begins')}"
-                told.append((line["us"], "nemesis", fact))
-        for worker in {m["worker"] for m in task.moves} - {None}:
-            for line in h.workers[worker]:
-                if line["what"] != "db.heartbeat":
-                    word = line["what"].removeprefix("db.")
-                    told.append((line["us"], "database", f"worker {_short(worker)} {word}"))
-    return [f"{(at - h.origin) / 1e6:10.3f} s  {who:<16} {fact}" for at, who, fact in sorted(told)]
-
-
-def _move_in_words(line: Line) -> str:
-    if line["what"] == "db.submit":
-        return "stored as pending"
-    words = f"{line['old']} → {line['new']}, attempt {line['attempt']}"
-    words += f", {line['failures']} failures, generation {line['generation']}"
-    if line["lease"]:
-        words += f", lease {_short(line['lease'])} of worker {_short(line['worker'])}"
-    if line["new"] == "completed":
-        words += f", result of lease {_short(line['result_lease'])}"
-    return words + (f", {line['kind']}" if line["kind"] else "")
-
-
-def _short(id: str | None) -> str:
-    return id[:8] if id else "none"
-
-
 @dataclass
 class Verdict:
     """
-    What the checker has to say. `status` is its exit status.
+    What the checker has to say.
+
+    Attributes:
+        status: Its exit status.
+        fenced: How many attempts lost their lease while they ran, and recorded nothing.
     """
 
     status: int
     violations: list[Violation]
     shortcomings: list[str]
-    timelines: dict[str, list[str]]
+    fenced: int
 
 
-def judge(folder: Path) -> Verdict:
+def judge(
+    histories: Histories, look: Callable[[Task, list[Violation]], None] = lambda task, wrong: None
+) -> Verdict:
     """
-    Read a run's folder and judge it.
+    Judge a run. Its histories can be read only once; whoever wants to see the tasks too, looks on.
     """
-    histories = Histories(folder)
-    violations = Checker(histories).run()
-    reasons = shortcomings(histories)
+    checker = Checker(histories)
+    violations = checker.run(look)
+    reasons = shortcomings(histories, completed=checker.completed, fenced=checker.fenced)
     status = VIOLATED if violations else INVALID if reasons else PASSED
-    firsts = {v.invariant: v.task for v in reversed(violations) if v.task}
-    examples = [*dict.fromkeys(firsts[i] for i in INVARIANTS if i in firsts)][:EXAMPLES_MAX]
-    return Verdict(status, violations, reasons, {id: timeline(histories, id) for id in examples})
+    return Verdict(status, violations, reasons, checker.fenced)
 
 
 def main() -> int:
     """
     Print the verdict on the folder that the first argument names.
     """
-    verdict = judge(Path(sys.argv[1]))
+    verdict = judge(Histories(Path(sys.argv[1])))
     told = [f"{v.invariant} {v.fact} {v.task or ''}" for v in verdict.violations]
-    for task, lines in verdict.timelines.items():
-        told += ["", f"Task {task}", *lines]
     sys.stdout.write("\n".join([*told, *verdict.shortcomings, VERDICTS[verdict.status], ""]))
     return verdict.status
 

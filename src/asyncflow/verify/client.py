@@ -2,8 +2,9 @@
 Clients: they submit, cancel, redrive and read over HTTP, and write down what they were told.
 
 Every operation is an *invoke* and later one of *ok*, *fail* (refused: it did not happen) and
-*info* (nobody knows). A submission of unknown outcome is made again, under another number: both
-may be stored, and the checker must find each at most once.
+*info* (nobody knows). A submission of unknown outcome is made again under another number, as a
+client without an idempotency key must do it: both may be stored, and the checker must find each
+at most once, and a batch whole or not at all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from asyncflow.verify.history import History
@@ -21,7 +23,10 @@ from asyncflow.verify.workload import Planned, Workload
 
 TIMEOUT_SECONDS = 5.0
 RETRY_SECONDS = (0.1, 0.5)
+TRIES_MAX = 3
 FOLLOW_TRIES_MAX = 5
+IN_FLIGHT_MAX = 400
+"""Requests that submit. An API that hangs keeps half of them; the others go on."""
 
 Json = dict[str, Any]
 
@@ -34,29 +39,19 @@ class Unanswered(Exception):
 
 class Clients:
     """
-    A number of clients side by side, together submitting `rate` tasks per second.
+    Many clients side by side, together submitting `rate` tasks per second.
     """
 
     def __init__(
-        self,
-        ports: Sequence[int],
-        workload: Workload,
-        history: History,
-        *,
-        seed: int,
-        rate: float,
-        sessions: int = 8,
+        self, ports: Sequence[int], workload: Workload, history: History, *, seed: int, rate: float
     ) -> None:
         self._ports = itertools.cycle(ports)
         self._workload = workload
         self._history = history
         self._chance = random.Random(f"clients {seed}")
-        self._pause = sessions / rate
-        self._sessions = sessions
+        self._rate = rate
         self._stopped = asyncio.Event()
-        self._following: set[asyncio.Task[None]] = set()
-        self.accepted = 0
-        self.unknown = 0
+        self._room = asyncio.Semaphore(IN_FLIGHT_MAX)
 
     def stop(self) -> None:
         """
@@ -68,43 +63,70 @@ class Clients:
         """
         Submit until stopped, and return when every follow-up is done.
         """
-        await asyncio.gather(*(self._submit_on_and_on() for _ in range(self._sessions)))
-        while self._following:
-            await asyncio.wait(self._following)
+        async with asyncio.TaskGroup() as group:
+            due = time.monotonic()
+            while not self._stopped.is_set():
+                call = self._workload.next_call()
+                # What could not be submitted in time is not made up for: no herd after an outage.
+                wait = self._chance.expovariate(self._rate / len(call))
+                due = max(due + wait, time.monotonic() - 1)
+                await self._rest(due - time.monotonic())
+                await self._room.acquire()
+                group.create_task(self._submit(call, group))
 
-    async def _submit_on_and_on(self) -> None:
-        due = time.monotonic()
-        while not self._stopped.is_set():
-            # What could not be submitted in time is not made up for: no herd after an outage.
-            due = max(due + self._chance.expovariate(1 / self._pause), time.monotonic() - 1)
-            await self._rest(due - time.monotonic())
-            await self._submit(self._workload.next())
+    async def _submit(self, call: list[Planned], group: asyncio.TaskGroup) -> None:
+        try:
+            for _ in range(TRIES_MAX):
+                if await self._is_answered(call, group):
+                    return
+                await self._rest(self._chance.uniform(*RETRY_SECONDS))
+                if self._stopped.is_set():
+                    return
+                call = self._workload.again(call)
+        finally:
+            self._room.release()
 
-    async def _submit(self, planned: Planned) -> None:
-        number = planned.number
-        self._history.write(
+    async def _is_answered(self, call: list[Planned], group: asyncio.TaskGroup) -> bool:
+        batch = {"batch": call[0].number} if len(call) > 1 else {}
+        self._history.write_all(
             "submit.invoke",
-            n=number,
-            recipe=planned.recipe,
-            digest=planned.digest,
-            body={**planned.body, "payload": {**planned.body["payload"], "pad": "…"}},
+            [
+                {
+                    "n": planned.number,
+                    "recipe": planned.recipe,
+                    "digest": planned.digest,
+                    "times": planned.body["payload"].get("times", 0),
+                    **batch,
+                }
+                for planned in call
+            ],
         )
         try:
-            status, answer = await self._request("POST", "/tasks", planned.body)
+            status, answer = await self._post([_body(planned) for planned in call])
         except Unanswered as error:
             status, answer = 0, {"detail": str(error)}
         if status == 202:
-            self.accepted += 1
-            self._history.write("submit.ok", n=number, task=answer["id"])
-            self._follow(planned, answer["id"])
-        elif 400 <= status < 500:
-            self._history.write("submit.fail", n=number, status=status, detail=answer)
-        else:
-            self.unknown += 1
-            self._history.write("submit.info", n=number, status=status, detail=answer)
-            await self._rest(self._chance.uniform(*RETRY_SECONDS))
+            tasks = [task["id"] for task in (answer["tasks"] if batch else [answer])]
+            pairs = list(zip(call, tasks, strict=True))
+            self._history.write_all("submit.ok", [{"n": p.number, "task": t} for p, t in pairs])
+            for planned, task in pairs:
+                for step in self._follow_up(planned, task):
+                    group.create_task(step)
+            return True
+        is_refused = 400 <= status < 500
+        told = {"status": status, "detail": str(answer.get("detail", answer))[:200], **batch}
+        self._history.write_all(
+            "submit.fail" if is_refused else "submit.info",
+            [{"n": planned.number, **told} for planned in call],
+        )
+        return is_refused
 
-    def _follow(self, planned: Planned, task: str) -> None:
+    async def _post(self, bodies: list[Json]) -> tuple[int, Json]:
+        if len(bodies) == 1:
+            return await self._request("POST", "/tasks", bodies[0])
+        return await self._request("POST", "/tasks/batch", {"tasks": bodies})
+
+    def _follow_up(self, planned: Planned, task: str) -> list[Coroutine[Any, Any, None]]:
         steps = []
         if planned.cancel_after is not None:
             steps.append(self._steer(task, "cancel", planned.cancel_after))
@@ -112,10 +134,7 @@ class Clients:
             steps.append(self._steer(task, "redrive", planned.redrive_after))
         if planned.reads:
             steps.append(self._read_on_and_on(task, planned.reads))
-        for step in steps:
-            following = asyncio.get_running_loop().create_task(step)
-            self._following.add(following)
-            following.add_done_callback(self._following.discard)
+        return steps
 
     async def _steer(self, task: str, verb: str, after: float) -> None:
         await asyncio.sleep(after)
@@ -164,6 +183,13 @@ class Clients:
                     await self._stopped.wait()
             except TimeoutError:
                 pass
+
+
+def _body(planned: Planned) -> Json:
+    if planned.expires_after is None:
+        return planned.body
+    expires_at = datetime.now(UTC) + timedelta(seconds=planned.expires_after)
+    return {**planned.body, "expires_at": expires_at.isoformat()}
 
 
 async def request(port: int, method: str, path: str, body: Json | None = None) -> tuple[int, Json]:

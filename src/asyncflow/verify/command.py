@@ -4,7 +4,6 @@ The command `asyncflow verify`.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from asyncflow.verify.run import Plan
 
 MINUTES_MIN, MINUTES_MAX = 0.05, 600.0
+RATE_MIN, RATE_MAX = 1.0, 5_000.0
 INVALID = 3
 MUTANT_DRAIN_SECONDS = 6.0
 
@@ -42,16 +42,26 @@ MUTANT_DRAIN_SECONDS = 6.0
 @click.option(
     "--calm",
     type=click.FloatRange(0, 600),
-    help="Seconds before the first fault; by default until a dead worker can be told.",
+    default=2.0,
+    show_default=True,
+    help="Seconds before the first fault.",
 )
-@click.option("--broker-url", metavar="URL", help="A RabbitMQ to use instead of starting one.")
-@click.option("--management-url", metavar="URL", help="Where its management plugin answers.")
+@click.option(
+    "--broker-url",
+    metavar="URL",
+    help="A RabbitMQ to use, amqp://user:password@host:port; otherwise rabbitmq-server is started.",
+)
+@click.option(
+    "--management-url",
+    metavar="URL",
+    help="Where its management plugin answers; port 15672 of the same host if left out.",
+)
 @click.option(
     "--rate",
-    type=click.FloatRange(1, 1_000),
+    type=click.FloatRange(RATE_MIN, RATE_MAX),
     default=100.0,
     show_default=True,
-    help="Submissions per second.",
+    help="Tasks to submit per second; many come in batches.",
 )
 @click.option("--faults", metavar="KIND,…", help="Only these kinds; `none` for none.")
 @click.option("--mutant", metavar="NAME", help="Plant a known bug, to see that it is found.")
@@ -62,7 +72,7 @@ def verify(
     minutes: float,
     seed: int | None,
     engine: str | None,
-    calm: float | None,
+    calm: float,
     broker_url: str | None,
     management_url: str | None,
     rate: float,
@@ -77,27 +87,28 @@ def verify(
     """
     from asyncflow.verify.run import Plan
 
+    if engine == "postgres" and broker_url is not None:
+        raise click.BadParameter("it goes with --engine rabbitmq", param_hint="--broker-url")
     plan = Plan(
         folder=_new_folder(output),
         seed=time.time_ns() % 1_000_000 if seed is None else seed,
         seconds=60 * minutes,
-        engine="postgres" if broker_url is None else "rabbitmq",
+        engine=engine or ("postgres" if broker_url is None else "rabbitmq"),
+        calm_seconds=calm,
         rate=rate,
         kinds=_kinds(faults),
         mutant=mutant,
         broker_url=broker_url,
         management_url=management_url,
     )
-    if engine is not None:
-        plan = replace(plan, engine=engine)
     if mutant is not None:
         plan = _as_needed_for(mutant, plan)
-    if calm is not None:
-        plan = replace(plan, calm_seconds=calm)
     sys.exit(_carried_out(plan))
 
 
 def _carried_out(plan: Plan) -> int:
+    import uvloop
+
     from asyncflow.verify import report
     from asyncflow.verify.broker import NoBroker
     from asyncflow.verify.run import run
@@ -106,7 +117,7 @@ def _carried_out(plan: Plan) -> int:
         f"Seed {plan.seed}, {plan.seconds:g} s of faults; histories in {plan.folder}", err=True
     )
     try:
-        asyncio.run(run(plan))
+        uvloop.run(run(plan))
         verdict, text = report.write(plan.folder)
     except (EmbeddedDatabaseError, NoBroker):
         raise
@@ -153,6 +164,5 @@ def _as_needed_for(name: str, plan: Plan) -> Plan:
         kinds=mutant.faults if plan.kinds is None else plan.kinds,
         seconds=mutant.seconds,
         engine="rabbitmq" if mutant.engine == "rabbitmq" else plan.engine,
-        calm_seconds=plan.calm_seconds if mutant.needs_reaper else 0.0,
         drain_seconds=MUTANT_DRAIN_SECONDS,
     )

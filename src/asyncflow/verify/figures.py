@@ -4,104 +4,197 @@ What a run counted and how long it took to recover, for people. The verdict is `
 
 from __future__ import annotations
 
-import itertools
+from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from statistics import median, quantiles
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
 
-from asyncflow.verify.checker import Histories, Line, Task, fenced
+from asyncflow.verify.checker import Histories, Line, Task
 
-RECOVERY_SECONDS_MAX = 30.0
+STRIKES = ("kill", "kill-worker", "pause", "cut-off", "hold-postgres")
+"""Faults that can cost a worker its leases."""
+
+OUTAGES = ("postgres-crash", "terminate-backends")
+OUTAGE_US_AFTERWARDS = 2_000_000
+"""So long after PostgreSQL is up again, processes may still be on their way back to it."""
+
+LAST_BEAT_US_MAX = 500_000
+"""A heartbeat that was on its way at the moment of a strike may arrive so much later."""
 
 
-def figures(h: Histories) -> Line:
+@dataclass(frozen=True, slots=True)
+class Span:
     """
-    The counts and times of a run.
+    A fault, from its beginning to its end.
     """
-    answers = Counter(answer["what"] for answer in h.answers.values())
-    stored = {t.row["submission"] for t in h.tasks.values() if t.row}
-    unknown = [n for n, a in h.answers.items() if a["what"] == "submit.info"]
-    accepted = [n for n, a in h.answers.items() if a["what"] == "submit.ok"]
-    idle = [line["idle"] for line in h.kinds["cpu"]]
-    return {
-        "submitted": len(h.invokes),
-        "accepted": len(accepted),
-        "refused": answers["submit.fail"],
-        "unknown": len(unknown),
-        "recovered": sum(n in stored for n in unknown),
-        "lost": sum(n not in stored for n in accepted),
-        "states": dict(Counter(t.row["state"] for t in h.tasks.values() if t.row)),
-        "executions": len(h.kinds["start"]),
-        "duplicates": sum(_duplicates(task) for task in h.tasks.values()),
-        "fenced": fenced(h),
-        "workers_lost": sum(
-            any(line["what"] == "db.lost" for line in lines) for lines in h.workers.values()
-        ),
-        "leases_reaped": sum(
-            m["kind"] == "WorkerLost" and m["old"] == "running"
-            for task in h.tasks.values()
-            for m in task.moves
-        ),
-        "idle_share": round(median(idle), 2) if idle else None,
-        "faults": _fault_figures(h),
-    }
+
+    kind: str
+    pid: int | None
+    begin: int
+    end: int
 
 
-def _duplicates(task: Task) -> int:
+class Figures:
     """
-    How many of its executions came to nothing, because their lease was lost or given back.
+    Counts while the checker goes through the tasks.
     """
-    started = {start["lease"] for start in task.seen("start")}
-    return sum(
-        move["old_lease"] in started
-        for move in task.moves
-        if move["old"] == "running"
-        and move["new"] == "pending"
-        and (move["kind"] == "WorkerLost" or move["failures"] == move["old_failures"])
-    )
+
+    def __init__(self, histories: Histories) -> None:
+        self._h = histories
+        self._states: Counter[str] = Counter()
+        self._lost = 0
+        self._stored_unknown = 0
+        self._duplicates = 0
+        self._reaped = 0
+        self._completions = array("q")
+        self._reruns: dict[tuple[str, bool], list[tuple[float, float]]] = defaultdict(list)
+        self._spans = [
+            Span(f["kind"], f["pid"], f["us"] - int(f["seconds"] * 1e6), f["us"])
+            for f in histories.kinds["fault.end"]
+        ]
+        self._outages = [
+            (span.begin, span.end + OUTAGE_US_AFTERWARDS)
+            for span in self._spans
+            if span.kind in OUTAGES
+        ]
+        self._strikes = {
+            worker: strike
+            for worker, lines in histories.workers.items()
+            if (strike := self._strike(lines)) is not None
+        }
+
+    def look(self, task: Task) -> None:
+        """
+        Take a task into account.
+        """
+        self._count(task)
+        started = {start["lease"] for start in task.seen("start")}
+        for number, move in enumerate(task.moves):
+            if move["new"] == "completed":
+                self._completions.append(move["us"])
+            if move["old"] != "running" or move["new"] == "running":
+                continue
+            is_reaped = move["kind"] == "WorkerLost"
+            self._reaped += is_reaped
+            if move["new"] == "pending" and move["old_lease"] in started:
+                # Its execution came to nothing: the lease was lost, or given back.
+                self._duplicates += is_reaped or move["failures"] == move["old_failures"]
+            if is_reaped:
+                self._note_rerun(move, task.moves[number + 1 :])
+
+    def _count(self, task: Task) -> None:
+        if task.row is None:
+            self._lost += bool(task.seen("submit.ok"))
+            return
+        self._states[task.row["state"]] += 1
+        unanswered = self._h.unanswered.get(task.row["submission"] or -1)
+        self._stored_unknown += unanswered is not None and unanswered["what"] == "submit.info"
+
+    def _strike(self, lines: Sequence[Line]) -> Span | None:
+        """
+        The fault that ended a worker: the last one on its process, if it never beat afterwards.
+        """
+        beats = [line["us"] for line in lines if line["what"] == "db.heartbeat"]
+        lost = [line["us"] for line in lines if line["what"] == "db.lost"]
+        if not beats or not lost:
+            return None
+        pid = int(lines[0]["name"].rpartition(":")[2])
+        strikes = [
+            span
+            for span in self._spans
+            if span.kind in STRIKES and span.pid == pid and span.begin < lost[0]
+        ]
+        last = max(strikes, key=lambda span: span.begin, default=None)
+        return last if last and beats[-1] < last.begin + LAST_BEAT_US_MAX else None
+
+    def _note_rerun(self, reaped: Line, later: Sequence[Line]) -> None:
+        strike = self._strikes.get(reaped["old_worker"])
+        claim = next((move for move in later if move["new"] == "running"), None)
+        # A task that has failed before has to wait, whoever ran it.
+        is_due_at_once = reaped["run_at"] <= reaped["now"]
+        if strike is None or claim is None or not is_due_at_once:
+            return
+        in_outage = any(begin < claim["us"] and strike.begin < end for begin, end in self._outages)
+        freed, begun = ((move["us"] - strike.begin) / 1e6 for move in (reaped, claim))
+        self._reruns[strike.kind, in_outage].append((freed, begun))
+
+    def result(self, *, fenced: int) -> Line:
+        """
+        The counts and times of the run, once every task has been looked at.
+
+        Args:
+            fenced: As the checker has counted them.
+        """
+        h = self._h
+        idle = [line["idle"] for line in h.kinds["cpu"]]
+        moves = h.counts["db.submit"] + h.counts["db.move"]
+        return {
+            "submitted": h.counts["submit.invoke"],
+            "accepted": h.counts["submit.ok"],
+            "refused": h.counts["submit.fail"],
+            "unknown": h.counts["submit.info"],
+            "recovered": self._stored_unknown,
+            "lost": self._lost,
+            "states": dict(self._states),
+            "transitions": moves,
+            "executions": h.counts["start"],
+            "duplicates": self._duplicates,
+            "fenced": fenced,
+            "workers_lost": sum(
+                any(line["what"] == "db.lost" for line in lines) for lines in h.workers.values()
+            ),
+            "leases_reaped": self._reaped,
+            "accepted_per_second": self._accepted_per_second(),
+            "idle_share": round(median(idle), 2) if idle else None,
+            "faults": self._faults(),
+            "reruns": [
+                {
+                    "kind": kind,
+                    "in_outage": in_outage,
+                    "tasks": len(waits),
+                    "freed": _spread([freed for freed, _ in waits]),
+                    "begun": _spread([begun for _, begun in waits]),
+                }
+                for (kind, in_outage), waits in sorted(self._reruns.items())
+            ],
+            "drain_seconds": self._seconds_between("healed", "stopping"),
+        }
+
+    def _accepted_per_second(self) -> float | None:
+        seconds = self._seconds_between("calm", "healed")
+        return round(self._h.counts["submit.ok"] / seconds, 1) if seconds else None
+
+    def _seconds_between(self, one: str, other: str) -> float | None:
+        phases = {line["phase"]: int(line["us"]) for line in self._h.kinds["phase"]}
+        if not {one, other} <= phases.keys():
+            return None
+        return round((phases[other] - phases[one]) / 1e6, 1)
+
+    def _faults(self) -> dict[str, Line]:
+        """
+        Per kind: how often, how often it bit, and how long after its end a task completed.
+        """
+        completions = sorted(self._completions)
+        kinds: dict[str, Line] = {}
+        waits: dict[str, list[float]] = defaultdict(list)
+        for line in self._h.kinds["fault.end"]:
+            found = kinds.setdefault(line["kind"], {"times": 0, "bit": 0})
+            found["times"] += 1
+            found["bit"] += bool(line["evidence"])
+            following = bisect_right(completions, line["us"])
+            for at in completions[following : following + 1]:
+                waits[line["kind"]].append((at - line["us"]) / 1e6)
+        return {kind: found | _spread(waits[kind]) for kind, found in sorted(kinds.items())}
 
 
-def _fault_figures(h: Histories) -> dict[str, Line]:
+def _spread(seconds: Sequence[float]) -> Line:
     """
-    Per kind: how often, how often it bit, and how long after its end tasks completed again; for
-    those that end a worker's leases, how long after its beginning its tasks were claimed anew.
+    The middle, the 99th percentile and the maximum; nothing of nothing.
     """
-    completions = sorted(m["us"] for m in h.kinds["db.move"] if m["new"] == "completed")
-    kinds: dict[str, Line] = {}
-    begun: dict[tuple[str, str], int] = {}
-    recovery: dict[str, list[float]] = defaultdict(list)
-    for line in h.faults:
-        kind, key = line["kind"], (line["kind"], line["target"])
-        if line["what"] == "fault.start":
-            begun[key] = line["us"]
-            continue
-        found = kinds.setdefault(kind, {"times": 0, "bit": 0})
-        found["times"] += 1
-        found["bit"] += bool(line["evidence"])
-        if kind in ("kill-worker", "pause"):
-            recovery[kind] += _reruns(h, begun[key], line["us"])
-        else:
-            next_one = completions[bisect_right(completions, line["us"]) :][:1]
-            recovery[kind] += [(at - line["us"]) / 1e6 for at in next_one]
-    for kind, seconds in recovery.items():
-        if len(seconds) > 1:
-            cuts = quantiles(seconds, n=100, method="inclusive")
-            kinds[kind] |= {"p50_seconds": round(cuts[49], 2), "p99_seconds": round(cuts[98], 2)}
-        elif seconds:
-            kinds[kind] |= {"p50_seconds": round(seconds[0], 2)}
-    return dict(sorted(kinds.items()))
-
-
-def _reruns(h: Histories, begin: int, end: int) -> list[float]:
-    seconds = []
-    for task in h.tasks.values():
-        moves = task.moves
-        for reaped, after in itertools.pairwise(moves):
-            taken = reaped["kind"] == "WorkerLost" and reaped["old"] == "running"
-            if taken and begin < reaped["us"] < end + RECOVERY_SECONDS_MAX * 1e6:
-                claim = next(
-                    (m for m in moves[moves.index(after) :] if m["new"] == "running"), None
-                )
-                if claim is not None:
-                    seconds.append((claim["us"] - begin) / 1e6)
-    return seconds
+    if not seconds:
+        return {}
+    ranked = sorted(seconds)
+    ranks = {"p50": len(ranked) // 2, "p99": len(ranked) * 99 // 100, "max": len(ranked) - 1}
+    return {f"{name}_seconds": round(ranked[rank], 2) for name, rank in ranks.items()}

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from asyncflow.settings import PREFIX
 from asyncflow.supervisor import CHILD_OPTION
+from asyncflow.verify.clock import Clock
 from asyncflow.verify.history import History
+from asyncflow.verify.process import RIGHT
 from asyncflow.verify.proxy import Proxy
 
 RESTART_SECONDS = 0.3
@@ -30,6 +32,7 @@ class Member:
     Attributes:
         role: api, worker or maintenance.
         wires: To `postgres` and, with a broker, to `broker`.
+        clock: What it reads as the time of day, if that can go wrong.
         process: The one that runs now, or ran last.
         asked: Whether somebody of ours ended it, so that its end is no surprise.
     """
@@ -39,6 +42,7 @@ class Member:
     arguments: list[str]
     environment: dict[str, str]
     wires: dict[str, Proxy] = field(default_factory=dict)
+    clock: Clock | None = None
     process: asyncio.subprocess.Process | None = None
     asked: bool = False
 
@@ -66,6 +70,7 @@ class Fleet:
         folder: Where they run; logs go to its `logs`, histories to its `history`.
         settings: For every process, by the names of `Settings`.
         mutant: A known bug for every process; None is AsyncFlow as it is.
+        clocks: A folder for clocks that can be made wrong; None leaves all of them right.
     """
 
     def __init__(
@@ -75,12 +80,14 @@ class Fleet:
         *,
         settings: Mapping[str, object],
         mutant: str | None,
+        clocks: Path | None,
     ) -> None:
         self.members: list[Member] = []
         self._folder = folder
         self._history = history
         self._settings = {f"{PREFIX}{k.upper()}": str(v) for k, v in settings.items()}
         self._mutant = mutant
+        self._clocks = clocks
         self._keeping: list[asyncio.Task[None]] = []
         self._stopping = False
 
@@ -92,6 +99,8 @@ class Fleet:
         """
         given = {f"{PREFIX}{k.upper()}": str(v) for k, v in settings.items()}
         member = Member(name, arguments[0], [*arguments], {**self._settings, **given}, wires)
+        if self._clocks is not None:
+            member.clock = Clock(self._clocks / name)
         self.members.append(member)
         return member
 
@@ -156,8 +165,9 @@ class Fleet:
 
     async def _run(self, member: Member) -> asyncio.subprocess.Process:
         program = ["asyncflow"]
-        if self._mutant is not None:
-            program = ["asyncflow.verify.process", self._mutant]
+        if member.clock is not None or self._mutant is not None:
+            clock = RIGHT if member.clock is None else str(member.clock.file)
+            program = ["asyncflow.verify.process", clock, self._mutant or RIGHT]
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
         with (self._folder / "logs" / f"{member.name}.log").open("ab") as log:
             return await asyncio.create_subprocess_exec(

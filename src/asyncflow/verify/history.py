@@ -1,7 +1,7 @@
 """
 What one process saw, as a file of JSON lines.
 
-A line is written by one `write` to a file opened for appending, so that a process killed in the
+Lines are written by one `write` to a file opened for appending, so that a process killed in the
 middle of its work leaves whole lines, and several may share a file. Nothing here goes through
 the system under test.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
@@ -26,8 +27,15 @@ class History:
         """
         Add one line; `t` is the monotonic clock in nanoseconds.
         """
-        line = {"t": time.monotonic_ns(), "what": what, **fields}
-        os.write(self._file, json.dumps(line).encode() + b"\n")
+        self.write_all(what, [fields])
+
+    def write_all(self, what: str, lines: Iterable[Mapping[str, object]]) -> None:
+        """
+        Add lines about things of one kind that happened at the same moment.
+        """
+        head = {"what": what, "t": time.monotonic_ns()}
+        text = "".join(json.dumps({**head, **fields}) + "\n" for fields in lines)
+        os.write(self._file, text.encode())
 
     def close(self) -> None:
         """

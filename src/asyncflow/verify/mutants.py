@@ -9,6 +9,7 @@ AsyncFlow itself knows that they exist.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,7 +45,6 @@ class Mutant:
     faults: tuple[str, ...] = ()
     seconds: float = 12.0
     engine: str = "postgres"
-    needs_reaper: bool = False
 
 
 MUTANTS: dict[str, Mutant] = {}
@@ -88,7 +88,6 @@ def _leave_out_the_fence(*events: Event) -> None:
     "A worker settles without naming its lease.",
     faults=("cut-off",),
     seconds=12.0,
-    needs_reaper=True,
 )
 def _settle_without_lease() -> None:
     _leave_out_the_fence(Event.COMPLETE, Event.FAIL, Event.CANCEL)
@@ -126,7 +125,6 @@ def _fence_forgotten() -> None:
     "The reaper acts late on what it saw, by id alone.",
     faults=("kill-worker",),
     seconds=15.0,
-    needs_reaper=True,
 )
 def _reaper_by_id() -> None:
     original = upkeep.lost_leases
@@ -141,7 +139,7 @@ def _reaper_by_id() -> None:
     _leave_out_the_fence(Event.FAIL, Event.RETRY)
 
 
-@_mutant("The reaper gives up workers whose last heartbeat is young.", needs_reaper=True)
+@_mutant("The reaper gives up workers whose last heartbeat is young.")
 def _reaper_impatient() -> None:
     workers.MARK_LOST = _instead_of(
         "w.lease_seconds * interval", "0.3 * w.heartbeat_seconds * interval", workers.MARK_LOST
@@ -189,6 +187,27 @@ def _early_claim() -> None:
     claims.CLAIM_DUE = _without(claims.CLAIM_DUE, "AND t.run_at <= now()")
 
 
+@_mutant(
+    "A worker goes by its own clock to tell which tasks are due.",
+    faults=("clock-jump",),
+    seconds=30.0,
+)
+def _due_by_own_clock() -> None:
+    original, statement = claims.claim_due, claims.CLAIM_DUE
+
+    async def claim_due(db: Executor, **more: Any) -> Any:
+        now = f"to_timestamp({time.time()})"
+        claims.CLAIM_DUE = _instead_of("t.run_at <= now()", f"t.run_at <= {now}", statement)
+        return await original(db, **more)
+
+    claims.claim_due = claim_due
+
+
+@_mutant("What may expire is cancelled before its time.", seconds=5.0)
+def _expired_early() -> None:
+    upkeep.EXPIRE = _instead_of("t.expires_at <= now()", "t.expires_at IS NOT NULL", upkeep.EXPIRE)
+
+
 @_mutant("A cancellation does not look at the state of the task.", seconds=5.0)
 def _cancel_overwrites() -> None:
     guard = "AND t.state IN ('pending', 'queued')"
@@ -225,6 +244,24 @@ def _submit_believed() -> None:
     store_tasks.submit = submit
 
 
+@_mutant(
+    "The API stores a batch in two transactions.",
+    faults=("postgres-crash",),
+    seconds=8.0,
+)
+def _batch_in_halves() -> None:
+    original = store_tasks.submit
+
+    async def submit(db: Executor, tasks: Sequence[Any]) -> list[store_tasks.Submitted]:
+        half = len(tasks) // 2
+        submitted = await original(db, tasks[:half])
+        if half:
+            await asyncio.sleep(0.2)
+        return submitted + await original(db, tasks[half:])
+
+    store_tasks.submit = submit
+
+
 # RabbitMQ
 
 
@@ -240,7 +277,11 @@ def _hints_not_reconciled() -> None:
     admission.unqueue_lost = unqueue_lost
 
 
-@_mutant("A worker runs what a message names, whatever its state.", engine="rabbitmq")
+@_mutant(
+    "A worker runs what a message names, whatever its state.",
+    faults=("reset-broker", "broker-close-connections"),
+    engine="rabbitmq",
+)
 def _message_is_truth() -> None:
     claims.CLAIM_HINTED = _instead_of(
         "AND t.state IN ('pending', 'queued')",

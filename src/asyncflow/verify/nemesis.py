@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,11 +24,14 @@ from asyncflow.verify.broker import Broker, OwnBroker
 from asyncflow.verify.fleet import Fleet, Member
 from asyncflow.verify.history import History
 
-PAIRED_SHARE = 0.2
+PAIRED_SHARE = 0.25
 TERMINATE_SECONDS_MAX = 20.0
+UP_SECONDS_MAX = 10.0
 POLL_SECONDS = 0.02
-LISTED_TRIES_MAX = 10
+SEEN_TRIES_MAX = 10
 HINTS_WAIT_SECONDS = 1.5
+JUMP_SECONDS = (60.0, 600.0)
+READING_SECONDS_MAX = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,15 @@ class Fault:
     roles: tuple[str, ...] = ()
     needs: str = ""
 
+    @property
+    def server(self) -> str:
+        """
+        The server that it hits; empty if it hits a process.
+        """
+        if self.roles:
+            return ""
+        return "broker" if self.needs else "postgres"
+
 
 FAULTS: dict[str, Fault] = {}
 
@@ -108,6 +121,7 @@ async def kill_worker(stage: Stage, victim: Member, chance: random.Random) -> Bi
     """
     kill -9 of one that holds leases.
     """
+    await _up(victim)
     return await kill(stage, victim, chance)
 
 
@@ -116,7 +130,7 @@ async def pause(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
     SIGSTOP until well past the lease, then SIGCONT: a zombie that thinks it holds leases.
     """
-    process = await _running(victim)
+    process = await _up(victim)
     process.send_signal(signal.SIGSTOP)
     try:
         await _is_stopped(process.pid)
@@ -146,13 +160,32 @@ async def terminate(stage: Stage, victim: Member, chance: random.Random) -> Bite
     """
     SIGTERM, as a rolling restart does.
     """
-    process = await _running(victim)
+    process = await _up(victim)
     victim.asked = True
     process.send_signal(signal.SIGTERM)
     async with asyncio.timeout(stage.grace_seconds + TERMINATE_SECONDS_MAX):
         status = await process.wait()
     await _replaced(victim, process)
     return Bite(1, f"pid {process.pid} ended with {status}")
+
+
+@_fault("clock-jump", "worker", "api")
+async def clock_jump(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    Its time of day jumps by some minutes, either way, and back after longer than the lease.
+    """
+    clock = victim.clock
+    assert clock is not None
+    seconds = chance.choice((-1, 1)) * chance.uniform(*JUMP_SECONDS)
+    before = clock.readings
+    clock.set(seconds)
+    try:
+        await asyncio.sleep(stage.lease_seconds + chance.uniform(1, 3))
+        count, wrong_by = clock.readings - before, clock.shown_seconds - time.time()
+    finally:
+        clock.set(0)
+    is_so = abs(wrong_by - seconds) < READING_SECONDS_MAX
+    return Bite(count * is_so, f"{count} readings, the last {wrong_by:+.1f} s off")
 
 
 # On wires
@@ -270,10 +303,10 @@ async def broker_alarm(stage: Stage, victim: Member, chance: random.Random) -> B
     RabbitMQ takes no messages for a while.
     """
     broker = _own(stage)
-    await broker.alarm(on=True)
     try:
+        await broker.alarm(on=True)
         await asyncio.sleep(chance.uniform(2, 5))
-        was_raised = await broker.has_alarm()
+        was_raised = await _has_alarm(broker)
     finally:
         await broker.alarm(on=False)
     return Bite(int(was_raised), "a memory alarm came and went")
@@ -298,7 +331,31 @@ async def broker_delete_queues(stage: Stage, victim: Member, chance: random.Rand
     assert stage.broker is not None
     async with _hints_waiting(stage):
         count = await stage.broker.delete_queues()
-    return Bite(count, f"{count} queues deleted")
+    return Bite(count, f"{count} messages deleted with their queues")
+
+
+@_fault("broker-erase", needs="broker")
+async def broker_erase(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    The virtual host is deleted, with all queues, hints and connections, and made anew.
+    """
+    assert stage.broker is not None
+    async with _hints_waiting(stage):
+        count = await stage.broker.ready()
+        await stage.broker.make_vhost()
+    return Bite(count, f"{count} messages erased")
+
+
+@_fault("broker-wipe", needs="own-broker")
+async def broker_wipe(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    RabbitMQ dies, and what starts in its place is a new one.
+    """
+    broker = _own(stage)
+    async with _hints_waiting(stage):
+        count = await broker.ready()
+        await broker.wipe()
+    return Bite(count, f"{count} messages lost with the disk")
 
 
 @_fault("broker-close-connections", needs="broker")
@@ -308,7 +365,7 @@ async def broker_close_connections(stage: Stage, victim: Member, chance: random.
     """
     assert stage.broker is not None
     count = 0
-    for _ in range(LISTED_TRIES_MAX):
+    for _ in range(SEEN_TRIES_MAX):
         # The management plugin learns of a new connection only after some seconds.
         count = await stage.broker.close_connections()
         if count:
@@ -325,18 +382,22 @@ def planned(
 ) -> list[Fault]:
     """
     One round: every fault that this run can do, or those of `kinds`, in an order by seed.
-
-    Faults of processes come before those of servers, because for ten seconds after a start of
-    PostgreSQL no worker is taken for dead.
     """
-    able = {""}
-    if broker is not None:
-        able |= {"broker"} | ({"own-broker"} if broker.is_ours else set())
+    able = _able(broker)
     faults = [fault for fault in FAULTS.values() if fault.needs in able]
     if kinds is not None:
         faults = [fault for fault in faults if fault.kind in kinds]
     chance.shuffle(faults)
-    return sorted(faults, key=lambda fault: not fault.roles)
+    return faults
+
+
+def _able(broker: Broker | None) -> set[str]:
+    """
+    What faults may need that a run with this broker has.
+    """
+    if broker is None:
+        return {""}
+    return {"", "broker", "own-broker"} if broker.is_ours else {"", "broker"}
 
 
 class Nemesis:
@@ -351,7 +412,6 @@ class Nemesis:
         self._history = history
         self._chance = chance
         self._rest = rest
-        self.log: list[str] = []
 
     async def run(self, kinds: Sequence[str] | None, *, seconds: float) -> None:
         """
@@ -363,29 +423,42 @@ class Nemesis:
         is_first_round = True
         faults = planned(kinds, broker=self._stage.broker, chance=self._chance)
         while faults and (is_first_round or loop.time() < until):
-            pair = [faults.pop(0)]
-            if faults and self._chance.random() < PAIRED_SHARE and faults[0].roles:
-                pair.append(faults.pop(0))
-            await asyncio.gather(*self._harms(pair))
+            together = [faults.pop(0)]
+            if faults and _go_together(together[0], faults[0]):
+                if self._chance.random() < PAIRED_SHARE:
+                    together.append(faults.pop(0))
+            await asyncio.gather(*self._harms(together))
             await asyncio.sleep(self._chance.uniform(*self._rest))
             if not faults:
                 is_first_round = False
                 faults = planned(kinds, broker=self._stage.broker, chance=self._chance)
+        await self._heal()
+
+    async def _heal(self) -> None:
+        # Whatever a fault that failed itself may have left behind.
+        for member in self._stage.fleet.members:
+            member.send(signal.SIGCONT)
+            for wire in member.wires.values():
+                wire.release()
+        await asyncio.to_thread(self._stage.cluster.start)
+        if self._stage.broker is not None:
+            await self._stage.broker.start()
 
     def _harms(self, faults: Sequence[Fault]) -> list[Awaitable[None]]:
         free = [*self._stage.fleet.members]
         harms: list[Awaitable[None]] = []
         for fault in faults:
-            able = [m for m in free if m.role in fault.roles] or free
-            victim = self._chance.choice(able)
+            victims = [m for m in free if m.role in fault.roles] or free
+            victim = self._chance.choice(victims)
             free.remove(victim)
             harms.append(self._harm(fault, victim))
         return harms
 
     async def _harm(self, fault: Fault, victim: Member) -> None:
-        target = victim.name if fault.roles else fault.kind.partition("-")[0]
+        target = fault.server or victim.name
         pid = victim.process.pid if fault.roles and victim.process else None
         self._history.write("fault.start", kind=fault.kind, target=target, pid=pid)
+        began = time.monotonic()
         try:
             bite = await fault.harm(self._stage, victim, self._chance)
         except Exception as error:
@@ -396,9 +469,15 @@ class Nemesis:
             kind=fault.kind,
             target=target,
             pid=pid,
+            seconds=time.monotonic() - began,
             evidence=bite.count,
             detail=bite.detail,
         )
+
+
+def _go_together(one: Fault, other: Fault) -> bool:
+    # Two that hit the same server would take it away from each other.
+    return not one.server or one.server != other.server
 
 
 async def _running(victim: Member) -> asyncio.subprocess.Process:
@@ -406,6 +485,18 @@ async def _running(victim: Member) -> asyncio.subprocess.Process:
         if victim.process is not None and victim.is_running:
             return victim.process
         await asyncio.sleep(POLL_SECONDS)
+
+
+async def _up(victim: Member) -> asyncio.subprocess.Process:
+    """
+    The process, once it has reached PostgreSQL: now it heeds signals and may hold leases.
+    """
+    async with asyncio.timeout(UP_SECONDS_MAX):
+        while True:
+            process = await _running(victim)
+            if victim.wires["postgres"].connections:
+                return process
+            await asyncio.sleep(POLL_SECONDS)
 
 
 async def _replaced(victim: Member, former: asyncio.subprocess.Process) -> None:
@@ -420,6 +511,14 @@ async def _is_stopped(pid: int) -> None:
         if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
             return
         await asyncio.sleep(POLL_SECONDS)
+
+
+async def _has_alarm(broker: OwnBroker) -> bool:
+    for _ in range(SEEN_TRIES_MAX):
+        if await broker.has_alarm():
+            return True
+        await asyncio.sleep(1)
+    return False
 
 
 async def _reset(victim: Member, wire: str, chance: random.Random) -> Bite:

@@ -1,22 +1,40 @@
 """
-One process of a run that shall go wrong: `python -m asyncflow.verify.process MUTANT worker …`.
+One process of a run that is not as it should be:
+`python -m asyncflow.verify.process CLOCK MUTANT worker …`.
 
-The only door to the mutants. It plants one and then runs the command line as it is.
+It goes by the wrong clock of a file, has a known bug, or both; `-` stands for neither. This is
+the only door to the mutants. What remains is the command line as it is.
 """
 
 from __future__ import annotations
 
 import runpy
 import sys
+from importlib import import_module
+from pathlib import Path
 
-from asyncflow.verify.mutants import MUTANTS
+from asyncflow.verify import clock
+
+RIGHT = "-"
+READ_THE_CLOCK_AS_DATETIME = {"api": ("asyncflow.api.submissions",)}
+"""Modules that call `datetime.now`, by the process they run in."""
 
 
 def main() -> None:
     """
-    Plant the bug that the first argument names, and be `asyncflow` with the rest.
+    Be `asyncflow` with what follows the first two arguments.
     """
-    MUTANTS[sys.argv.pop(1)].plant()
+    file, mutant = sys.argv.pop(1), sys.argv.pop(1)
+    if file != RIGHT:
+        clock.plant(Path(file))
+        for role, modules in READ_THE_CLOCK_AS_DATETIME.items():
+            if role in sys.argv:
+                for module in modules:
+                    clock.plant_in(import_module(module))
+    if mutant != RIGHT:
+        from asyncflow.verify.mutants import MUTANTS
+
+        MUTANTS[mutant].plant()
     runpy.run_module("asyncflow", run_name="__main__", alter_sys=True)
 
 

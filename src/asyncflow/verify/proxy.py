@@ -34,6 +34,13 @@ class Proxy:
         self._relays: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
+    @property
+    def connections(self) -> int:
+        """
+        How many there are now.
+        """
+        return len(self._relays)
+
     async def start(self) -> None:
         """
         Begin to relay.
@@ -91,7 +98,8 @@ class Proxy:
             # Whichever side ends first ends both.
             ways = [self._carry(reader, upstream), self._carry(server_reader, writer)]
             await asyncio.gather(*ways)
-        except (OSError, EOFError, asyncio.CancelledError):
+        except (OSError, EOFError, RuntimeError, asyncio.CancelledError):
+            # uvloop calls it a RuntimeError that a transport was closed meanwhile.
             pass
         finally:
             self._relays.discard(relay)

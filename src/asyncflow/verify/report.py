@@ -14,12 +14,16 @@ from asyncflow.verify.checker import (
     VERDICTS,
     Histories,
     Line,
+    Task,
     Verdict,
+    Violation,
     judge,
 )
-from asyncflow.verify.figures import figures
+from asyncflow.verify.figures import Figures
+from asyncflow.verify.timeline import timeline
 
 SHOWN_MAX = 10
+VIOLATIONS_MAX = 1_000
 
 NOT_IN_THIS_VERSION = {
     "I8": "idempotency keys",
@@ -30,6 +34,29 @@ NOT_IN_THIS_VERSION = {
 }
 
 
+class Onlooker:
+    """
+    Sees every task while it is judged: keeps the figures, and the story of one task for each
+    invariant that is violated.
+    """
+
+    def __init__(self, histories: Histories) -> None:
+        self.figures = Figures(histories)
+        self.timelines: dict[str, list[str]] = {}
+        self._histories = histories
+        self._told: set[str] = set()
+
+    def look(self, task: Task, violations: list[Violation]) -> None:
+        """
+        Take a task into account.
+        """
+        self.figures.look(task)
+        news = {violation.invariant for violation in violations} - self._told
+        if news:
+            self._told |= news
+            self.timelines[task.id] = timeline(self._histories, task)
+
+
 def write(folder: Path) -> tuple[Verdict, str]:
     """
     Judge a run and leave `report.json` and `report.md` in its folder.
@@ -38,17 +65,19 @@ def write(folder: Path) -> tuple[Verdict, str]:
         The verdict, and the report for people.
     """
     histories = Histories(folder)
-    verdict = judge(folder)
+    onlooker = Onlooker(histories)
+    verdict = judge(histories, onlooker.look)
     facts: dict[str, Any] = {
         "verdict": VERDICTS[verdict.status],
         "plan": histories.plan,
-        "figures": figures(histories),
+        "figures": onlooker.figures.result(fenced=verdict.fenced),
         "invariants": _counts(verdict),
         "shortcomings": verdict.shortcomings,
         "violations": [
-            {"invariant": v.invariant, "fact": v.fact, "task": v.task} for v in verdict.violations
+            {"invariant": v.invariant, "fact": v.fact, "task": v.task}
+            for v in verdict.violations[:VIOLATIONS_MAX]
         ],
-        "timelines": verdict.timelines,
+        "timelines": onlooker.timelines,
     }
     (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n")
     text = "\n".join(_as_markdown(facts)) + "\n"
@@ -64,7 +93,7 @@ def _counts(verdict: Verdict) -> dict[str, int]:
 def _as_markdown(facts: dict[str, Any]) -> list[str]:
     plan, counted = facts["plan"], facts["figures"]
     lines = [
-        f"# AsyncFlow {plan['version']}: {facts['verdict']}",
+        f"# AsyncFlow {plan['versions']['asyncflow']}: {facts['verdict']}",
         "",
         _setting(plan, counted),
         "",
@@ -78,13 +107,7 @@ def _as_markdown(facts: dict[str, Any]) -> list[str]:
     lines += [f"| {i} | {INVARIANTS[i]} | {n} |" for i, n in facts["invariants"].items()]
     absent = ", ".join(f"{i} ({what})" for i, what in NOT_IN_THIS_VERSION.items())
     lines += ["", f"Not in this version: {absent}.", ""]
-    lines += ["| fault | times | bit | recovery p50 | p99 |", "|---|---:|---:|---:|---:|"]
-    for kind, found in counted["faults"].items():
-        p50, p99 = found.get("p50_seconds", ""), found.get("p99_seconds", "")
-        lines.append(f"| {kind} | {found['times']} | {found['bit']} | {p50} | {p99} |")
-    untried = sorted({*plan["all_kinds"]} - {*counted["faults"]})
-    if untried:
-        lines += ["", f"Not tried: {', '.join(untried)}."]
+    lines += _fault_table(plan, counted) + _rerun_table(counted)
     for violation in facts["violations"][:SHOWN_MAX]:
         place = f" (task {violation['task']})" if violation["task"] else ""
         lines += ["", f"**{violation['invariant']}**: {violation['fact']}{place}"]
@@ -95,18 +118,57 @@ def _as_markdown(facts: dict[str, Any]) -> list[str]:
 
 def _setting(plan: Line, counted: Line) -> str:
     mutant = f", mutant `{plan['mutant']}`" if plan["mutant"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
     return (
         f"Seed {plan['seed']}, engine {plan['engine']}{mutant}, {plan['seconds']:g} s of faults, "
-        f"Python {plan['python']}, {plan['cores']} cores ({counted['idle_share']} idle), "
-        f"lease {plan['lease_seconds']:g} s."
+        f"{plan['rate']:g} tasks per second offered, lease {plan['lease_seconds']:g} s; "
+        f"{versions}, {plan['cores']} cores ({counted['idle_share']} idle)."
     )
 
 
 def _summary(counted: Line) -> str:
     return (
-        f"{counted['accepted']} tasks accepted, **{counted['lost']} lost**; "
+        f"{counted['accepted']} tasks accepted ({counted['accepted_per_second']} per second), "
+        f"**{counted['lost']} lost**; {counted['refused']} refused; "
         f"{counted['unknown']} submissions of unknown outcome, {counted['recovered']} of them "
-        f"stored; {counted['executions']} executions, {counted['duplicates']} of them in vain; "
-        f"{counted['fenced']} attempts fenced; {counted['workers_lost']} workers given up, "
-        f"{counted['leases_reaped']} leases reaped."
+        f"stored; {counted['transitions']} transitions, {counted['executions']} executions, "
+        f"{counted['duplicates']} of them in vain; {counted['fenced']} attempts fenced; "
+        f"{counted['workers_lost']} workers given up, {counted['leases_reaped']} leases reaped; "
+        f"everything had ended {counted['drain_seconds']} s after the last fault."
     )
+
+
+def _fault_table(plan: Line, counted: Line) -> list[str]:
+    lines = [
+        "Seconds from the end of a fault until a task completed:",
+        "",
+        "| fault | times | bit | p50 | p99 | max |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for kind, found in counted["faults"].items():
+        lines.append(f"| {kind} | {found['times']} | {found['bit']} | {_cells(found)} |")
+    untried = sorted({*plan["all_kinds"]} - {*counted["faults"]})
+    return lines + (["", f"Not tried: {', '.join(untried)}."] if untried else [])
+
+
+def _rerun_table(counted: Line) -> list[str]:
+    heading = (
+        "Seconds from the moment a worker was hit until its tasks were free, and until they began "
+        "again, behind those that wait already; without those whose policy makes them wait:"
+    )
+    lines = [
+        "",
+        heading,
+        "",
+        "| fault | PostgreSQL | tasks | free: p50 | p99 | max | began: p50 | p99 | max |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for found in counted["reruns"]:
+        database = "was away meanwhile" if found["in_outage"] else "was up"
+        cells = f"{_cells(found['freed'])} | {_cells(found['begun'])}"
+        lines.append(f"| {found['kind']} | {database} | {found['tasks']} | {cells} |")
+    return lines
+
+
+def _cells(found: Line) -> str:
+    return " | ".join(str(found.get(f"{name}_seconds", "")) for name in ("p50", "p99", "max"))

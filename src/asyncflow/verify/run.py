@@ -16,9 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import asyncpg
+
 from asyncflow import __version__
 from asyncflow.embedded import Cluster
 from asyncflow.store.migrations import migrate
+from asyncflow.transport.topology import UNREADABLE
 from asyncflow.verify import handlers, record
 from asyncflow.verify.broker import Broker, OwnBroker, free_ports
 from asyncflow.verify.client import Clients, Unanswered, request
@@ -31,12 +34,16 @@ from asyncflow.verify.workload import Workload
 LEASE_SECONDS, HEARTBEAT_SECONDS = 2.0, 0.4
 GRACE_SECONDS = 2.0
 STALL_SECONDS = 10.0
+SLOTS_MIN, SLOTS_PER_RATE = 16, 1 / 40
+"""A worker has more slots where more is submitted, so that tasks which only wait are no limit."""
+
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 30.0
-UNTIL_LOCKS_TELL_SECONDS = 11.0
-"""For so long after a start of PostgreSQL no worker is taken for dead."""
+CALM_SECONDS = 2.0
 
 REST_SECONDS = (0.5, 2.5)
+# Little to replay, so that an outage is as long as its fault and not as long as the log.
+SETTINGS = {"max_connections": "150", "max_wal_size": "256MB"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +55,20 @@ class Plan:
         folder: For everything it writes; must be empty or missing.
         seconds: How long faults happen.
         calm_seconds: How long none happens before.
-        drain_seconds: How long everything may take to end afterwards.
-        rate: Submissions per second.
+        drain_seconds: How long afterwards no task may end although some are left.
+        rate: Tasks per second that are submitted.
         kinds: Faults to use; None is all that apply. None of them is named: no faults.
         mutant: A known bug to plant.
         engine: `postgres` or `rabbitmq`.
-        broker_url, management_url: A broker to use; None starts one.
+        broker_url: A broker to use; None starts one.
+        management_url: Of that broker; None is port 15672 of the same host.
     """
 
     folder: Path
     seed: int
     seconds: float
     engine: str = "postgres"
-    calm_seconds: float = UNTIL_LOCKS_TELL_SECONDS
+    calm_seconds: float = CALM_SECONDS
     drain_seconds: float = 60.0
     rate: float = 100.0
     apis: int = 2
@@ -83,24 +91,22 @@ async def run(plan: Plan) -> None:
     for name in ("logs", "history"):
         (plan.folder / name).mkdir(parents=True)
     [port] = free_ports(1)
-    cluster = Cluster(plan.folder / "postgres", port=port, settings={"max_connections": "150"})
+    cluster = Cluster(plan.folder / "postgres", port=port, settings=SETTINGS)
     broker = _broker(plan)
     history = History(plan.folder / "history", "nemesis")
     try:
+        if broker is not None:
+            await broker.open()
         await asyncio.to_thread(cluster.start)
-        started_at = time.monotonic()
         await migrate(cluster.url)
         await record.install(cluster.url)
-        if broker is not None:
-            await broker.start()
-            await broker.make_vhost()
-        await _perform(plan, cluster, broker, history, started_at=started_at)
-        # What is in the folder is for reading; the servers' own files are not.
+        await _perform(plan, cluster, broker, history)
     finally:
         history.close()
         await asyncio.to_thread(cluster.stop)
         if broker is not None:
             await broker.close()
+        # What is in the folder is for reading; the servers' own files are not.
         for server in ("postgres", "rabbitmq"):
             log = next((plan.folder / server).glob("*.log"), None)
             if log is not None:
@@ -108,28 +114,26 @@ async def run(plan: Plan) -> None:
             shutil.rmtree(plan.folder / server, ignore_errors=True)
 
 
-async def _perform(
-    plan: Plan, cluster: Cluster, broker: Broker | None, history: History, *, started_at: float
-) -> None:
+async def _perform(plan: Plan, cluster: Cluster, broker: Broker | None, history: History) -> None:
     fleet = await _fleet(plan, cluster, broker, history)
     ports = [int(member.environment["ASYNCFLOW_API_PORT"]) for member in fleet.of("api")]
     clients = Clients(
         ports,
-        Workload(plan.seed),
+        Workload(plan.seed, rate=plan.rate),
         History(plan.folder / "history", "client"),
         seed=plan.seed,
         rate=plan.rate,
     )
     chance = random.Random(f"nemesis {plan.seed}")
     stage = Stage(fleet, cluster, broker, LEASE_SECONDS, GRACE_SECONDS)
-    _write_plan(plan, broker)
+    _write_plan(plan, await _versions(cluster, broker), broker)
     sampling = asyncio.create_task(_sample(history))
     try:
         fleet.start()
         await _until_ready(ports)
         submitting = asyncio.create_task(clients.run())
         history.write("phase", phase="calm")
-        await asyncio.sleep(max(0.0, plan.calm_seconds - (time.monotonic() - started_at)))
+        await asyncio.sleep(plan.calm_seconds)
         history.write("phase", phase="faults")
         nemesis = Nemesis(stage, history, chance=chance, rest=REST_SECONDS)
         if plan.kinds is None or plan.kinds:
@@ -159,9 +163,10 @@ async def _fleet(plan: Plan, cluster: Cluster, broker: Broker | None, history: H
             "shutdown_grace_seconds": GRACE_SECONDS,
             "cancel_grace_seconds": 0.5,
             "stall_seconds": STALL_SECONDS,
-            "worker_concurrency": 16,
+            "worker_concurrency": max(SLOTS_MIN, int(plan.rate * SLOTS_PER_RATE)),
         },
         mutant=plan.mutant,
+        clocks=_clocks(plan, broker),
     )
     url = urlsplit(cluster.url)
 
@@ -186,6 +191,14 @@ async def _fleet(plan: Plan, cluster: Cluster, broker: Broker | None, history: H
     return fleet
 
 
+def _clocks(plan: Plan, broker: Broker | None) -> Path | None:
+    if "clock-jump" not in _kinds(plan, broker):
+        return None
+    folder = plan.folder / "clocks"
+    folder.mkdir()
+    return folder
+
+
 async def _until_ready(ports: Sequence[int]) -> None:
     async with asyncio.timeout(START_SECONDS_MAX):
         for port in ports:
@@ -200,24 +213,31 @@ async def _until_ready(ports: Sequence[int]) -> None:
 
 
 async def _drain(plan: Plan, cluster: Cluster, broker: Broker | None, history: History) -> None:
-    until = time.monotonic() + plan.drain_seconds
-    left = await record.unfinished(cluster.url)
-    while left and time.monotonic() < until:
+    left, since = await record.unfinished(cluster.url), time.monotonic()
+    while left and time.monotonic() - since < plan.drain_seconds:
         await asyncio.sleep(0.2)
-        left = await record.unfinished(cluster.url)
+        now_left = await record.unfinished(cluster.url)
+        if now_left < left:
+            left, since = now_left, time.monotonic()
+    until = time.monotonic() + plan.drain_seconds
     queues = [] if broker is None else await _empty_queues(broker, until)
     history.write("drained", unfinished=left, queues=queues)
 
 
 async def _empty_queues(broker: Broker, until: float) -> list[dict[str, object]]:
     while True:
-        queues = [
-            {"name": q["name"], "messages": q.get("messages", 0)}
-            for q in await broker.queues()
-            if q["name"] != "asyncflow.unreadable"
-        ]
-        if not any(q["messages"] for q in queues) or time.monotonic() > until:
-            return queues
+        is_late = time.monotonic() > until
+        try:
+            queues = [
+                {"name": q["name"], "messages": q.get("messages", 0)}
+                for q in await broker.queues()
+                if q["name"] != UNREADABLE
+            ]
+            if is_late or not any(q["messages"] for q in queues):
+                return queues
+        except OSError:
+            if is_late:
+                raise
         await asyncio.sleep(0.2)
 
 
@@ -248,25 +268,36 @@ def _broker(plan: Plan) -> Broker | None:
     if plan.engine == "postgres":
         return None
     if plan.broker_url is not None:
-        host = urlsplit(plan.broker_url).hostname or "127.0.0.1"
-        return Broker(plan.broker_url, plan.management_url or f"http://{host}:15672")
+        return Broker(plan.broker_url, plan.management_url)
     return OwnBroker(plan.folder / "rabbitmq")
 
 
-def _write_plan(plan: Plan, broker: Broker | None) -> None:
+async def _versions(cluster: Cluster, broker: Broker | None) -> dict[str, str]:
+    connection = await asyncpg.connect(cluster.url)
+    try:
+        postgres = str(await connection.fetchval("SHOW server_version")).split()[0]
+    finally:
+        await connection.close()
+    of_broker = {} if broker is None else {"rabbitmq": broker.version}
+    ours = {"asyncflow": __version__, "python": platform.python_version()}
+    return ours | {"postgresql": postgres} | of_broker
+
+
+def _kinds(plan: Plan, broker: Broker | None) -> list[str]:
     chance = random.Random(0)
-    kinds = [fault.kind for fault in planned(plan.kinds, broker=broker, chance=chance)]
+    return sorted(fault.kind for fault in planned(plan.kinds, broker=broker, chance=chance))
+
+
+def _write_plan(plan: Plan, versions: dict[str, str], broker: Broker | None) -> None:
     facts = {
         **{k: v for k, v in asdict(plan).items() if not k.endswith("_url")},
         "folder": str(plan.folder),
-        "kinds": sorted(kinds),
+        "kinds": _kinds(plan, broker),
         "all_kinds": sorted(FAULTS),
         "lease_seconds": LEASE_SECONDS,
         "heartbeat_seconds": HEARTBEAT_SECONDS,
         "backoff": [handlers.BACKOFF.base_seconds, handlers.BACKOFF.cap_seconds],
-        "doomed_attempts": handlers.MAX_ATTEMPTS_OF_THE_DOOMED,
-        "version": __version__,
-        "python": platform.python_version(),
+        "versions": versions,
         "cores": os.cpu_count(),
     }
     (plan.folder / "plan.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")

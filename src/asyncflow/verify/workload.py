@@ -1,5 +1,5 @@
 """
-What is submitted: tasks of a dozen kinds, drawn by seed.
+What is submitted: tasks of more than a dozen kinds, drawn by seed, one by one and in batches.
 """
 
 from __future__ import annotations
@@ -7,8 +7,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+BATCH_SHARE = 0.25
+BATCH_SIZE_LEAST = 5
+CALLS_PER_SECOND = 150
+"""More tasks per second than this come in larger batches, not in more requests."""
+
+READ_SHARE = 0.1
+REDRIVEN = frozenset({"doom", "exit"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +29,7 @@ class Planned:
         recipe: The kind of task, for the checker.
         body: Of `POST /tasks`.
         digest: Of the payload's text, as the result must carry it.
+        expires_after: Seconds from its submission to its `expires_at`; None is never.
         cancel_after: Seconds after the 202 to cancel it; None leaves it alone.
         redrive_after: Seconds after the 202 to ask for a redrive; None never does.
         reads: How often its client looks at it.
@@ -30,79 +39,118 @@ class Planned:
     recipe: str
     body: dict[str, Any]
     digest: str
+    expires_after: float | None = None
     cancel_after: float | None = None
     redrive_after: float | None = None
     reads: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """
     How often a kind of task comes, and what it is.
+
+    Attributes:
+        weight: Its share of what is submitted one by one.
+        weight_in_batches: Its share of what comes in batches. What costs much, a process or
+            requests of its own, stays out, so that it does not grow with the rate.
+        ranges: Numbers in the payload that are drawn: from, to.
     """
 
     weight: float
     handler: str
+    weight_in_batches: float = 0.0
     payload: dict[str, Any] = field(default_factory=dict)
-    more: dict[str, Any] = field(default_factory=dict)
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    delay: tuple[float, float] | None = None
+    expiry: tuple[float, float] | None = None
+    cancellation: tuple[float, float] | None = None
+
+
+RECIPES = {
+    "noop": Recipe(49, "verify.sleep", 80),
+    "sleep": Recipe(15, "verify.sleep", 8, ranges={"seconds": (0.005, 0.2)}),
+    "long": Recipe(4, "verify.sleep", ranges={"seconds": (2, 6)}),
+    "fail": Recipe(7, "verify.fail", 4, payload={"times": 1}),
+    "fail-often": Recipe(2, "verify.fail", 1, payload={"times": 3}),
+    "doom": Recipe(2, "verify.doom"),
+    "crunch": Recipe(1, "verify.crunch", ranges={"seconds": (0.05, 0.2)}),
+    "exit": Recipe(0.7, "verify.exit"),
+    "stubborn": Recipe(0.3, "verify.stubborn"),
+    "big": Recipe(1, "verify.big"),
+    "delayed": Recipe(6, "verify.sleep", 6, delay=(0.5, 5)),
+    "expiring": Recipe(2, "verify.sleep", delay=(0, 1), expiry=(1.1, 3)),
+    "cancel": Recipe(4, "verify.sleep", ranges={"seconds": (0, 2)}, cancellation=(0, 2)),
+    "cancel-failing": Recipe(
+        3, "verify.fail", payload={"times": 3}, ranges={"seconds": (0.1, 0.6)}, cancellation=(0, 2)
+    ),
+    "cancel-delayed": Recipe(2, "verify.sleep", delay=(2, 2), cancellation=(0, 2)),
+}
 
 
 class Workload:
     """
-    An endless supply. The same seed plans the same tasks in the same order.
+    An endless supply. The same seed and rate plan the same tasks in the same order.
+
+    Args:
+        rate: Tasks per second that are going to be submitted.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, rate: float) -> None:
         self._random = random.Random(f"workload {seed}")
         self._numbers = itertools.count(1)
+        per_call = rate / CALLS_PER_SECOND
+        mean = max(BATCH_SIZE_LEAST, (per_call - 1 + BATCH_SHARE) / BATCH_SHARE)
+        self._batch_size_max = int(2 * mean)
 
-    def next(self) -> Planned:
+    def next_call(self) -> list[Planned]:
         """
-        The next task.
+        What the next request submits: one task, or a batch.
         """
+        if self._random.random() >= BATCH_SHARE:
+            return [self._next(in_batch=False)]
+        size = self._random.randint(2, self._batch_size_max)
+        return [self._next(in_batch=True) for _ in range(size)]
+
+    def again(self, call: list[Planned]) -> list[Planned]:
+        """
+        The same tasks under new numbers, for a client that was not told what became of them.
+
+        Under other numbers, because both may be stored, and each of them only once.
+        """
+        return [self._renumbered(planned) for planned in call]
+
+    def _renumbered(self, planned: Planned) -> Planned:
+        number = next(self._numbers)
+        payload = {**planned.body["payload"], "submission": number}
+        return replace(planned, number=number, body={**planned.body, "payload": payload})
+
+    def _next(self, *, in_batch: bool) -> Planned:
         chance = self._random
-        recipes = self._recipes()
-        recipe = chance.choices(list(recipes), [r.weight for r in recipes.values()])[0]
-        chosen = recipes[recipe]
+        weights = IN_BATCHES if in_batch else ONE_BY_ONE
+        [recipe] = chance.choices([*weights], [*weights.values()])
+        chosen = RECIPES[recipe]
         number = next(self._numbers)
         pad = chance.randbytes(chance.randint(0, 200)).hex()
-        body = {
+        drawn = {name: chance.uniform(*bounds) for name, bounds in chosen.ranges.items()}
+        body: dict[str, Any] = {
             "name": chosen.handler,
-            "payload": {"submission": number, "pad": pad, **chosen.payload},
+            "payload": {"submission": number, "pad": pad, **chosen.payload, **drawn},
             "priority": chance.randint(0, 9),
-            **chosen.more,
         }
-        digest = hashlib.sha256(pad.encode()).hexdigest()[:16]
+        if chosen.delay is not None:
+            body["delay_seconds"] = chance.uniform(*chosen.delay)
         return Planned(
             number,
             recipe,
             body,
-            digest,
-            cancel_after=chance.uniform(0, 2) if recipe.startswith("cancel") else None,
+            hashlib.sha256(pad.encode()).hexdigest()[:16],
+            expires_after=chance.uniform(*chosen.expiry) if chosen.expiry else None,
+            cancel_after=chance.uniform(*chosen.cancellation) if chosen.cancellation else None,
             redrive_after=chance.uniform(1, 4) if recipe in REDRIVEN else None,
-            reads=chance.randint(3, 6) if chance.random() < READ_SHARE else 0,
+            reads=chance.randint(3, 6) if not in_batch and chance.random() < READ_SHARE else 0,
         )
 
-    def _recipes(self) -> dict[str, Recipe]:
-        chance = self._random
-        return {
-            "noop": Recipe(50, "verify.sleep"),
-            "sleep": Recipe(15, "verify.sleep", {"seconds": chance.uniform(0.005, 0.2)}),
-            "long": Recipe(4, "verify.sleep", {"seconds": chance.uniform(2, 6)}),
-            "fail": Recipe(7, "verify.fail", {"times": chance.randint(1, 3)}),
-            "doom": Recipe(2, "verify.doom"),
-            "crunch": Recipe(1, "verify.crunch", {"seconds": chance.uniform(0.05, 0.2)}),
-            "exit": Recipe(0.7, "verify.exit"),
-            "stubborn": Recipe(0.3, "verify.stubborn"),
-            "big": Recipe(1, "verify.big"),
-            "delayed": Recipe(6, "verify.sleep", more={"delay_seconds": chance.uniform(0.5, 5)}),
-            "cancel": Recipe(4, "verify.sleep", {"seconds": chance.uniform(0, 2)}),
-            "cancel-failing": Recipe(
-                3, "verify.fail", {"times": 3, "seconds": chance.uniform(0.1, 0.6)}
-            ),
-            "cancel-delayed": Recipe(2, "verify.sleep", more={"delay_seconds": 2.0}),
-        }
 
-
-REDRIVEN = frozenset({"doom", "exit"})
-READ_SHARE = 0.1
+ONE_BY_ONE = {name: recipe.weight for name, recipe in RECIPES.items()}
+IN_BATCHES = {name: recipe.weight_in_batches for name, recipe in RECIPES.items()}
