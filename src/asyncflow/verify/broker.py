@@ -25,11 +25,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+import psutil
+
 from asyncflow.errors import AsyncFlowError
 from asyncflow.transport.amqp import Channel, connect
 
 START_SECONDS_MAX = 60.0
-CTL_SECONDS_MAX = 60.0
+STOP_SECONDS_MAX = 30.0
+CTL_SECONDS_MAX = 90.0
 POLL_SECONDS = 0.1
 MAJOR_VERSION_MIN = 4
 SAID_BYTES_MAX = 1_000
@@ -266,13 +269,14 @@ class OwnBroker(Broker):
 
     async def start(self) -> None:
         """
-        Return when it is up, at once if it is; data and port are those of before.
+        Return when it is up, at once if it is; data and ports are those of before.
 
         Raises:
             NoBroker: It ended, or takes too long.
         """
-        if self._process is not None and self._process.returncode is None:
+        if self._process is not None and await self.answers():
             return
+        await self.kill()
         self._folder.mkdir(parents=True, exist_ok=True)
         configuration = CONFIGURATION.format(port=self._port, management_port=self._management_port)
         (self._folder / "rabbitmq.conf").write_text(configuration)
@@ -309,10 +313,30 @@ class OwnBroker(Broker):
 
     async def stop(self) -> None:
         """
-        Stop it in good order.
+        Stop it in good order; in any case, it is gone afterwards.
         """
-        await self._ctl("stop")
-        await self.kill()
+        try:
+            async with asyncio.timeout(STOP_SECONDS_MAX):
+                await self._end_in_good_order()
+        finally:
+            await self.kill()
+
+    async def _end_in_good_order(self) -> None:
+        # By a signal: on a busy machine rabbitmqctl takes a minute to begin.
+        for node in self._nodes():
+            node.terminate()
+        while True:
+            if not self._nodes():
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _nodes(self) -> list[psutil.Process]:
+        if self._process is None or self._process.returncode is not None:
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self._process.pid).children(recursive=True)
+            return [process for process in family if _is_node(process)]
+        return []
 
     async def kill(self) -> None:
         """
@@ -387,6 +411,12 @@ class OwnBroker(Broker):
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
         }
+
+
+def _is_node(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name() == "beam.smp" and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def free_ports(count: int) -> list[int]:

@@ -278,10 +278,12 @@ async def broker_restart(stage: Stage, victim: Member, chance: random.Random) ->
     RabbitMQ stops in good order and starts again.
     """
     broker = _own(stage)
-    await broker.stop()
-    was_down = not await broker.answers()
-    await asyncio.sleep(chance.uniform(0, 2))
-    await broker.start()
+    try:
+        await broker.stop()
+        was_down = not await broker.answers()
+        await asyncio.sleep(chance.uniform(0, 2))
+    finally:
+        await broker.start()
     return Bite(int(was_down), "stopped and started")
 
 
@@ -548,11 +550,17 @@ async def _hints_waiting(stage: Stage) -> AsyncIterator[None]:
     """
     Workers that are cut off from RabbitMQ, so that it holds what they would have taken.
     """
+    assert stage.broker is not None
     wires = [worker.wires["broker"] for worker in stage.fleet.of("worker")]
     for wire in wires:
         wire.hold()
     try:
         await asyncio.sleep(HINTS_WAIT_SECONDS)
+        for _ in range(SEEN_TRIES_MAX):
+            # What they have asked for already is still being sent to them.
+            if await stage.broker.ready():
+                break
+            await asyncio.sleep(1)
         yield
     finally:
         for wire in wires:

@@ -65,7 +65,7 @@ class Proxy:
         count = len(self._relays)
         for writer in tuple(self._writers):
             sock = writer.get_extra_info("socket")
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: closed already.
                 # Close with unsent data thrown away, which is what makes it a reset.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
