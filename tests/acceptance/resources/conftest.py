@@ -5,6 +5,7 @@ A PostgreSQL of their own for the tests that starve it, and systems on it.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,8 @@ async def system(
     """
     A system on the server that may be starved.
     """
-    async with System(
-        database_url=own_database_url, broker_url=vhost_url, folder=tmp_path
-    ) as system:
+    async with a_system(request, tmp_path, own_database_url, vhost_url) as system:
         yield system
-    show_logs(request, system)
 
 
 @pytest.fixture
@@ -58,6 +56,22 @@ async def alone(
     """
     The same on PostgreSQL alone, for tests to which RabbitMQ makes no difference.
     """
-    async with System(database_url=own_database_url, broker_url=None, folder=tmp_path) as system:
+    async with a_system(request, tmp_path, own_database_url) as system:
         yield system
-    show_logs(request, system)
+
+
+@asynccontextmanager
+async def a_system(
+    request: pytest.FixtureRequest,
+    folder: Path,
+    database_url: str,
+    broker_url: str | None = None,
+) -> AsyncIterator[System]:
+    """
+    A system for one block; if the test fails, its report tells what the processes said last.
+    """
+    async with System(database_url=database_url, broker_url=broker_url, folder=folder) as system:
+        try:
+            yield system
+        finally:
+            show_logs(request, system)

@@ -16,8 +16,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from acceptance.conftest import show_logs
-from acceptance.system import System
+from acceptance.resources.conftest import a_system
 from services import postgres, scratch
 from services.disk import SmallDisk, small_disk
 from services.postgres import PostgresServer
@@ -77,7 +76,7 @@ async def test_a_full_disk_of_tables_costs_time_and_no_task(
     with postgres.running_server(postgres.EMBEDDED, folder=disk.folder) as server:
         url = await asyncio.to_thread(server.create_database)
         await asyncio.to_thread(move_wal, server, other_folder)
-        async with System(database_url=url, broker_url=None, folder=tmp_path) as system:
+        async with a_system(request, tmp_path, url) as system:
             started = await system.start()
             _, [worker], _ = started
 
@@ -99,7 +98,6 @@ async def test_a_full_disk_of_tables_costs_time_and_no_task(
             [stored] = await system.rows("SELECT count(*) FROM asyncflow.tasks")
             assert len(load.accepted) == stored["count"]
             assert all(process.is_running for processes in started for process in processes)
-        show_logs(request, system)
 
 
 async def test_a_full_disk_of_the_write_ahead_log_costs_time_and_no_task(
@@ -111,7 +109,7 @@ async def test_a_full_disk_of_the_write_ahead_log_costs_time_and_no_task(
     with postgres.running_server(postgres.EMBEDDED, folder=other_folder) as server:
         url = await asyncio.to_thread(server.create_database)
         await asyncio.to_thread(move_wal, server, disk.folder)
-        async with System(database_url=url, broker_url=None, folder=tmp_path) as system:
+        async with a_system(request, tmp_path, url) as system:
             started = await system.start()
 
             async with system.load(payload=WORKING) as load:
@@ -131,7 +129,6 @@ async def test_a_full_disk_of_the_write_ahead_log_costs_time_and_no_task(
             assert {"completed": len(load.accepted)} == await system.all_terminal(load.accepted)
             assert [] == await system.punished()
             assert all(process.is_running for processes in started for process in processes)
-        show_logs(request, system)
 
 
 async def use_up_write_ahead_log(url: str) -> None:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-from acceptance.conftest import Engine, show_logs
+from acceptance.conftest import Engine
+from acceptance.resources.conftest import a_system
 from acceptance.system import System
 from services import rabbitmq
 from services.broker import Broker
@@ -112,6 +113,5 @@ async def test_a_full_disk_of_the_broker_costs_time_and_no_task(
     broker, disk = cramped
     url = await asyncio.to_thread(broker.create_vhost)
 
-    async with System(database_url=database_url, broker_url=url, folder=tmp_path) as system:
+    async with a_system(request, tmp_path, database_url, url) as system:
         await sits_out(system, raising=lambda: disk.fill_but(LEFT_MEBIBYTES), ending=disk.free)
-    show_logs(request, system)

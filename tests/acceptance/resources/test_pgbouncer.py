@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from acceptance.conftest import show_logs
+from acceptance.resources.conftest import a_system
 from acceptance.system import System, free_port
 from asyncflow.store.database import PLANNER
 from services.pgbouncer import SESSIONS, Pooler, running_pooler
 from services.postgres import PostgresServer
 
 FLOWING_AGAIN_SECONDS = 30.0
+START_SECONDS_MAX = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,10 @@ async def behind(
     """
     A system whose processes know only the pooler; the test itself looks past it.
     """
-    async with System(database_url=database_url, broker_url=broker_url, folder=folder) as system:
+    async with a_system(request, folder, database_url, broker_url) as system:
         system.settings |= {"database_url": pooler.url(database_url), "database_pooler": True}
         await system.command("migrate")
         yield system
-    show_logs(request, system)
 
 
 @pytest.fixture
@@ -188,7 +188,10 @@ async def test_a_forgotten_setting_is_named(pooled_alone: System) -> None:
 
 
 async def test_a_pooler_of_sessions_serves_what_needs_sessions(
-    own_server: PostgresServer, own_database_url: str, tmp_path: Path
+    own_server: PostgresServer,
+    own_database_url: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """
     Wake-ups and locks work through it, if it lets our settings pass: a killed worker is found out
@@ -201,7 +204,7 @@ async def test_a_pooler_of_sessions_serves_what_needs_sessions(
     }
     with running_pooler(own_server, settings=settings) as pooler:
         url = pooler.url(own_database_url)
-        async with System(database_url=url, broker_url=None, folder=tmp_path) as system:
+        async with a_system(request, tmp_path, url) as system:
             _, [worker], _ = await system.start(lease_seconds=60)
             await system.locks_prove_death()
             task_id = await system.submit("work", {"seconds": 1})
@@ -214,21 +217,23 @@ async def test_a_pooler_of_sessions_serves_what_needs_sessions(
 
 
 async def test_dev_runs_behind_a_pooler(
-    own_server: PostgresServer, pooler: Pooler, tmp_path: Path, request: pytest.FixtureRequest
+    unmigrated_url: str, pooler: Pooler, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """
     It migrates and runs everything on the database that it is given.
     """
-    url = await asyncio.to_thread(own_server.create_empty_database)
-    async with System(database_url=url, broker_url=None, folder=tmp_path) as system:
-        system.settings |= {"database_url": pooler.url(url), "database_pooler": True}
+    async with a_system(request, tmp_path, unmigrated_url) as system:
+        system.settings |= {"database_url": pooler.url(unmigrated_url), "database_pooler": True}
         port = free_port()
         dev = await system.run("dev", "--port", str(port))
-        await system.reaches_api(f"http://127.0.0.1:{port}")
+        url = f"http://127.0.0.1:{port}"
+        await system.answers(
+            lambda: system.client.get(f"{url}/health/ready"), timeout_seconds=START_SECONDS_MAX
+        )
+        await system.reaches_api(url)
 
         task_id = await system.submit("sample-task", {"seconds": 0})
 
         assert (await system.finishes(task_id))["status"] == "COMPLETED"
         dev.send(signal.SIGTERM)
         assert 0 == await dev.exit_status()
-    show_logs(request, system)
