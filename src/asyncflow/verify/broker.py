@@ -36,6 +36,8 @@ CTL_SECONDS_MAX = 90.0
 POLL_SECONDS = 0.1
 MAJOR_VERSION_MIN = 4
 SAID_BYTES_MAX = 1_000
+ERLANG_ARGUMENTS = "+S 1:1 +sbwt none"
+"""One scheduler, which leaves the cores to AsyncFlow."""
 
 CONFIGURATION = """
 listeners.tcp.1 = 127.0.0.1:{port}
@@ -407,7 +409,8 @@ class OwnBroker(Broker):
             "RABBITMQ_LOG_BASE": str(self._folder / "log"),
             "RABBITMQ_LOGS": "-",
             "RABBITMQ_DIST_PORT": str(self._dist_port),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": ERLANG_ARGUMENTS,
+            "RABBITMQ_CTL_ERL_ARGS": ERLANG_ARGUMENTS,
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
         }

@@ -489,14 +489,14 @@ async def _running(victim: Member) -> asyncio.subprocess.Process:
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def _up(victim: Member) -> asyncio.subprocess.Process:
+async def _up(victim: Member, wire: str = "postgres") -> asyncio.subprocess.Process:
     """
-    The process, once it has reached PostgreSQL: now it heeds signals and may hold leases.
+    The process, once it has reached the server: now it heeds signals and may hold leases.
     """
     async with asyncio.timeout(UP_SECONDS_MAX):
         while True:
             process = await _running(victim)
-            if victim.wires["postgres"].connections:
+            if victim.wires[wire].connections:
                 return process
             await asyncio.sleep(POLL_SECONDS)
 
@@ -524,6 +524,7 @@ async def _has_alarm(broker: OwnBroker) -> bool:
 
 
 async def _reset(victim: Member, wire: str, chance: random.Random) -> Bite:
+    await _up(victim, wire)
     count = 0
     for _ in range(chance.randint(1, 4)):
         count += victim.wires[wire].reset()
@@ -532,6 +533,7 @@ async def _reset(victim: Member, wire: str, chance: random.Random) -> Bite:
 
 
 async def _hold(victim: Member, wire: str, seconds: float, chance: random.Random | None) -> Bite:
+    await _up(victim, wire)
     proxy = victim.wires[wire]
     before = proxy.held_bytes
     proxy.hold()
