@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,8 @@ def describe(run: Run, arguments: Sequence[str]) -> Mapping[str, Any]:
     return {
         "scenario": "environment",
         "at": round(time.time()),
-        "arguments": list(arguments),
+        # Where the parts of a run were put together is nobody's business.
+        "arguments": re.sub(r"--into[ =]\S+", "", " ".join(arguments)).split(),
         "sizes": asdict(run.sizes),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

@@ -5,7 +5,6 @@ and no figure is written here.
 
 from __future__ import annotations
 
-import re
 import shutil
 import statistics
 import textwrap
@@ -81,8 +80,7 @@ def _wrapped(text: str) -> str:
 
 def _commands(lines: Lines) -> list[str]:
     texts = [" ".join(["bin/bench", *arguments]) for arguments in lines.commands]
-    # Where the parts of a run were put together is nobody's business.
-    return list(dict.fromkeys(re.sub(r" --into[ =]\S+", "", text) for text in texts))
+    return list(dict.fromkeys(texts))
 
 
 def _targets(lines: Lines) -> str:
