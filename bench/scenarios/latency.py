@@ -47,7 +47,8 @@ def idle(run: Run, entrant: Entrant) -> dict[str, Any]:
     One trickle into an idle system.
     """
     system = run.prepare(entrant)
-    count = run.tasks(500)
+    # A p99 is made of the slowest hundredth: of fewer tasks, it would be chance.
+    count = run.tasks(1000)
     with run.workers(entrant, system, processes=1, concurrency=entrant.latency) as workers:
         wait_until_warm(run, entrant)
         before = run.services.cpu_seconds() | {"workers": workers.cpu_seconds()}
