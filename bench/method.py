@@ -39,8 +39,8 @@ METHOD = """
   the handler's first statement; all processes share CLOCK_MONOTONIC. Half load: first the
   system submits and works flat out for two seconds, then a second producer submits half of
   that rate beside the trickle.
-- **Adding workers.** The backlog is larger than can be finished; counted are the tasks that start
-  in a window in the middle.
+- **Keeping slots busy, adding workers.** The backlog is larger than can be finished; counted are
+  the tasks that start in a window in the middle.
 - **Minutes of load.** With RabbitMQ for 0.3 of the time: the tables are the same.
 - **History.** Finished tasks are written straight into the table, with all its indexes; the same
   code then works on it and on an empty one, in turns.

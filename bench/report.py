@@ -41,6 +41,7 @@ def write_report(raw: Path, folder: Path) -> Path:
         _heavier(lines),
         _cpu(lines),
         _latency(lines, pictures),
+        _slots(lines),
         _waiting(lines, pictures),
         _sustained(lines, pictures),
         _history(lines),
@@ -285,6 +286,23 @@ def _latency(lines: Lines, pictures: Path) -> str:
         "just before; the last column tells how much that is.",
         picture,
         _table(heads, rows),
+    )
+
+
+def _slots(lines: Lines) -> str:
+    rows = []
+    for line in lines.of("slots", OURS[0].key):
+        case = line["case"]
+        if line["repetition"] == 1:
+            rates = [_spread(lines.spread("per_second", "slots", o.key, **case)) for o in OURS]
+            ideal = _number(line["ideal_per_second"])
+            rows.append([f"{case['wait_seconds']:g} s", *rates, ideal])
+    if not rows:
+        return ""
+    return _section(
+        "Keeping slots busy",
+        "One worker of 10 slots, the default, on tasks that wait a moment; in tasks per second.",
+        _table(["each waits", *(o.title for o in OURS), "every slot in use"], rows),
     )
 
 

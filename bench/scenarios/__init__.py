@@ -12,6 +12,7 @@ from bench.scenarios import (
     history,
     http,
     latency,
+    slots,
     submit,
     sustained,
     waiting,
@@ -19,5 +20,5 @@ from bench.scenarios import (
 
 SCENARIOS = {
     module.NAME: module
-    for module in (http, submit, drain, latency, waiting, sustained, history, footprint)
+    for module in (http, submit, drain, latency, slots, waiting, sustained, history, footprint)
 }

@@ -8,7 +8,9 @@ tasks that start within a window in the middle, when every slot is in use.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from bench.entrants import Entrant
@@ -31,7 +33,16 @@ def measurements(run: Run) -> list[Measurement]:
         Measurement(
             entrant,
             {"workers": workers},
-            partial(measure, run, entrant, workers),
+            partial(
+                measure,
+                run,
+                entrant,
+                workers=workers,
+                slots=SLOTS,
+                wait_seconds=WAIT_SECONDS_MEAN,
+                ramp_seconds=RAMP_SECONDS,
+                window_seconds=WINDOW_SECONDS * (1 if run.sizes.share >= 1 else 1 / 3),
+            ),
             once=workers == 3,  # The target is about the ends.
         )
         for workers in (1, 3, 5)
@@ -40,21 +51,30 @@ def measurements(run: Run) -> list[Measurement]:
     ]
 
 
-def measure(run: Run, entrant: Entrant, workers: int) -> dict[str, Any]:
+def measure(
+    run: Run,
+    entrant: Entrant,
+    *,
+    workers: int = 1,
+    slots: int,
+    wait_seconds: float,
+    ramp_seconds: float,
+    window_seconds: float,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """
-    The rate of so many workers with `SLOTS` slots each.
+    The rate of so many workers with so many slots each, on tasks of so many seconds in the mean.
     """
     system = run.prepare(entrant)
-    window = WINDOW_SECONDS * (1 if run.sizes.share >= 1 else 1 / 3)
-    per_second = workers * SLOTS / WAIT_SECONDS_MEAN
-    tasks = round(1.3 * per_second * (RAMP_SECONDS + window) + 2 * workers * SLOTS)
-    run.produce(entrant, "fill", tasks, **{TASK: "bench-wait"})
+    per_second = workers * slots / wait_seconds
+    tasks = round(1.3 * per_second * (ramp_seconds + window_seconds) + 2 * workers * slots)
+    run.produce(entrant, "fill", tasks, **{TASK: "bench-wait", **environment})
     run.services.vacuum()
-    with run.workers(entrant, system, processes=workers, concurrency=str(SLOTS)) as processes:
+    with run.workers(entrant, system, processes=workers, concurrency=str(slots)) as processes:
         run.wait_for_workers(processes, count=workers)
-        time.sleep(RAMP_SECONDS)
+        time.sleep(ramp_seconds)
         begun, before = time.perf_counter(), [slot.calls for slot in run.probe.slots()]
-        time.sleep(window)
+        time.sleep(window_seconds)
         seconds, after = time.perf_counter() - begun, [s.calls for s in run.probe.slots()]
     by_worker = [last - first for first, last in zip(before, after, strict=True)]
     return {

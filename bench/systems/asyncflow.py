@@ -26,8 +26,8 @@ from bench.systems import Submit, count_rows, timed_in_bulk
 
 HANDLERS = str(Path(__file__).parents[1] / "handlers.py")
 
-TASK, TEXT_BYTES = "BENCH_TASK", "BENCH_TEXT_BYTES"
-"""What `fill` submits: the handler's name, and how long the payload's text is."""
+TASK, TEXT_BYTES, WAIT_SECONDS = "BENCH_TASK", "BENCH_TEXT_BYTES", "BENCH_WAIT_SECONDS"
+"""What `fill` submits: the handler's name, how long the payload's text is, how long it waits."""
 
 _ids = TaskIds()
 
@@ -105,8 +105,9 @@ def new_task(payload: str, name: str = "bench-noop", number: int = 0) -> NewTask
     if name == "bench-flaky":
         payload = json.dumps({"fails_first": number % 10 == 0})
     elif name == "bench-wait":
-        # 0.5 to 5 seconds in an order that repeats and has no pattern a worker could ride.
-        payload = json.dumps({"seconds": 0.5 + number * 7 % 19 / 4})
+        # If not told, 0.5 to 5 seconds in an order that repeats and that no worker could ride.
+        wait_seconds = float(os.environ.get(WAIT_SECONDS, 0.5 + number * 7 % 19 / 4))
+        payload = json.dumps({"seconds": wait_seconds})
     return NewTask(
         id=_ids.next(),
         tenant_id=DEFAULT_TENANT_ID,

@@ -6,6 +6,7 @@ between PostgreSQL and RabbitMQ, whatever breaks in between.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -18,7 +19,16 @@ from structlog.testing import capture_logs
 from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
 from asyncflow.maintenance import relay as relay_module
-from asyncflow.maintenance.relay import BATCH, WINDOW_MAX, WINDOW_MIN, Relay, Window
+from asyncflow.maintenance.relay import (
+    BATCH,
+    MARK_AFTER_SECONDS,
+    POLL_SECONDS,
+    REFILL_SECONDS,
+    WINDOW_MAX,
+    WINDOW_MIN,
+    Relay,
+    Window,
+)
 from asyncflow.store import admission, claims, leadership, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
@@ -109,7 +119,7 @@ async def test_the_window_is_filled_by_priority(
     await submit(db, 100, priority=0)
     await submit(db, 10, priority=9)
 
-    assert await relay.run_once(db, channel)
+    assert POLL_SECONDS > await relay.run_once(db, channel)
 
     rows = await db.fetch(
         "SELECT priority, count(*) FROM asyncflow.tasks WHERE state = 'queued' GROUP BY priority"
@@ -128,10 +138,36 @@ async def test_a_full_window_admits_nothing_more(
     await submit(db, 100)
     await relay.run_once(db, channel)
 
-    assert not await relay.run_once(db, channel)
+    await relay.run_once(db, channel)
 
     assert WINDOW_MIN == await ready(channel)
     assert Counter(queued=WINDOW_MIN, pending=100 - WINDOW_MIN) == await states(db)
+
+
+async def test_a_full_window_is_looked_at_ever_less_often_until_it_is_used_up(
+    db: Database, channel: Channel, relay: Relay
+) -> None:
+    """
+    Tasks of some milliseconds use it up long before the next poll; those of minutes do not.
+    """
+    await a_worker(db)
+    await submit(db, 100)
+    rests = [await relay.run_once(db, channel) for _ in range(9)]
+
+    assert [POLL_SECONDS] == rests[-1:]
+    assert [REFILL_SECONDS, 2 * REFILL_SECONDS, 4 * REFILL_SECONDS] == rests[:3]
+    await run_hinted(db, channel)
+    assert REFILL_SECONDS == await relay.run_once(db, channel)
+
+
+async def test_a_relay_without_tasks_rests(db: Database, channel: Channel, relay: Relay) -> None:
+    """
+    A window that is not full has no reason to be looked at before anything happens.
+    """
+    await a_worker(db)
+    await submit(db, WINDOW_MIN - 1)
+
+    assert [POLL_SECONDS] * 3 == [await relay.run_once(db, channel) for _ in range(3)]
 
 
 async def test_what_may_not_go_stays_pending(db: Database, channel: Channel, relay: Relay) -> None:
@@ -145,7 +181,7 @@ async def test_what_may_not_go_stays_pending(db: Database, channel: Channel, rel
     await submit(db, name="unoffered")
     await submit(db, queue="unserved")
 
-    assert not await relay.run_once(db, channel)
+    assert POLL_SECONDS == await relay.run_once(db, channel)
 
     assert Counter(pending=4) == await states(db)
 
@@ -248,7 +284,7 @@ async def test_hints_that_no_queue_takes_stay_pending(
 
     with monkeypatch.context() as patched:
         patched.setattr(relay_module, "declare_task_queue", vanished)
-        assert not await relay.run_once(db, channel)
+        assert POLL_SECONDS == await relay.run_once(db, channel)
     assert Counter(pending=5) == await states(db)
 
     await relay.run_once(db, channel)
@@ -359,7 +395,7 @@ async def grow_window(db: Database, channel: Channel, relay: Relay) -> None:
     """
     await a_worker(db)
     await submit(db, 3 * WINDOW_MIN)
-    while await relay.run_once(db, channel):
+    while await relay.run_once(db, channel) < MARK_AFTER_SECONDS:
         await run_hinted(db, channel)
     await run_hinted(db, channel)
 
@@ -597,7 +633,7 @@ async def test_a_running_relay_sends_a_new_task_at_once(db: Database, broker_url
     await submit(db)
     await until_states(db, queued=2)
 
-    assert relay_module.POLL_SECONDS > loop.time() - began
+    assert POLL_SECONDS > loop.time() - began
     await stopped(relaying)
 
 
@@ -728,6 +764,40 @@ def test_the_window_shrinks_while_workers_are_slow() -> None:
 
     assert 0 == window.room(ready=20, slots=10)
     assert 1 == window.room(ready=19, slots=10)
+
+
+def test_a_window_is_looked_at_again_when_a_part_of_it_is_used_up() -> None:
+    """
+    The slower the tasks, the later; a window of slow ones neither grows nor is asked for in vain.
+    """
+    for used_per_second in (2, 20, 200, 500):
+        window = Window()
+        ready = 0.0
+        for _ in range(50):
+            room = window.room(ready=math.ceil(ready), slots=10)
+            window.note(is_full=True)
+            used = window.rest_seconds * used_per_second
+            ready = max(0.0, ready + room - used)
+
+        assert 1 == window.pack
+        assert window.rest_seconds == POLL_SECONDS or 4 <= used <= 11
+
+
+def test_a_window_that_was_looked_at_too_late_does_not_grow() -> None:
+    """
+    It was large enough; first it is looked at as often as can be.
+    """
+    window = Window()
+    for _ in range(10):
+        window.room(ready=20, slots=10)
+        window.note(is_full=True)
+    assert POLL_SECONDS == window.rest_seconds
+
+    assert 20 == window.room(ready=0, slots=10)
+    window.note(is_full=True)
+
+    assert REFILL_SECONDS == window.rest_seconds
+    assert 40 == window.room(ready=0, slots=10)
 
 
 def test_the_window_does_not_grow_for_want_of_tasks() -> None:

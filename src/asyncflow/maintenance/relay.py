@@ -18,9 +18,10 @@ milliseconds. So theirs waits a moment, and is never made for those that have mo
 
 The window is short so that priority and pause act at once: what is inside RabbitMQ has
 been decided. It starts at a multiple of the workers' slots, doubles while workers all but
-empty it between two rounds, and shrinks again. Only a window that has grown, which is to say
-only for short tasks, is sent in packs of several hints per message; slow tasks travel one by
-one, so that workers share them evenly.
+empty it between two rounds that follow at once, and shrinks again. Only a window that has
+grown, which is to say only for short tasks, is sent in packs of several hints per message; slow
+tasks travel one by one, so that workers share them evenly. How soon a full window is looked at
+again follows from how much of it was used up since (`Window.rest_seconds`).
 
 Hints can get lost: a queue is purged or deleted, a disk dies. So each round also compares
 how many tasks have been queued for a while with how many hints the ready messages can hold;
@@ -75,7 +76,7 @@ BATCH = 500
 WINDOW_PER_SLOT = 2
 WINDOW_MIN, WINDOW_MAX = 16, 1_500
 DRAINED = 1 / 8
-"""A window with no more than this part of it left was too small."""
+"""A window with no more than this part of it left was too small, or looked at too late."""
 
 LOST_AFTER_SECONDS = 3.0
 LOST_BATCH = 5_000
@@ -85,10 +86,16 @@ MARK_AFTER_SECONDS = 0.2
 
 class Window:
     """
-    How many hints of one queue RabbitMQ should hold ready, and in packs of how many.
+    How many hints of one queue RabbitMQ should hold ready, in packs of how many, and how soon
+    to look again.
+
+    Attributes:
+        rest_seconds: After how long it should be filled up again, if more is waiting for it:
+            when between a quarter and a half of it is used up.
     """
 
     def __init__(self) -> None:
+        self.rest_seconds = REFILL_SECONDS
         self._size = 0
         self._floor = WINDOW_MIN
         self._was_filled = False
@@ -102,11 +109,19 @@ class Window:
         """
         self._floor = max(WINDOW_MIN, WINDOW_PER_SLOT * slots)
         if self._was_filled and ready <= self._size * DRAINED:
-            self._size = min(WINDOW_MAX, 2 * self._size)
+            if self.rest_seconds > REFILL_SECONDS:
+                self.rest_seconds = REFILL_SECONDS
+            else:
+                self._size = min(WINDOW_MAX, 2 * self._size)
         elif ready > self._size // 2:
             self._size -= self._size // 16
         self._size = max(self._floor, self._size)
         room = max(0, self._size - ready)
+        if self.pack == 1:
+            if room < self._size // 4:
+                self.rest_seconds = min(POLL_SECONDS, 2 * self.rest_seconds)
+            elif room > self._size // 2:
+                self.rest_seconds = max(REFILL_SECONDS, self.rest_seconds / 2)
         # Where many go, they go many at a time: a round costs as much for few.
         return room if self.pack == 1 or room >= self._size // 2 else 0
 
@@ -259,19 +274,14 @@ class Relay:
     async def _lead(self, db: Executor, connection: Connection, channel: Channel) -> None:
         while connection.is_open:
             self._woken.clear()
-            left_over = await self._run_unless_blocked(db, connection, channel)
+            rest_seconds = await self._run_unless_blocked(db, connection, channel)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._rest_seconds(left_over)):
+                async with asyncio.timeout(rest_seconds):
                     await self._woken.wait()
-
-    def _rest_seconds(self, left_over: bool) -> float:
-        if left_over:
-            return REFILL_SECONDS
-        return MARK_AFTER_SECONDS if any(self._unmarked.values()) else POLL_SECONDS
 
     async def _run_unless_blocked(
         self, db: Executor, connection: Connection, channel: Channel
-    ) -> bool:
+    ) -> float:
         """
         A round, or none while RabbitMQ takes no messages (a memory or disk alarm).
 
@@ -281,29 +291,30 @@ class Relay:
         if connection.blocked:
             # A session that is silent for too long loses the leadership.
             await admission.open_queues(db)
-            return False
+            return POLL_SECONDS
         try:
             return await self.run_once(db, channel)
         except QueueUnusable as error:
             if connection.blocked:
-                return False
+                return POLL_SECONDS
             self._resting.failed(error.queue, now=time.monotonic())
             events.broker_queue_unusable(role="relay", queue=error.queue, reason=str(error))
             raise
 
-    async def run_once(self, db: Executor, channel: Channel) -> bool:
+    async def run_once(self, db: Executor, channel: Channel) -> float:
         """
         One round over all open queues.
 
         Returns:
-            Whether some queue may have more to send than its window allowed, and workers
-            make room in it.
+            After how many seconds the next one is due if nothing happens meanwhile; less than
+            `POLL_SECONDS` while some queue may have more to send than its window allowed, and
+            workers make room in it.
 
         Raises:
             QueueUnusable: Begin again without that queue.
             TransportError, StoreUnavailable: Nothing is lost; begin again.
         """
-        left_over = False
+        rest_seconds = POLL_SECONDS
         queues = await admission.open_queues(db)
         for closed in self._unmarked.keys() - {queue.name for queue in queues}:
             # A hint that meets a pause is used up.
@@ -317,11 +328,14 @@ class Relay:
                 ready = self._windows[queue.name].hints_max(counts, queued=sent)
                 await self._find_lost(queue, ready=ready)
                 await self._mark_due(queue.name)
-                left_over |= await self._fill(db, channel, queue, ready=ready)
+                if await self._fill(db, channel, queue, ready=ready):
+                    rest_seconds = min(rest_seconds, self._windows[queue.name].rest_seconds)
             except (BrokerTimeout, ChannelClosed, ValueError) as error:
                 raise QueueUnusable(queue.name, error) from error
             self._resting.worked(queue.name)
-        return left_over
+        if any(self._unmarked.values()):
+            rest_seconds = min(rest_seconds, MARK_AFTER_SECONDS)
+        return rest_seconds
 
     async def _mark_due(self, queue: str) -> None:
         before = time.monotonic() - MARK_AFTER_SECONDS
@@ -344,6 +358,9 @@ class Relay:
             raise
 
     async def _fill(self, db: Executor, channel: Channel, queue: OpenQueue, *, ready: int) -> bool:
+        """
+        Send what there is room for; return whether the window is full, so that more may wait.
+        """
         window, unmarked = self._windows[queue.name], self._unmarked[queue.name]
         room = window.room(ready=ready, slots=queue.slots)
         admitted: list[Admitted] = []
@@ -366,8 +383,7 @@ class Relay:
             if isinstance(result, BaseException):
                 raise result
             sent += result
-        # A window that has grown is drained fast: full or not, look again soon.
-        is_full = sent >= room and (room > 0 or window.pack > 1)
+        is_full = sent >= room
         window.note(is_full=is_full)
         return is_full
 
