@@ -162,7 +162,7 @@ def _crash_unpunished() -> None:
 
 @_mutant(
     "A worker takes a settlement for written that PostgreSQL never confirmed.",
-    faults=("terminate-backends", "reset-postgres"),
+    faults=("lose-requests",),
     seconds=10.0,
 )
 def _settle_believed() -> None:

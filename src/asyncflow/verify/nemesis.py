@@ -32,6 +32,7 @@ SEEN_TRIES_MAX = 10
 HINTS_WAIT_SECONDS = 1.5
 JUMP_SECONDS = (60.0, 600.0)
 READING_SECONDS_MAX = 5.0
+LOSING_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +215,22 @@ async def cut_off(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     arrives after all.
     """
     return await _hold(victim, "postgres", stage.lease_seconds + 3, None)
+
+
+@_fault("lose-requests", "worker", "api", "maintenance")
+async def lose_requests(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    What it asks PostgreSQL next never arrives, on any of its connections, and each breaks.
+    """
+    return await _lose(victim, answers=False)
+
+
+@_fault("lose-answers", "worker", "api", "maintenance")
+async def lose_answers(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    PostgreSQL does what it is asked, and the answer is lost with the connection.
+    """
+    return await _lose(victim, answers=True)
 
 
 @_fault("reset-broker", "worker", "maintenance", needs="broker")
@@ -545,6 +562,17 @@ async def _hold(victim: Member, wire: str, seconds: float, chance: random.Random
         how = "never delivered"
     proxy.release()
     return Bite(held, f"{held} bytes to and from {wire} {how}")
+
+
+async def _lose(victim: Member, *, answers: bool) -> Bite:
+    await _up(victim)
+    proxy = victim.wires["postgres"]
+    before = proxy.lost_bytes
+    proxy.lose(answers=answers)
+    await asyncio.sleep(LOSING_SECONDS)
+    proxy.lose_no_more()
+    lost = proxy.lost_bytes - before
+    return Bite(lost, f"{lost} bytes {'from' if answers else 'to'} postgres thrown away")
 
 
 @asynccontextmanager

@@ -22,17 +22,21 @@ class Proxy:
     Attributes:
         port: Where it listens, once started.
         held_bytes: How many bytes arrived while the wire was held, ever.
+        lost_bytes: How many were thrown away by `lose`, ever.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self.port = 0
         self.held_bytes = 0
+        self.lost_bytes = 0
         self._host, self._server_port = host, port
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._server: asyncio.Server | None = None
         self._relays: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._losing: set[asyncio.Task[None]] = set()
+        self._loses_answers = False
 
     @property
     def connections(self) -> int:
@@ -85,6 +89,20 @@ class Proxy:
         """
         self._flowing.set()
 
+    def lose(self, *, answers: bool) -> None:
+        """
+        Of every connection that is open now, throw away what comes next to the server, or from
+        it, and break the connection then.
+        """
+        self._loses_answers = answers
+        self._losing = set(self._relays)
+
+    def lose_no_more(self) -> None:
+        """
+        Leave alone the connections on which nothing came yet.
+        """
+        self._losing = set()
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         relay = asyncio.current_task()
         assert relay is not None
@@ -96,13 +114,16 @@ class Proxy:
             server_reader, upstream = await self._reach_server()
             self._writers.add(upstream)
             # Whichever side ends first ends both.
-            ways = [self._carry(reader, upstream), self._carry(server_reader, writer)]
-            await asyncio.gather(*ways)
+            await asyncio.gather(
+                self._carry(reader, upstream, relay),
+                self._carry(server_reader, writer, relay, is_answer=True),
+            )
         except (OSError, EOFError, RuntimeError, asyncio.CancelledError):
             # uvloop calls it a RuntimeError that a transport was closed meanwhile.
             pass
         finally:
             self._relays.discard(relay)
+            self._losing.discard(relay)
             for end in (writer, upstream):
                 if end is not None:
                     self._writers.discard(end)
@@ -111,8 +132,18 @@ class Proxy:
     async def _reach_server(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(self._host, self._server_port)
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _carry(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        relay: asyncio.Task[None],
+        *,
+        is_answer: bool = False,
+    ) -> None:
         while data := await reader.read(CHUNK_BYTES):
+            if relay in self._losing and is_answer == self._loses_answers:
+                self.lost_bytes += len(data)
+                raise ConnectionAbortedError
             if not self._flowing.is_set():
                 self.held_bytes += len(data)
                 await self._flowing.wait()
