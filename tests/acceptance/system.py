@@ -307,6 +307,17 @@ class System:
 
         await self.until(is_empty, "every task has ended", timeout_seconds=timeout_seconds)
 
+    async def has_lost_nothing(self, load: Load) -> None:
+        """
+        Whatever happened: submissions were accepted or asked to come again, everything that was
+        accepted completes, and every process is there.
+        """
+        assert {503} == set(load.refused)
+        assert None not in load.retry_after
+        assert load.broken == 0
+        assert {"completed": len(load.accepted)} == await self.all_terminal(load.accepted)
+        assert all(process.is_running for process in self.processes)
+
     async def punished(self) -> list[str]:
         """
         The ids of tasks that were charged with a failure, in this generation or by an attempt.

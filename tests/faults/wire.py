@@ -144,9 +144,15 @@ class Wire(Proxy):
         _connection.set(Connection())
         await super()._accept(reader, writer)
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _carry(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        relay: asyncio.Task[None],
+        *,
+        is_answer: bool = False,
+    ) -> None:
         connection = _connection.get()
-        is_answer = writer.get_extra_info("sockname") == ("127.0.0.1", self.port)
         while data := await reader.read(CHUNK_BYTES):
             if not is_answer:
                 connection.is_held |= self._is_awaited(connection, data)

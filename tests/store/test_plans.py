@@ -11,15 +11,20 @@ import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
-from asyncflow.store import admission, claims, tasks, upkeep, workers
+from asyncflow.domain.outcome import Settlement
+from asyncflow.domain.states import Event
+from asyncflow.store import admission, claims, lookback, tasks, upkeep, workers
+from asyncflow.store.claims import Settling
 from asyncflow.store.database import Database
-from builders import claimed_due
+from asyncflow.store.lookback import first_due
+from builders import claimed_due, submitted
 
 ROWS = 4_000
 PAGES_MAX = 300
@@ -27,11 +32,18 @@ PAGES_MAX = 300
 BY_ID = r"\(id = "
 LIVE_BY_ID = {"tasks_live": ("tasks_live_pkey", BY_ID)}
 DUE = ("tasks_due", r"queue = .*priority = .*run_at <=")
+DUE_SINCE = ("tasks_due", r"queue = .*priority = .*run_at <=.*run_at >=")
+FIRST_DUE = ("tasks_due", r"queue = .*priority = ")
 QUEUED = ("tasks_queued", r"queue = ")
 DEAD_BY_ID = ("tasks_dead", r"tenant_id = .* AND \(id = ")
 
 EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "CLAIM_DUE": (claims.CLAIM_DUE, {"tasks_live": (DUE, LIVE_BY_ID["tasks_live"])}),
+    "CLAIM_DUE_SINCE": (
+        claims.CLAIM_DUE_SINCE,
+        {"tasks_live": (DUE_SINCE, LIVE_BY_ID["tasks_live"])},
+    ),
+    "FIRST_DUE": (lookback.FIRST_DUE, {"tasks_live": FIRST_DUE}),
     "CLAIM_HINTED": (claims.CLAIM_HINTED, LIVE_BY_ID),
     "SETTLE_COMPLETED": (claims.SETTLE_COMPLETED, LIVE_BY_ID),
     "SETTLE_FAILED": (claims.SETTLE_FAILED, LIVE_BY_ID),
@@ -41,6 +53,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "RECORD_PROGRESS": (claims.RECORD_PROGRESS, LIVE_BY_ID),
     "OPEN_QUEUES": (admission.OPEN_QUEUES, {"tasks_live": QUEUED}),
     "ADMISSIBLE": (admission.ADMISSIBLE, {"tasks_live": DUE}),
+    "ADMISSIBLE_SINCE": (admission.ADMISSIBLE_SINCE, {"tasks_live": DUE_SINCE}),
     "MARK_QUEUED": (admission.MARK_QUEUED, LIVE_BY_ID),
     "UNQUEUE": (admission.UNQUEUE, LIVE_BY_ID),
     "UNQUEUE_LOST": (
@@ -209,6 +222,47 @@ async def test_tasks_that_are_not_due_are_not_stepped_over(
     assert 0 == scan.get("Rows Removed by Filter", 0)
     assert scan["Shared Hit Blocks"] < PAGES_MAX
     assert 5 == len(await claimed_due(fresh_db, 100))
+
+
+async def test_what_cannot_be_removed_is_not_stepped_over_by_every_claim(
+    fresh_db: Database, connection: asyncpg.Connection
+) -> None:
+    """
+    Thousands of tasks run beside a transaction that stays open. A claim from the beginning reads
+    all of their entries, one that begins with the first task that is due next to none.
+    """
+    others = await fresh_db.connect("others")
+    async with others.transaction(isolation="repeatable_read"):
+        await others.fetchval("SELECT count(*) FROM asyncflow.tasks")
+        await _run_tasks(fresh_db, 6_000, run_at=datetime.now(UTC) - timedelta(hours=1))
+        (task_id,) = await submitted(fresh_db, 1)
+        since = await first_due(fresh_db, queues=["default"], names=["greet"])
+        moments = ", ".join(f"'{moment}'" for moment in since["default"])
+        values = [f"'{uuid4()}'", f"'{uuid4()}'", "'{greet}'", "'{5}'", "'{900}'", "'{default}'"]
+        read = {}
+        since_each = f"ARRAY[{moments}]::timestamptz[]"
+        for statement, more in (("CLAIM_DUE", []), ("CLAIM_DUE_SINCE", [since_each])):
+            await _prepare(connection, statement, EXPECTED[statement][0])
+            async with _undone(connection):
+                (plan,) = await _explain(
+                    connection, statement, [*values, "1", *more], options="ANALYZE, BUFFERS, "
+                )
+            (scan,) = [node for node in _nodes(plan) if node.get("Index Name") == "tasks_due"]
+            read[statement] = scan["Shared Hit Blocks"]
+        claimed = await claimed_due(fresh_db, since=since)
+    await others.close()
+
+    assert 3 * read["CLAIM_DUE_SINCE"] < read["CLAIM_DUE"]
+    assert [task_id] == [claim.task_id for claim in claimed]
+
+
+async def _run_tasks(db: Database, count: int, **changes: Any) -> None:
+    batch = 500
+    for _ in range(count // batch):
+        await submitted(db, batch, **changes)
+        taken = await claimed_due(db, batch)
+        done = Settlement(Event.COMPLETE, result="null")
+        await claims.settle(db, [Settling(c.task_id, c.lease_id, done) for c in taken])
 
 
 @asynccontextmanager

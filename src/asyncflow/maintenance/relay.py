@@ -45,6 +45,7 @@ from asyncflow.store import admission
 from asyncflow.store.admission import Admitted, OpenQueue
 from asyncflow.store.database import Database, Executor
 from asyncflow.store.leadership import leadership
+from asyncflow.store.lookback import Lookback
 from asyncflow.store.wakeups import Listener
 from asyncflow.telemetry import events
 from asyncflow.transport.amqp import (
@@ -230,6 +231,7 @@ class Relay:
         self._broker_url = broker_url
         self._windows: defaultdict[str, Window] = defaultdict(Window)
         self._unmarked: defaultdict[str, Unmarked] = defaultdict(Unmarked)
+        self._lookbacks: defaultdict[str, Lookback] = defaultdict(Lookback)
         self._resting = RestingQueues()
         self._woken = asyncio.Event()
 
@@ -365,9 +367,7 @@ class Relay:
         room = window.room(ready=ready, slots=queue.slots)
         admitted: list[Admitted] = []
         if room:
-            pending = await admission.admissible(
-                db, queue=queue.name, names=queue.names, limit=room + len(unmarked)
-            )
+            pending = await self._admissible(db, queue, limit=room + len(unmarked))
             admitted = [task for task in pending if task not in unmarked][:room]
             unmarked.keep(pending)
         # Published in order, all at once; each batch is noted while later ones are on their way.
@@ -386,6 +386,16 @@ class Relay:
         is_full = sent >= room
         window.note(is_full=is_full)
         return is_full
+
+    async def _admissible(self, db: Executor, queue: OpenQueue, *, limit: int) -> list[Admitted]:
+        lookback = self._lookbacks[queue.name]
+        since = await lookback.since(db, queues=[queue.name], names=queue.names)
+        began = time.monotonic()
+        pending = await admission.admissible(
+            db, queue=queue.name, names=queue.names, limit=limit, since=since.get(queue.name)
+        )
+        lookback.note(look_seconds=time.monotonic() - began)
+        return pending
 
     async def _send(self, channel: Channel, queue: str, admitted: Sequence[Admitted]) -> int:
         confirmed = await self._publish(channel, queue, admitted)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from asyncflow.store.database import Executor
+from asyncflow.store.lookback import Moments
 
 
 class OpenQueue(NamedTuple):
@@ -73,7 +74,8 @@ class Admitted(NamedTuple):
     priority: int
 
 
-ADMISSIBLE = """
+def _admissible(*, since: str = "") -> str:
+    return f"""
     -- in the order of `Admitted`
     SELECT found.id, found.attempt, level.priority
       FROM generate_series(9, 0, -1) AS level (priority)
@@ -84,6 +86,7 @@ ADMISSIBLE = """
               AND t.queue = $1
               AND t.priority = level.priority
               AND t.run_at <= now()
+              {since}
               AND (t.expires_at IS NULL OR t.expires_at > now())
               AND t.name = ANY ($2)
             ORDER BY t.run_at, t.id
@@ -92,15 +95,32 @@ ADMISSIBLE = """
 """
 
 
+ADMISSIBLE = _admissible()
+
+# $4: per priority, from when on; see `lookback`.
+ADMISSIBLE_SINCE = _admissible(since="AND t.run_at >= ($4::timestamptz[])[level.priority + 1]")
+
+
 async def admissible(
-    db: Executor, *, queue: str, names: Sequence[str], limit: int
+    db: Executor,
+    *,
+    queue: str,
+    names: Sequence[str],
+    limit: int,
+    since: Moments | None = None,
 ) -> list[Admitted]:
     """
     The next tasks of `queue` that may go, at most `limit`, in the order they should go.
 
     Locks nothing: no transaction stays open while the relay talks to RabbitMQ.
+
+    Args:
+        since: Per priority, leave out what was due before; see `lookback`.
     """
-    rows = await db.fetch(ADMISSIBLE, queue, list(names), limit)
+    if since is None:
+        rows = await db.fetch(ADMISSIBLE, queue, list(names), limit)
+    else:
+        rows = await db.fetch(ADMISSIBLE_SINCE, queue, list(names), limit, since)
     return [Admitted._make(row) for row in rows]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -23,6 +23,7 @@ from uuid import UUID
 from asyncflow.domain.outcome import Failure, Settlement
 from asyncflow.domain.states import Event
 from asyncflow.store.database import Executor
+from asyncflow.store.lookback import Moments
 
 
 class Offer(NamedTuple):
@@ -81,10 +82,12 @@ _TAKE_CHOSEN = """
               t.max_attempts, t.timeout_seconds, t.payload, t.started_at
 """
 
-CLAIM_DUE = f"""
+
+def _claim_due(*, since: str = "") -> str:
+    return f"""
     WITH chosen AS MATERIALIZED (
         SELECT found.id
-          FROM (SELECT level.priority, open.queue
+          FROM (SELECT level.priority, open.queue, open.turn
                   FROM generate_series(9, 0, -1) AS level (priority)
                  CROSS JOIN unnest($6::text[]) WITH ORDINALITY AS open (queue, turn)
                  WHERE NOT EXISTS (SELECT FROM asyncflow.queues q
@@ -99,6 +102,7 @@ CLAIM_DUE = f"""
                   AND t.queue = look.queue
                   AND t.priority = look.priority
                   AND t.run_at <= now()
+                  {since}
                   AND (t.expires_at IS NULL OR t.expires_at > now())
                   AND t.name = ANY ($3)
                 ORDER BY t.run_at, t.id
@@ -109,6 +113,14 @@ CLAIM_DUE = f"""
 """
 
 
+CLAIM_DUE = _claim_due()
+
+# $8: per queue of $6 and priority, from when on; see `lookback`.
+CLAIM_DUE_SINCE = _claim_due(
+    since="AND t.run_at >= ($8::timestamptz[])[10 * look.turn + look.priority - 9]"
+)
+
+
 async def claim_due(
     db: Executor,
     *,
@@ -117,6 +129,7 @@ async def claim_due(
     offers: Sequence[Offer],
     queues: Sequence[str],
     limit: int,
+    since: Mapping[str, Moments] | None = None,
 ) -> list[Claim]:
     """
     Take up to `limit` due tasks, highest priority first, without any broker.
@@ -125,8 +138,14 @@ async def claim_due(
         lease_id: Fresh for this call.
         queues: Looked into in this order within one priority; callers rotate it so that
             no queue waits for another's backlog.
+        since: Per queue and priority, leave out what was due before; see `lookback`.
     """
-    rows = await db.fetch(CLAIM_DUE, lease_id, worker_id, *_columns(offers), list(queues), limit)
+    arguments = (lease_id, worker_id, *_columns(offers), list(queues), limit)
+    if since:
+        moments = [moment for queue in queues for moment in since[queue]]
+        rows = await db.fetch(CLAIM_DUE_SINCE, *arguments, moments)
+    else:
+        rows = await db.fetch(CLAIM_DUE, *arguments)
     return [Claim._make(row) for row in rows]
 
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from uuid import uuid4
 
 from asyncflow.errors import StoreUnavailable
 from asyncflow.store import claims
 from asyncflow.store.claims import Claim
 from asyncflow.store.database import Database
+from asyncflow.store.lookback import Lookback
 from asyncflow.store.wakeups import Listener
 from asyncflow.telemetry import events
 from asyncflow.transport import Claimant
@@ -32,6 +34,8 @@ class PostgresTransport:
         self._db = db
         self._claimant = claimant
         self._queues = list(claimant.queues)
+        self._names = [offer.name for offer in claimant.offers]
+        self._lookback = Lookback()
         self._woken = asyncio.Event()
         self._stopped = False
         self._listener = Listener(db, self._woken.set)
@@ -80,14 +84,19 @@ class PostgresTransport:
     async def _claim(self, slots: int) -> list[Claim]:
         # Another queue comes first each time, so that none waits behind another's backlog.
         self._queues.append(self._queues.pop(0))
-        return await claims.claim_due(
+        since = await self._lookback.since(self._db, queues=self._queues, names=self._names)
+        began = time.monotonic()
+        taken = await claims.claim_due(
             self._db,
             lease_id=uuid4(),
             worker_id=self._claimant.worker_id,
             offers=self._claimant.offers,
             queues=self._queues,
             limit=slots,
+            since=since,
         )
+        self._lookback.note(look_seconds=time.monotonic() - began)
+        return taken
 
     async def _wait(self, seconds: float) -> None:
         try:
