@@ -175,9 +175,9 @@ def _task(number: int) -> tuple[Facts, int]:
     if kind < 5:
         return {"name": "work", "payload": {}, "delay_seconds": 5}, 1
     if kind < 8:
-        return {"name": "work_in_thread", "payload": {"seconds": 0.02}}, 1
+        return {"name": "work-in-thread", "payload": {"seconds": 0.02}}, 1
     if kind < 9:
-        return {"name": "work_in_process", "payload": {"seconds": 0.02}}, 1
+        return {"name": "work-in-process", "payload": {"seconds": 0.02}}, 1
     if kind < 15:
         return {"name": "work", "payload": {"seconds": 0.2}}, 1
     return {"name": "work", "payload": {}, "priority": number % 10}, 1
