@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -238,6 +239,8 @@ def main() -> int:
     parser.add_argument("--engine", choices=["postgres", "rabbitmq"], default="postgres")
     parser.add_argument("--rabbitmq", choices=rabbitmq.VERSIONS, default=rabbitmq.OLDEST)
     options = parser.parse_args()
+    # As Ctrl-C does, so that no server is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     data = scratch.make_folder("soak", in_memory=False)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -232,6 +232,8 @@ def main() -> int:
     parser.add_argument("--engine", choices=["postgres", "rabbitmq"], default="postgres")
     parser.add_argument("--rabbitmq", choices=rabbitmq.VERSIONS, default=rabbitmq.OLDEST)
     options = parser.parse_args()
+    # As Ctrl-C does, so that no server is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ExitStack() as stack:
         server = stack.enter_context(postgres.running_server("18"))
         broker = (
