@@ -157,6 +157,8 @@ class System:
         """
         process = await self.run(*arguments)
         assert expected_status == await process.exit_status(), process.tail()
+        # It has ended as it should, and the processes of a system are those that stay.
+        self.processes.remove(process)
         return process.output
 
     async def knows_worker(self, worker_id: str) -> None:
