@@ -83,13 +83,13 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("a", ("a",)), ("a,b", ("a", "b")), (" a , ,b,", ("a", "b")), (",", ())]
+    ("text", "expected"), [("a", ("a",)), ("a,b", ("a", "b")), (" a , ,b,a", ("a", "b")), (",", ())]
 )
 def test_names_are_a_comma_separated_list(
     monkeypatch: pytest.MonkeyPatch, text: str, expected: tuple[str, ...]
 ) -> None:
     """
-    Spaces and empty parts do not matter.
+    Spaces, empty parts and repetitions do not matter.
     """
     monkeypatch.setenv(f"{PREFIX}WORKER_QUEUES", text)
 

@@ -203,9 +203,9 @@ def names(given: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def queues(given: str | tuple[str, ...]) -> tuple[str, ...]:
     """
-    Read a comma-separated list of names of queues.
+    Read a comma-separated list of names of queues; one that is named twice counts once.
     """
-    listed = names(given)
+    listed = tuple(dict.fromkeys(names(given)))
     for name in listed:
         if not NAME_PATTERN.fullmatch(name):
             raise ValueError(f"{name!r} is no queue; use 1 to 128 of A-Z a-z 0-9 . _ -")

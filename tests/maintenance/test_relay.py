@@ -6,9 +6,11 @@ between PostgreSQL and RabbitMQ, whatever breaks in between.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -32,6 +34,7 @@ from asyncflow.maintenance.relay import (
 from asyncflow.store import admission, claims, leadership, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
+from asyncflow.store.lookback import Lookback
 from asyncflow.transport.amqp import (
     Channel,
     Delivery,
@@ -152,9 +155,12 @@ async def test_a_full_window_is_looked_at_ever_less_often_until_it_is_used_up(
     """
     await a_worker(db)
     await submit(db, 100)
-    rests = [await relay.run_once(db, channel) for _ in range(9)]
+    rests = [await relay.run_once(db, channel)]
+    while rests[-1] < POLL_SECONDS:
+        await asyncio.sleep(rests[-1])
+        rests.append(await relay.run_once(db, channel))
 
-    assert [POLL_SECONDS] == rests[-1:]
+    assert sorted(rests) == rests
     assert [REFILL_SECONDS, 2 * REFILL_SECONDS, 4 * REFILL_SECONDS] == rests[:3]
     await run_hinted(db, channel)
     assert REFILL_SECONDS == await relay.run_once(db, channel)
@@ -168,6 +174,51 @@ async def test_a_relay_without_tasks_rests(db: Database, channel: Channel, relay
     await submit(db, WINDOW_MIN - 1)
 
     assert [POLL_SECONDS] * 3 == [await relay.run_once(db, channel) for _ in range(3)]
+
+
+async def test_a_relay_begins_where_the_lookback_says(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    For its open queues and what is offered there.
+    """
+    asked: list[dict[str, Any]] = []
+
+    def never(self: Lookback, **what: Any) -> Any:
+        asked.append(what)
+        return {QUEUE: [datetime.max.replace(tzinfo=UTC)] * 10}
+
+    await a_worker(db)
+    await submit(db)
+    with monkeypatch.context() as patched:
+        patched.setattr(Lookback, "since", never)
+        await relay.run_once(db, channel)
+
+    assert [{"queues": [QUEUE], "names": [NAME]}] == asked
+    assert Counter(pending=1) == await states(db)
+    await relay.run_once(db, channel)
+    assert Counter(queued=1) == await states(db)
+
+
+async def test_queued_tasks_are_counted_from_the_beginning_once_a_minute(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    In between only from where the oldest was; a hint of an older one may be lost, and is found.
+    """
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    await a_worker(db)
+    await submit(db, 3)
+    await relay.run_once(db, channel)
+    await channel.purge_queue(broker_queue(QUEUE))
+    await db.execute("UPDATE asyncflow.tasks SET queued_at = now() - interval '1 hour'")
+
+    await relay.run_once(db, channel)
+    assert 0 == await ready(channel)
+    monkeypatch.setattr(relay_module, "RECOUNT_SECONDS", 0.0)
+    await relay.run_once(db, channel)
+
+    assert 3 == await ready(channel)
 
 
 async def test_what_may_not_go_stays_pending(db: Database, channel: Channel, relay: Relay) -> None:
@@ -735,6 +786,16 @@ async def stopped(*relaying: asyncio.Task[None]) -> None:
     await asyncio.gather(*relaying, return_exceptions=True)
 
 
+CLOCK = itertools.count(0, 100)
+
+
+def look(window: Window, *, ready: int, slots: int) -> int:
+    """
+    The room in a window that was left alone for as long as it should be.
+    """
+    return window.room(ready=ready, slots=slots, now=next(CLOCK))
+
+
 def test_the_window_grows_while_workers_drain_it() -> None:
     """
     Found empty after it was filled, it doubles; up to a bound.
@@ -742,7 +803,7 @@ def test_the_window_grows_while_workers_drain_it() -> None:
     window = Window()
     sizes = []
     for _ in range(20):
-        room = window.room(ready=0, slots=10)
+        room = look(window, ready=0, slots=10)
         window.note(is_full=True)
         sizes.append(room)
 
@@ -756,31 +817,43 @@ def test_the_window_shrinks_while_workers_are_slow() -> None:
     """
     window = Window()
     for _ in range(10):
-        window.room(ready=0, slots=10)
+        look(window, ready=0, slots=10)
         window.note(is_full=True)
 
     for _ in range(200):
-        window.room(ready=WINDOW_MAX, slots=10)
+        look(window, ready=WINDOW_MAX, slots=10)
 
-    assert 0 == window.room(ready=20, slots=10)
-    assert 1 == window.room(ready=19, slots=10)
+    assert 0 == look(window, ready=20, slots=10)
+    assert 1 == look(window, ready=19, slots=10)
 
 
-def test_a_window_is_looked_at_again_when_a_part_of_it_is_used_up() -> None:
+@pytest.mark.parametrize("wakes_seconds", [None, 0.004])
+@pytest.mark.parametrize("used_per_second", [2, 20, 100, 200, 500])
+def test_a_window_is_looked_at_again_when_a_part_of_it_is_used_up(
+    used_per_second: int, wakes_seconds: float | None
+) -> None:
     """
-    The slower the tasks, the later; a window of slow ones neither grows nor is asked for in vain.
+    The slower the tasks, the later; slow ones do not make it grow, and no slot waits for the next
+    look, although submissions wake the relay in between, until they cease.
     """
-    for used_per_second in (2, 20, 200, 500):
-        window = Window()
-        ready = 0.0
-        for _ in range(50):
-            room = window.room(ready=math.ceil(ready), slots=10)
-            window.note(is_full=True)
-            used = window.rest_seconds * used_per_second
-            ready = max(0.0, ready + room - used)
+    window = Window()
+    ready, now, starved, rests = 0.0, 0.0, 0.0, []
+    for number in range(400):
+        ready += window.room(ready=math.ceil(ready), slots=10, now=now)
+        window.note(is_full=True)
+        is_woken = wakes_seconds is not None and number % 100 < 50
+        rest = wakes_seconds if wakes_seconds and is_woken else window.rest_seconds
+        starved += max(0.0, rest * used_per_second - ready)
+        ready = max(0.0, ready - rest * used_per_second)
+        now += rest
+        rests.append(window.rest_seconds)
 
-        assert 1 == window.pack
-        assert window.rest_seconds == POLL_SECONDS or 4 <= used <= 11
+    assert 1 == window.pack
+    assert starved < 0.02 * now * used_per_second
+    # Half a window at most: 10 of 20 hints.
+    assert max(rests[50:]) <= max(REFILL_SECONDS, min(POLL_SECONDS, 20 / used_per_second))
+    if used_per_second == 2:
+        assert POLL_SECONDS == max(rests)
 
 
 def test_a_window_that_was_looked_at_too_late_does_not_grow() -> None:
@@ -789,15 +862,15 @@ def test_a_window_that_was_looked_at_too_late_does_not_grow() -> None:
     """
     window = Window()
     for _ in range(10):
-        window.room(ready=20, slots=10)
+        look(window, ready=20, slots=10)
         window.note(is_full=True)
     assert POLL_SECONDS == window.rest_seconds
 
-    assert 20 == window.room(ready=0, slots=10)
+    assert 20 == look(window, ready=0, slots=10)
     window.note(is_full=True)
 
     assert REFILL_SECONDS == window.rest_seconds
-    assert 40 == window.room(ready=0, slots=10)
+    assert 40 == look(window, ready=0, slots=10)
 
 
 def test_the_window_does_not_grow_for_want_of_tasks() -> None:
@@ -805,18 +878,18 @@ def test_the_window_does_not_grow_for_want_of_tasks() -> None:
     An empty queue of RabbitMQ means nothing if there was little to send.
     """
     window = Window()
-    window.room(ready=0, slots=10)
+    look(window, ready=0, slots=10)
     window.note(is_full=False)
 
-    assert 20 == window.room(ready=0, slots=10)
+    assert 20 == look(window, ready=0, slots=10)
 
 
 def test_the_window_follows_the_workers_slots() -> None:
     """
     More workers, more hints; never less than the smallest window.
     """
-    assert WINDOW_MIN == Window().room(ready=0, slots=1)
-    assert 200 == Window().room(ready=0, slots=100)
+    assert WINDOW_MIN == look(Window(), ready=0, slots=1)
+    assert 200 == look(Window(), ready=0, slots=100)
 
 
 def test_slow_tasks_travel_one_by_one() -> None:
@@ -827,7 +900,7 @@ def test_slow_tasks_travel_one_by_one() -> None:
         window = Window()
         full = max(WINDOW_MIN, 2 * slots)
         for ready in (0, full // 2, full, full):
-            window.room(ready=ready, slots=slots)
+            look(window, ready=ready, slots=slots)
             window.note(is_full=True)
 
         assert 1 == window.pack
@@ -840,14 +913,14 @@ def test_packs_grow_and_shrink_with_the_window() -> None:
     window = Window()
     packs = []
     for _ in range(10):
-        window.room(ready=0, slots=10)
+        look(window, ready=0, slots=10)
         window.note(is_full=True)
         packs.append(window.pack)
     assert [1, 2, 4, 8, 16, 32, PACK_MAX] == packs[:7]
     assert PACK_MAX == packs[-1]
 
     for _ in range(200):
-        window.room(ready=WINDOW_MAX, slots=10)
+        look(window, ready=WINDOW_MAX, slots=10)
 
     assert 1 == window.pack
 

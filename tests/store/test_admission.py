@@ -5,13 +5,13 @@ Admission for the relay: which queues are open, which tasks may go, which hints 
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from uuid import UUID
 
 import pytest
 
 from asyncflow.domain.states import Event, State
 from asyncflow.store import admission, queues, workers
-from asyncflow.store.admission import OpenQueue
 from asyncflow.store.database import Database
 from builders import (
     SETTLEMENTS,
@@ -36,10 +36,42 @@ async def test_a_queue_is_open_while_a_live_worker_consumes_it(db: Database) -> 
     for state in (State.QUEUED, State.QUEUED, State.PENDING, State.RUNNING):
         await a_task(db, state=state, queue="b")
 
-    assert [
-        OpenQueue("a", ["x", "y"], slots=3, queued=0),
-        OpenQueue("b", ["x", "y", "z"], slots=7, queued=2),
-    ] == await admission.open_queues(db)
+    facts = [queue[:4] for queue in await admission.open_queues(db)]
+
+    assert [("a", ["x", "y"], 3, 0), ("b", ["x", "y", "z"], 7, 2)] == facts
+
+
+async def test_the_next_count_begins_before_the_oldest_that_is_queued(db: Database) -> None:
+    """
+    So it finds what was queued since, too; and what is known to be gone is not looked for.
+    """
+    await a_worker(db, queues=("default",))
+    old = await a_task(db, state=State.QUEUED)
+    await backdate(db, "tasks", old.id, queued_at=100)
+    await a_task(db, state=State.QUEUED)
+
+    [first] = await admission.open_queues(db)
+    [again] = await admission.open_queues(db, queued_since={"default": first.queued_since})
+    later = first.queued_since + timedelta(seconds=50)
+    [younger] = await admission.open_queues(db, queued_since={"default": later})
+
+    assert [2, 2, 1] == [first.queued, again.queued, younger.queued]
+    assert again.queued_since == first.queued_since
+    now = await db.fetchval("SELECT now()")
+    assert 100 < (now - first.queued_since).total_seconds() < 130
+    assert 0 < (now - younger.queued_since).total_seconds() < 30
+
+
+async def test_a_count_of_nothing_begins_a_little_earlier_the_next_time(db: Database) -> None:
+    """
+    A note that is being written has an older time than it has when it can be seen.
+    """
+    await a_worker(db, queues=("default",))
+
+    [queue] = await admission.open_queues(db)
+
+    now = await db.fetchval("SELECT now()")
+    assert 10 <= (now - queue.queued_since).total_seconds() < 30
 
 
 async def test_a_queue_without_a_live_worker_or_that_is_paused_is_closed(db: Database) -> None:

@@ -236,7 +236,7 @@ async def test_what_cannot_be_removed_is_not_stepped_over_by_every_claim(
         await others.fetchval("SELECT count(*) FROM asyncflow.tasks")
         await _run_tasks(fresh_db, 6_000, run_at=datetime.now(UTC) - timedelta(hours=1))
         (task_id,) = await submitted(fresh_db, 1)
-        since = await first_due(fresh_db, queues=["default"], names=["greet"])
+        since = (await first_due(fresh_db, queues=["default"], names=["greet"])).moments
         moments = ", ".join(f"'{moment}'" for moment in since["default"])
         values = [f"'{uuid4()}'", f"'{uuid4()}'", "'{greet}'", "'{5}'", "'{900}'", "'{default}'"]
         read = {}

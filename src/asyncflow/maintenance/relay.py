@@ -37,6 +37,8 @@ import random
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from contextlib import aclosing
+from datetime import datetime
 from uuid import UUID
 
 from asyncflow.errors import InvalidSettings, StoreUnavailable, TransportError
@@ -45,7 +47,7 @@ from asyncflow.store import admission
 from asyncflow.store.admission import Admitted, OpenQueue
 from asyncflow.store.database import Database, Executor
 from asyncflow.store.leadership import leadership
-from asyncflow.store.lookback import Lookback
+from asyncflow.store.lookback import Lookback, Moments
 from asyncflow.store.wakeups import Listener
 from asyncflow.telemetry import events
 from asyncflow.transport.amqp import (
@@ -81,6 +83,7 @@ DRAINED = 1 / 8
 
 LOST_AFTER_SECONDS = 3.0
 LOST_BATCH = 5_000
+RECOUNT_SECONDS = 60.0
 PACKS_REMEMBERED_SECONDS = 60.0
 MARK_AFTER_SECONDS = 0.2
 
@@ -97,6 +100,7 @@ class Window:
 
     def __init__(self) -> None:
         self.rest_seconds = REFILL_SECONDS
+        self._looked_at = -math.inf
         self._size = 0
         self._floor = WINDOW_MIN
         self._was_filled = False
@@ -104,10 +108,14 @@ class Window:
         self._largest_pack = PACK_MAX
         self._largest_pack_at = time.monotonic()
 
-    def room(self, *, ready: int, slots: int) -> int:
+    def room(self, *, ready: int, slots: int, now: float) -> int:
         """
         How many more hints to publish now, from what happened since the last call.
+
+        Args:
+            now: In seconds of the monotonic clock.
         """
+        rested, self._looked_at = now - self._looked_at, now
         self._floor = max(WINDOW_MIN, WINDOW_PER_SLOT * slots)
         if self._was_filled and ready <= self._size * DRAINED:
             if self.rest_seconds > REFILL_SECONDS:
@@ -118,11 +126,13 @@ class Window:
             self._size -= self._size // 16
         self._size = max(self._floor, self._size)
         room = max(0, self._size - ready)
-        if self.pack == 1:
-            if room < self._size // 4:
-                self.rest_seconds = min(POLL_SECONDS, 2 * self.rest_seconds)
-            elif room > self._size // 2:
-                self.rest_seconds = max(REFILL_SECONDS, self.rest_seconds / 2)
+        if self.pack > 1:
+            self.rest_seconds = REFILL_SECONDS
+        elif room > self._size // 2:
+            self.rest_seconds = max(REFILL_SECONDS, self.rest_seconds / 2)
+        elif room < self._size // 4 and rested >= self.rest_seconds:
+            # That little was used up since a wake-up, or a look for another queue, says nothing.
+            self.rest_seconds = min(POLL_SECONDS, 2 * self.rest_seconds)
         # Where many go, they go many at a time: a round costs as much for few.
         return room if self.pack == 1 or room >= self._size // 2 else 0
 
@@ -231,7 +241,9 @@ class Relay:
         self._broker_url = broker_url
         self._windows: defaultdict[str, Window] = defaultdict(Window)
         self._unmarked: defaultdict[str, Unmarked] = defaultdict(Unmarked)
-        self._lookbacks: defaultdict[str, Lookback] = defaultdict(Lookback)
+        self._lookback = Lookback(db)
+        self._queued_since: dict[str, datetime] = {}
+        self._recounted_at = -math.inf
         self._resting = RestingQueues()
         self._woken = asyncio.Event()
 
@@ -239,7 +251,7 @@ class Relay:
         """
         Relay for ever, through any outage of PostgreSQL or RabbitMQ.
         """
-        async with Listener(self._db, self._woken.set):
+        async with Listener(self._db, self._woken.set), aclosing(self._lookback):
             while True:
                 try:
                     await self._relay_on_one_connection()
@@ -292,7 +304,7 @@ class Relay:
         """
         if connection.blocked:
             # A session that is silent for too long loses the leadership.
-            await admission.open_queues(db)
+            await self._open_queues(db)
             return POLL_SECONDS
         try:
             return await self.run_once(db, channel)
@@ -317,7 +329,11 @@ class Relay:
             TransportError, StoreUnavailable: Nothing is lost; begin again.
         """
         rest_seconds = POLL_SECONDS
-        queues = await admission.open_queues(db)
+        queues = await self._open_queues(db)
+        since = self._lookback.since(
+            queues=[queue.name for queue in queues],
+            names=[name for queue in queues for name in queue.names],
+        )
         for closed in self._unmarked.keys() - {queue.name for queue in queues}:
             # A hint that meets a pause is used up.
             del self._unmarked[closed]
@@ -330,7 +346,7 @@ class Relay:
                 ready = self._windows[queue.name].hints_max(counts, queued=sent)
                 await self._find_lost(queue, ready=ready)
                 await self._mark_due(queue.name)
-                if await self._fill(db, channel, queue, ready=ready):
+                if await self._fill(db, channel, queue, ready=ready, since=since.get(queue.name)):
                     rest_seconds = min(rest_seconds, self._windows[queue.name].rest_seconds)
             except (BrokerTimeout, ChannelClosed, ValueError) as error:
                 raise QueueUnusable(queue.name, error) from error
@@ -338,6 +354,15 @@ class Relay:
         if any(self._unmarked.values()):
             rest_seconds = min(rest_seconds, MARK_AFTER_SECONDS)
         return rest_seconds
+
+    async def _open_queues(self, db: Executor) -> list[OpenQueue]:
+        now = time.monotonic()
+        if now - self._recounted_at > RECOUNT_SECONDS:
+            # Should a note be written later than any that was counted, it is found now.
+            self._recounted_at, self._queued_since = now, {}
+        queues = await admission.open_queues(db, queued_since=self._queued_since)
+        self._queued_since = {queue.name: queue.queued_since for queue in queues}
+        return queues
 
     async def _mark_due(self, queue: str) -> None:
         before = time.monotonic() - MARK_AFTER_SECONDS
@@ -359,15 +384,23 @@ class Relay:
             self._unmarked[queue].put_back(sent)
             raise
 
-    async def _fill(self, db: Executor, channel: Channel, queue: OpenQueue, *, ready: int) -> bool:
+    async def _fill(
+        self,
+        db: Executor,
+        channel: Channel,
+        queue: OpenQueue,
+        *,
+        ready: int,
+        since: Moments | None,
+    ) -> bool:
         """
         Send what there is room for; return whether the window is full, so that more may wait.
         """
         window, unmarked = self._windows[queue.name], self._unmarked[queue.name]
-        room = window.room(ready=ready, slots=queue.slots)
+        room = window.room(ready=ready, slots=queue.slots, now=time.monotonic())
         admitted: list[Admitted] = []
         if room:
-            pending = await self._admissible(db, queue, limit=room + len(unmarked))
+            pending = await self._admissible(db, queue, limit=room + len(unmarked), since=since)
             admitted = [task for task in pending if task not in unmarked][:room]
             unmarked.keep(pending)
         # Published in order, all at once; each batch is noted while later ones are on their way.
@@ -387,15 +420,16 @@ class Relay:
         window.note(is_full=is_full)
         return is_full
 
-    async def _admissible(self, db: Executor, queue: OpenQueue, *, limit: int) -> list[Admitted]:
-        lookback = self._lookbacks[queue.name]
-        since = await lookback.since(db, queues=[queue.name], names=queue.names)
+    async def _admissible(
+        self, db: Executor, queue: OpenQueue, *, limit: int, since: Moments | None
+    ) -> list[Admitted]:
         began = time.monotonic()
-        pending = await admission.admissible(
-            db, queue=queue.name, names=queue.names, limit=limit, since=since.get(queue.name)
-        )
-        lookback.note(look_seconds=time.monotonic() - began)
-        return pending
+        try:
+            return await admission.admissible(
+                db, queue=queue.name, names=queue.names, limit=limit, since=since
+            )
+        finally:
+            self._lookback.note(look_seconds=time.monotonic() - began)
 
     async def _send(self, channel: Channel, queue: str, admitted: Sequence[Admitted]) -> int:
         confirmed = await self._publish(channel, queue, admitted)
@@ -439,6 +473,7 @@ class Relay:
             older_than_seconds=LOST_AFTER_SECONDS,
             ready=ready,
             limit=LOST_BATCH,
+            since=queue.queued_since,
         )
         if count:
             events.hints_lost(queue=queue.name, count=count)

@@ -8,7 +8,8 @@ worker, its queue not paused, highest priority first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
@@ -24,20 +25,20 @@ class OpenQueue(NamedTuple):
         names: The handler names some live worker offers on it.
         slots: Attempts its live workers can run at once, together.
         queued: Tasks on it that are queued now.
+        queued_since: From when on to count them next time: none that is queued was so before.
     """
 
     name: str
     names: list[str]
     slots: int
     queued: int
+    queued_since: datetime
 
 
+# $1 queues, $2 from when on to count: parallel arrays.
 OPEN_QUEUES = """
-    SELECT open.queue AS name, open.names, open.slots,
-           (SELECT count(*)
-              FROM asyncflow.tasks_live t
-             WHERE t.queued_at IS NOT NULL AND t.lease_id IS NULL   -- queued; index tasks_queued
-               AND t.queue = open.queue) AS queued
+    -- in the order of `OpenQueue`
+    SELECT open.queue, open.names, open.slots, hinted.count, hinted.since
       FROM (SELECT queue, array_agg(DISTINCT handler) AS names,
                    sum(w.concurrency) FILTER (WHERE number = 1)::int AS slots
               FROM asyncflow.workers w,
@@ -46,18 +47,35 @@ OPEN_QUEUES = """
              WHERE w.stopped_at IS NULL
                AND w.lost_at IS NULL
              GROUP BY queue) AS open
+      LEFT JOIN unnest($1::text[], $2::timestamptz[]) AS counted (queue, since)
+        ON counted.queue = open.queue
+     CROSS JOIN LATERAL (
+           SELECT count(*),
+                  -- A note that is being written now is a little older when it is there to see.
+                  least(min(t.queued_at), now()) - interval '15 seconds' AS since
+             FROM asyncflow.tasks_live t
+            WHERE t.queued_at IS NOT NULL AND t.lease_id IS NULL   -- queued; index tasks_queued
+              AND t.queue = open.queue
+              AND t.queued_at >= coalesce(counted.since, '-infinity')) AS hinted
      WHERE NOT EXISTS (SELECT FROM asyncflow.queues q
                         WHERE q.name = open.queue AND q.paused_at IS NOT NULL)
      ORDER BY open.queue
 """
 
 
-async def open_queues(db: Executor) -> list[OpenQueue]:
+async def open_queues(
+    db: Executor, *, queued_since: Mapping[str, datetime] | None = None
+) -> list[OpenQueue]:
     """
     Every queue that tasks may be admitted to now.
+
+    Args:
+        queued_since: Per queue, count no task that was queued before. Beside an old transaction
+            the index has an entry for every task that was ever queued since it began.
     """
-    rows = await db.fetch(OPEN_QUEUES)
-    return [OpenQueue(r["name"], r["names"], r["slots"], r["queued"]) for r in rows]
+    since = queued_since or {}
+    rows = await db.fetch(OPEN_QUEUES, list(since.keys()), list(since.values()))
+    return [OpenQueue._make(row) for row in rows]
 
 
 class Admitted(NamedTuple):
@@ -191,13 +209,14 @@ UNQUEUE_LOST = f"""
           FROM asyncflow.tasks_live t
          WHERE t.lease_id IS NULL                               -- index tasks_queued
            AND t.queue = $1
+           AND t.queued_at >= coalesce($5::timestamptz, '-infinity')
            AND t.queued_at < now() - $2 * interval '1 second'
          ORDER BY t.queued_at
          LIMIT greatest(0, least($4::bigint, (
                SELECT count(*)
                  FROM asyncflow.tasks_live q
                 WHERE q.lease_id IS NULL
-                  AND q.queued_at IS NOT NULL
+                  AND q.queued_at >= coalesce($5::timestamptz, '-infinity')
                   AND q.queue = $1) - $3))
            FOR UPDATE SKIP LOCKED)
     {_UNQUEUE_CHOSEN}
@@ -205,7 +224,13 @@ UNQUEUE_LOST = f"""
 
 
 async def unqueue_lost(
-    db: Executor, *, queue: str, older_than_seconds: float, ready: int, limit: int
+    db: Executor,
+    *,
+    queue: str,
+    older_than_seconds: float,
+    ready: int,
+    limit: int,
+    since: datetime | None = None,
 ) -> int:
     """
     Put queued tasks whose hint must be lost back to pending, oldest first; return how many.
@@ -214,8 +239,11 @@ async def unqueue_lost(
     RabbitMQ held ready a moment ago; the surplus has none. Only tasks queued for longer than
     `older_than_seconds` are taken for it: a younger one's hint may be on its way to a
     worker. A wrong guess sends a second hint, which a claim ignores.
+
+    Args:
+        since: None of them was queued before; see `open_queues`.
     """
-    rows = await db.fetch(UNQUEUE_LOST, queue, older_than_seconds, ready, limit)
+    rows = await db.fetch(UNQUEUE_LOST, queue, older_than_seconds, ready, limit, since)
     return len(rows)
 
 

@@ -35,7 +35,7 @@ class PostgresTransport:
         self._claimant = claimant
         self._queues = list(claimant.queues)
         self._names = [offer.name for offer in claimant.offers]
-        self._lookback = Lookback()
+        self._lookback = Lookback(db)
         self._woken = asyncio.Event()
         self._stopped = False
         self._listener = Listener(db, self._woken.set)
@@ -80,23 +80,25 @@ class PostgresTransport:
         See `Transport.close`.
         """
         await self._listener.__aexit__(None, None, None)
+        await self._lookback.aclose()
 
     async def _claim(self, slots: int) -> list[Claim]:
         # Another queue comes first each time, so that none waits behind another's backlog.
         self._queues.append(self._queues.pop(0))
-        since = await self._lookback.since(self._db, queues=self._queues, names=self._names)
+        since = self._lookback.since(queues=self._queues, names=self._names)
         began = time.monotonic()
-        taken = await claims.claim_due(
-            self._db,
-            lease_id=uuid4(),
-            worker_id=self._claimant.worker_id,
-            offers=self._claimant.offers,
-            queues=self._queues,
-            limit=slots,
-            since=since,
-        )
-        self._lookback.note(look_seconds=time.monotonic() - began)
-        return taken
+        try:
+            return await claims.claim_due(
+                self._db,
+                lease_id=uuid4(),
+                worker_id=self._claimant.worker_id,
+                offers=self._claimant.offers,
+                queues=self._queues,
+                limit=slots,
+                since=since,
+            )
+        finally:
+            self._lookback.note(look_seconds=time.monotonic() - began)
 
     async def _wait(self, seconds: float) -> None:
         try:

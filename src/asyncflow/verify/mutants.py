@@ -72,6 +72,14 @@ def _instead_of(piece: str, other: str, statement: str) -> str:
     return statement.replace(piece, other)
 
 
+def _in_claims(piece: str, other: str = "") -> None:
+    """
+    Replace a piece of both statements that claim what is due.
+    """
+    claims.CLAIM_DUE = _instead_of(piece, other, claims.CLAIM_DUE)
+    claims.CLAIM_DUE_SINCE = _instead_of(piece, other, claims.CLAIM_DUE_SINCE)
+
+
 def _leave_out_the_fence(*events: Event) -> None:
     fence = f"t.lease_id = {claims._LEASE}"
     for event in events:
@@ -95,8 +103,8 @@ def _settle_without_lease() -> None:
 
 @_mutant("A claim does not lock what it takes, nor look at its state again.", seconds=4.0)
 def _claim_without_lock() -> None:
-    statement = _without(claims.CLAIM_DUE, "FOR UPDATE SKIP LOCKED")
-    claims.CLAIM_DUE = _without(statement, "AND t.state IN ('pending', 'queued')")
+    _in_claims("FOR UPDATE SKIP LOCKED")
+    _in_claims("AND t.state IN ('pending', 'queued')")
 
 
 @_mutant("A worker claims under one lease for all its life.", seconds=4.0)
@@ -179,12 +187,12 @@ def _settle_believed() -> None:
 
 @_mutant("A claim begins to count its attempts anew.", seconds=4.0)
 def _attempt_reset() -> None:
-    claims.CLAIM_DUE = _instead_of("attempt = t.attempt + 1", "attempt = 1", claims.CLAIM_DUE)
+    _in_claims("attempt = t.attempt + 1", "attempt = 1")
 
 
 @_mutant("A claim does not look whether the task is due.", seconds=4.0)
 def _early_claim() -> None:
-    claims.CLAIM_DUE = _without(claims.CLAIM_DUE, "AND t.run_at <= now()")
+    _in_claims("AND t.run_at <= now()")
 
 
 @_mutant(
@@ -193,11 +201,12 @@ def _early_claim() -> None:
     seconds=30.0,
 )
 def _due_by_own_clock() -> None:
-    original, statement = claims.claim_due, claims.CLAIM_DUE
+    original, clock = claims.claim_due, "now()"
 
     async def claim_due(db: Executor, **more: Any) -> Any:
-        now = f"to_timestamp({time.time()})"
-        claims.CLAIM_DUE = _instead_of("t.run_at <= now()", f"t.run_at <= {now}", statement)
+        nonlocal clock
+        before, clock = clock, f"to_timestamp({time.time()})"
+        _in_claims(f"t.run_at <= {before}", f"t.run_at <= {clock}")
         return await original(db, **more)
 
     claims.claim_due = claim_due

@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import socket
 import struct
+from typing import NoReturn
 
 CHUNK_BYTES = 65_536
+LOSING_SECONDS = 0.1
 
 
 class Proxy:
@@ -132,6 +134,17 @@ class Proxy:
     async def _reach_server(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(self._host, self._server_port)
 
+    async def _lose(self, reader: asyncio.StreamReader, data: bytes) -> NoReturn:
+        """
+        Throw away these bytes and what follows at once: an answer may begin before all is done.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOSING_SECONDS):
+                while data:
+                    self.lost_bytes += len(data)
+                    data = await reader.read(CHUNK_BYTES)
+        raise ConnectionAbortedError
+
     async def _carry(
         self,
         reader: asyncio.StreamReader,
@@ -142,8 +155,7 @@ class Proxy:
     ) -> None:
         while data := await reader.read(CHUNK_BYTES):
             if relay in self._losing and is_answer == self._loses_answers:
-                self.lost_bytes += len(data)
-                raise ConnectionAbortedError
+                await self._lose(reader, data)
             if not self._flowing.is_set():
                 self.held_bytes += len(data)
                 await self._flowing.wait()
