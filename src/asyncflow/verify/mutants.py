@@ -170,7 +170,7 @@ def _crash_unpunished() -> None:
 
 @_mutant(
     "A worker takes a settlement for written that PostgreSQL never confirmed.",
-    faults=("lose-requests",),
+    faults=("postgres-crash", "lose-requests"),
     seconds=10.0,
 )
 def _settle_believed() -> None:
