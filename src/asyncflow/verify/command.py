@@ -152,7 +152,7 @@ def _kinds(faults: str | None) -> list[str] | None:
 
 def _as_needed_for(name: str, plan: Plan) -> Plan:
     """
-    The plan with the faults, the patience and the engine that bring out a known bug.
+    The plan with the faults, the load, the patience and the engine that bring out a known bug.
     """
     from asyncflow.verify.mutants import MUTANTS
 
@@ -163,6 +163,7 @@ def _as_needed_for(name: str, plan: Plan) -> Plan:
         plan,
         kinds=mutant.faults if plan.kinds is None else plan.kinds,
         seconds=mutant.seconds,
+        rate=mutant.rate,
         engine="rabbitmq" if mutant.engine == "rabbitmq" else plan.engine,
         drain_seconds=MUTANT_DRAIN_SECONDS,
     )

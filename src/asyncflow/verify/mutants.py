@@ -37,6 +37,7 @@ class Mutant:
         plant: Makes it so, in this process.
         faults: The kinds that bring it out; empty if the workload alone does.
         seconds: How long they happen in a run that looks for it.
+        rate: Tasks per second; more where a fault must meet a task at a certain moment.
         engine: The one it is a bug of.
     """
 
@@ -44,6 +45,7 @@ class Mutant:
     plant: Callable[[], None]
     faults: tuple[str, ...] = ()
     seconds: float = 12.0
+    rate: float = 100.0
     engine: str = "postgres"
 
 
@@ -95,7 +97,8 @@ def _leave_out_the_fence(*events: Event) -> None:
 @_mutant(
     "A worker settles without naming its lease.",
     faults=("cut-off",),
-    seconds=12.0,
+    seconds=20.0,
+    rate=400.0,
 )
 def _settle_without_lease() -> None:
     _leave_out_the_fence(Event.COMPLETE, Event.FAIL, Event.CANCEL)
@@ -172,6 +175,7 @@ def _crash_unpunished() -> None:
     "A worker takes a settlement for written that PostgreSQL never confirmed.",
     faults=("postgres-crash", "lose-requests"),
     seconds=10.0,
+    rate=400.0,
 )
 def _settle_believed() -> None:
     original = claims.settle
