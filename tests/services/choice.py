@@ -2,8 +2,9 @@
 Which tests run on which versions of the servers: a plugin of pytest.
 
 By default a test runs on the newest PostgreSQL and the oldest RabbitMQ that are
-supported. Tests under tests/store run on the oldest PostgreSQL too, tests marked
-`every_rabbitmq` on the newest RabbitMQ too. The last lines of a run say what was not run.
+supported. Tests under tests/store run on the oldest PostgreSQL too, but for those marked
+`any_postgres`; tests marked `every_rabbitmq` on the newest RabbitMQ too. The last lines of a run
+say what was not run.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_rabbitmq: run on each supported version of RabbitMQ")
+    config.addinivalue_line("markers", "any_postgres: one version of PostgreSQL is enough")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "postgres_server" in metafunc.fixturenames:
-        on_every = metafunc.definition.path.is_relative_to(ON_EVERY_POSTGRES)
+        is_marked = metafunc.definition.get_closest_marker("any_postgres") is not None
+        on_every = metafunc.definition.path.is_relative_to(ON_EVERY_POSTGRES) and not is_marked
         default = "both" if on_every else postgres.EMBEDDED
         chosen = metafunc.config.getoption("--postgres") or default
         _parametrize(metafunc, "postgres_server", postgres.MAJORS, chosen)

@@ -488,6 +488,7 @@ def test_the_store_does_what_the_model_says(shared_database_url: str) -> None:
     compare(shared_database_url, examples=150)
 
 
+@pytest.mark.any_postgres
 @pytest.mark.parametrize(
     ("statement", "guard"),
     [
