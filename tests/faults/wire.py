@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from urllib.parse import parse_qsl, urlsplit
 
-from asyncflow.verify.proxy import CHUNK_BYTES, Proxy
+from asyncflow.verify.proxy import Proxy, Way
 
 POSTGRES_PORT = 5432
 SSL_REQUEST = 80_877_103
@@ -144,24 +144,13 @@ class Wire(Proxy):
         _connection.set(Connection())
         await super()._accept(reader, writer)
 
-    async def _carry(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        relay: asyncio.Task[None],
-        *,
-        is_answer: bool = False,
-    ) -> None:
+    async def _meet(self, way: Way, data: bytes) -> None:
         connection = _connection.get()
-        while data := await reader.read(CHUNK_BYTES):
-            if not is_answer:
-                connection.is_held |= self._is_awaited(connection, data)
-            elif connection.is_held and data[0] != AMQP_HEARTBEAT:
-                self._answered.set()
-                await self._released.wait()
-            writer.write(data)
-            await writer.drain()
-        raise EOFError
+        if not way.is_answer:
+            connection.is_held |= self._is_awaited(connection, data)
+        elif connection.is_held and data[0] != AMQP_HEARTBEAT:
+            self._answered.set()
+            await self._released.wait()
 
     def _is_awaited(self, connection: Connection, data: bytes) -> bool:
         """

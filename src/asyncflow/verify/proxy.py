@@ -11,10 +11,28 @@ import asyncio
 import contextlib
 import socket
 import struct
+from dataclasses import dataclass
 from typing import NoReturn
 
 CHUNK_BYTES = 65_536
-LOSING_SECONDS = 0.1
+ANSWER_SECONDS = 0.1
+"""In so long, a server that began to answer has done what it was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """
+    One direction of one connection.
+
+    Attributes:
+        relay: The connection; that of the other direction is the same.
+        is_answer: Whether it leads from the server to the client.
+    """
+
+    relay: asyncio.Task[None]
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    is_answer: bool
 
 
 class Proxy:
@@ -117,8 +135,8 @@ class Proxy:
             self._writers.add(upstream)
             # Whichever side ends first ends both.
             await asyncio.gather(
-                self._carry(reader, upstream, relay),
-                self._carry(server_reader, writer, relay, is_answer=True),
+                self._carry(Way(relay, reader, upstream, is_answer=False)),
+                self._carry(Way(relay, server_reader, writer, is_answer=True)),
             )
         except (OSError, EOFError, RuntimeError, asyncio.CancelledError):
             # uvloop calls it a RuntimeError that a transport was closed meanwhile.
@@ -134,31 +152,30 @@ class Proxy:
     async def _reach_server(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(self._host, self._server_port)
 
-    async def _lose(self, reader: asyncio.StreamReader, data: bytes) -> NoReturn:
+    async def _carry(self, way: Way) -> None:
+        while data := await way.reader.read(CHUNK_BYTES):
+            await self._meet(way, data)
+            way.writer.write(data)
+            await way.writer.drain()
+        raise EOFError
+
+    async def _meet(self, way: Way, data: bytes) -> None:
         """
-        Throw away these bytes and what follows at once: an answer may begin before all is done.
+        What happens to bytes before they are carried on.
+        """
+        if way.relay in self._losing and way.is_answer == self._loses_answers:
+            await self._throw_away(way, data)
+        if not self._flowing.is_set():
+            self.held_bytes += len(data)
+            await self._flowing.wait()
+
+    async def _throw_away(self, way: Way, data: bytes) -> NoReturn:
+        """
+        These bytes and what follows at once: an answer may begin before all is done.
         """
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOSING_SECONDS):
+            async with asyncio.timeout(ANSWER_SECONDS):
                 while data:
                     self.lost_bytes += len(data)
-                    data = await reader.read(CHUNK_BYTES)
+                    data = await way.reader.read(CHUNK_BYTES)
         raise ConnectionAbortedError
-
-    async def _carry(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        relay: asyncio.Task[None],
-        *,
-        is_answer: bool = False,
-    ) -> None:
-        while data := await reader.read(CHUNK_BYTES):
-            if relay in self._losing and is_answer == self._loses_answers:
-                await self._lose(reader, data)
-            if not self._flowing.is_set():
-                self.held_bytes += len(data)
-                await self._flowing.wait()
-            writer.write(data)
-            await writer.drain()
-        raise EOFError
