@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from asyncflow.verify.faults import FAULTS
 from asyncflow.verify.mutants import MUTANTS
-from asyncflow.verify.nemesis import FAULTS
 from services.broker import Broker
 
 QUICK = ("claim-without-lock", "commit-unsynced")

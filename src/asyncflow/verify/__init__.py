@@ -15,7 +15,8 @@ that knows nothing of AsyncFlow's code holds these histories against each other.
     fleet      the processes, started again when they end
     broker     a RabbitMQ, ours or given
     clock      a time of day that can be made wrong
-    nemesis    the faults, and the evidence that each one bit
+    faults     what harm there is, and the evidence that it bit
+    nemesis    which of it happens when
     checker    the verdict, from the files alone
     figures    what happened how often, and how fast things went on
     timeline   the story of one task

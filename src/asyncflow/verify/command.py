@@ -137,7 +137,7 @@ def _new_folder(output: Path | None) -> Path:
 
 
 def _kinds(faults: str | None) -> list[str] | None:
-    from asyncflow.verify.nemesis import FAULTS
+    from asyncflow.verify.faults import FAULTS
 
     if faults is None:
         return None

@@ -61,16 +61,12 @@ def _mutant(summary: str, **needs: Any) -> Callable[[Callable[[], None]], Callab
     return declare
 
 
-def _without(statement: str, piece: str) -> str:
-    """
-    A statement that lost a piece; it must have had it, or the mutant would be none.
-    """
-    return _instead_of(piece, "", statement)
-
-
 def _instead_of(piece: str, other: str, statement: str) -> str:
+    """
+    A statement with another piece; it must have had that one, or the mutant would be none.
+    """
     if piece not in statement:
-        raise ValueError(f"The statement has no {piece!r} to leave out.")
+        raise ValueError(f"The statement has no {piece!r} to replace.")
     return statement.replace(piece, other)
 
 
@@ -224,7 +220,7 @@ def _expired_early() -> None:
 @_mutant("A cancellation does not look at the state of the task.", seconds=5.0)
 def _cancel_overwrites() -> None:
     guard = "AND t.state IN ('pending', 'queued')"
-    store_tasks.CANCEL_WAITING = _without(store_tasks.CANCEL_WAITING, guard)
+    store_tasks.CANCEL_WAITING = _instead_of(guard, "", store_tasks.CANCEL_WAITING)
 
 
 # Accepting

@@ -25,9 +25,10 @@ from asyncflow.transport.topology import UNREADABLE
 from asyncflow.verify import handlers, record
 from asyncflow.verify.broker import Broker, OwnBroker, free_ports
 from asyncflow.verify.client import Clients, Unanswered, request
+from asyncflow.verify.faults import FAULTS, Stage
 from asyncflow.verify.fleet import HANDLERS, Fleet
 from asyncflow.verify.history import History
-from asyncflow.verify.nemesis import FAULTS, Nemesis, Stage, planned
+from asyncflow.verify.nemesis import Nemesis, planned
 from asyncflow.verify.proxy import Proxy
 from asyncflow.verify.workload import Workload
 
