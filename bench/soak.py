@@ -7,7 +7,8 @@ slower in the end than in the beginning? The results are recorded in docs/reliab
 Real processes on servers of their own: two API processes, two workers, two maintenance processes,
 with default settings but for a retention of a quarter of an hour, so that the tables have a size
 to stay at. A line of JSON per minute and one at the end, which holds the last quarter of the
-time against the second; status 1 if a task was lost, failed or ran more often than it asked for.
+time against the second; status 1 if a task was lost, failed, or ran more or less often than it
+asked for.
 """
 
 from __future__ import annotations

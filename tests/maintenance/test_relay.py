@@ -850,7 +850,7 @@ def test_a_window_is_looked_at_again_when_a_part_of_it_is_used_up(
 
     assert 1 == window.pack
     assert starved < 0.02 * now * used_per_second
-    # Half a window at most: 10 of 20 hints.
+    # Never after longer than the 20 hints of a window last.
     assert max(rests[50:]) <= max(REFILL_SECONDS, min(POLL_SECONDS, 20 / used_per_second))
     if used_per_second == 2:
         assert POLL_SECONDS == max(rests)
