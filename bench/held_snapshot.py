@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -198,6 +199,8 @@ def main() -> None:
     Start the servers and a worker, measure, and end them.
     """
     options = _options()
+    # As Ctrl-C does, so that no server or worker is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     data = scratch.make_folder("bench", in_memory=False)
     with tempfile.TemporaryDirectory() as place, broker(options.engine) as broker_url:
         try:
