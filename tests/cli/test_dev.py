@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from cli.programs import Program, environment, finished, running
+from services.ports import free_port
 
 STOP_LINE = r"^Stop +Ctrl-C"
 
@@ -35,9 +36,7 @@ def port() -> int:
     """
     A port that is free now.
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        free: int = server.getsockname()[1]
-    return free
+    return free_port()
 
 
 @pytest.fixture

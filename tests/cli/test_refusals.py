@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli.programs import environment, finished
+from services.ports import free_port
 
 NOBODY_LISTENS = "postgresql://someone:very-secret@127.0.0.1:1/none"
 
@@ -100,7 +101,7 @@ def test_a_process_refuses_a_database_without_schema(
     """
     It says how to get the schema.
     """
-    env = environment(database_url=empty_database_url, api_port=_free_port())
+    env = environment(database_url=empty_database_url, api_port=free_port())
 
     ended = finished(command, folder=tmp_path, env=env)
 
@@ -144,9 +145,3 @@ def test_a_mistyped_command_is_answered_with_the_right_one(tmp_path: Path) -> No
 
     assert ended.returncode == 2
     assert "Did you mean 'worker'?" in ended.stderr
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port

@@ -7,7 +7,6 @@ A child process, which starts by itself and imports this, plants its failpoint h
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 from acceptance.handlers import QUICKLY, note
@@ -18,38 +17,35 @@ LINGER_SECONDS = 60.0
 
 
 @handler(backoff=QUICKLY, max_attempts=5)
-async def step_in_loop(
-    context: Context, seconds: float = 0.0, failures: int = 0, lingers: bool = False
-) -> dict[str, Any]:
+async def step_in_loop(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
     """
     Fail the first `failures` attempts; for the first one, take a minute if it `lingers`.
     """
     note(context, "start")
-    if context.attempt <= failures:
+    if context.attempt <= payload.get("failures", 0):
         raise ConnectionError(f"attempt {context.attempt} failed")
-    await asyncio.sleep(LINGER_SECONDS if lingers and context.attempt == 1 else seconds)
+    lingers = payload.get("lingers", False) and context.attempt == 1
+    await asyncio.sleep(LINGER_SECONDS if lingers else payload.get("seconds", 0))
     note(context, "end")
     return {"attempt": context.attempt}
 
 
 @handler(backoff=QUICKLY, max_attempts=5)
-def step_in_thread(context: Context, seconds: float = 0.0) -> dict[str, Any]:
+def step_in_thread(context: Context) -> dict[str, Any]:
     """
     The same in a thread.
     """
     note(context, "start")
-    time.sleep(seconds)
     note(context, "end")
     return {"attempt": context.attempt}
 
 
 @handler(backoff=QUICKLY, max_attempts=5, isolation="process")
-def step_in_process(context: Context, seconds: float = 0.0) -> dict[str, Any]:
+def step_in_process(context: Context) -> dict[str, Any]:
     """
     The same in a child process.
     """
     note(context, "start")
-    time.sleep(seconds)
     note(context, "end")
     return {"attempt": context.attempt}
 

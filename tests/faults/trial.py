@@ -26,7 +26,7 @@ import psutil
 
 import builders
 from acceptance.process import Process
-from acceptance.system import System, free_port
+from acceptance.system import System
 from asyncflow.store.database import Database, Record
 from asyncflow.store.wakeups import send_wakeup
 from asyncflow.transport.amqp import connect
@@ -37,6 +37,7 @@ from faults.finding import Facts, Finding, Row, judge
 from faults.stories import STORIES, just_now
 from faults.wire import Desk, Wire, laid
 from services.broker import Broker
+from services.ports import free_port
 from services.postgres import PostgresServer
 
 SETTINGS = {

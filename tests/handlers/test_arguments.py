@@ -16,7 +16,7 @@ import annotated_types
 import jsonschema_rs
 import pydantic
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typing_extensions import TypedDict
 
@@ -208,7 +208,6 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)  # the first example imports pydantic
 @given(
     function=st.sampled_from([nothing, typed_rest, point, plain, bounded, choice, either, counts]),
     payload=st.dictionaries(

@@ -70,8 +70,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     # A test that is skipped on a laptop would hide something in CI and in bin/test.
     is_everything_wanted = "true" in (os.environ.get("CI"), os.environ.get("ASYNCFLOW_TEST_ALL"))
     if is_everything_wanted and not session.config.getoption("collectonly"):
-        majors = _versions(session, "postgres_server")
-        versions = _versions(session, "broker")
+        majors = _versions(session, postgres.MAJORS, "postgres_server")
+        versions = _versions(session, rabbitmq.VERSIONS, "broker", "engine")
         if session.config.getoption("--without-rabbitmq"):
             versions = []
         with_pgbouncer = _is_used(session, "pooler")
@@ -88,10 +88,11 @@ def _is_used(session: pytest.Session, fixture: str) -> bool:
     return any(fixture in function.fixturenames for function in functions)
 
 
-def _versions(session: pytest.Session, fixture: str) -> list[str]:
+def _versions(session: pytest.Session, known: Sequence[str], *fixtures: str) -> list[str]:
     functions = [item for item in session.items if isinstance(item, pytest.Function)]
     params = [function.callspec.params for function in functions if hasattr(function, "callspec")]
-    return sorted({str(values[fixture]) for values in params if fixture in values})
+    wanted = {values[fixture] for values in params for fixture in fixtures if fixture in values}
+    return [version for version in known if version in wanted]
 
 
 def _say_to(session: pytest.Session) -> fetch.Say:

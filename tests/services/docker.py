@@ -9,7 +9,8 @@ import shutil
 import subprocess
 
 from services.broker import Broker
-from services.node import START_SECONDS_MAX, STOP_SECONDS_MAX, free_ports, wait_until
+from services.node import START_SECONDS_MAX, STOP_SECONDS_MAX, wait_until
+from services.ports import free_ports
 
 
 def is_usable() -> bool:

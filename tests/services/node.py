@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ import psutil
 
 from services import scratch
 from services.broker import Broker
+from services.ports import free_ports
 
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 30.0
@@ -259,26 +258,6 @@ class DebianTree:
             str(folder),
             *argv,
         ]
-
-
-def free_ports(count: int) -> list[int]:
-    """
-    Find ports outside the range that the system gives to clients.
-
-    Inside it, a client could take the port of a broker that is just restarting.
-    """
-    ports: list[int] = []
-    while len(ports) < count:
-        port = random.randint(20_000, 32_000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in ports:
-            ports.append(port)
-    return ports
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, failure: str) -> None:

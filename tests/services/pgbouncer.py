@@ -20,7 +20,8 @@ import pytest
 
 from asyncflow.embedded.account import launcher_for
 from services import scratch
-from services.node import free_ports, wait_until
+from services.node import wait_until
+from services.ports import free_port
 from services.postgres import PostgresServer
 
 PACKAGE = "pgbouncer"
@@ -54,7 +55,7 @@ class Pooler:
 
     def __init__(self, server: PostgresServer, program: Path, settings: Mapping[str, str]) -> None:
         [socket_folder] = parse_qs(urlsplit(server.cluster.url).query)["host"]
-        [self._port] = free_ports(1)
+        self._port = free_port()
         self._folder = scratch.make_folder("pgbouncer", in_memory=False)
         self._launcher = launcher_for(self._folder, program)
         configuration = self._folder / "pgbouncer.ini"

@@ -485,7 +485,7 @@ def test_the_store_does_what_the_model_says(shared_database_url: str) -> None:
     """
     In any order of statements, also under leases that were lost and for tasks that are gone.
     """
-    compare(shared_database_url, examples=150)
+    compare(shared_database_url, examples=100)
 
 
 @pytest.mark.any_postgres

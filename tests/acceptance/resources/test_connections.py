@@ -10,7 +10,8 @@ import contextlib
 
 import asyncpg
 
-from acceptance.system import HANDLERS, System, free_port
+from acceptance.system import HANDLERS, System
+from services.ports import free_port
 
 FLOWING_AGAIN_SECONDS = 30.0
 WORKING = {"seconds": 0.1}

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from acceptance.resources.conftest import a_system
-from acceptance.system import System, free_port
+from acceptance.system import System
 from asyncflow.store.database import PLANNER
 from services.pgbouncer import SESSIONS, Pooler, running_pooler
+from services.ports import free_port
 from services.postgres import PostgresServer
 
 FLOWING_AGAIN_SECONDS = 30.0
