@@ -16,7 +16,8 @@ import psutil
 from acceptance.process import Process, is_gone
 from acceptance.system import HANDLERS, System
 
-RERUN_SECONDS = 5.0
+WORKER_RERUN_SECONDS = 5.0
+CHILD_RERUN_SECONDS = 2.0
 
 
 async def test_a_task_of_a_killed_worker_runs_again_within_five_seconds(system: System) -> None:
@@ -33,7 +34,7 @@ async def test_a_task_of_a_killed_worker_runs_again_within_five_seconds(system: 
     second = await system.journal.wait_for("start", task_id, attempt=2)
     task = await system.finishes(task_id)
 
-    assert second.time - killed_at <= RERUN_SECONDS
+    assert second.time - killed_at <= WORKER_RERUN_SECONDS
     assert task["status"] == "COMPLETED"
     assert task["result"] == {"attempt": 2}
     assert [a["outcome"] for a in task["attempts"]] == ["RETRIED", "COMPLETED"]
@@ -55,10 +56,10 @@ async def test_child_processes_die_with_their_worker(system: System) -> None:
     await worker.kill()
 
     for pid in (start.pid for start in starts):
-        await system.until(partial(is_gone, pid), "the child is gone")
+        await system.until(partial(is_gone, pid), "the child is gone", timeout_seconds=2)
 
 
-async def test_a_task_of_a_killed_child_runs_again_within_five_seconds(system: System) -> None:
+async def test_a_task_of_a_killed_child_runs_again_within_two_seconds(system: System) -> None:
     """
     kill -9 of the child process that runs a handler: its worker runs the task again.
     """
@@ -71,7 +72,7 @@ async def test_a_task_of_a_killed_child_runs_again_within_five_seconds(system: S
     second = await system.journal.wait_for("start", task_id, attempt=2)
     task = await system.finishes(task_id)
 
-    assert second.time - killed_at <= RERUN_SECONDS
+    assert second.time - killed_at <= CHILD_RERUN_SECONDS
     assert task["status"] == "COMPLETED"
     assert [a["outcome"] for a in task["attempts"]] == ["RETRIED", "COMPLETED"]
     assert "SIGKILL" in task["attempts"][0]["error"]["message"]
