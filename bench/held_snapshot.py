@@ -17,14 +17,13 @@ import argparse
 import asyncio
 import json
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +39,10 @@ from asyncflow.store.database import Database  # noqa: E402
 from asyncflow.store.migrations import migrate  # noqa: E402
 from asyncflow.store.wakeups import send_wakeup  # noqa: E402
 from bench.addresses import PROBE  # noqa: E402
+from bench.by_hand import end_on_sigterm, running_broker  # noqa: E402
 from bench.probe import Probe  # noqa: E402
 from bench.processes import running  # noqa: E402
-from services import rabbitmq, scratch  # noqa: E402
+from services import scratch  # noqa: E402
 
 SAMPLE_SECONDS = 10.0
 STEP_SECONDS = 0.1
@@ -182,30 +182,18 @@ def say(**facts: Any) -> None:
     print(json.dumps(facts), flush=True)
 
 
-@contextmanager
-def broker(engine: str) -> Iterator[str | None]:
-    """
-    The URL of a RabbitMQ with nothing in it; None on PostgreSQL alone.
-    """
-    if engine == "postgres":
-        yield None
-        return
-    with rabbitmq.running_broker(rabbitmq.OLDEST, erlang_arguments="") as node:
-        yield node.create_vhost()
-
-
 def main() -> None:
     """
     Start the servers and a worker, measure, and end them.
     """
     options = _options()
-    # As Ctrl-C does, so that no server or worker is left behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_sigterm()
     data = scratch.make_folder("bench", in_memory=False)
-    with tempfile.TemporaryDirectory() as place, broker(options.engine) as broker_url:
+    with tempfile.TemporaryDirectory() as place, running_broker(options.engine) as broker:
         try:
             with Cluster(data, settings={"shared_buffers": "256MB"}) as cluster:
                 asyncio.run(migrate(cluster.url))
+                broker_url = broker.create_vhost() if broker else None
                 _run(cluster.url, broker_url, Path(place), options)
         finally:
             shutil.rmtree(data, ignore_errors=True)

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
@@ -35,6 +34,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))  # The tests know how to run a who
 
 from acceptance.process import Process  # noqa: E402
 from acceptance.system import System  # noqa: E402
+from bench.by_hand import end_on_sigterm, running_broker  # noqa: E402
 from services import postgres, rabbitmq, scratch  # noqa: E402
 from services.broker import Broker  # noqa: E402
 
@@ -240,18 +240,13 @@ def main() -> int:
     parser.add_argument("--engine", choices=["postgres", "rabbitmq"], default="postgres")
     parser.add_argument("--rabbitmq", choices=rabbitmq.VERSIONS, default=rabbitmq.OLDEST)
     options = parser.parse_args()
-    # As Ctrl-C does, so that no server is left behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_sigterm()
     data = scratch.make_folder("soak", in_memory=False)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.callback(shutil.rmtree, data, ignore_errors=True)
         server = stack.enter_context(postgres.running_server("18", folder=data))
-        broker = (
-            stack.enter_context(rabbitmq.running_broker(options.rabbitmq, erlang_arguments=""))
-            if options.engine == "rabbitmq"
-            else None
-        )
+        broker = stack.enter_context(running_broker(options.engine, options.rabbitmq))
         versions = {"rabbitmq": broker.version} if broker else {}
         facts = asyncio.run(_perform(options, server.create_database(), broker, folder))
     print(json.dumps({**versions, **facts}), flush=True)

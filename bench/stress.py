@@ -32,6 +32,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))  # The tests know how to run a who
 
 from acceptance.process import Process  # noqa: E402
 from acceptance.system import System  # noqa: E402
+from bench.by_hand import end_on_sigterm, running_broker  # noqa: E402
 from services import postgres, rabbitmq  # noqa: E402
 from services.broker import Broker  # noqa: E402
 
@@ -232,15 +233,10 @@ def main() -> int:
     parser.add_argument("--engine", choices=["postgres", "rabbitmq"], default="postgres")
     parser.add_argument("--rabbitmq", choices=rabbitmq.VERSIONS, default=rabbitmq.OLDEST)
     options = parser.parse_args()
-    # As Ctrl-C does, so that no server is left behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_sigterm()
     with ExitStack() as stack:
         server = stack.enter_context(postgres.running_server("18"))
-        broker = (
-            stack.enter_context(rabbitmq.running_broker(options.rabbitmq, erlang_arguments=""))
-            if options.engine == "rabbitmq"
-            else None
-        )
+        broker = stack.enter_context(running_broker(options.engine, options.rabbitmq))
         versions = {"rabbitmq": broker.version} if broker else {}
         facts = asyncio.run(_perform(options, server.create_database(), broker))
     print(json.dumps({"scene": options.scene, **versions, **facts}), flush=True)

@@ -1,0 +1,39 @@
+"""
+What the measurements that are started by hand, one at a time, have in common.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from services import fetch, rabbitmq
+from services.broker import Broker
+
+
+def end_on_sigterm() -> None:
+    """
+    End on SIGTERM as on Ctrl-C, so that no server or process is left behind.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+@contextmanager
+def running_broker(engine: str, version: str = rabbitmq.OLDEST) -> Iterator[Broker | None]:
+    """
+    Run a stock RabbitMQ until the end of the block, fetched if need be; None on PostgreSQL alone.
+
+    Raises:
+        SystemExit: There is none to be had here; the sentence says what would help.
+    """
+    if engine == "postgres":
+        yield None
+        return
+    fetch.fetch([], [version], say=lambda line: print(line, file=sys.stderr))
+    if missing := rabbitmq.missing([version]):
+        raise SystemExit(missing[0])
+    # As many schedulers as there are cores, where the tests give it one.
+    with rabbitmq.running_broker(version, erlang_arguments="") as broker:
+        yield broker
