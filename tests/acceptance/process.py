@@ -12,12 +12,15 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from services import forked
 
 LINE_BYTES_MAX = 1024 * 1024
 TAIL_LINES = 40
@@ -35,13 +38,14 @@ class Process:
         output: What it printed that was not a log line.
     """
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, name: str, process: ForkServerProcess, output: Connection) -> None:
         self.name = name
         self.lines: list[LogLine] = []
         self.output = ""
         self._process = process
         self._said_more = asyncio.Condition()
-        self._reading = asyncio.create_task(self._read())
+        self._ending = asyncio.create_task(self._wait_until_it_ends())
+        self._reading = asyncio.create_task(self._read(output))
 
     @classmethod
     async def start(
@@ -61,23 +65,18 @@ class Process:
         """
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("ASYNCFLOW_")}
         given = {f"ASYNCFLOW_{k.upper()}": str(v) for k, v in settings.items()}
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", *program, *arguments),
-            cwd=folder,
-            env={**inherited, **given},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            limit=LINE_BYTES_MAX,
-            start_new_session=True,
+        module, *first = program
+        process, output = forked.start(
+            module, [*first, *arguments], environment={**inherited, **given}, folder=folder
         )
-        return cls(name, process)
+        return cls(name, process, output)
 
     @property
     def pid(self) -> int:
         """
         Its process id, which is also that of its group.
         """
+        assert self._process.pid is not None
         return self._process.pid
 
     @property
@@ -85,7 +84,7 @@ class Process:
         """
         Whether it has not ended yet.
         """
-        return self._process.returncode is None
+        return self._process.exitcode is None
 
     async def log_event(
         self, event: str, *, after: int = 0, timeout_seconds: float = 20.0, **fields: object
@@ -137,14 +136,15 @@ class Process:
         """
         Send it a signal.
         """
-        self._process.send_signal(number)
+        if self.is_running:
+            os.kill(self.pid, number)
 
     async def kill(self) -> None:
         """
         End it as a crash would; return when it is gone.
         """
         self.send(signal.SIGKILL)
-        await self._process.wait()
+        await self._ending
 
     async def exit_status(self, *, timeout_seconds: float = 20.0) -> int:
         """
@@ -152,8 +152,8 @@ class Process:
         """
         try:
             async with asyncio.timeout(timeout_seconds):
-                status = await self._process.wait()
-                await self._reading
+                status = await asyncio.shield(self._ending)
+                await asyncio.shield(self._reading)
         except TimeoutError:
             raise AssertionError(f"{self.name} did not end:\n{self.tail()}") from None
         return status
@@ -162,9 +162,10 @@ class Process:
         """
         See to it that it and its group are gone, whatever state they are in.
         """
+        self.send(signal.SIGKILL)  # It may not lead a group yet.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        await self._process.wait()
+        await self._ending
         await self._reading
 
     def tail(self) -> str:
@@ -174,9 +175,21 @@ class Process:
         lines = [json.dumps(line) for line in self.lines[-TAIL_LINES:]]
         return "\n".join([*lines, self.output[-4_000:]])
 
-    async def _read(self) -> None:
-        assert self._process.stdout is not None
-        while text := (await self._process.stdout.readline()).decode(errors="replace"):
+    async def _wait_until_it_ends(self) -> int:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(self._process.sentinel, ended.set)
+        await ended.wait()
+        loop.remove_reader(self._process.sentinel)
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    async def _read(self, output: Connection) -> None:
+        said = asyncio.StreamReader(LINE_BYTES_MAX)
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(said), output
+        )
+        while text := (await said.readline()).decode(errors="replace"):
             try:
                 line = json.loads(text)
             except ValueError:

@@ -22,7 +22,7 @@ from api.live import JSON, PATIENCE_SECONDS, LiveApi, live_api
 SOCKETS = 500
 SOCKETS_THAT_READ_NOTHING = 20
 DROP_SECONDS = 1.0
-SERVER_PATIENCE_SECONDS = 8
+SERVER_PATIENCE_SECONDS = 5
 
 # The defaults, 10 and 30 seconds, are right for users and long for a test.
 IMPATIENT = f"""

@@ -3,8 +3,8 @@ Which tests run on which versions of the servers: a plugin of pytest.
 
 By default a test runs on the newest PostgreSQL and the oldest RabbitMQ that are
 supported. Tests under tests/store run on the oldest PostgreSQL too, but for those marked
-`any_postgres`; tests marked `every_rabbitmq` on the newest RabbitMQ too. The last lines of a run
-say what was not run.
+`any_postgres`; tests marked `every_rabbitmq` on the newest RabbitMQ too, but for those of such a
+module that are marked `any_rabbitmq`. The last lines of a run say what was not run.
 """
 
 from __future__ import annotations
@@ -41,18 +41,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_rabbitmq: run on each supported version of RabbitMQ")
+    config.addinivalue_line("markers", "any_rabbitmq: one version of RabbitMQ is enough")
     config.addinivalue_line("markers", "any_postgres: one version of PostgreSQL is enough")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    def is_marked(name: str) -> bool:
+        return metafunc.definition.get_closest_marker(name) is not None
+
     if "postgres_server" in metafunc.fixturenames:
-        is_marked = metafunc.definition.get_closest_marker("any_postgres") is not None
-        on_every = metafunc.definition.path.is_relative_to(ON_EVERY_POSTGRES) and not is_marked
+        on_every = metafunc.definition.path.is_relative_to(ON_EVERY_POSTGRES)
+        on_every = on_every and not is_marked("any_postgres")
         default = "both" if on_every else postgres.EMBEDDED
         chosen = metafunc.config.getoption("--postgres") or default
         _parametrize(metafunc, "postgres_server", postgres.MAJORS, chosen)
     if "broker" in metafunc.fixturenames:
-        on_every = metafunc.definition.get_closest_marker("every_rabbitmq") is not None
+        on_every = is_marked("every_rabbitmq") and not is_marked("any_rabbitmq")
         default = "both" if on_every else rabbitmq.OLDEST
         chosen = metafunc.config.getoption("--rabbitmq") or default
         _parametrize(metafunc, "broker", rabbitmq.VERSIONS, chosen)

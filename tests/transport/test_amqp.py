@@ -487,6 +487,7 @@ async def test_a_reply_goes_to_the_call_it_answers_though_an_earlier_one_gave_up
     assert await channel.delete_queue("other") == 0
 
 
+@pytest.mark.any_rabbitmq
 async def test_channel_numbers_are_used_again(connection: Connection) -> None:
     """
     Opening and closing for ever does not run out of channels.
@@ -654,6 +655,7 @@ async def test_a_connection_closed_by_the_operator_says_so(broker: Broker, broke
     assert "maintenance tonight" in str(reason)
 
 
+@pytest.mark.any_rabbitmq
 async def test_a_frozen_broker_is_given_up_after_two_heartbeats(
     broker_url: str, queue: str
 ) -> None:
@@ -676,6 +678,7 @@ async def test_a_frozen_broker_is_given_up_after_two_heartbeats(
             await publishing
 
 
+@pytest.mark.any_rabbitmq
 async def test_an_idle_connection_lives_on(broker_url: str) -> None:
     """
     Both sides keep hearing each other when there is nothing to say.
@@ -687,6 +690,7 @@ async def test_an_idle_connection_lives_on(broker_url: str) -> None:
         assert connection.is_open
 
 
+@pytest.mark.any_rabbitmq
 async def test_a_call_is_given_up_in_time_and_close_too(broker_url: str) -> None:
     """
     A broker that does not answer costs the agreed time, not more.
@@ -704,6 +708,7 @@ async def test_a_call_is_given_up_in_time_and_close_too(broker_url: str) -> None
         assert await connection.wait_closed() is None
 
 
+@pytest.mark.any_rabbitmq
 async def test_what_is_not_written_for_lack_of_a_reader_is_never_sent(
     broker_url: str, queue: str
 ) -> None:
@@ -829,6 +834,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
     return make
 
 
+@pytest.mark.any_rabbitmq
 async def test_tls_is_verified_unless_told_otherwise(
     broker_url: str, certificate: Callable[[str], tuple[Path, Path]]
 ) -> None:

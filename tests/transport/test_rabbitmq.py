@@ -175,20 +175,19 @@ async def test_a_hint_sent_many_times_runs_its_task_once(workshop: Workshop) -> 
     """
     Duplicates are dropped, within one batch and after it.
     """
-    [task_id] = await submit(workshop.db)
-    [other] = await submit(workshop.db)
-    await workshop.send(*[task_id] * 5, other, *[task_id] * 5)
+    task_id, other, last = await submit(workshop.db, 3)
+    # Once the last hint is used, those before it are used up.
+    await workshop.send(*[task_id] * 5, other, *[task_id] * 5, last)
     taker = await workshop.taker(slots=20)
     taken: Counter[UUID] = Counter()
     working = asyncio.create_task(work_off(taker, workshop.db, taken, slots=20))
 
-    await until_states(workshop.db, completed=2)
-    await workshop.until_ready(0)
+    await until_states(workshop.db, completed=3)
     await taker.stop()
     await working
     await taker.close()
 
-    assert {task_id: 1, other: 1} == taken
+    assert {task_id: 1, other: 1, last: 1} == taken
     assert 0 == await workshop.ready()
 
 
@@ -232,19 +231,19 @@ async def test_a_task_in_several_packs_runs_once(workshop: Workshop) -> None:
     """
     Twice in one pack, in two packs, alone besides; every message is used up in the end.
     """
-    a, b, c = await submit(workshop.db, 3)
-    await workshop.send([a, b], [b, c], [a, a, uuid4()], c)
+    a, b, c, last = await submit(workshop.db, 4)
+    # Once the last hint is used, those before it are used up.
+    await workshop.send([a, b], [b, c], [a, a, uuid4()], c, last)
     taker = await workshop.taker(slots=2)
     taken: Counter[UUID] = Counter()
     working = asyncio.create_task(work_off(taker, workshop.db, taken, slots=2))
 
-    await until_states(workshop.db, completed=3)
-    await workshop.until_ready(0)
+    await until_states(workshop.db, completed=4)
     await taker.stop()
     await working
     await taker.close()
 
-    assert {a: 1, b: 1, c: 1} == taken
+    assert {a: 1, b: 1, c: 1, last: 1} == taken
     assert 0 == await workshop.ready()
 
 
@@ -712,6 +711,7 @@ async def test_a_crashed_broker_costs_time_and_no_task(
     taker.finished(first)
 
 
+@pytest.mark.any_rabbitmq
 async def test_a_broker_that_comes_up_late_is_waited_for(
     workshop: Workshop, broker: Broker, relay: None
 ) -> None:
@@ -729,6 +729,7 @@ async def test_a_broker_that_comes_up_late_is_waited_for(
     assert task_id == mine.task_id
 
 
+@pytest.mark.any_rabbitmq
 async def test_stop_and_close_need_no_broker(workshop: Workshop, broker: Broker) -> None:
     """
     A worker can leave while RabbitMQ is down.
@@ -769,6 +770,7 @@ async def test_ten_thousand_tasks_are_each_claimed_once_and_leave_nothing_behind
     assert 0 == await workshop.ready()
 
 
+@pytest.mark.any_rabbitmq
 async def test_one_unusable_queue_does_not_stop_the_others(
     db: Database, workshop: Workshop, relay: None
 ) -> None:

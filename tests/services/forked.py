@@ -1,0 +1,74 @@
+"""
+Processes of ours that begin where their imports are done.
+
+Loading the program costs a process up to a second of a core, most of it FastAPI's and pydantic's, and
+the tests start hundreds. These are forked from one that has loaded it already, by `multiprocessing`;
+whatever follows is as if `python -m` had started them. That it does, `tests/cli` and the tests of
+`asyncflow verify` show.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+LOADED = (
+    "asyncflow.cli.app",
+    "asyncflow.processes",
+    *("asyncflow.api.app", "asyncflow.api.catalogue", "asyncflow.api.protocol", "uvicorn"),
+    *("asyncflow.worker.worker", "asyncflow.handlers", "asyncflow.transport.rabbitmq"),
+    *("asyncflow.maintenance.chores", "asyncflow.maintenance.relay", "asyncflow.store.migrations"),
+)
+
+_forkserver = multiprocessing.get_context("forkserver")
+_forkserver.set_forkserver_preload(list(LOADED))
+
+
+def start(
+    module: str, arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path
+) -> tuple[ForkServerProcess, Connection]:
+    """
+    Run `python -m module` with `arguments` in `folder`, as the leader of its own group.
+
+    Returns:
+        The process, and the end of a pipe at which all that it prints can be read.
+    """
+    ours, theirs = _forkserver.Pipe(duplex=False)
+    with theirs:
+        process = _forkserver.Process(
+            target=_become,
+            args=(module, list(arguments), dict(environment), folder, theirs),
+            daemon=True,
+        )
+        process.start()
+    return process, ours
+
+
+def _become(
+    module: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    output: Connection,
+) -> None:
+    atexit._clear()
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    with output, open(os.devnull, "rb") as nothing:
+        for stream, source in enumerate((nothing, output, output)):
+            os.dup2(source.fileno(), stream)
+    sys.path.insert(0, str(folder))
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()
