@@ -6,6 +6,7 @@ Every test runs against real servers; `services.choice` says on which versions.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -16,6 +17,10 @@ from services.broker import Broker
 from services.postgres import PostgresServer
 
 pytest_plugins = ["services.choice"]
+
+# A shell starts jobs in the background with Ctrl-C ignored, which their children inherit; some
+# of ours are to be stopped by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile(

@@ -2,8 +2,8 @@
 The two engines, and systems of real processes on them.
 
 A test that takes `engine`, directly or through `system`, runs on PostgreSQL alone and on
-PostgreSQL with RabbitMQ. Systems of a test end with it; `shared` serves a whole module of
-tests that disturb nothing.
+PostgreSQL with RabbitMQ, unless it is marked that one will do. Systems of a test end with it;
+`shared` serves a whole module of tests that disturb nothing.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Engine:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_rabbitmq: run only on the engine with RabbitMQ")
+    config.addinivalue_line("markers", "any_engine: one of the two engines is enough")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,9 +66,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     definition = metafunc.definition
     option = metafunc.config.getoption("--rabbitmq")
     every = "both" if definition.get_closest_marker("every_rabbitmq") else rabbitmq.OLDEST
-    versions = [v for v in rabbitmq.VERSIONS if (option or every) in (v, "both")]
     engines = [] if definition.get_closest_marker("needs_rabbitmq") else [ON_POSTGRES]
-    engines += versions
+    if not definition.get_closest_marker("any_engine"):
+        engines += [v for v in rabbitmq.VERSIONS if (option or every) in (v, "both")]
     ids = [engine if engine == ON_POSTGRES else f"rabbitmq-{engine}" for engine in engines]
     metafunc.parametrize("engine", engines, ids=ids, indirect=True, scope="session")
 

@@ -102,6 +102,7 @@ async def test_a_handler_may_ask_for_a_retry_and_reject_the_task(shared: System)
     assert 0.5 <= second.time - first.time < 2.0
 
 
+@pytest.mark.any_engine
 async def test_an_attempt_that_takes_too_long_is_stopped(shared: System) -> None:
     """
     A timeout ends an attempt in every isolation, even of a handler that is deaf.
@@ -116,6 +117,7 @@ async def test_an_attempt_that_takes_too_long_is_stopped(shared: System) -> None
     assert ["TimedOut"] * 3 == [task["error"]["kind"] for task in tasks]
 
 
+@pytest.mark.any_engine
 async def test_a_task_that_kills_its_child_process_fails_and_hurts_nobody(
     shared: System,
 ) -> None:

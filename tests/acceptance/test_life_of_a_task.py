@@ -83,6 +83,7 @@ async def test_a_task_is_accepted_run_and_completed(system: System) -> None:
     await follow_one_task(system)
 
 
+@pytest.mark.any_engine
 async def test_the_curl_line_of_the_readme_completes(system: System) -> None:
     """
     `sample-task` without a payload takes five seconds and tells how far it is.

@@ -48,7 +48,7 @@ async def test_a_worker_that_stops_finishes_what_it_runs(system: System) -> None
     Within the grace period a long task completes, once; tasks that only wait are not started.
     """
     _, [worker], _ = await system.start(worker_concurrency=1)
-    running = await system.submit("work", {"seconds": 2})
+    running = await system.submit("work", {"seconds": 1})
     await system.journal.wait_for("start", running)
     waiting = await system.submit("work")
 

@@ -63,6 +63,7 @@ async def test_a_waiting_task_is_cancelled_at_once(shared: System) -> None:
     assert shared.journal.entries(task_id) == []
 
 
+@pytest.mark.any_engine
 async def test_a_running_coroutine_is_cancelled(shared: System) -> None:
     """
     Cancelling a running `async def` handler is answered 202; its worker stops it.
@@ -80,6 +81,7 @@ async def test_a_running_coroutine_is_cancelled(shared: System) -> None:
     assert shared.journal.entries(task_id, what="end") == []
 
 
+@pytest.mark.any_engine
 async def test_a_deaf_child_process_is_killed_when_its_task_is_cancelled(
     shared: System,
 ) -> None:
@@ -135,7 +137,7 @@ async def test_a_paused_queue_accepts_tasks_and_starts_none(shared: System) -> N
     """
     await shared.command("queue", "pause", "side-lane")
     task_id = await shared.submit("sidelined")
-    other = await shared.submit("work", delay_seconds=1)
+    other = await shared.submit("work", delay_seconds=0.3)
     await shared.finishes(other)
     paused = await shared.get(task_id)
     assert paused["status"] == "PENDING"

@@ -12,6 +12,7 @@ import time
 from functools import partial
 
 import psutil
+import pytest
 
 from acceptance.process import Process, is_gone
 from acceptance.system import HANDLERS, System
@@ -43,6 +44,7 @@ async def test_a_task_of_a_killed_worker_runs_again_within_five_seconds(system: 
     assert task["failures"] == 1
 
 
+@pytest.mark.any_engine
 async def test_child_processes_die_with_their_worker(system: System) -> None:
     """
     kill -9 of a worker reaches the handlers in its child processes, busy ones too.
@@ -59,6 +61,7 @@ async def test_child_processes_die_with_their_worker(system: System) -> None:
         await system.until(partial(is_gone, pid), "the child is gone", timeout_seconds=2)
 
 
+@pytest.mark.any_engine
 async def test_a_task_of_a_killed_child_runs_again_within_two_seconds(system: System) -> None:
     """
     kill -9 of the child process that runs a handler: its worker runs the task again.
@@ -85,7 +88,7 @@ async def test_a_frozen_worker_is_fenced_and_comes_back_under_a_new_id(system: S
     """
     _, workers, _ = await system.start(workers=2, heartbeat_seconds=0.25, lease_seconds=1.5)
     names = ("work", "work-in-thread", "work-in-process") * 2
-    task_ids = await system.submit_batch([{"name": n, "payload": {"seconds": 3}} for n in names])
+    task_ids = await system.submit_batch([{"name": n, "payload": {"seconds": 2}} for n in names])
     starts = [await system.journal.wait_for("start", task_id) for task_id in task_ids]
     frozen = owner(workers, starts[0].pid)
     its_own = [s.task_id for s in starts if owner(workers, s.pid) is frozen]

@@ -47,6 +47,29 @@ def env(port: int) -> dict[str, str]:
     return environment(api_port=port)
 
 
+@pytest.fixture(scope="module")
+def used_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """
+    A folder in which `asyncflow dev` ran once and nothing was submitted, to be copied: making a
+    database takes seconds.
+    """
+    folder = tmp_path_factory.mktemp("used")
+    with running("dev", folder=folder, env=environment(api_port=free_port())) as dev:
+        dev.until(STOP_LINE)
+        dev.send(signal.SIGTERM)
+        assert dev.ended() == 0
+    return folder
+
+
+@pytest.fixture
+def folder(used_folder: Path, tmp_path: Path) -> Path:
+    """
+    A copy of it.
+    """
+    subprocess.run(["cp", "-a", used_folder / ".asyncflow", tmp_path], check=True)
+    return tmp_path
+
+
 def submit(program: Program, payload: str = '{"seconds": 0}') -> str:
     """
     Run the curl line of the banner, with a payload, and return the task's id.
@@ -79,13 +102,13 @@ def test_the_line_to_try_works_and_data_survives_a_restart(
         assert "COMPLETED" in shown.stdout
 
 
-def test_the_first_signal_lets_a_task_finish(env: dict[str, str], tmp_path: Path) -> None:
+def test_the_first_signal_lets_a_task_finish(env: dict[str, str], folder: Path) -> None:
     """
     Nothing is interrupted within the grace period.
     """
-    with running("dev", folder=tmp_path, env=env) as dev:
+    with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
-        _run_until_begun(dev, env, tmp_path, seconds=2)
+        _run_until_begun(dev, env, folder, seconds=2)
         dev.send(signal.SIGTERM)
 
         assert dev.ended() == 0
@@ -93,13 +116,13 @@ def test_the_first_signal_lets_a_task_finish(env: dict[str, str], tmp_path: Path
         assert dev.survivors() == []
 
 
-def test_the_second_signal_gives_a_task_back(env: dict[str, str], tmp_path: Path) -> None:
+def test_the_second_signal_gives_a_task_back(env: dict[str, str], folder: Path) -> None:
     """
     Unpunished: it is released and runs again at the next start.
     """
-    with running("dev", folder=tmp_path, env=env) as dev:
+    with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
-        _run_until_begun(dev, env, tmp_path, seconds=600)
+        _run_until_begun(dev, env, folder, seconds=600)
         dev.send(signal.SIGINT)
         dev.until("process.stopping.*worker")
         dev.send(signal.SIGINT)
@@ -108,25 +131,25 @@ def test_the_second_signal_gives_a_task_back(env: dict[str, str], tmp_path: Path
         dev.until("attempt.settled.*outcome=release")
 
 
-def test_nothing_outlives_a_killed_parent(env: dict[str, str], tmp_path: Path) -> None:
+def test_nothing_outlives_a_killed_parent(env: dict[str, str], folder: Path) -> None:
     """
     Not even PostgreSQL; and the next start works.
     """
-    with running("dev", folder=tmp_path, env=env) as dev:
+    with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
         dev.send(signal.SIGKILL)
 
         assert dev.survivors() == []
 
-    with running("dev", folder=tmp_path, env=env) as dev:
+    with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
 
 
-def test_a_killed_process_is_started_again(env: dict[str, str], tmp_path: Path) -> None:
+def test_a_killed_process_is_started_again(env: dict[str, str], folder: Path) -> None:
     """
     One crash is not the end of an afternoon's work.
     """
-    with running("dev", folder=tmp_path, env=env) as dev:
+    with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
         dev.child("worker").kill()
         dev.until("process.died.*role=worker")
@@ -135,14 +158,14 @@ def test_a_killed_process_is_started_again(env: dict[str, str], tmp_path: Path) 
         dev.until(f"attempt.settled.*{task_id}.*outcome=complete")
 
 
-def test_closing_the_terminal_stops_everything(env: dict[str, str], tmp_path: Path) -> None:
+def test_closing_the_terminal_stops_everything(env: dict[str, str], folder: Path) -> None:
     """
     The hang-up counts as a wish to stop, though nobody can be told any more.
     """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", ON_OUR_TERMINAL],
-        cwd=tmp_path,
+        cwd=folder,
         env=env,
         stdin=theirs,
         stdout=theirs,
@@ -174,19 +197,20 @@ def test_a_taken_port_stops_it_before_anything_is_started(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_in_one_folder_do_not_share_a_database(env: dict[str, str], tmp_path: Path) -> None:
+def test_two_in_one_folder_do_not_share_a_database(env: dict[str, str], folder: Path) -> None:
     """
     The second one says who has it; the first one goes on.
     """
-    with running("dev", folder=tmp_path, env=env) as dev:
+    with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
         with socket.create_server(("127.0.0.1", 0)) as server:
             other_port = server.getsockname()[1]
-        ended = finished("dev", "--port", str(other_port), folder=tmp_path, env=env)
+        ended = finished("dev", "--port", str(other_port), folder=folder, env=env)
 
         assert ended.returncode == 2
         assert f"already in use by process {dev.process.pid}" in ended.stderr
-        submit(dev)
+        task_id = submit(dev)
+        dev.until(f"attempt.settled.*{task_id}.*outcome=complete")
 
 
 def test_a_file_in_place_of_the_data_folder_is_a_sentence(
@@ -220,27 +244,27 @@ def test_a_data_folder_that_is_no_database_is_a_sentence(
     assert "Traceback" not in ended.stderr
 
 
-def test_a_missing_module_of_handlers_stops_everything(env: dict[str, str], tmp_path: Path) -> None:
+def test_a_missing_module_of_handlers_stops_everything(env: dict[str, str], folder: Path) -> None:
     """
     The worker's sentence is the last word of the whole.
     """
-    with running("dev", "--handlers", "nowhere.tasks", folder=tmp_path, env=env) as dev:
+    with running("dev", "--handlers", "nowhere.tasks", folder=folder, env=env) as dev:
         assert dev.ended() == 2
         dev.until("There is no module 'nowhere.tasks'")
         assert dev.survivors() == []
 
 
-def test_handlers_of_the_current_folder_run(env: dict[str, str], tmp_path: Path) -> None:
+def test_handlers_of_the_current_folder_run(env: dict[str, str], folder: Path) -> None:
     """
     Named in `.env`, as a project would.
     """
-    (tmp_path / "tasks.py").write_text(
+    (folder / "tasks.py").write_text(
         "import asyncflow\n\n\n@asyncflow.handler\ndef greet(seconds: int) -> str:\n"
         "    return 'hello'\n"
     )
-    (tmp_path / ".env").write_text("ASYNCFLOW_WORKER_HANDLERS=tasks\n")
+    (folder / ".env").write_text("ASYNCFLOW_WORKER_HANDLERS=tasks\n")
 
-    with running("dev", folder=tmp_path, env=env) as dev:
+    with running("dev", folder=folder, env=env) as dev:
         dev.until("process.started.*handlers=2")
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from services import debian, pgbouncer, postgres, rabbitmq
@@ -30,13 +30,23 @@ def fetch(
         with_pgbouncer: Fetch that, too.
         say: Is given a line for what takes long or fails.
     """
-    if postgres.missing(majors) and _has_apt():
-        _fetch_postgres(say)
-    if with_pgbouncer and pgbouncer.missing() and _has_apt():
-        _apt_install(pgbouncer.PACKAGE, say)
     absent = [version for version in versions if debian.ready_tree(version) is None]
-    if absent and debian.may_use_trees() and not rabbitmq.is_chosen_by_hand():
-        _fetch_rabbitmq(absent, say)
+    if not debian.may_use_trees() or rabbitmq.is_chosen_by_hand():
+        absent = []
+    if absent and shutil.which("debootstrap") is None and _has_apt():
+        _apt_install("debootstrap", say)
+    with ThreadPoolExecutor() as pool:
+        # Trees take longest, and are made beside what is installed here.
+        trees = _begin_to_make_trees(absent, pool, say)
+        if postgres.missing(majors) and _has_apt():
+            _fetch_postgres(say)
+        if with_pgbouncer and pgbouncer.missing() and _has_apt():
+            _apt_install(pgbouncer.PACKAGE, say)
+        for tree in trees:
+            try:
+                tree.result()
+            except debian.CannotMakeTree as error:
+                say(str(error))
 
 
 def _fetch_postgres(say: Say) -> None:
@@ -48,18 +58,13 @@ def _fetch_postgres(say: Say) -> None:
     _apt_install(f"postgresql-{postgres.OLDEST}", say)
 
 
-def _fetch_rabbitmq(versions: Sequence[str], say: Say) -> None:
-    if shutil.which("debootstrap") is None and _has_apt():
-        _apt_install("debootstrap", say)
-    if shutil.which("debootstrap") is None:
-        return
+def _begin_to_make_trees(
+    versions: Sequence[str], pool: ThreadPoolExecutor, say: Say
+) -> list[Future[Path]]:
+    if not versions or shutil.which("debootstrap") is None:
+        return []
     say(f"fetching RabbitMQ {' and '.join(versions)}, once, about a minute")
-    with ThreadPoolExecutor() as pool:
-        for made in [pool.submit(debian.make_tree, version) for version in versions]:
-            try:
-                made.result()
-            except debian.CannotMakeTree as error:
-                say(str(error))
+    return [pool.submit(debian.make_tree, version) for version in versions]
 
 
 def _has_apt() -> bool:

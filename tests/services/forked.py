@@ -1,10 +1,10 @@
 """
 Processes of ours that begin where their imports are done.
 
-Loading the program costs a process up to a second of a core, most of it FastAPI's and pydantic's, and
-the tests start hundreds. These are forked from one that has loaded it already, by `multiprocessing`;
-whatever follows is as if `python -m` had started them. That it does, `tests/cli` and the tests of
-`asyncflow verify` show.
+Loading the program costs a process up to a second of a core, most of it FastAPI's and
+pydantic's, and the tests start hundreds. These are forked from one that has loaded it already, by
+`multiprocessing`; whatever follows is as if `python -m` had started them, which is what tests/cli
+and tests/verify do.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def _become(
     os.environ.clear()
     os.environ.update(environment)
     with output, open(os.devnull, "rb") as nothing:
-        for stream, source in enumerate((nothing, output, output)):
-            os.dup2(source.fileno(), stream)
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     sys.path.insert(0, str(folder))
     sys.argv = [module, *arguments]
     try:

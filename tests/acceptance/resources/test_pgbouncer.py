@@ -138,7 +138,7 @@ async def test_a_task_of_a_killed_worker_runs_again_behind_a_pooler(pooled_alone
     """
     There are no session locks; once its lease is over, the worker is given up.
     """
-    _, [worker], _ = await pooled_alone.start(heartbeat_seconds=0.5, lease_seconds=3)
+    _, [worker], _ = await pooled_alone.start(heartbeat_seconds=0.25, lease_seconds=1.5)
     await pooled_alone.locks_prove_death()
     task_id = await pooled_alone.submit("work", {"seconds": 1})
     await pooled_alone.journal.wait_for("start", task_id)

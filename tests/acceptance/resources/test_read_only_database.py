@@ -76,11 +76,11 @@ async def test_a_database_that_is_read_only_past_the_leases_punishes_nobody(
     The worker fences itself and comes back under the same id; nobody takes it for dead, and what it
     ran begins again without a failure.
     """
-    started = await alone.start(heartbeat_seconds=0.5, lease_seconds=3)
+    started = await alone.start(heartbeat_seconds=0.25, lease_seconds=1.5)
     _, [worker], [maintenance] = started
     # Sooner, nobody would be given up anyway.
     await alone.locks_prove_death()
-    task_ids = [await alone.submit("work", {"seconds": 4}) for _ in range(4)]
+    task_ids = [await alone.submit("work", {"seconds": 2}) for _ in range(4)]
     for task_id in task_ids:
         await alone.journal.wait_for("start", task_id)
 
