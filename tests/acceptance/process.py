@@ -136,8 +136,8 @@ class Process:
         """
         Send it a signal.
         """
-        if self.is_running:
-            os.kill(self.pid, number)
+        assert self.is_running, f"{self.name} has ended:\n{self.tail()}"
+        os.kill(self.pid, number)
 
     async def kill(self) -> None:
         """
@@ -162,7 +162,7 @@ class Process:
         """
         See to it that it and its group are gone, whatever state they are in.
         """
-        self.send(signal.SIGKILL)  # It may not lead a group yet.
+        self._process.kill()  # It may not lead a group yet.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         await self._ending

@@ -58,6 +58,8 @@ def _become(
     folder: Path,
     output: Connection,
 ) -> None:
+    # A preload that fails is passed over in silence.
+    assert set(LOADED) <= set(sys.modules), "The fork server has not loaded the program."
     atexit._clear()
     os.setsid()
     os.chdir(folder)
