@@ -218,7 +218,7 @@ def a_good_run() -> Story:
     story.logs.append({**settled, "attempt": 1, "outcome": "retry"})
     story.logs.append({**settled, "attempt": 2, "outcome": "complete"})
     story.gone(5.0, WORKER, how="stopped", silent=0.2)
-    story.seen(4.0, "drained", unfinished=0, queues=[])
+    story.seen(4.0, "drained", unfinished=0, queues=[], redelivered=1)
     story.seen(4.1, "phase", phase="stopping")
     story.seen(5.1, "process.ended", who="worker-1", status=0, asked=True, final=True)
     story.recorded(6.0, "db.row", **a_row())

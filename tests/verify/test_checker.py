@@ -164,6 +164,10 @@ def a_message_left(story: Story) -> None:
     story.find("drained")["queues"] = [{"name": "asyncflow.tasks.default", "messages": 1}]
 
 
+def hints_that_come_again_and_again(story: Story) -> None:
+    story.find("drained")["redelivered"] = 2  # Of two claims.
+
+
 def a_process_that_would_not_stop(story: Story) -> None:
     story.find("process.ended")["status"] = -9
 
@@ -225,6 +229,7 @@ LIES: list[tuple[str, Change]] = [
     ("I14", read_backwards),
     ("I14", not_found),
     ("I15", a_settlement_only_in_the_log),
+    ("I16", hints_that_come_again_and_again),
 ]
 
 

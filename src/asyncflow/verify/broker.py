@@ -182,6 +182,17 @@ class Broker:
         counted = "disable_stats=true&enable_queue_totals=true"
         return list(await self.api("GET", f"queues/{self._vhost}?{counted}") or [])
 
+    async def redelivered(self) -> int:
+        """
+        How often its queues brought a message again, until some seconds ago; what happened in a
+        queue before it was deleted is forgotten.
+
+        Raises:
+            OSError: It does not answer.
+        """
+        queues = await self.api("GET", f"queues/{self._vhost}") or []
+        return sum(q.get("message_stats", {}).get("redeliver", 0) for q in queues)
+
     async def ready(self) -> int:
         """
         How many messages are waiting in its queues just now.

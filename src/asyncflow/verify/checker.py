@@ -44,6 +44,7 @@ INVARIANTS = {
     "I13": "Processes end when asked, and not before; nothing is left then, no task, no message.",
     "I14": "What one client reads of a task never goes backwards.",
     "I15": "A settlement that a log reports is in the database.",
+    "I16": "RabbitMQ does not bring the same hints again and again.",
 }
 
 TABLE = {
@@ -64,6 +65,7 @@ CHARGES = {("running", "pending"): {0, 1}, ("running", "failed"): {1}}
 RELEASES_MAX = 25
 CLOCK_SLACK_US = 50_000
 FENCE_SLACK_US = 1_000_000
+REDELIVERIES_MAX = 0.5  # Per claim: a connection that breaks brings again what was in its hands.
 
 PARTS = 128
 PART_BYTES_IN_MEMORY = 65_536
@@ -233,13 +235,6 @@ class Histories:
         line["us"] = line["t"] // 1000 if "t" in line else line.get("at", 0) - self._offset
         return int(line["us"])
 
-    def frozen(self) -> list[tuple[int, int, int]]:
-        """
-        (pid, from, to) of every time a process was made to stand still.
-        """
-        pauses = [f for f in self.kinds["fault.end"] if f["kind"].startswith("pause")]
-        return [(f["pid"], f["us"] - int(f["seconds"] * 1e6), f["us"]) for f in pauses]
-
 
 class Checker:
     """
@@ -249,9 +244,10 @@ class Checker:
     def __init__(self, histories: Histories) -> None:
         self.h = histories
         self.violations: list[Violation] = []
-        self.completed = self.fenced = 0
+        self.completed = self.fenced = self.claimed = 0
         self.lease_us = int(histories.plan["lease_seconds"] * 1e6)
-        self.frozen = histories.frozen()
+        pauses = [f for f in histories.kinds["fault.end"] if f["kind"].startswith("pause")]
+        self.frozen = [(f["pid"], f["us"] - int(f["seconds"] * 1e6), f["us"]) for f in pauses]
         self.gone: dict[str, int] = {}
         self.beats: dict[str, list[int]] = defaultdict(list)
         self.stored: set[int] = set()
@@ -298,6 +294,7 @@ class Checker:
         elif self.h.unanswered.get(number, {"what": ""})["what"] == "submit.fail":
             self._say("I1", f"submission {number} was refused and is stored", task)
         self.stored.add(number)
+        self.claimed += len(task.claims)
         self.completed += task.row["state"] == "completed"
         if task.row["state"] not in TERMINAL:
             self._say("I1", f"it is still {task.row['state']} at the end", task)
@@ -412,15 +409,13 @@ class Checker:
             self._say("I4", f"it went on {silent / 1e6:.1f} s after its worker's last beat", task)
 
     def _check_times(self, task: Task) -> None:
-        for move in task.moves:
-            if move["new"] != "running" or move["old"] == "running":
-                continue
-            if move["now"] < move["old_run_at"]:
-                early = move["old_run_at"] - move["now"]
+        for claim in task.claims.values():
+            if claim["now"] < claim["old_run_at"]:
+                early = claim["old_run_at"] - claim["now"]
                 self._say("I5", f"it was claimed {early} µs before its time", task)
-            if move["expires_at"] and move["now"] > move["expires_at"]:
+            if claim["expires_at"] and claim["now"] > claim["expires_at"]:
                 self._say("I5", "it was claimed after it had expired", task)
-            if move["cancel_requested"]:
+            if claim["cancel_requested"]:
                 self._say("I5", "it was claimed after its cancellation was asked for", task)
 
     def _check_cancellation(self, task: Task) -> None:
@@ -502,6 +497,8 @@ class Checker:
             for queue in drained["queues"]:
                 if queue["messages"]:
                     self._say("I13", f"{queue['messages']} messages are left in {queue['name']}")
+            if drained["redelivered"] > REDELIVERIES_MAX * self.claimed:
+                self._say("I16", f"{drained['redelivered']} redeliveries of {self.claimed} claims")
         for line in self.h.kinds["process.ended"]:
             if line["final"] and line["status"] != 0:
                 self._say("I13", f"{line['who']} was asked to stop and ended with {line['status']}")

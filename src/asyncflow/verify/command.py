@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,7 +118,7 @@ def _carried_out(plan: Plan) -> int:
         f"Seed {plan.seed}, {plan.seconds:g} s of faults; histories in {plan.folder}", err=True
     )
     try:
-        uvloop.run(run(plan))
+        uvloop.run(run(plan, say=partial(click.echo, err=True)))
         verdict, text = report.write(plan.folder)
     except (EmbeddedDatabaseError, NoBroker):
         raise

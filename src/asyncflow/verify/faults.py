@@ -22,8 +22,11 @@ import psutil
 from asyncflow.embedded import Cluster
 from asyncflow.verify.broker import Broker, OwnBroker
 from asyncflow.verify.fleet import Fleet, Member
+from asyncflow.verify.process import STAND_STILL
+from asyncflow.worker.lease import STALLED_EXIT_STATUS
 
 TERMINATE_SECONDS_MAX = 20.0
+STALL_SECONDS_MAX = 10.0
 UP_SECONDS_MAX = 10.0
 POLL_SECONDS = 0.02
 SEEN_TRIES_MAX = 10
@@ -41,6 +44,7 @@ class Stage:
     Attributes:
         lease_seconds: How long a worker may be silent.
         grace_seconds: How long a process may take to stop when asked.
+        stall_seconds: How long the event loop of a worker may stand still.
     """
 
     fleet: Fleet
@@ -48,6 +52,7 @@ class Stage:
     broker: Broker | None
     lease_seconds: float
     grace_seconds: float
+    stall_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +171,20 @@ async def terminate(stage: Stage, victim: Member, chance: random.Random) -> Bite
         status = await process.wait()
     await _replaced(victim, process)
     return Bite(1, f"pid {process.pid} ended with {status}")
+
+
+@_fault("stall", "worker")
+async def stall(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    Its event loop stands still for ever, while its heartbeats keep its leases.
+    """
+    process = await _up(victim)
+    victim.asked = True
+    process.send_signal(STAND_STILL)
+    async with asyncio.timeout(stage.stall_seconds + STALL_SECONDS_MAX):
+        status = await process.wait()
+    await _replaced(victim, process)
+    return Bite(int(status == STALLED_EXIT_STATUS), f"pid {process.pid} ended itself: {status}")
 
 
 @_fault("clock-jump", "worker", "api")

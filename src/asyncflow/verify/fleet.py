@@ -164,10 +164,8 @@ class Fleet:
                 await asyncio.sleep(RESTART_SECONDS)
 
     async def _run(self, member: Member) -> asyncio.subprocess.Process:
-        program = ["asyncflow"]
-        if member.clock is not None or self._mutant is not None:
-            clock = RIGHT if member.clock is None else str(member.clock.file)
-            program = ["asyncflow.verify.process", clock, self._mutant or RIGHT]
+        clock = RIGHT if member.clock is None else str(member.clock.file)
+        program = ("asyncflow.verify.process", clock, self._mutant or RIGHT)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
         with (self._folder / "logs" / f"{member.name}.log").open("ab") as log:
             return await asyncio.create_subprocess_exec(

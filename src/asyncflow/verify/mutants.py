@@ -16,14 +16,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 from asyncflow.domain import outcome
-from asyncflow.domain.outcome import Crashed, Released
+from asyncflow.domain.outcome import Crashed, Released, Settlement
 from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
 from asyncflow.maintenance import reaper
+from asyncflow.maintenance.relay import Relay
 from asyncflow.store import admission, claims, database, upkeep, workers
 from asyncflow.store import tasks as store_tasks
+from asyncflow.store.admission import Admitted
 from asyncflow.store.claims import Settling
 from asyncflow.store.database import Executor
+from asyncflow.transport.amqp import Channel
+from asyncflow.transport.rabbitmq import Pack, RabbitTransport
 from asyncflow.worker import execute, lease
 
 
@@ -125,6 +129,11 @@ def _fence_forgotten() -> None:
     lease.LeaseKeeper._fence_if_overdue = lambda self: None  # type: ignore[method-assign]
 
 
+@_mutant("Heartbeats go on although the event loop is dead.", faults=("stall",), seconds=2.0)
+def _stall_unnoticed() -> None:
+    lease.LeaseKeeper._check_stall = lambda self: None  # type: ignore[method-assign]
+
+
 # The reaper
 
 
@@ -183,6 +192,28 @@ def _settle_believed() -> None:
             return [True] * len(settlings)
 
     claims.settle = settle
+
+
+@_mutant(
+    "A worker lets a task and its message go before the settlement is committed.",
+    faults=("postgres-crash", "lose-requests"),
+    seconds=10.0,
+    rate=400.0,
+)
+def _ack_before_settle() -> None:
+    original = execute.Attempt._settle
+
+    def settle(self: execute.Attempt, settlement: Settlement) -> None:
+        original(self, settlement)
+        if self.void is None:
+            self._conclude(settlement, written=True)
+
+    def on_settled(self: Any, settlement: Settlement, settled: asyncio.Future[bool]) -> None:
+        if not settled.cancelled():
+            settled.exception()
+
+    execute.Attempt._settle = settle  # type: ignore[method-assign]
+    execute.Attempt._on_settled = on_settled  # type: ignore[method-assign]
 
 
 @_mutant("A claim begins to count its attempts anew.", seconds=4.0)
@@ -284,6 +315,40 @@ def _hints_not_reconciled() -> None:
         return 0
 
     admission.unqueue_lost = unqueue_lost
+
+
+@_mutant(
+    "The relay notes that a hint is sent before it sends it, and nobody looks for lost ones.",
+    faults=("broker-close-connections",),
+    engine="rabbitmq",
+)
+def _relay_commits_first() -> None:
+    async def send(self: Relay, channel: Channel, queue: str, admitted: Sequence[Admitted]) -> int:
+        await self._mark(queue, [*admitted])
+        await asyncio.sleep(0.2)
+        return len(await self._publish(channel, queue, admitted))
+
+    Relay._send = send  # type: ignore[method-assign]
+    _hints_not_reconciled()
+
+
+@_mutant(
+    "A worker gives a hint back whose task is running elsewhere.",
+    faults=("reset-broker", "broker-close-connections"),
+    seconds=20.0,
+    rate=30.0,
+    engine="rabbitmq",
+)
+def _nack_requeue() -> None:
+    original = RabbitTransport._let_go
+    running = "SELECT id FROM asyncflow.tasks_live WHERE id = ANY ($1) AND state = 'running'"
+
+    async def let_go(self: RabbitTransport, unclaimed: dict[Any, Pack]) -> None:
+        for row in await self._db.fetch(running, [*unclaimed]):
+            unclaimed.pop(row["id"]).give_back()
+        await original(self, unclaimed)
+
+    RabbitTransport._let_go = let_go  # type: ignore[method-assign,assignment]
 
 
 @_mutant(

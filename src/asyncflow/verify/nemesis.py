@@ -8,7 +8,7 @@ import asyncio
 import random
 import signal
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from asyncflow.verify.broker import Broker
 from asyncflow.verify.faults import FAULTS, Bite, Fault, Stage
@@ -47,12 +47,19 @@ class Nemesis:
     """
 
     def __init__(
-        self, stage: Stage, history: History, *, chance: random.Random, rest: tuple[float, float]
+        self,
+        stage: Stage,
+        history: History,
+        *,
+        chance: random.Random,
+        rest: tuple[float, float],
+        say: Callable[[str], None],
     ) -> None:
         self._stage = stage
         self._history = history
         self._chance = chance
         self._rest = rest
+        self._say = say
 
     async def run(self, kinds: Sequence[str] | None, *, seconds: float) -> None:
         """
@@ -114,6 +121,7 @@ class Nemesis:
             evidence=bite.count,
             detail=bite.detail,
         )
+        self._say(f"{fault.kind} {target}: {bite.detail}")
 
 
 def _go_together(one: Fault, other: Fault) -> bool:

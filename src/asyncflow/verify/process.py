@@ -1,21 +1,25 @@
 """
-One process of a run that is not as it should be:
-`python -m asyncflow.verify.process CLOCK MUTANT worker …`.
+One process of a run: `python -m asyncflow.verify.process CLOCK MUTANT worker …`.
 
 It goes by the wrong clock of a file, has a known bug, or both; `-` stands for neither. This is
-the only door to the mutants. What remains is the command line as it is.
+the only door to the mutants. And it stands still when it is told to by a signal. What remains is
+the command line as it is.
 """
 
 from __future__ import annotations
 
 import runpy
+import signal
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
 from asyncflow.verify import clock
 
 RIGHT = "-"
+STAND_STILL = signal.SIGUSR1
+STEP_SECONDS = 60.0
 READ_THE_CLOCK_AS_DATETIME = {"api": ("asyncflow.api.submissions",)}
 """Modules that call `datetime.now`, by the process they run in."""
 
@@ -35,7 +39,16 @@ def main() -> None:
         from asyncflow.verify.mutants import MUTANTS
 
         MUTANTS[mutant].plant()
+    signal.signal(STAND_STILL, _stand_still)
     runpy.run_module("asyncflow", run_name="__main__", alter_sys=True)
+
+
+def _stand_still(*_: object) -> None:
+    """
+    Never return, which holds up the event loop as a handler does that never awaits anything.
+    """
+    while True:
+        time.sleep(STEP_SECONDS)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,8 @@ def _fault_table(plan: Line, counted: Line) -> list[str]:
 
 
 def _rerun_table(counted: Line) -> list[str]:
+    if not counted["reruns"]:
+        return []
     heading = (
         "Seconds from the moment a worker was hit until its tasks were free, and until they began "
         "again, behind those that wait already; without those whose policy makes them wait:"

@@ -11,7 +11,7 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -81,9 +81,12 @@ class Plan:
     management_url: str | None = None
 
 
-async def run(plan: Plan) -> None:
+async def run(plan: Plan, *, say: Callable[[str], None]) -> None:
     """
     Do it, and leave every history in the plan's folder for the checker.
+
+    Args:
+        say: Told in a line what is going on, for whoever waits.
 
     Raises:
         EmbeddedDatabaseError: No PostgreSQL can be started.
@@ -101,7 +104,7 @@ async def run(plan: Plan) -> None:
         await asyncio.to_thread(cluster.start)
         await migrate(cluster.url)
         await record.install(cluster.url)
-        await _perform(plan, cluster, broker, history)
+        await _perform(plan, cluster, broker, history, say)
     finally:
         history.close()
         await asyncio.to_thread(cluster.stop)
@@ -115,7 +118,13 @@ async def run(plan: Plan) -> None:
             shutil.rmtree(plan.folder / server, ignore_errors=True)
 
 
-async def _perform(plan: Plan, cluster: Cluster, broker: Broker | None, history: History) -> None:
+async def _perform(
+    plan: Plan,
+    cluster: Cluster,
+    broker: Broker | None,
+    history: History,
+    say: Callable[[str], None],
+) -> None:
     fleet = await _fleet(plan, cluster, broker, history)
     ports = [int(member.environment["ASYNCFLOW_API_PORT"]) for member in fleet.of("api")]
     clients = Clients(
@@ -126,7 +135,7 @@ async def _perform(plan: Plan, cluster: Cluster, broker: Broker | None, history:
         rate=plan.rate,
     )
     chance = random.Random(f"nemesis {plan.seed}")
-    stage = Stage(fleet, cluster, broker, LEASE_SECONDS, GRACE_SECONDS)
+    stage = Stage(fleet, cluster, broker, LEASE_SECONDS, GRACE_SECONDS, STALL_SECONDS)
     _write_plan(plan, await _versions(cluster, broker), broker)
     sampling = asyncio.create_task(_sample(history))
     try:
@@ -136,20 +145,23 @@ async def _perform(plan: Plan, cluster: Cluster, broker: Broker | None, history:
         history.write("phase", phase="calm")
         await asyncio.sleep(plan.calm_seconds)
         history.write("phase", phase="faults")
-        nemesis = Nemesis(stage, history, chance=chance, rest=REST_SECONDS)
+        nemesis = Nemesis(stage, history, chance=chance, rest=REST_SECONDS, say=say)
         if plan.kinds is None or plan.kinds:
             await nemesis.run(plan.kinds, seconds=plan.seconds)
         else:
             await asyncio.sleep(plan.seconds)
         history.write("phase", phase="healed")
+        say("No more faults; what is left may end now.")
         clients.stop()
         await submitting
         await _drain(plan, cluster, broker, history)
         history.write("phase", phase="stopping")
+        say("Stopping every process.")
         await fleet.stop(grace_seconds=STOP_SECONDS_MAX)
     finally:
         sampling.cancel()
         await fleet.kill()
+    say("Checking what everybody saw.")
     await record.export(cluster.url, plan.folder / "history")
 
 
@@ -222,7 +234,8 @@ async def _drain(plan: Plan, cluster: Cluster, broker: Broker | None, history: H
             left, since = now_left, time.monotonic()
     until = time.monotonic() + plan.drain_seconds
     queues = [] if broker is None else await _empty_queues(broker, until)
-    history.write("drained", unfinished=left, queues=queues)
+    redelivered = 0 if broker is None else await broker.redelivered()
+    history.write("drained", unfinished=left, queues=queues, redelivered=redelivered)
 
 
 async def _empty_queues(broker: Broker, until: float) -> list[dict[str, object]]:
