@@ -195,7 +195,8 @@ async def _probe(system: System, count: int) -> tuple[list[str], list[float]]:
 
 
 def _task(seconds: float) -> Facts:
-    return {"name": "sample-task", "payload": {"seconds": seconds}}
+    # Not sample-task, which wakes twenty times to report its progress.
+    return {"name": "work", "payload": {"seconds": seconds}}
 
 
 def _ends(accepted: Sequence[str], states: Counter[str]) -> Facts:
