@@ -5,7 +5,7 @@ One attempt always ends with one settlement, or with none because its lease is l
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
@@ -13,9 +13,12 @@ from uuid import uuid4
 import pytest
 
 from asyncflow.batching import Batcher
+from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
 from asyncflow.store.claims import Claim, Settling
+from asyncflow.telemetry import events
+from asyncflow.telemetry.logs import Log
 from asyncflow.worker import execute as execute_module
 from asyncflow.worker.execute import REFUSALS_MAX, Attempt, Tools
 from asyncflow.worker.isolation import Isolation, Run
@@ -89,12 +92,38 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute_module, "SETTLE_RETRY_SECONDS", (0.0, 0.001))
 
 
+class BrokenBackoff(Backoff):
+    """
+    A backoff of somebody's own.
+    """
+
+    def delay_seconds(self, failures: int, *, random: float) -> float:
+        """
+        As a mistake in it fails.
+        """
+        raise ZeroDivisionError("no wait at all")
+
+
 async def work() -> str:
     return "done"
 
 
+async def fail() -> None:
+    raise ValueError("no luck")
+
+
+def fail_in_a_thread() -> None:
+    raise ValueError("no luck")
+
+
 def an_attempt(
-    far_side: FarSide, name: str = NAME, *, isolation: Isolation | None = None
+    far_side: FarSide,
+    name: str = NAME,
+    *,
+    function: Callable[..., Any] = work,
+    isolation: Isolation | None = None,
+    on_handler_end: Callable[[float | None], None] | None = None,
+    **policy: Any,
 ) -> Attempt:
     """
     A claim that is about to be worked off, with one handler.
@@ -114,11 +143,11 @@ def an_attempt(
             claimed_at=datetime.now(UTC),
         ),
         Tools(
-            registry=registry_of(work),
+            registry=registry_of(function, **policy),
             isolation=isolation or Isolation(slots=1),
             settler=Batcher(far_side.settle),
             on_progress=lambda claim, progress: None,
-            on_handler_end=far_side.handler_ends.append,
+            on_handler_end=on_handler_end or far_side.handler_ends.append,
             on_end=far_side.on_end,
         ),
     )
@@ -233,6 +262,74 @@ async def test_a_name_nobody_knows_is_a_failure() -> None:
     failure = far_side.settled[0].settlement.failure
     assert failure is not None
     assert "UnknownHandler" == failure.kind
+
+
+@pytest.mark.parametrize("function", [fail, fail_in_a_thread])
+async def test_an_attempt_whose_backoff_fails_is_charged(function: Callable[..., Any]) -> None:
+    """
+    Without an end, its lease would be kept for as long as its worker lives.
+    """
+    far_side = FarSide()
+
+    await execute(an_attempt(far_side, function=function, backoff=BrokenBackoff()), far_side)
+
+    assert [Event.RETRY] == far_side.events
+    failure = far_side.settled[0].settlement.failure
+    assert failure is not None
+    assert "Crashed" == failure.kind
+    assert "ZeroDivisionError: no wait at all" in failure.message
+
+
+async def test_an_attempt_about_which_nothing_can_be_decided_fails() -> None:
+    """
+    A dead letter is seen, and can be redriven.
+    """
+    far_side = FarSide()
+    attempt = an_attempt(far_side, function=fail)
+    attempt.claim = attempt.claim._replace(max_attempts=None)  # type: ignore[arg-type]
+
+    await execute(attempt, far_side)
+
+    assert [Event.FAIL] == far_side.events
+
+
+async def test_an_outcome_is_settled_whatever_the_worker_makes_of_the_slot(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """
+    A mistake in the worker's books is not the task's, but somebody hears of it.
+    """
+
+    def lose_count(ran_seconds: float | None) -> None:
+        raise RuntimeError("how many were there?")
+
+    far_side = FarSide()
+
+    await execute(an_attempt(far_side, on_handler_end=lose_count), far_side)
+
+    assert [Event.COMPLETE] == far_side.events
+    assert "how many were there?" in caplog.text
+
+
+@pytest.mark.parametrize("answer", [True, False, StoreUnavailable("down")])
+async def test_an_attempt_ends_although_nothing_can_be_logged(
+    answer: bool | Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Standard error may be a terminal that has gone.
+    """
+
+    def cannot(level: str, event: str, fields: dict[str, Any]) -> None:
+        raise OSError("no terminal")
+
+    log = Log()
+    log.configure("info", emit=cannot)
+    monkeypatch.setattr(events, "log", log)
+    far_side = FarSide(answer)
+
+    await execute(an_attempt(far_side), far_side)
+
+    assert {Event.COMPLETE} == set(far_side.events)
 
 
 async def test_an_attempt_given_back_before_it_began_is_released() -> None:

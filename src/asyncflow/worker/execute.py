@@ -32,6 +32,7 @@ from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
 from asyncflow.handlers import Context, Progress, Registry
+from asyncflow.handlers.encoding import error_kind, error_message, error_traceback
 from asyncflow.store import claims
 from asyncflow.store.claims import Claim, Settling
 from asyncflow.store.database import Database
@@ -174,24 +175,50 @@ class Attempt:
     def _on_run_end(self, outcome: Outcome | None) -> None:
         self._run = None
         self._run_seconds = time.monotonic() - self._began_at
-        self._tools.on_handler_end(None if outcome is None else self._run_seconds)
-        self._decide(Released() if outcome is None else outcome)
+        if outcome is None:
+            self._end(Released(), ran_seconds=None)
+        else:
+            self._end(outcome, ran_seconds=self._run_seconds)
 
     def _end_without_run(self, outcome: Outcome) -> None:
-        self._tools.on_handler_end(None)
-        self._decide(outcome)
+        self._end(outcome, ran_seconds=None)
 
-    def _decide(self, outcome: Outcome) -> None:
-        claim = self.claim
-        handler = self._tools.registry.get(claim.name)
-        self._settle(
-            decide(
-                outcome,
-                failures=claim.failures,
-                max_attempts=claim.max_attempts,
-                backoff=handler.policy.backoff if handler else Backoff(),
-                random=random.random(),
-            )
+    def _end(self, outcome: Outcome, *, ran_seconds: float | None) -> None:
+        # Whatever fails here, there must be a settle: nobody waits for this attempt, and the
+        # heartbeats would keep its lease for as long as the worker lives.
+        try:
+            self._tools.on_handler_end(ran_seconds)
+        except Exception as error:
+            # The worker's books are its own affair. Logged at once; raised, it might end with
+            # whatever called us, unseen.
+            fact = {"message": "A worker could not free a slot.", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(fact)
+        self._settle(self._decide(outcome))
+
+    def _decide(self, outcome: Outcome) -> Settlement:
+        handler = self._tools.registry.get(self.claim.name)
+        try:
+            return self._follow(outcome, handler.policy.backoff if handler else Backoff())
+        except Exception as error:
+            # A backoff of somebody's own, or a mistake of ours.
+            return self._decide_anew(error)
+
+    def _decide_anew(self, error: Exception) -> Settlement:
+        fact = f"Its outcome could not be decided: {error_kind(error)}: {error_message(error)}"
+        failure = Failure("Crashed", fact[:REASON_LENGTH_MAX], error_traceback(error))
+        try:
+            return self._follow(Crashed(failure), Backoff())
+        except Exception:
+            # Not even that can be decided. A dead letter is seen, and can be redriven.
+            return Settlement(Event.FAIL, failure=failure)
+
+    def _follow(self, outcome: Outcome, backoff: Backoff) -> Settlement:
+        return decide(
+            outcome,
+            failures=self.claim.failures,
+            max_attempts=self.claim.max_attempts,
+            backoff=backoff,
+            random=random.random(),
         )
 
     def _settle(self, settlement: Settlement) -> None:
@@ -214,9 +241,9 @@ class Attempt:
             # A result is too precious to be thrown away for a mishap on the way.
             self._refusals += 1
         if self._refusals < REFUSALS_MAX:
-            events.settle_delayed(task_id=self.claim.task_id, reason=reason)
             seconds = random.uniform(*SETTLE_RETRY_SECONDS)
             asyncio.get_running_loop().call_later(seconds, self._settle, settlement)
+            events.settle_delayed(task_id=self.claim.task_id, reason=reason)
         elif settlement.event is Event.FAIL:
             self.void = f"its outcome cannot be stored: {reason}"
             self._conclude(settlement, written=False)
@@ -226,6 +253,8 @@ class Attempt:
             self._settle(Settlement(Event.FAIL, failure=failure))
 
     def _conclude(self, settlement: Settlement, *, written: bool) -> None:
+        # Before the log, which may lead to a terminal that has gone.
+        self._tools.on_end(self)
         claim = self.claim
         if written:
             failure = settlement.failure
@@ -247,7 +276,6 @@ class Attempt:
                 attempt=claim.attempt,
                 reason=self.void or "its lease was taken away",
             )
-        self._tools.on_end(self)
 
 
 def make_settler(db: Database) -> Batcher[Settling, bool]:
