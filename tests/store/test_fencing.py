@@ -61,6 +61,38 @@ async def test_a_lease_settles_only_once(db: Database, event: Event) -> None:
     assert before.attempts == (await tasks.get(db, 1, task.id)).attempts
 
 
+@pytest.mark.parametrize("event", SETTLEMENTS)
+async def test_a_record_tells_what_was_written_under_a_lease_and_nothing_else(
+    db: Database, event: Event
+) -> None:
+    """
+    However the task went on. Whoever repeats a settlement learns so that it was written.
+    """
+    task = await a_task(db, state=State.RUNNING)
+    assert task.lease_id
+    before = await recorded(db, task.id, task.lease_id)
+    assert await settled(db, task.id, task.lease_id, SETTLEMENTS[event])
+    after = await recorded(db, task.id, task.lease_id)
+    if event in (Event.FAIL, Event.CANCEL):
+        await tasks.redrive(db, 1, task.id)
+    if event is not Event.COMPLETE:
+        await db.execute("UPDATE asyncflow.tasks SET run_at = now()")
+        await claimed(db, task.id)
+
+    assert set() == before
+    assert {event} == after
+    assert {event} == await recorded(db, task.id, task.lease_id)
+    assert set() == await recorded(db, task.id, uuid4())
+
+
+async def recorded(db: Database, task_id: UUID, lease_id: UUID) -> set[Event]:
+    """
+    The ends of an attempt that its record bears out.
+    """
+    told = await claims.recorded(db, [Settling(task_id, lease_id, s) for s in SETTLEMENTS.values()])
+    return {event for event, is_so in zip(SETTLEMENTS, told, strict=True) if is_so}
+
+
 async def test_a_stale_worker_cannot_settle_a_task_that_it_claimed_again(db: Database) -> None:
     """
     The fence is the lease, not the worker: the same worker's older claim is void, too.

@@ -50,6 +50,13 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "SETTLE_CANCELLED": (claims.SETTLE_CANCELLED, LIVE_BY_ID),
     "SETTLE_RETRIED": (claims.SETTLE_RETRIED, LIVE_BY_ID),
     "SETTLE_RELEASED": (claims.SETTLE_RELEASED, LIVE_BY_ID),
+    "RECORDS": (
+        claims.RECORDS,
+        {
+            "tasks_finished": ("tasks_finished_pkey", BY_ID),
+            "attempts": ("attempts_pkey", r"task_id = "),
+        },
+    ),
     "RECORD_PROGRESS": (claims.RECORD_PROGRESS, LIVE_BY_ID),
     "OPEN_QUEUES": (admission.OPEN_QUEUES, {"tasks_live": QUEUED}),
     "ADMISSIBLE": (admission.ADMISSIBLE, {"tasks_live": DUE}),
@@ -170,6 +177,7 @@ async def test_a_plan_made_while_the_tables_were_empty_serves_full_ones(
         "SETTLE_CANCELLED": settling,
         "SETTLE_RETRIED": [*settling, array(0)],
         "SETTLE_RELEASED": settling,
+        "RECORDS": [array(ids["completed"]), array(lease)],
         "RECORD_PROGRESS": settling,
         "MARK_QUEUED": [waiting, array(0, 0)],
         "UNQUEUE": [waiting, "0", array("other")],

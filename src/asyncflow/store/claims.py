@@ -195,6 +195,8 @@ async def claim_hinted(
 _OWN = "[array_position($1::uuid[], t.id)]"
 _LEASE = f"($2::uuid[]){_OWN}"
 
+_JUST_CANCELLED = '{"kind": "Cancelled", "message": "Cancelled."}'
+
 SETTLE_COMPLETED = f"""
     UPDATE asyncflow.tasks t
        SET state = 'completed',
@@ -221,8 +223,7 @@ SETTLE_FAILED = f"""
 SETTLE_CANCELLED = f"""
     UPDATE asyncflow.tasks t
        SET state = 'cancelled',
-           failure = coalesce(($3::text[]){_OWN},
-                              '{{"kind": "Cancelled", "message": "Cancelled."}}')::json,
+           failure = coalesce(($3::text[]){_OWN}, '{_JUST_CANCELLED}')::json,
            finished_at = now()
      WHERE t.id = ANY ($1)
        AND t.state = 'running'
@@ -285,6 +286,15 @@ _SETTLES = {
     Event.RELEASE: SETTLE_RELEASED,
 }
 
+# What a record says of an attempt that was settled so.
+_OUTCOMES = {
+    Event.COMPLETE: "completed",
+    Event.FAIL: "failed",
+    Event.CANCEL: "cancelled",
+    Event.RETRY: "retried",
+    Event.RELEASE: "released",
+}
+
 
 class Settling(NamedTuple):
     """
@@ -303,7 +313,7 @@ async def settle(db: Executor, settlings: Sequence[Settling]) -> list[bool]:
     Returns:
         Per settling, in order: True if it was written now, False if its lease was no
         longer valid; then nothing changed, and the attempt's result is void. A repeated
-        call answers False for what an earlier one had written.
+        call answers False for what an earlier one had written; see `recorded`.
     """
     by_event: defaultdict[Event, list[Settling]] = defaultdict(list)
     for settling in settlings:
@@ -341,6 +351,41 @@ def _settle_arguments(event: Event, group: Sequence[Settling]) -> tuple[list[Any
     if event is Event.RETRY:
         return ids, leases, failures, [s.settlement.delay_seconds for s in group]
     return ids, leases, failures
+
+
+RECORDS = """
+    SELECT t.id, t.lease_id, t.state AS outcome, t.failure
+      FROM asyncflow.tasks t
+     WHERE t.id = ANY ($1)
+       AND t.lease_id = ANY ($2)
+       AND t.state IN ('completed', 'failed', 'cancelled')
+     UNION ALL
+    SELECT a.task_id, a.lease_id, a.outcome, a.failure
+      FROM asyncflow.attempts a
+     WHERE a.task_id = ANY ($1)
+       AND a.lease_id = ANY ($2)
+"""
+
+
+async def recorded(db: Executor, settlings: Sequence[Settling]) -> list[bool]:
+    """
+    Which of these settlements have been written, by whatever call.
+
+    The reaper settles under the same lease, so the record must also say what the settlement
+    says: how the attempt ended, and of what it failed.
+    """
+    ids, leases = [s.task_id for s in settlings], [s.lease_id for s in settlings]
+    rows = await db.fetch(RECORDS, ids, leases)
+    records = {(r["id"], r["lease_id"]): (r["outcome"], r["failure"]) for r in rows}
+    return [records.get((s.task_id, s.lease_id)) in _as_recorded(s.settlement) for s in settlings]
+
+
+def _as_recorded(settlement: Settlement) -> list[tuple[str, str | None]]:
+    failure = _failure_json(settlement.failure)
+    written = [(_OUTCOMES[settlement.event], failure)]
+    if settlement.event in (Event.RETRY, Event.RELEASE):
+        written.append(("cancelled", failure or _JUST_CANCELLED))  # as `settle` may have it
+    return written
 
 
 RECORD_PROGRESS = f"""

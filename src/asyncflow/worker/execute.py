@@ -284,7 +284,13 @@ def make_settler(db: Database) -> Batcher[Settling, bool]:
     """
 
     async def flush(settlings: Sequence[Settling]) -> Sequence[bool]:
-        return await claims.settle(db, settlings)
+        written = await claims.settle(db, settlings)
+        if all(written):
+            return written
+        # What was not written may have been before: by a call whose answer got lost, or one
+        # that was refused for another settlement and is repeated for each.
+        recorded = await claims.recorded(db, settlings)
+        return [now or before for now, before in zip(written, recorded, strict=True)]
 
     # One statement at a time, so that they are few and large: PostgreSQL spends a sixth less.
     return Batcher(
