@@ -25,6 +25,7 @@ from asyncflow.store.claims import Claim, Offer
 from asyncflow.store.database import Database
 from asyncflow.store.wakeups import Listener
 from asyncflow.transport.postgres import PostgresTransport
+from asyncflow.worker import lease as lease_module
 from asyncflow.worker import worker as worker_module
 from asyncflow.worker.lease import STALLED_EXIT_STATUS
 from asyncflow.worker.worker import WorkerExhausted, WorkerLost
@@ -517,6 +518,23 @@ async def test_a_worker_takes_its_lock_back_as_soon_as_it_can(db: Database) -> N
         await heartbeat_follows(db)
         await ghost.close()
         await until(lambda: holders(db))
+
+
+async def test_a_worker_that_stops_without_a_connection_says_goodbye_on_a_new_one(
+    db: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    It would be reported as lost otherwise, although it stopped in good order.
+    """
+    monkeypatch.setattr(lease_module, "RETRY_SECONDS", 3_600)
+    async with a_running_worker(db, idle) as running:
+        await until(lambda: holders(db))
+        await cut_every_connection(database_url)
+
+        running.worker.stop()
+        await running.end()
+
+    assert await db.fetchval("SELECT stopped_at IS NOT NULL FROM asyncflow.workers")
 
 
 async def test_a_table_that_is_locked_for_long_costs_no_worker_its_session(db: Database) -> None:

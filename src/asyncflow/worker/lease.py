@@ -27,10 +27,12 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Protocol
 from uuid import UUID
 
+from asyncflow.errors import StoreUnavailable
 from asyncflow.store import workers
 from asyncflow.store.database import Database, Executor, translated_errors
 from asyncflow.store.wakeups import send_wakeup
@@ -104,6 +106,7 @@ class LeaseKeeper:
         self._fence_seconds = FENCE_SHARE * registration.lease_seconds
         self._fenced = True  # Until the first beat there is no lease to trust.
         self._lost = False
+        self._said_goodbye = False
         self._is_locked = False
         self._unanswered = 0
         self._stopping = threading.Event()
@@ -148,27 +151,42 @@ class LeaseKeeper:
                 if not self._stopping.is_set():
                     events.heartbeat_failed(reason=str(error))
             await _wait(woken, RETRY_SECONDS)
+        if not (self._lost or self._said_goodbye):
+            # Its connection broke, and the reaper would report a worker that is well as lost.
+            # Once only: PostgreSQL may be away, and whoever stops does not wait for it.
+            with contextlib.suppress(StoreUnavailable):
+                async with self._connection() as connection:
+                    await self._say_goodbye(connection)
         watching.cancel()
 
     async def _keep_on_one_connection(self, woken: asyncio.Event) -> None:
+        async with self._connection() as connection:
+            await workers.register(connection, self._registration)
+            self._is_locked = not self._registration.holds_lock
+            if self._published is not None:
+                await workers.publish_handlers(connection, self._published)
+                self._published = None
+            # Only now will the relay let tasks go that nobody but this worker runs.
+            await send_wakeup(connection)
+            while not (self._stopping.is_set() or self._lost):
+                await self._beat(connection)
+                await _wait(woken, self._registration.heartbeat_seconds)
+            if not self._lost:
+                await self._say_goodbye(connection)
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Executor]:
         timeout_seconds = max(0.5, self._registration.lease_seconds / 6)
         connection = await self._db.connect("leases", timeout_seconds=timeout_seconds)
         try:
             with translated_errors():
-                await workers.register(connection, self._registration)
-                self._is_locked = not self._registration.holds_lock
-                if self._published is not None:
-                    await workers.publish_handlers(connection, self._published)
-                    self._published = None
-                # Only now will the relay let tasks go that nobody but this worker runs.
-                await send_wakeup(connection)
-                while not (self._stopping.is_set() or self._lost):
-                    await self._beat(connection)
-                    await _wait(woken, self._registration.heartbeat_seconds)
-                if not self._lost:
-                    await workers.stop(connection, self._registration.id)
+                yield connection
         finally:
             connection.terminate()
+
+    async def _say_goodbye(self, connection: Executor) -> None:
+        await workers.stop(connection, self._registration.id)
+        self._said_goodbye = True
 
     async def _beat(self, connection: Executor) -> None:
         began = time.monotonic()
