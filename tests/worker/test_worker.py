@@ -10,7 +10,7 @@ import ctypes
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from uuid import uuid4
 
@@ -29,6 +29,7 @@ from asyncflow.worker import lease as lease_module
 from asyncflow.worker import worker as worker_module
 from asyncflow.worker.lease import STALLED_EXIT_STATUS
 from asyncflow.worker.worker import WorkerExhausted, WorkerLost
+from faults.wire import Wire, laid
 from services.postgres import PostgresServer
 from transport.tasks import (
     PATIENCE_SECONDS,
@@ -293,6 +294,74 @@ async def until_said_to_stop(transport: Any) -> None:
     """
     async with asyncio.timeout(PATIENCE_SECONDS):
         assert [] == await transport.take(1, window=1)
+
+
+@pytest.fixture
+async def wire(database_url: str) -> AsyncIterator[Wire]:
+    """
+    The worker's way to PostgreSQL, where it does not have the test's.
+    """
+    async with laid({"postgres": database_url}) as wires:
+        yield wires["postgres"]
+
+
+async def test_a_claim_that_hangs_holds_up_no_grace_period(db: Database, wire: Wire) -> None:
+    """
+    The grace period begins when the worker is asked to stop, whatever PostgreSQL does; what the
+    claim brings after it goes back unpunished.
+    """
+    gate, other = Gate(), Gate()
+    [mine] = await submit(db)
+    await submit(db, name="gate")
+    async with (
+        Database(wire.url, timeout_seconds=PATIENCE_SECONDS) as far,
+        a_running_worker(
+            *(far, gate.handler, other.handler),
+            slots=2,
+            grace_seconds=0.1,
+            heartbeat_seconds=60,
+            lease_seconds=600,
+        ) as running,
+    ):
+        await soon(gate.entered)
+        await soon(other.entered)
+        # It claims nothing now, and then what it finds.
+        [late] = await submit(db)
+        wire.hold_answers("FOR UPDATE SKIP LOCKED")
+        other.open.set()
+        await wire.has_answered()
+        gate.entered.clear()
+
+        running.worker.stop()
+        await soon(gate.interrupted)
+
+        assert "running" == await state(db, late)
+        wire.release_answers()
+        await running.end()
+
+    for task in [await read(db, mine), await read(db, late)]:
+        assert ("PENDING", 0) == (task.status, task.failures)
+        assert ["released"] == [attempt.outcome for attempt in task.attempts]
+    assert not gate.entered.is_set()
+
+
+async def test_a_heartbeat_that_hangs_keeps_no_worker_from_ending(
+    db: Database, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    However long its leases are, and with them the time that a heartbeat may take.
+    """
+    monkeypatch.setattr(lease_module, "GOODBYE_SECONDS", 0.1)
+    async with (
+        Database(wire.url) as far,
+        a_running_worker(far, idle, lease_seconds=3_600) as running,
+    ):
+        await until(lambda: holders(db))
+        wire.hold_answers("UPDATE asyncflow.workers")
+        await wire.has_answered()
+
+        running.worker.stop()
+        await running.end()
 
 
 async def test_attempts_that_outlast_the_grace_period_are_released(db: Database) -> None:

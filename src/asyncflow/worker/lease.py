@@ -42,6 +42,9 @@ from asyncflow.telemetry import events
 FENCE_SHARE = 0.6
 RETRY_SECONDS = 0.3
 WATCH_SECONDS = 0.1
+GOODBYE_SECONDS = 5.0
+"""How long a worker that stops waits for PostgreSQL to take note."""
+
 STALLED_EXIT_STATUS = 70
 
 
@@ -142,6 +145,14 @@ class LeaseKeeper:
         self._wake = lambda: loop.call_soon_threadsafe(woken.set)
         # Beside the beats, not between them: a statement that hangs must not delay the fence.
         watching = loop.create_task(self._watch())
+        keeping = loop.create_task(self._keep_until_stopped(woken))
+        stopping = loop.create_task(woken.wait())
+        await asyncio.wait({keeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        # Nor may it keep the worker from ending; the end of this loop cancels it.
+        await asyncio.wait({keeping}, timeout=GOODBYE_SECONDS)
+        watching.cancel()
+
+    async def _keep_until_stopped(self, woken: asyncio.Event) -> None:
         while not (self._stopping.is_set() or self._lost):
             try:
                 await self._keep_on_one_connection(woken)
@@ -157,7 +168,6 @@ class LeaseKeeper:
             with contextlib.suppress(StoreUnavailable):
                 async with self._connection() as connection:
                     await self._say_goodbye(connection)
-        watching.cancel()
 
     async def _keep_on_one_connection(self, woken: asyncio.Event) -> None:
         async with self._connection() as connection:

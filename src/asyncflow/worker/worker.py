@@ -13,8 +13,9 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 from asyncflow.domain.outcome import Settlement
@@ -106,7 +107,7 @@ class Worker:
         self._attempts: dict[tuple[UUID, UUID], Attempt] = {}
         self._running = 0
         self._progress: dict[tuple[UUID, UUID], Progress] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[Any]] = set()
         self._orphans: set[tuple[UUID, UUID]] = set()
         self._leases_hold = False
         self._may_take_more = asyncio.Event()
@@ -164,14 +165,11 @@ class Worker:
             # Neither intake nor tick ends by itself; should one fail, the worker ends with it.
             await asyncio.wait({intake, ticking, ending}, return_when=asyncio.FIRST_COMPLETED)
             self._end()
-            await self._transport.stop()
-            try:
-                # Not cancelled: a claim that is under way must come home.
-                await intake
-            finally:
-                await self._drain()
-            if ticking.done():
-                ticking.result()
+            idle = self._in_background(self._become_idle(intake))
+            await self._drain(idle)
+            for duty in (intake, ticking, idle):
+                if duty.done():
+                    duty.result()
         finally:
             self._make_void("its worker has ended")
             await _cancel(ticking, intake, ending, *self._background)
@@ -205,7 +203,10 @@ class Worker:
                 # Fenced while the claim was under way. A process that stood still meanwhile has
                 # not even heard of it yet, and the claim in its hand is worth nothing.
                 self._make_void("its worker was fenced")
+            if self._hurried.is_set():
+                self._give_back_all()
             self._start_waiting()
+        self._give_back_waiting(older_than_seconds=0)
 
     def _room(self) -> int:
         stuck = self._isolation.stuck
@@ -247,25 +248,31 @@ class Worker:
 
     # Drain
 
-    async def _drain(self) -> None:
+    async def _drain(self, idle: asyncio.Task[None]) -> None:
         self._give_back_waiting(older_than_seconds=0)
+        hurried = self._in_background(self._hurried.wait())
         if not self._lost:
-            await self._until_idle(self._times.shutdown_grace)
+            await asyncio.wait(
+                {idle, hurried},
+                timeout=self._times.shutdown_grace,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        self._hurried.set()
+        self._give_back_all()
+        await asyncio.wait({idle}, timeout=GIVE_BACK_SECONDS)
+
+    async def _become_idle(self, intake: asyncio.Task[None]) -> None:
+        # Beside the grace period, not before it: PostgreSQL may take long to answer a claim. And
+        # not cancelled: a claim that is under way must come home.
+        await self._transport.stop()
+        await asyncio.wait({intake})
+        while self._attempts:
+            self._is_idle.clear()
+            await self._is_idle.wait()
+
+    def _give_back_all(self) -> None:
         for attempt in tuple(self._attempts.values()):
             attempt.give_back()
-        await self._until_idle(GIVE_BACK_SECONDS, hurriedly=False)
-        await self._flush_progress()
-
-    async def _until_idle(self, seconds: float, *, hurriedly: bool = True) -> None:
-        self._is_idle.clear()
-        if not self._attempts:
-            return
-        waits = [asyncio.ensure_future(self._is_idle.wait())]
-        if hurriedly:
-            waits.append(asyncio.ensure_future(self._hurried.wait()))
-        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
 
     def _give_back_waiting(self, *, older_than_seconds: float) -> int:
         count = 0
@@ -337,9 +344,7 @@ class Worker:
             elif lease.cancel_requested:
                 attempt.cancel()
         if suspects:
-            releasing = asyncio.get_running_loop().create_task(self._release_orphans(suspects))
-            self._background.add(releasing)
-            releasing.add_done_callback(self._background.discard)
+            self._in_background(self._release_orphans(suspects))
 
     async def _release_orphans(self, suspects: Sequence[Settling]) -> None:
         # The answer to their claim may be on its way to a loop that was busy.
@@ -375,6 +380,12 @@ class Worker:
         for attempt in tuple(self._attempts.values()):
             attempt.make_void(reason)
 
+    def _in_background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
     def running_ids(self) -> Sequence[UUID]:
         """
         See `lease.Holder`.
@@ -382,7 +393,7 @@ class Worker:
         return [task_id for task_id, _ in tuple(self._attempts)]
 
 
-async def _cancel(*tasks: asyncio.Task[None] | asyncio.Task[bool]) -> None:
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
