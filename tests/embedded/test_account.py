@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from asyncflow.embedded import Cluster
+from asyncflow.embedded import Cluster, account
 from services import scratch
 
 pytestmark = pytest.mark.skipif(
@@ -62,3 +62,10 @@ def test_a_users_cluster_stays_that_users_under_sudo(folder):
     with Cluster(theirs) as cluster:
         assert account_of(cluster) == "nobody"
     assert {path.stat().st_uid for path in theirs.rglob("*")} == {nobody.pw_uid}
+
+
+def test_an_account_that_somebody_else_has_just_made_is_used(folder, monkeypatch):
+    """Of two processes that find no account, one makes it; `useradd` refuses the other."""
+    monkeypatch.setattr(account, "OWN_NAME", "nobody")
+
+    assert account._create_account(folder).pw_name == "nobody"

@@ -145,9 +145,12 @@ def _create_account(folder: Path) -> pwd.struct_passwd:
         capture_output=True,
         text=True,
     )
-    if created.returncode != 0:
-        raise NoServerAccount(folder, f"`useradd {OWN_NAME}` says: {created.stderr.strip()}")
-    return pwd.getpwnam(OWN_NAME)
+    try:
+        # Whatever it says: another process may have been first.
+        return pwd.getpwnam(OWN_NAME)
+    except KeyError:
+        says = created.stderr.strip()
+        raise NoServerAccount(folder, f"`useradd {OWN_NAME}` says: {says}") from None
 
 
 def _keeping(capability: str, setpriv: str, uid: int, gid: int) -> tuple[str, ...]:
