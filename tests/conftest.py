@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-from services import postgres, rabbitmq
 from services.broker import Broker
 from services.postgres import PostgresServer
+from services.servers import Servers
 
 pytest_plugins = ["services.choice"]
 
@@ -30,12 +30,20 @@ hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
-def postgres_server(request: pytest.FixtureRequest) -> Iterator[PostgresServer]:
+def servers() -> Iterator[Servers]:
+    """
+    The servers of this run.
+    """
+    with Servers() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def postgres_server(servers: Servers, request: pytest.FixtureRequest) -> PostgresServer:
     """
     A running PostgreSQL. A test that stops it should start it again.
     """
-    with postgres.running_server(request.param) as server:
-        yield server
+    return servers.postgres(request.param)
 
 
 @pytest.fixture
@@ -59,14 +67,13 @@ def empty_database_url(postgres_server: PostgresServer) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
+def broker(servers: Servers, request: pytest.FixtureRequest) -> Broker:
     """
     A running RabbitMQ. A test that stops or freezes it should start it again.
     """
     if request.config.getoption("--without-rabbitmq"):
         pytest.skip("left out by --without-rabbitmq")
-    with rabbitmq.running_broker(request.param) as running:
-        yield running
+    return servers.broker(request.param)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from acceptance.system import System
 from services import rabbitmq
 from services.broker import Broker
 from services.postgres import PostgresServer
+from services.servers import Servers
 
 ON_POSTGRES = "alone"
 
@@ -74,17 +75,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+def engine(servers: Servers, request: pytest.FixtureRequest) -> Engine:
     """
     One of the two engines.
     """
     if request.param == ON_POSTGRES:
-        yield Engine(None)
-    elif request.config.getoption("--without-rabbitmq"):
+        return Engine(None)
+    if request.config.getoption("--without-rabbitmq"):
         pytest.skip("left out by --without-rabbitmq")
-    else:
-        with rabbitmq.running_broker(request.param) as broker:
-            yield Engine(broker)
+    return Engine(servers.broker(request.param))
 
 
 @pytest.fixture

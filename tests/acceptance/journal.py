@@ -45,7 +45,9 @@ class Journal:
         """
         What was written so far, in the order of writing.
         """
-        read = [_entry(line) for line in self.file.read_text().splitlines()]
+        # A line that is just being written may be seen in part.
+        whole, _, _ = self.file.read_text().rpartition("\n")
+        read = [_entry(line) for line in whole.splitlines()]
         return [
             entry
             for entry in read

@@ -70,21 +70,46 @@ def _parametrize(
     metafunc.parametrize(fixture, run, ids=ids, indirect=True, scope="session")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # Processes that share the tests collect them each for itself, and could say nothing.
+    if session.config.getoption("numprocesses"):
+        majors = _chosen(session, "--postgres", postgres.MAJORS)
+        versions = _chosen(session, "--rabbitmq", rabbitmq.VERSIONS)
+        _provide(session, majors, versions, with_pgbouncer=True)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    # A test that is skipped on a laptop would hide something in CI and in bin/test.
-    is_everything_wanted = "true" in (os.environ.get("CI"), os.environ.get("ASYNCFLOW_TEST_ALL"))
-    if is_everything_wanted and not session.config.getoption("collectonly"):
+    if not hasattr(session.config, "workerinput"):
         majors = _versions(session, postgres.MAJORS, "postgres_server")
         versions = _versions(session, rabbitmq.VERSIONS, "broker", "engine")
-        if session.config.getoption("--without-rabbitmq"):
-            versions = []
-        with_pgbouncer = _is_used(session, "pooler")
-        fetch.fetch(majors, versions, with_pgbouncer=with_pgbouncer, say=_say_to(session))
-        lacking = postgres.missing(majors) + rabbitmq.missing(versions)
-        if with_pgbouncer:
-            lacking += pgbouncer.missing()
-        if lacking:
-            raise pytest.UsageError("\n".join(lacking))
+        _provide(session, majors, versions, with_pgbouncer=_is_used(session, "pooler"))
+
+
+def _provide(
+    session: pytest.Session,
+    majors: Sequence[str],
+    versions: Sequence[str],
+    *,
+    with_pgbouncer: bool,
+) -> None:
+    # A test that is skipped on a laptop would hide something in CI and in bin/test.
+    is_everything_wanted = "true" in (os.environ.get("CI"), os.environ.get("ASYNCFLOW_TEST_ALL"))
+    if not is_everything_wanted or session.config.getoption("collectonly"):
+        return
+    if session.config.getoption("--without-rabbitmq"):
+        versions = []
+    fetch.fetch(majors, versions, with_pgbouncer=with_pgbouncer, say=_say_to(session))
+    lacking = postgres.missing(majors) + rabbitmq.missing(versions)
+    if with_pgbouncer:
+        lacking += pgbouncer.missing()
+    if lacking:
+        raise pytest.UsageError("\n".join(lacking))
+
+
+def _chosen(session: pytest.Session, option: str, known: Sequence[str]) -> list[str]:
+    chosen = session.config.getoption(option) or "both"
+    return [version for version in known if chosen in (version, "both")]
 
 
 def _is_used(session: pytest.Session, fixture: str) -> bool:

@@ -3,11 +3,12 @@ Fetches the servers that the collected tests need and this machine lacks.
 
 It needs root on Debian or a relative of it, and changes the machine no more than
 `apt-get install` does. On other machines nothing happens here, and the tests themselves
-say what would help.
+say what would help. When several processes run the tests, one of them fetches.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -30,6 +31,18 @@ def fetch(
         with_pgbouncer: Fetch that, too.
         say: Is given a line for what takes long or fails.
     """
+    if os.geteuid() != 0:
+        return
+    cache = debian.cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "fetch.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _fetch_what_is_missing(majors, versions, with_pgbouncer, say)
+
+
+def _fetch_what_is_missing(
+    majors: Sequence[str], versions: Sequence[str], with_pgbouncer: bool, say: Say
+) -> None:
     absent = [version for version in versions if debian.ready_tree(version) is None]
     if not debian.may_use_trees() or rabbitmq.is_chosen_by_hand():
         absent = []
@@ -68,7 +81,7 @@ def _begin_to_make_trees(
 
 
 def _has_apt() -> bool:
-    return os.geteuid() == 0 and shutil.which("apt-get") is not None
+    return shutil.which("apt-get") is not None
 
 
 def _apt_install(package: str, say: Say) -> None:

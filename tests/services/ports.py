@@ -2,15 +2,19 @@
 Ports for servers that tests stop and start again, each time on the same one.
 
 They lie below the range that the system gives to clients: one of those could take the port of a
-server that is just restarting. `asyncflow verify` takes its own from 20,000 on.
+server that is just restarting. For the same reason each process that runs tests has its own.
+`asyncflow verify` takes its ports from 20,000 on.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 
 LOWEST, HIGHEST = 10_000, 19_999
+PROCESSES_MAX = 10
+NUMBER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % PROCESSES_MAX
 
 
 def free_port() -> int:
@@ -26,7 +30,7 @@ def free_ports(count: int) -> list[int]:
     """
     ports: list[int] = []
     while len(ports) < count:
-        port = random.randint(LOWEST, HIGHEST)
+        port = random.randrange(LOWEST + NUMBER, HIGHEST + 1, PROCESSES_MAX)
         if port not in ports and _is_free(port):
             ports.append(port)
     return ports
