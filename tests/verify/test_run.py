@@ -102,8 +102,8 @@ if ON_RABBITMQ:
 
 def look_for(name: str, folder: Path, *arguments: str) -> None:
     """
-    Run with a known bug; the run must be called violated. Nearly every bug breaks a promise about
-    some task; that RabbitMQ brings messages without end is about none.
+    Run with a known bug; the run must be called violated. Some break promises that are about no
+    single task, such as a batch that is stored in part.
     """
     status, output = verify(folder / "run", "--seed", "1", "--mutant", name, *arguments)
 
