@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import hypothesis
 import pytest
@@ -34,8 +35,8 @@ def servers() -> Iterator[Servers]:
     """
     The servers of this run.
     """
-    with Servers() as running:
-        yield running
+    with ExitStack() as running:
+        yield Servers(running)
 
 
 @pytest.fixture(scope="session")

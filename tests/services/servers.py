@@ -7,7 +7,6 @@ Each starts when a test needs it first and runs to the end, so that tests may co
 from __future__ import annotations
 
 from contextlib import ExitStack
-from types import TracebackType
 
 from services import postgres, rabbitmq
 from services.broker import Broker
@@ -17,23 +16,15 @@ from services.postgres import PostgresServer
 class Servers:
     """
     Asked for a version, hands out the server that runs already, or starts it.
+
+    Args:
+        running: Ends them.
     """
 
-    def __init__(self) -> None:
-        self._running = ExitStack()
+    def __init__(self, running: ExitStack) -> None:
+        self._running = running
         self._postgres: dict[str, PostgresServer] = {}
         self._brokers: dict[str, Broker] = {}
-
-    def __enter__(self) -> Servers:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._running.close()
 
     def postgres(self, major: str) -> PostgresServer:
         """
