@@ -16,13 +16,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
 import uvloop
 
 BATCH, BATCH_CONNECTIONS = 100, 8
 """Tasks per request, and connections, where tasks are posted in batches."""
+
+PATIENCE_SECONDS = 30.0
+"""How long after the last request its answer may take."""
 
 
 class Answers(NamedTuple):
@@ -43,6 +46,10 @@ class Answers(NamedTuple):
 def post_for(seconds: float, url: str, body: bytes, *, connections: int) -> Answers:
     """
     Post for some seconds, each connection its next request when the last is answered.
+
+    Raises:
+        CalledProcessError: The load generator failed; its reason is on standard error.
+        TimeoutExpired: It did not end.
     """
     if shutil.which("wrk"):
         return _with_wrk(seconds, url, body, connections)
@@ -50,6 +57,7 @@ def post_for(seconds: float, url: str, body: bytes, *, connections: int) -> Answ
         [sys.executable, "-m", "bench.http_load", url, str(seconds), str(connections)],
         input=body,
         stdout=subprocess.PIPE,
+        timeout=seconds + 2 * PATIENCE_SECONDS,
         check=True,
     )
     return Answers(*json.loads(done.stdout))
@@ -103,12 +111,12 @@ class _Connection(asyncio.Protocol):
         self.deadline = deadline
         self.seconds: list[float] = []
         self.refused = 0
-        self.closed = asyncio.get_running_loop().create_future()
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._received = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports only look like asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
         self._send()
 
     def _send(self) -> None:
@@ -130,10 +138,13 @@ class _Connection(asyncio.Protocol):
         if now < self.deadline:
             self._send()
         else:
+            self.closed.set_result(None)
             self._transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.closed.set_result(None)
+        if not self.closed.done():
+            fact = f"the server closed a connection in the middle: {error or 'no reason given'}"
+            self.closed.set_exception(ConnectionError(fact))
 
 
 async def _post(url: str, body: bytes, seconds: float, connections: int) -> Answers:
@@ -149,7 +160,8 @@ async def _post(url: str, body: bytes, seconds: float, connections: int) -> Answ
         (await loop.create_connection(lambda: _Connection(request, start + seconds), host, port))[1]
         for _ in range(connections)
     ]
-    await asyncio.gather(*[connection.closed for connection in opened])
+    async with asyncio.timeout(seconds + PATIENCE_SECONDS):
+        await asyncio.gather(*[connection.closed for connection in opened])
     elapsed = time.perf_counter() - start
     took = sorted(second for connection in opened for second in connection.seconds)
     return Answers(

@@ -108,7 +108,11 @@ class Run:
 
     def carry_out(self, scenario: str, measurements: Sequence[Measurement]) -> None:
         """
-        Measure and write down everything, interleaved. A failure is written down, too.
+        Measure and write down everything, interleaved.
+
+        Raises:
+            SystemExit: A measurement failed; that is written down too, and the sentence says
+                how to go on.
         """
         for repetition in range(1, self.sizes.repetitions + 1):
             for entrant, case, measure, once in measurements:
@@ -118,10 +122,13 @@ class Run:
                     continue
                 load_before = os.getloadavg()[0]
                 started = time.time()
+                failure: Exception | None = None
+                values: Mapping[str, Any]
                 try:
-                    values = dict(measure())
+                    values = measure()
                 except Exception as error:
                     traceback.print_exc()
+                    failure = error
                     values = {"error": repr(error)}
                 self.write_down(
                     {
@@ -135,6 +142,12 @@ class Run:
                         "load_before": round(load_before, 2),
                     }
                 )
+                if failure is not None:
+                    raise SystemExit(
+                        f"bench: {scenario} of {entrant.key} failed: {failure!r}. "
+                        f"What it printed is in {self.log(entrant)}. Repeat the command with "
+                        f"--into {self.folder} to go on, or with --systems to leave it out."
+                    ) from None
 
     def write_down(self, line: Mapping[str, Any]) -> None:
         """

@@ -1,0 +1,74 @@
+"""
+The load generator that `bin/bench` brings along for machines without `wrk`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socketserver
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from bench.http_load import post_for
+
+ANSWER = b"HTTP/1.1 202 Accepted\r\ncontent-length: 2\r\n\r\n{}"
+
+
+@pytest.fixture(autouse=True)
+def no_wrk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    A machine that has no `wrk`.
+    """
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+
+@contextmanager
+def serving(*, requests_max: int) -> Iterator[str]:
+    """
+    Answer so many requests of each connection, then close it; yields the server's URL.
+    """
+
+    class Answering(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            for _ in range(requests_max):
+                head = b""
+                while not head.endswith(b"\r\n\r\n"):
+                    line = self.rfile.readline()
+                    if not line:
+                        return
+                    head += line
+                self.rfile.read(2)
+                self.wfile.write(ANSWER)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answering) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/tasks"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_the_load_is_measured_without_wrk() -> None:
+    """
+    Every answer counts, and the report says who measured.
+    """
+    with serving(requests_max=1_000_000) as url:
+        answers = post_for(0.2, url, b"{}", connections=2)
+
+    assert answers.generator == "a small Python client"
+    assert answers.per_second > 0
+    assert answers.refused == 0
+
+
+def test_a_server_that_closes_connections_ends_the_measurement() -> None:
+    """
+    It fails instead of waiting for an answer that never comes.
+    """
+    with serving(requests_max=3) as url:
+        with pytest.raises(subprocess.CalledProcessError):
+            post_for(3_600, url, b"{}", connections=2)
