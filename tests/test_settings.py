@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from asyncflow.errors import InvalidSettings
-from asyncflow.settings import PREFIX, load_settings, masked, required_database_url
+from asyncflow.settings import (
+    PREFIX,
+    load_settings,
+    masked,
+    required_database_url,
+    unknown_variables,
+)
 from asyncflow.supervisor import as_environment
 
 
@@ -282,3 +288,89 @@ def test_settings_cannot_be_changed_after_they_were_read() -> None:
 
     with pytest.raises(AttributeError, match="api_port"):
         settings.api_port = 1
+
+
+def test_a_misspelt_setting_is_refused_with_the_right_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    It would silently do nothing.
+    """
+    (mistake,) = complaint(monkeypatch, WORKER_CONCURENCY="50")
+
+    assert mistake == (
+        "ASYNCFLOW_WORKER_CONCURENCY is not a setting; did you mean ASYNCFLOW_WORKER_CONCURRENCY?"
+    )
+
+
+@pytest.mark.parametrize("name", ["CONCURRENCY", "SHARDS"])
+def test_an_unknown_variable_is_reported_and_refuses_nothing(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """
+    After a rollback the environment may hold settings of the newer version.
+    """
+    monkeypatch.setenv(PREFIX + name, "7")
+
+    load_settings()
+
+    assert [PREFIX + name] == unknown_variables()
+
+
+@pytest.mark.parametrize(
+    "name", ["SERVICE_HOST", "API_SERVICE_PORT_HTTP", "PORT_3000_TCP_ADDR", "PYTHON"]
+)
+def test_what_kubernetes_and_our_scripts_set_is_not_reported(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """
+    Nobody asked for it, and nobody can change it.
+    """
+    monkeypatch.setenv(PREFIX + name, "10.0.0.7")
+
+    assert [] == unknown_variables()
+
+
+def test_a_port_from_kubernetes_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    A Service named asyncflow-api puts this into every pod of its namespace.
+    """
+    (mistake,) = complaint(monkeypatch, API_PORT="tcp://10.0.0.7:3000")
+
+    assert "enableServiceLinks: false" in mistake
+
+
+def test_mistakes_and_contradictions_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Nobody has to start twice.
+    """
+    mistakes = complaint(monkeypatch, API_PORT="http", HEARTBEAT_SECONDS="10", LEASE_SECONDS="11")
+
+    assert ["ASYNCFLOW_API_PORT", "ASYNCFLOW_LEASE_SECONDS"] == [
+        mistake.split(":")[0].split("=")[0] for mistake in mistakes
+    ]
+
+
+def test_a_contradiction_is_not_made_up_from_a_value_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    The default that stands in for it is nobody's wish.
+    """
+    mistakes = complaint(monkeypatch, HEARTBEAT_SECONDS="often", LEASE_SECONDS="0.6")
+
+    assert 1 == len(mistakes)
+
+
+def test_a_wrong_option_is_named_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    The environment says something else, and is not to blame.
+    """
+    monkeypatch.setenv(f"{PREFIX}WORKER_CONCURRENCY", "5")
+
+    with pytest.raises(InvalidSettings) as refusal:
+        load_settings({"worker_concurrency": "--concurrency"}, worker_concurrency=0)
+
+    assert ["--concurrency: it must be a whole number from 1 to 10000."] == [
+        *refusal.value.mistakes
+    ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -22,6 +22,12 @@ from asyncflow.domain.policy import NAME_PATTERN
 from asyncflow.errors import InvalidSettings
 
 PREFIX = "ASYNCFLOW_"
+NOT_SETTINGS = re.compile(
+    r"python|cache|test_.*"  # bin/setup and the tests read these
+    # Kubernetes sets these for a Service whose name begins with `asyncflow`.
+    r"|(.*_)?service_(host|port.*)|(.*_)?port_\d+_(tcp|udp).*"
+)
+"""Variables that begin like ours without being meant for a process, without the prefix."""
 
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "console", "json"]
@@ -66,29 +72,56 @@ class Settings:
     data_folder: Annotated[Path, Path] = Path(".asyncflow")
 
 
-def load_settings(**overrides: Any) -> Settings:
+def load_settings(options: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
     """
     Read the environment and `.env`; `overrides` (from the command line) win.
 
+    Args:
+        options: What the user calls an overridden setting: `{"api_port": "--port"}`.
+
     Raises:
-        InvalidSettings: With one sentence per mistake, naming each variable.
+        InvalidSettings: With one sentence per mistake, naming each variable or option.
     """
-    given = _variables() | {name: value for name, value in overrides.items() if value is not None}
+    typed = {name: value for name, value in overrides.items() if value is not None}
+    given = _variables() | typed
     hints = get_type_hints(Settings, include_extras=True)
+    known = [field.name for field in fields(Settings)]
     values: dict[str, Any] = {}
-    mistakes = []
-    for name in (field.name for field in fields(Settings) if field.name in given):
+    mistakes = _misspelt(known)
+    unusable = set()
+    for name in (name for name in known if name in given):
         read: Callable[[Any], Any] = hints[name].__metadata__[0]
         try:
             values[name] = read(given[name])
         except ValueError as error:
+            source = (options or {}).get(name) if name in typed else None
             # The value is not echoed: a URL may hold a password.
-            mistakes.append(f"{PREFIX}{name.upper()}: {error}.")
+            mistakes.append(f"{source or variable(name)}: {error}.{_origin(given[name])}")
+            unusable.add(name)
     settings = Settings(**values)
-    mistakes = mistakes or _contradictions(settings)
+    mistakes += _contradictions(settings, unusable)
     if mistakes:
         raise InvalidSettings(mistakes)
     return settings
+
+
+def variable(name: str) -> str:
+    """
+    The environment variable of a setting.
+    """
+    return f"{PREFIX}{name.upper()}"
+
+
+def unknown_variables() -> list[str]:
+    """
+    Variables that begin like ours and are not settings: of another version, perhaps.
+    """
+    known = {field.name for field in fields(Settings)}
+    return [
+        variable(name)
+        for name in _variables()
+        if name not in known and not NOT_SETTINGS.fullmatch(name)
+    ]
 
 
 def _variables() -> dict[str, str]:
@@ -97,10 +130,33 @@ def _variables() -> dict[str, str]:
     """
     given: dict[str, str] = {}
     for source in (_env_file(Path(".env")), os.environ):
-        for variable, value in source.items():
-            if value and variable.upper().startswith(PREFIX):
-                given[variable.upper().removeprefix(PREFIX).lower()] = value
+        for name, value in source.items():
+            if value and name.upper().startswith(PREFIX):
+                given[name.upper().removeprefix(PREFIX).lower()] = value
     return given
+
+
+def _misspelt(known: Sequence[str]) -> list[str]:
+    # A setting that is silently not in force is found at night. Refused is only what can hardly
+    # mean anything else: after a rollback the environment may hold settings of the newer version.
+    mistakes = []
+    for unknown in unknown_variables():
+        from difflib import get_close_matches  # rarely needed, and not small
+
+        meant = get_close_matches(unknown, map(variable, known), n=1, cutoff=0.9)
+        if meant:
+            mistakes.append(f"{unknown} is not a setting; did you mean {meant[0]}?")
+    return mistakes
+
+
+def _origin(given: Any) -> str:
+    # `API_PORT=tcp://10.0.0.7:3000`: so a pod learns of a Service named asyncflow-api.
+    if not str(given).startswith(("tcp://", "udp://")):
+        return ""
+    return (
+        " Kubernetes sets such variables for a Service of a similar name; "
+        "`enableServiceLinks: false` in the pod's spec keeps them away."
+    )
 
 
 def _env_file(path: Path) -> Mapping[str, str | None]:
@@ -111,15 +167,19 @@ def _env_file(path: Path) -> Mapping[str, str | None]:
     return dotenv_values(path, encoding="utf-8")
 
 
-def _contradictions(settings: Settings) -> list[str]:
+def _contradictions(settings: Settings, unusable: Set[str]) -> list[str]:
     mistakes = []
-    if settings.lease_seconds < 3 * settings.heartbeat_seconds:
+    if not unusable & {"lease_seconds", "heartbeat_seconds"} and (
+        settings.lease_seconds < 3 * settings.heartbeat_seconds
+    ):
         mistakes.append(
             f"{PREFIX}LEASE_SECONDS={settings.lease_seconds:g} must be at least three times "
             f"{PREFIX}HEARTBEAT_SECONDS={settings.heartbeat_seconds:g}, "
             "or a worker loses its leases to one slow heartbeat."
         )
-    if settings.payload_bytes_max > settings.api_body_bytes_max:
+    if not unusable & {"payload_bytes_max", "api_body_bytes_max"} and (
+        settings.payload_bytes_max > settings.api_body_bytes_max
+    ):
         mistakes.append(
             f"{PREFIX}PAYLOAD_BYTES_MAX={settings.payload_bytes_max} cannot exceed "
             f"{PREFIX}API_BODY_BYTES_MAX={settings.api_body_bytes_max}."

@@ -44,6 +44,16 @@ app.add_command(queues.app)
 app.add_command(bench.bench)
 app.add_command(verify)
 
+OPTIONS = {
+    "api_host": "--host",
+    "api_port": "--port",
+    "worker_queues": "--queues",
+    "worker_concurrency": "--concurrency",
+    "worker_processes": "--processes",
+    "worker_handlers": "--handlers",
+}
+"""Which option overrides a setting."""
+
 host_option = click.option("--host", help="Address to listen on.")
 port_option = click.option("--port", type=int, help="Port to listen on.")
 concurrency_option = click.option(
@@ -208,15 +218,20 @@ async def _several_workers(settings: Settings) -> int:
 def _settings(**overrides: object) -> Settings:
     from asyncflow.settings import load_settings
 
-    return load_settings(**overrides)
+    return load_settings(OPTIONS, **overrides)
 
 
 def _configure_logs(settings: Settings, process: str) -> None:
     from asyncflow.cli.output import outlive_readers
+    from asyncflow.settings import unknown_variables
+    from asyncflow.telemetry import events
     from asyncflow.telemetry.logs import configure_logs
 
     outlive_readers()
     configure_logs(level=settings.log_level, log_format=settings.log_format, process=process)
+    is_child = click.get_current_context().find_root().params["supervised"]
+    if not is_child and (unknown := unknown_variables()):
+        events.settings_unknown(names=unknown)
 
 
 def _names(handlers: Sequence[str]) -> str | None:

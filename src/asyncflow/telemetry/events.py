@@ -23,11 +23,20 @@ def process_started(**facts: object) -> None:
     log.info("process.started", **facts)
 
 
+def settings_unknown(*, names: Sequence[str]) -> None:
+    """
+    Variables that begin with ASYNCFLOW_ and are not settings of this version; they do nothing.
+    """
+    log.warning("settings.unknown", names=",".join(names))
+
+
 def process_stopping(*, signal: str, running: int | None = None) -> None:
     """
-    A signal asked a process to stop; `running` attempts may still finish.
+    A signal asked a process to stop. `running` attempts of a worker may still finish; None for
+    processes that run none.
     """
-    log.info("process.stopping", signal=signal, running=running)
+    facts = {} if running is None else {"running": running}
+    log.info("process.stopping", signal=signal, **facts)
 
 
 def process_hurried(*, signal: str) -> None:
