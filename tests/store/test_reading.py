@@ -14,6 +14,7 @@ import pytest
 from asyncflow.domain.states import Event, State
 from asyncflow.errors import InvalidTask, TaskNotFound
 from asyncflow.store import claims, queues, tasks, workers
+from asyncflow.store.claims import Settling
 from asyncflow.store.database import Database
 from builders import SETTLEMENTS, a_task, a_worker, backdate, claimed, settled, submitted
 
@@ -231,6 +232,21 @@ async def test_a_due_task_says_what_it_waits_for(db: Database) -> None:
     assert paused and "paused" in paused
     assert unoffered == stopped == of_no_use
     assert (await tasks.get(db, 1, later.id)).waiting_for is None
+
+
+async def test_a_completed_task_is_shown_as_done(db: Database) -> None:
+    """
+    The handler's last report, before its end, said 90 %.
+    """
+    task = await a_task(db, state=State.RUNNING)
+    assert task.lease_id
+    report = json.dumps({"fraction": 0.9, "message": "9 of 10"})
+    await claims.record_progress(db, [(task.id, task.lease_id, report)])
+    await claims.settle(db, [Settling(task.id, task.lease_id, SETTLEMENTS[Event.COMPLETE])])
+
+    shown = await tasks.get(db, 1, task.id)
+
+    assert {"fraction": 1.0, "message": None} == shown.progress
 
 
 async def test_a_failure_and_progress_are_shown_as_they_were_recorded(db: Database) -> None:

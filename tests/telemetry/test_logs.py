@@ -358,3 +358,14 @@ def test_json_lines_need_no_structlog() -> None:
     program = PROGRAM.format(ending='sys.exit("structlog" in sys.modules)')
 
     assert 0 == subprocess.run([sys.executable, "-c", program], check=False).returncode
+
+
+def test_a_process_that_runs_no_tasks_says_nothing_of_them(stream: Stream) -> None:
+    """
+    Only a worker has a number of running attempts to tell.
+    """
+    events.process_stopping(signal="SIGTERM")
+    events.process_stopping(signal="SIGTERM", running=0)
+
+    assert [None, 0] == [line.get("running") for line in stream.lines]
+    assert "running" not in stream.lines[0]

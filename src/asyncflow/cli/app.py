@@ -15,15 +15,22 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from asyncflow.cli import bench, queues, tasks
-from asyncflow.errors import AsyncFlowError, InvalidSettings, StoreUnavailable, TransportError
+from asyncflow.errors import (
+    AsyncFlowError,
+    InvalidSettings,
+    QueueNotFound,
+    StoreUnavailable,
+    TaskNotFound,
+    TransportError,
+)
 from asyncflow.supervisor import CHILD_OPTION
 from asyncflow.verify.command import verify
 
 if TYPE_CHECKING:
     from asyncflow.settings import Settings
 
-NOT_NOW, REFUSED, INTERRUPTED = 1, 2, 130
-"""Exit statuses: try again later; wrong as it stands; Ctrl-C."""
+NOT_NOW, REFUSED, NOT_FOUND, INTERRUPTED = 1, 2, 3, 130
+"""Exit statuses: try again later; wrong as it stands; nothing of this name or id; Ctrl-C."""
 
 
 @click.group(
@@ -32,6 +39,7 @@ NOT_NOW, REFUSED, INTERRUPTED = 1, 2, 130
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option(CHILD_OPTION, "supervised", is_flag=True, hidden=True)
+@click.version_option(package_name="asyncflow", message="%(version)s")
 def app(supervised: bool) -> None:
     if supervised:
         from asyncflow.supervisor import stop_with_parent
@@ -72,7 +80,8 @@ def main() -> NoReturn:
     Run the command that the arguments name, and exit.
 
     Everything AsyncFlow raises on purpose ends as its sentence on standard error: with exit
-    status 1 if the same command may work later, with 2 if not.
+    status 1 if the same command may work later, with 3 if there is no such task or queue, and
+    with 2 otherwise.
     """
     try:
         status = app.main(prog_name="asyncflow", standalone_mode=False)
@@ -81,11 +90,20 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except AsyncFlowError as error:
         click.echo(f"asyncflow: {_sentences(error)}", err=True)
-        may_work_later = isinstance(error, StoreUnavailable | TransportError)
-        sys.exit(NOT_NOW if may_work_later else REFUSED)
+        sys.exit(_status(error))
     except click.Abort:
         sys.exit(INTERRUPTED)
     sys.exit(status)
+
+
+def _status(error: AsyncFlowError) -> int:
+    match error:
+        case StoreUnavailable() | TransportError():
+            return NOT_NOW
+        case TaskNotFound() | QueueNotFound():
+            return NOT_FOUND
+        case _:
+            return REFUSED
 
 
 def _sentences(error: AsyncFlowError) -> str:
@@ -151,7 +169,7 @@ def api(host: str | None, port: int | None) -> None:
     run(serve_api(settings))
 
 
-@app.command()
+@app.group(invoke_without_command=True)
 @click.option(
     "--queues",
     metavar="NAME,…",
@@ -160,12 +178,19 @@ def api(host: str | None, port: int | None) -> None:
 @concurrency_option
 @click.option("--processes", type=int, help="How many worker processes.")
 @handlers_option
+@click.pass_context
 def worker(
-    queues: str | None, concurrency: int | None, processes: int | None, handlers: Sequence[str]
+    context: click.Context,
+    queues: str | None,
+    concurrency: int | None,
+    processes: int | None,
+    handlers: Sequence[str],
 ) -> None:
     """
-    Run tasks.
+    Run tasks; or, as `worker list`, show who runs them.
     """
+    if context.invoked_subcommand is not None:
+        return
     settings = _settings(
         worker_queues=queues,
         worker_concurrency=concurrency,
@@ -179,6 +204,22 @@ def worker(
     from asyncflow.processes import run, work
 
     run(work(settings))
+
+
+@worker.command("list")
+@tasks.json_option
+def list_workers(as_json: bool) -> None:
+    """
+    List live workers: what they serve, how busy they are, when they were last heard of.
+    """
+    from asyncflow.cli.views import print_json, print_workers
+    from asyncflow.store import workers
+
+    found = tasks.run_with_database(workers.list_workers)
+    if as_json:
+        print_json("workers", found)
+    else:
+        print_workers(found)
 
 
 @app.command()

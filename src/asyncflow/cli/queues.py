@@ -1,14 +1,15 @@
 """
-`asyncflow queue …`: pausing and resuming queues.
+`asyncflow queue …`: listing, pausing and resuming queues.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import click
+
+from asyncflow.cli.tasks import json_option, run_with_database
 
 if TYPE_CHECKING:
     from asyncflow.store.database import Database
@@ -19,19 +20,36 @@ queue_argument = click.argument("name", metavar="NAME")
 @click.group("queue")
 def app() -> None:
     """
-    Pause and resume queues.
+    List, pause and resume queues.
     """
+
+
+@app.command("list")
+@json_option
+def list_queues(as_json: bool) -> None:
+    """
+    List queues: what waits and runs on them, since when, and who serves them.
+    """
+    from asyncflow.cli.views import print_json, print_queues
+    from asyncflow.store import queues
+
+    found = run_with_database(queues.list_queues)
+    if as_json:
+        print_json("queues", found)
+    else:
+        print_queues(found)
 
 
 @app.command()
 @queue_argument
-def pause(name: str) -> None:
+@click.option("--force", is_flag=True, help="Also a queue that does not exist yet.")
+def pause(name: str, force: bool) -> None:
     """
     Start no more tasks of a queue. What runs goes on, and tasks are still accepted.
     """
     from asyncflow.store import queues
 
-    _run(name, queues.pause)
+    _change(name, queues.pause, force=force)
     click.echo(f"Queue {name!r} is paused.")
 
 
@@ -43,23 +61,26 @@ def resume(name: str) -> None:
     """
     from asyncflow.store import queues
 
-    _run(name, queues.resume)
+    _change(name, queues.resume)
     click.echo(f"Queue {name!r} is not paused.")
 
 
-def _run(name: str, change: Callable[[Database, str], Awaitable[None]]) -> None:
+def _change(
+    name: str, change: Callable[[Database, str], Awaitable[None]], *, force: bool = False
+) -> None:
     from asyncflow.domain.policy import NAME_PATTERN
-
-    if not NAME_PATTERN.fullmatch(name):
-        raise click.BadParameter(f"{name!r} is no queue: use 1 to 128 of A-Z a-z 0-9 . _ -")
-    asyncio.run(_change(name, change))
-
-
-async def _change(name: str, change: Callable[[Database, str], Awaitable[None]]) -> None:
-    from asyncflow.cli.database import opened
-    from asyncflow.settings import load_settings
+    from asyncflow.store import queues
     from asyncflow.store.wakeups import send_wakeup
 
-    async with opened(load_settings()) as db:
+    if not NAME_PATTERN.fullmatch(name):
+        raise click.BadParameter(
+            f"invalid queue name {name!r}: 1 to 128 characters from A-Z a-z 0-9 . _ -"
+        )
+
+    async def check_and_change(db: Database) -> None:
+        if not force:
+            await queues.check_exists(db, name)
         await change(db, name)
         await send_wakeup(db)
+
+    run_with_database(check_and_change)

@@ -41,7 +41,7 @@ def get(task_id: UUID, as_json: bool) -> None:
     """
     from asyncflow.store import tasks
 
-    _show(_run(lambda db: tasks.get(db, _tenant_id(), task_id)), as_json)
+    _show(run_with_database(lambda db: tasks.get(db, _tenant_id(), task_id)), as_json)
 
 
 @app.command("list")
@@ -85,7 +85,7 @@ def list_tasks(
             limit=limit,
         )
 
-    page = _run(read)
+    page = run_with_database(read)
     if as_json:
         from asyncflow.api.views import page_json
 
@@ -105,7 +105,7 @@ def cancel(task_id: UUID, as_json: bool) -> None:
     """
     from asyncflow.store import tasks
 
-    _show(_run(lambda db: tasks.cancel(db, _tenant_id(), task_id)), as_json)
+    _show(run_with_database(lambda db: tasks.cancel(db, _tenant_id(), task_id)), as_json)
 
 
 @app.command()
@@ -123,10 +123,13 @@ def redrive(task_id: UUID, as_json: bool) -> None:
         await send_wakeup(db)
         return task
 
-    _show(_run(change), as_json)
+    _show(run_with_database(change), as_json)
 
 
-def _run(operation: Callable[[Database], Coroutine[Any, Any, Result]]) -> Result:
+def run_with_database(operation: Callable[[Database], Coroutine[Any, Any, Result]]) -> Result:
+    """
+    Do one thing with the database that the settings name, and return what came of it.
+    """
     from asyncflow.cli.database import opened
     from asyncflow.settings import load_settings
 

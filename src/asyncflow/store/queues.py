@@ -1,9 +1,17 @@
 """
-Pausing and resuming queues. A paused queue accepts tasks and starts none.
+Pausing, resuming and listing queues. A paused queue accepts tasks and starts none.
+
+Queues are not declared: one exists for as long as a task waits or runs on it, a live worker
+serves it, a handler names it, or it is paused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from asyncflow.errors import QueueNotFound
 from asyncflow.store.database import Executor
 
 PAUSE = """
@@ -16,7 +24,7 @@ PAUSE = """
 
 async def pause(db: Executor, queue: str) -> None:
     """
-    Start no more tasks of `queue`; what runs goes on.
+    Start no more tasks of `queue`, which need not exist yet; what runs goes on.
     """
     await db.execute(PAUSE, queue)
 
@@ -33,3 +41,122 @@ async def resume(db: Executor, queue: str) -> None:
     Let tasks of `queue` start again.
     """
     await db.execute(RESUME, queue)
+
+
+async def check_exists(db: Executor, queue: str) -> None:
+    """
+    Refuse a name that may be a slip of the finger.
+
+    Raises:
+        QueueNotFound: There is no such queue.
+    """
+    known = [found.name for found in await list_queues(db, count_max=0)]
+    if queue not in known:
+        raise QueueNotFound(queue, known=known)
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """
+    A queue at one moment of the database's clock.
+
+    Attributes:
+        waiting: Tasks that are pending or queued, those of the future among them.
+        oldest_due_at: Since when the task that has waited longest could have started; None if
+            none is due.
+        workers, slots: Live worker processes that serve it, and how many tasks they can run
+            at the same time, on all of their queues.
+    """
+
+    name: str
+    paused_at: datetime | None
+    waiting: int
+    running: int
+    oldest_due_at: datetime | None
+    workers: int
+    slots: int
+
+
+# Names of queues, each found by one step through an index, however many tasks wait there.
+_STEP = """
+        (SELECT t.queue
+           FROM asyncflow.tasks_live t
+          WHERE {condition}
+          ORDER BY t.queue
+          LIMIT 1)
+         UNION ALL
+        SELECT (SELECT t.queue
+                  FROM asyncflow.tasks_live t
+                 WHERE {condition}
+                   AND t.queue > {name}.queue
+                 ORDER BY t.queue
+                 LIMIT 1)
+          FROM {name}
+         WHERE {name}.queue IS NOT NULL"""
+
+_PENDING = "t.queued_at IS NULL AND t.lease_id IS NULL"  # index tasks_due
+_QUEUED = "t.queued_at IS NOT NULL AND t.lease_id IS NULL"  # index tasks_queued
+
+# $1 the most tasks to count per queue.
+LIST_QUEUES = f"""
+    WITH RECURSIVE
+    pending (queue) AS ({_STEP.format(condition=_PENDING, name="pending")}),
+    queued (queue) AS ({_STEP.format(condition=_QUEUED, name="queued")}),
+    running AS MATERIALIZED (
+        SELECT t.queue, count(*) AS tasks
+          FROM asyncflow.tasks_live t
+         WHERE t.worker_id IS NOT NULL                  -- index tasks_running
+         GROUP BY t.queue),
+    serving AS MATERIALIZED (
+        SELECT queue, count(*) AS workers, sum(w.concurrency) AS slots
+          FROM asyncflow.workers w, unnest(w.queues) AS queue
+         WHERE w.stopped_at IS NULL
+           AND w.lost_at IS NULL
+           -- Only maintenance marks the lost, and it may not run.
+           AND w.heartbeat_at > now() - w.lease_seconds * interval '1 second'
+         GROUP BY queue),
+    known (name) AS (
+        SELECT queue FROM pending WHERE queue IS NOT NULL
+         UNION SELECT queue FROM queued WHERE queue IS NOT NULL
+         UNION SELECT queue FROM running
+         UNION SELECT queue FROM serving
+         UNION SELECT queue FROM asyncflow.handlers
+         UNION SELECT name FROM asyncflow.queues WHERE paused_at IS NOT NULL)
+    -- in the order of `Queue`
+    SELECT k.name,
+           (SELECT q.paused_at FROM asyncflow.queues q WHERE q.name = k.name) AS paused_at,
+           (SELECT count(*)
+              FROM (SELECT FROM asyncflow.tasks_live t
+                     WHERE t.queue = k.name AND {_PENDING} LIMIT $1) AS counted)
+         + (SELECT count(*)
+              FROM (SELECT FROM asyncflow.tasks_live t
+                     WHERE t.queue = k.name AND {_QUEUED} LIMIT $1) AS counted) AS waiting,
+           coalesce((SELECT r.tasks FROM running r WHERE r.queue = k.name), 0) AS running,
+           (SELECT min(oldest.run_at)
+              FROM generate_series(0, 9) AS priority,
+                   LATERAL (SELECT t.run_at
+                              FROM asyncflow.tasks_live t
+                             WHERE t.queue = k.name
+                               AND t.priority = priority.priority
+                               AND t.run_at <= now()
+                               AND {_PENDING}
+                             ORDER BY t.run_at
+                             LIMIT 1) AS oldest) AS oldest_due_at,
+           coalesce(s.workers, 0) AS workers,
+           coalesce(s.slots, 0) AS slots
+      FROM known k
+      LEFT JOIN serving s ON s.queue = k.name
+     ORDER BY k.name
+"""
+
+COUNT_MAX = 100_000
+
+
+async def list_queues(db: Executor, *, count_max: int = COUNT_MAX) -> Sequence[Queue]:
+    """
+    Every queue that exists, by name.
+
+    Args:
+        count_max: `Queue.waiting` counts up to so many pending and so many queued tasks.
+    """
+    return [Queue(*row) for row in await db.fetch(LIST_QUEUES, count_max)]

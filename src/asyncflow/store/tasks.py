@@ -57,6 +57,8 @@ class Task:
     Attributes:
         payload: JSON text; None in lists.
         result: JSON text; None in lists and until completed.
+        progress: `{fraction, message}` as the latest attempt reported it, complete once the task
+            is; None if it reported none.
         waiting_for: Why a due task has not started, when there is a reason that will not
             pass by itself: no live worker offers its name on its queue, or the queue is
             paused. None otherwise, and in lists.
@@ -412,9 +414,17 @@ def _task(row: Record, **details: Any) -> Task:
         cancel_requested_at=row["cancel_requested_at"],
         worker_id=row["worker_id"],
         failure=_json(row["failure"]),
-        progress=_json(row["progress"]),
+        progress=_progress(row),
         **details,
     )
+
+
+def _progress(row: Record) -> dict[str, Any] | None:
+    progress: dict[str, Any] | None = _json(row["progress"])
+    if progress is not None and row["state"] == State.COMPLETED:
+        # The handler's last report came before its end, and is a moment old by then.
+        return {"fraction": 1.0, "message": None}
+    return progress
 
 
 def _attempts(row: Record) -> tuple[Attempt, ...]:

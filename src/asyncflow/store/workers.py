@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -198,6 +199,53 @@ async def mark_lost(
     ago = min(outage_seconds_ago, OUTAGE_SECONDS_MAX)
     rows = await db.fetch(MARK_LOST, grace_seconds, ago)
     return [(row["id"], row["name"]) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Living:
+    """
+    A worker that neither said goodbye nor was declared lost.
+
+    Attributes:
+        running: Tasks it holds a lease on.
+        silent_seconds: Since its latest heartbeat, by the database's clock.
+        is_overdue: Its leases have run out; it is dead or cut off, and maintenance has not
+            noticed yet.
+    """
+
+    id: UUID
+    name: str
+    queues: Sequence[str]
+    running: int
+    concurrency: int
+    started_at: datetime
+    silent_seconds: float
+    is_overdue: bool
+
+
+LIST_WORKERS = """
+    WITH running AS MATERIALIZED (
+        SELECT t.worker_id, count(*) AS tasks
+          FROM asyncflow.tasks_live t
+         WHERE t.worker_id IS NOT NULL                  -- index tasks_running
+         GROUP BY t.worker_id)
+    -- in the order of `Living`
+    SELECT w.id, w.name, w.queues, coalesce(r.tasks, 0) AS running, w.concurrency, w.started_at,
+           extract(epoch FROM now() - w.heartbeat_at)::float8 AS silent_seconds,
+           w.heartbeat_at < now() - w.lease_seconds * interval '1 second' AS is_overdue
+      FROM asyncflow.workers w
+      LEFT JOIN running r ON r.worker_id = w.id
+     WHERE w.stopped_at IS NULL
+       AND w.lost_at IS NULL
+     ORDER BY w.started_at
+"""
+
+
+async def list_workers(db: Executor) -> Sequence[Living]:
+    """
+    Workers that are thought to live, the oldest first.
+    """
+    return [Living(*row) for row in await db.fetch(LIST_WORKERS)]
 
 
 PRUNE = """
