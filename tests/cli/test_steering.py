@@ -288,3 +288,12 @@ def test_the_version_is_an_option_too(run: Run) -> None:
     As everywhere.
     """
     assert run("version").stdout == run("--version").stdout != ""
+
+
+def test_psql_opens_in_the_schema_of_asyncflow(run: Run) -> None:
+    """
+    With the password in the environment, where no other user sees it.
+    """
+    ended = run("psql", "-Atc", "SELECT count(*) FROM tasks")
+
+    assert (0, "0\n") == (ended.returncode, ended.stdout)

