@@ -121,6 +121,13 @@ def test_names_are_a_comma_separated_list(
         ("DATABASE_POOLER", "perhaps"),
         ("WORKER_PROCESSES", "1.5"),
         ("LOG_FORMAT", "xml"),
+        ("API_HOSTS", "https://tasks.example.com"),
+        ("API_HOSTS", "tasks.example.com:443"),
+        ("API_HOSTS", "a,b c"),
+        ("API_HOSTS", "*.example.com"),
+        ("API_CORS_ORIGINS", "app.example.com"),
+        ("API_CORS_ORIGINS", "https://app.example.com/"),
+        ("API_CORS_ORIGINS", "https://a.example,null"),
     ],
 )
 def test_a_wrong_value_is_one_sentence_that_names_the_variable(
@@ -144,6 +151,22 @@ def test_a_wrong_value_is_one_sentence_that_names_the_variable(
         ("LOG_LEVEL", "loud", "it must be debug, info, warning or error."),
         ("BROKER_URL", "http://host", "it must begin with amqp:// or amqps://."),
         ("DATABASE_URL", "postgresql://me:s3cret@[host/db", "it is not a URL."),
+        (
+            "API_HOSTS",
+            "http://me:s3cret@host",
+            (
+                "it must be names or IP addresses without scheme and port, such as "
+                "tasks.example.com, or * for any."
+            ),
+        ),
+        (
+            "API_CORS_ORIGINS",
+            "http://me:s3cret@host",
+            (
+                "it must be origins, scheme and host without a path, such as "
+                "https://app.example.com, or * for any."
+            ),
+        ),
     ],
 )
 def test_a_complaint_says_what_would_have_worked(
@@ -153,6 +176,19 @@ def test_a_complaint_says_what_would_have_worked(
     And does not repeat the value.
     """
     assert [f"{PREFIX}{name}: {sentence}"] == complaint(monkeypatch, **{name: value})
+
+
+def test_hosts_and_origins_are_comma_separated_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Names, addresses of both families, and pages with and without a port.
+    """
+    monkeypatch.setenv(f"{PREFIX}API_HOSTS", "tasks.example.com., api, 10.0.0.5,fd00::5,[::1],*")
+    monkeypatch.setenv(f"{PREFIX}API_CORS_ORIGINS", "https://a.example,http://[::1]:8080, *")
+
+    settings = load_settings()
+
+    assert ("tasks.example.com.", "api", "10.0.0.5", "fd00::5", "[::1]", "*") == settings.api_hosts
+    assert ("https://a.example", "http://[::1]:8080", "*") == settings.api_cors_origins
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ async def serve_api(settings: Settings) -> None:
         SchemaMismatch: The database needs a migration.
     """
     from importlib.metadata import version
+    from ipaddress import ip_address
 
     import uvicorn
 
@@ -137,6 +138,8 @@ async def serve_api(settings: Settings) -> None:
             if not stop.asked:
                 listening.listen(BACKLOG)  # Before the log says so.
                 events.process_started(url=f"http://{settings.api_host}:{settings.api_port}")
+                if not ip_address(listening.getsockname()[0]).is_loopback:
+                    events.api_unprotected(host=settings.api_host)
                 # What is loaded by now stays to the end. Left to the garbage collector, it is
                 # looked through again every few seconds, and 20 ms long everybody waits.
                 gc.freeze()

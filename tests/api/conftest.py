@@ -23,9 +23,13 @@ PAYLOAD_BYTES_MAX = 100_000
 @pytest.fixture
 def settings() -> Settings:
     """
-    Settings with limits that are quickly exceeded.
+    Settings with limits that are quickly exceeded, for a server that is called "api".
     """
-    return Settings(api_body_bytes_max=BODY_BYTES_MAX, payload_bytes_max=PAYLOAD_BYTES_MAX)
+    return Settings(
+        api_hosts=("api",),
+        api_body_bytes_max=BODY_BYTES_MAX,
+        payload_bytes_max=PAYLOAD_BYTES_MAX,
+    )
 
 
 @pytest.fixture

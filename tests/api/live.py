@@ -165,7 +165,13 @@ def live_api(
     """
     port = free_port()
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("ASYNCFLOW_")}
-    given = {"database_url": database_url, "api_port": port, "log_format": "json", **settings}
+    given = {
+        "database_url": database_url,
+        "api_port": port,
+        "api_hosts": "api",
+        "log_format": "json",
+        **settings,
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", f"{prelude}\nfrom asyncflow.cli import main\nmain()", "api"],
         cwd=folder,

@@ -13,7 +13,8 @@ import pytest
 from fastapi import FastAPI
 from structlog.testing import capture_logs
 
-from asyncflow.api.problems import KINDS
+from asyncflow.api.body import _check_type
+from asyncflow.api.problems import KINDS, Refusal
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
 from asyncflow.wire import Problem
@@ -94,6 +95,12 @@ async def test_a_submission_does_not_pass_through_fastapi(
         "application/json; charset=latin-1",
         "application/json; charset=utf-16",
         "application/json, text/plain",
+        "application/json; version",
+        "application/json; version=1 2",
+        'application/json; version="1',
+        "application/json; charset=utf-8; charset=latin-1",
+        'application/json; version=1; Charset="ISO-8859-1"',
+        "application/json; charset=us-ascii",
         "json",
     ],
 )
@@ -118,6 +125,9 @@ async def test_only_json_in_utf_8_is_read(
         "Application/JSON",
         "application/json; charset=utf-8",
         'application/json;charset="UTF-8"',
+        "application/json; version=1",
+        'application/json ; version="1; charset=latin-1" ;charset=utf-8; x=y',
+        "application/json;",
         "application/vnd.example+json",
     ],
 )
@@ -132,6 +142,32 @@ async def test_every_way_to_say_json_is_understood(
     )
 
     assert_problem(answer, "unavailable")
+
+
+async def test_another_charset_is_named_as_what_is_wrong(
+    offline_client: httpx.AsyncClient,
+) -> None:
+    """
+    The rest of the header was right.
+    """
+    answer = await offline_client.post(
+        "/tasks", content=GOOD, headers={"Content-Type": "application/json; charset=utf-16"}
+    )
+
+    assert answer.json()["detail"] == (
+        "The body must be JSON in UTF-8, which no charset but utf-8 means; send it with "
+        "Content-Type: application/json."
+    )
+
+
+def test_a_content_type_without_end_is_refused_in_no_time() -> None:
+    """
+    A pattern that tries every way to split blanks would not end before the test's timeout.
+    """
+    headers = {b"content-type": b"application/json" + b" ; \t" * 20_000 + b"x"}
+
+    with pytest.raises(Refusal):
+        _check_type(headers)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "identity, gzip"])

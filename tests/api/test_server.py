@@ -100,6 +100,27 @@ async def test_a_task_can_be_submitted_over_a_socket(port: int, db: Database) ->
     assert await rows(db) == 1
 
 
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"hOST: attacker.example", 421),
+        (b"ORIGIN: http://attacker.example", 403),
+        (b"iDEMPOTENCY-kEY: 1\r\nIdempotency-Key: 1", 501),
+        (b"Origin: http://api", 202),
+    ],
+)
+async def test_the_gate_knows_headers_in_any_case(
+    port: int, db: Database, header: bytes, status: int
+) -> None:
+    """
+    As they come over a socket, twice even.
+    """
+    answer = await exchange(port, post(b'{"name":"x"}', header, b"Connection: close"))
+
+    assert status_of(answer) == status
+    assert await rows(db) == (1 if status == 202 else 0)
+
+
 class Wire(asyncio.Transport):
     """
     The far side of one connection: what is written, piece by piece.

@@ -137,7 +137,7 @@ def told_by(answer: Answer, kind: str, path: str) -> str:
         ("application/json; charset=utf-7", False),
         ("application/json; charset=utf-8; charset=utf-16", False),
         ("application/json; charset=", False),
-        ("application/json; boundary=x", False),
+        ("application/json; boundary=x", True),
         ("application/json\t; charset=utf-8, text/html", False),
         ("application/json5", False),
         ("application/json-seq", False),

@@ -12,6 +12,7 @@ HTTP in and out: bytes become `wire` models, errors become problem documents.
     faults        Pydantic's and JSON Schema's errors as sentences with pointers
     problems      every error as an RFC 9457 document
     views         rows as `wire` models
+    gate          who may ask: the server's names, other sites' pages
     guard         the outermost layer: headers, HEAD, the last resort for errors
     openapi       the description of it all, with `examples`
     docs/         the page that shows it

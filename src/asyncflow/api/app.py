@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asyncflow.api.catalogue import Catalogue
 from asyncflow.api.docs import add_docs_routes
+from asyncflow.api.gate import Gate
 from asyncflow.api.guard import Guard
 from asyncflow.api.health import add_health_routes
 from asyncflow.api.openapi import DESCRIPTION, TAGS, describe
@@ -46,6 +47,11 @@ def create_app(
         version: AsyncFlow's, shown in the API's description.
         broker_state: What RabbitMQ is like now, for people; None if it is not used.
     """
+    gate = Gate(
+        listens_on=settings.api_host,
+        hosts=settings.api_hosts,
+        origins=settings.api_cors_origins,
+    )
     app = _Api(
         title="AsyncFlow",
         version=version,
@@ -63,13 +69,13 @@ def create_app(
         body_bytes_max=settings.api_body_bytes_max,
         payload_bytes_max=settings.payload_bytes_max,
     )
-    app.serve_directly(Route("/tasks", submissions, methods=["POST"]))
+    app.serve_directly(Route("/tasks", submissions, methods=["POST"]), gate)
     app.add_route("/tasks/batch", submissions.submit_batch, ["POST"], include_in_schema=False)
     add_task_routes(app, db, waker)
     add_health_routes(app, db, broker_state)
     add_docs_routes(app)
     install_problems(app)
-    app.add_middleware(Guard)
+    app.add_middleware(Guard, gate=gate)
     return app
 
 
@@ -82,7 +88,7 @@ class _Api(FastAPI):
         super().__init__(**extra)
         self._direct: dict[tuple[str, str], ASGIApp] = {}
 
-    def serve_directly(self, route: Route) -> None:
+    def serve_directly(self, route: Route, gate: Gate) -> None:
         """
         Serve a route of a fixed path that reads and checks its requests by itself.
 
@@ -93,7 +99,7 @@ class _Api(FastAPI):
         """
         self.router.routes.append(route)
         for method in route.methods or ():
-            self._direct[method, route.path] = Guard(Answering(route.app))
+            self._direct[method, route.path] = Guard(Answering(route.app), gate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         direct = self._direct.get((scope.get("method", ""), scope.get("path", "")))

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import re
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope
 
 from asyncflow.api.problems import Refusal
@@ -22,9 +22,16 @@ BODY_SECONDS_MAX = 30.0
 DISCARD_SECONDS_MAX = 1.0
 """How long the rest of a body that is too large is read and thrown away."""
 
+# The grammar of RFC 9110, 8.3.1. What has been matched is not tried again in another way: a long
+# header of blanks and semicolons would take for ever.
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+_QUOTED = rb'"(?:[^"\\]|\\.)*+"'
+_PARAMETER = rb"[ \t]*+;[ \t]*+(?:(%b)=(%b|%b))?+" % (_TOKEN, _TOKEN, _QUOTED)
 _JSON_TYPE = re.compile(
-    rb'\s*application/(?:json|[a-z0-9.+-]+\+json)\s*(?:;\s*charset\s*=\s*"?utf-?8"?\s*)?', re.I
+    rb"[ \t]*+application/(?:json|[a-z0-9.+-]+\+json)((?:%b)*+)[ \t]*+" % _PARAMETER, re.I
 )
+_PARAMETERS = re.compile(_PARAMETER)
+_UTF_8 = {b"utf-8", b"utf8"}
 
 
 async def read_json_body(scope: Scope, receive: Receive, *, bytes_max: int) -> bytes:
@@ -67,10 +74,39 @@ def _check_type(headers: dict[bytes, bytes]) -> None:
             "Bodies must not be compressed; leave Content-Encoding out.",
         )
     content_type = headers.get(b"content-type", b"")
-    if content_type != b"application/json" and not _JSON_TYPE.fullmatch(content_type):
+    if content_type == b"application/json":
+        return
+    json_type = _JSON_TYPE.fullmatch(content_type)
+    if json_type is None:
         raise Refusal(
             "unsupported-media-type",
             "The body must be JSON in UTF-8; send it with Content-Type: application/json.",
+        )
+    for name, value in _PARAMETERS.findall(json_type[1]):
+        if name.lower() == b"charset" and value.strip(b'"').lower() not in _UTF_8:
+            raise Refusal(
+                "unsupported-media-type",
+                "The body must be JSON in UTF-8, which no charset but utf-8 means; send it with "
+                "Content-Type: application/json.",
+            )
+
+
+async def refuse_forms(request: Request) -> None:
+    """
+    For operations that take no body: refuse one that an HTML form could have sent.
+
+    Any page can make a browser send a form, and not every browser says that it did. A body
+    that is JSON is left unread.
+
+    Raises:
+        Refusal: 415.
+    """
+    headers = dict(request.scope["headers"])
+    has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"").strip(b"0")
+    if has_body and not _JSON_TYPE.fullmatch(headers.get(b"content-type", b"")):
+        raise Refusal(
+            "unsupported-media-type",
+            "This takes no body; leave it out, or send JSON with Content-Type: application/json.",
         )
 
 

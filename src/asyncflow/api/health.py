@@ -35,6 +35,7 @@ def add_health_routes(app: FastAPI, db: Executor, broker_state: Callable[[], str
         summary="Is the process alive?",
         response_model=Live,
         response_description="It is.",
+        responses=problems(),
     )
     async def live() -> Response:
         """

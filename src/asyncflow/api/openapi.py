@@ -22,6 +22,9 @@ DESCRIPTION = """
 Submit a task and get `202 Accepted` once it is committed to PostgreSQL: it survives any
 crash from there on. A worker runs the handler of its name; `GET /tasks/{id}` tells how far
 it is. Errors are problem documents (RFC 9457) that say what would have worked.
+
+`Idempotency-Key` is not supported yet: a request for a change that has the header is refused
+with 501, so that no client relies on it.
 """
 
 TAGS = [
@@ -39,14 +42,16 @@ _SUBMISSION_PROBLEMS = (
     "invalid-payload",
     "unavailable",
 )
+CHANGE_PROBLEMS = ("cross-site", "idempotency-key-unsupported")
+"""What every operation that changes something may answer."""
 
 
 def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
     """
-    The responses an operation answers problems of these `kinds` with, and a 500.
+    The responses an operation answers problems of these `kinds` with, and those of every one.
     """
     titles: dict[int, list[str]] = {}
-    for kind in (*kinds, "internal"):
+    for kind in (*kinds, "misdirected", "internal"):
         titles.setdefault(KINDS[kind].status, []).append(KINDS[kind].title)
     return {
         status: _problem_response(" or ".join(texts).capitalize())
@@ -126,7 +131,10 @@ def _operation(
                     "application/json": {"schema": {"$ref": _REFERENCE.format(model=gives)}}
                 },
             },
-            **{str(status): told for status, told in problems(*_SUBMISSION_PROBLEMS).items()},
+            **{
+                str(status): told
+                for status, told in problems(*_SUBMISSION_PROBLEMS, *CHANGE_PROBLEMS).items()
+            },
         },
     }
 

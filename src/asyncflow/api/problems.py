@@ -53,6 +53,12 @@ KINDS = {
     "malformed-json": Kind(
         400, "Malformed JSON", "The body is not a JSON document in UTF-8. Nothing was stored."
     ),
+    "cross-site": Kind(
+        403,
+        "Cross-site request",
+        "A web page of another site asked for a change. Pages of origins listed in "
+        "ASYNCFLOW_API_CORS_ORIGINS may do that; no other does. Nothing was done.",
+    ),
     "task-not-found": Kind(
         404,
         "Task not found",
@@ -93,10 +99,22 @@ KINDS = {
     "invalid-query": Kind(
         422, "Invalid query", "The member `errors` names each wrong query parameter."
     ),
+    "misdirected": Kind(
+        421,
+        "Misdirected request",
+        "The Host header does not name this server: neither this machine, nor the address it "
+        "listens on, nor a name listed in ASYNCFLOW_API_HOSTS. Nothing was done.",
+    ),
     "internal": Kind(
         500,
         "Internal error",
         "A fault of ours. The server's log has the details under `incident_id`.",
+    ),
+    "idempotency-key-unsupported": Kind(
+        501,
+        "Idempotency-Key not supported",
+        "The request has the header Idempotency-Key, which this version does not support: a "
+        "repetition would be a second task. Leave the header out. Nothing was done.",
     ),
     "unavailable": Kind(
         503,
@@ -163,7 +181,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     """
     The response that tells the client about `error`; raises it again if it is a fault of ours.
     """
-    path = request.url.path
+    path = request.scope["path"]
     match error:
         case Refusal():
             return problem(error.kind, str(error), path, headers=error.headers)
@@ -267,7 +285,7 @@ def _method_not_allowed(request: Request) -> Response:
     allow = ", ".join(sorted(_allowed_methods(request.scope)))
     if request.method == "OPTIONS":
         return Response(status_code=204, headers={"Allow": allow})
-    path = request.url.path
+    path = request.scope["path"]
     detail = f"{path} does not take {request.method}; it takes {allow}."
     return problem("method-not-allowed", detail, path, headers={"Allow": allow})
 

@@ -8,10 +8,11 @@ import re
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import FastAPI, HTTPException, Path, Query
+from fastapi import Depends, FastAPI, HTTPException, Path, Query
 from starlette.responses import Response
 
-from asyncflow.api.openapi import problems
+from asyncflow.api.body import refuse_forms
+from asyncflow.api.openapi import CHANGE_PROBLEMS, problems
 from asyncflow.api.problems import InvalidQuery, Refusal
 from asyncflow.api.views import page_json, task_json
 from asyncflow.domain.states import State
@@ -32,6 +33,14 @@ TaskIdText = Annotated[
         json_schema_extra={"format": "uuid"},
     ),
 ]
+
+_COMMAND_PROBLEMS = (
+    "task-not-found",
+    "illegal-transition",
+    "unsupported-media-type",
+    "unavailable",
+    *CHANGE_PROBLEMS,
+)
 
 
 def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
@@ -72,13 +81,14 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
 
     @app.post(
         "/tasks/{id}/cancel",
+        dependencies=[Depends(refuse_forms)],
         tags=["tasks"],
         summary="Cancel a task",
         response_model=TaskView,
         response_description="It is cancelled.",
         responses={
             202: {"model": TaskView, "description": "It is running; its worker was asked to stop."},
-            **problems("task-not-found", "illegal-transition", "unavailable"),
+            **problems(*_COMMAND_PROBLEMS),
         },
     )
     async def cancel_task(task_id: TaskIdText) -> Response:
@@ -91,12 +101,13 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
 
     @app.post(
         "/tasks/{id}/redrive",
+        dependencies=[Depends(refuse_forms)],
         tags=["tasks"],
         summary="Redrive a task",
         status_code=202,
         response_model=TaskView,
         response_description="It is pending again.",
-        responses=problems("task-not-found", "illegal-transition", "unavailable"),
+        responses=problems(*_COMMAND_PROBLEMS),
     )
     async def redrive_task(task_id: TaskIdText) -> Response:
         """

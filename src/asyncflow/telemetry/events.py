@@ -283,6 +283,13 @@ def chore_failed(*, chore: str, reason: str) -> None:
 # HTTP
 
 
+def api_unprotected(*, host: str) -> None:
+    """
+    The API listens beyond this machine, and does not ask who is calling.
+    """
+    log.warning("api.unprotected", host=host)
+
+
 def payload_schema_unusable(*, name: str, reason: str) -> None:
     """
     A worker published a payload schema that cannot be compiled; only workers check now.
