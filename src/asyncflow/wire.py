@@ -81,6 +81,10 @@ def _instant(value: object) -> datetime:
     )
 
 
+def _in_capitals(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
 Name = Annotated[
     str,
     Field(
@@ -190,7 +194,9 @@ class TaskQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    status: Status | None = Field(default=None, description="Upper or lower case.")
+    status: list[Annotated[Status, BeforeValidator(_in_capitals)]] = Field(
+        default=[], description="Upper or lower case; give it several times for any of several."
+    )
     name: Name | None = None
     queue: Name | None = None
     cursor: str | None = Field(
@@ -199,11 +205,6 @@ class TaskQuery(BaseModel):
         description="The `next_cursor` of the page before.",
     )
     limit: int = Field(default=PAGE_SIZE_DEFAULT, ge=1, le=PAGE_SIZE_MAX)
-
-    @field_validator("status", mode="before")
-    @classmethod
-    def _in_capitals(cls, value: object) -> object:
-        return value.upper() if isinstance(value, str) else value
 
 
 class SubmittedTask(BaseModel):

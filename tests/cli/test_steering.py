@@ -128,7 +128,8 @@ async def test_a_list_is_filtered_and_says_how_to_go_on(run: Run, database_url: 
 
     first = run("task", "list", "--name", "wait", "--limit", "2").stdout
     cursor = first.split("--cursor=")[1].strip()
-    second = run("task", "list", "--name", "wait", "--status", "pending", "--cursor", cursor).stdout
+    waiting = ("--status", "pending", "--status", "QUEUED")
+    second = run("task", "list", "--name", "wait", *waiting, "--cursor", cursor).stdout
 
     assert first.count("PENDING") == 2
     assert second.count("PENDING") == 1

@@ -97,6 +97,24 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Each statement, and per table the index (or indexes) it may use and how."""
 
+IN_ORDER = {
+    "tasks_live": ("tasks_live_pkey", ""),
+    "tasks_finished": ("tasks_finished_pkey", ""),
+}
+DEAD = {"tasks_finished": ("tasks_dead", r"tenant_id = ")}
+
+LISTS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    ((), IN_ORDER),
+    (("FAILED",), DEAD),
+    (("FAILED", "CANCELLED"), DEAD),
+    (("FAILED", "COMPLETED"), {"tasks_finished": IN_ORDER["tasks_finished"]}),
+    (("SCHEDULED", "RETRYING"), {"tasks_live": IN_ORDER["tasks_live"]}),
+    (("PENDING", "QUEUED", "RUNNING"), {"tasks_live": IN_ORDER["tasks_live"]}),
+    (("RUNNING", "FAILED"), IN_ORDER),
+    (tuple(tasks.STATUS_FILTERS), IN_ORDER),
+]
+"""Statuses that a list asks for, and the only tables it reads, each by an index."""
+
 FILL = """
     INSERT INTO asyncflow.tasks
            (id, tenant_id, name, queue, priority, state, run_at, payload, attempt,
@@ -150,6 +168,26 @@ async def test_every_hot_statement_uses_the_index_made_for_it(planner: asyncpg.C
                     wrong.append((name, table, node.get("Index Name"), node.get("Index Cond")))
 
     assert [] == wrong
+
+
+@pytest.mark.parametrize(("statuses", "indexes"), LISTS)
+async def test_a_list_of_any_statuses_is_read_in_order(
+    planner: asyncpg.Connection, statuses: tuple[str, ...], indexes: dict[str, Any]
+) -> None:
+    """
+    From the partitions that can have them, newest first by an index: nothing is sorted.
+    """
+    statement = tasks.LIST.format(filters=tasks.status_filter(statuses))
+    await _prepare(planner, "LIST", statement)
+
+    (plan,) = await _explain(planner, "LIST", ["1", "50"])
+
+    nodes = list(_nodes(plan))
+    scans = {node["Relation Name"]: node for node in nodes if "Relation Name" in node}
+    assert set(indexes) == set(scans)
+    assert not [node for node in nodes if "Sort" in node["Node Type"]]
+    for table, node in scans.items():
+        assert _is_expected(node, indexes[table])
 
 
 async def test_a_plan_made_while_the_tables_were_empty_serves_full_ones(

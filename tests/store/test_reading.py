@@ -46,7 +46,7 @@ async def test_each_status_filter_finds_exactly_the_tasks_that_show_it(db: Datab
 
     assert set(expected) == set(tasks.STATUS_FILTERS)
     for status, task_id in expected.items():
-        page = await tasks.list_tasks(db, 1, status=status)
+        page = await tasks.list_tasks(db, 1, statuses=[status])
         assert [(task_id, status)] == [(task.id, task.status) for task in page.tasks]
         assert status == (await tasks.get(db, 1, task_id)).status
 
@@ -104,11 +104,11 @@ async def test_filters_combine(db: Database, name: str | None, queue: str | None
     expected = sorted((id for n, q, id in made if name in (n, None) and queue in (q, None)))
 
     found: list[UUID] = []
-    page = await tasks.list_tasks(db, 1, status="PENDING", name=name, queue=queue, limit=2)
+    page = await tasks.list_tasks(db, 1, statuses=["PENDING"], name=name, queue=queue, limit=2)
     found += [task.id for task in page.tasks]
     while page.next_cursor:
         page = await tasks.list_tasks(
-            db, 1, status="PENDING", name=name, queue=queue, limit=2, cursor=page.next_cursor
+            db, 1, statuses=["PENDING"], name=name, queue=queue, limit=2, cursor=page.next_cursor
         )
         found += [task.id for task in page.tasks]
 

@@ -35,6 +35,9 @@ def _statements() -> dict[str, str]:
     template = found.pop("tasks.LIST")
     for status, condition in tasks.STATUS_FILTERS.items():
         found[f"tasks.LIST {status}"] = template.format(filters=condition)
+    found["tasks.LIST of several"] = template.format(
+        filters=tasks.status_filter(["FAILED", "RUNNING"])
+    )
     return found
 
 

@@ -49,8 +49,9 @@ def parameter_faults(error: RequestValidationError) -> list[tuple[str, str]]:
     Every wrong query parameter: its name, and what is wrong with it.
     """
     fields = list(TaskQuery.model_fields)
+    # ("query", name), with the number of the value behind if there can be several.
     return [
-        (str(mistake["loc"][-1]), _sentence(mistake, fields))
+        (str(mistake["loc"][1]), _sentence(mistake, fields))
         for mistake in error.errors()[:FAULTS_MAX]
     ]
 

@@ -5,10 +5,12 @@ Reading and steering tasks: get, list, cancel, redrive.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Annotated
 from uuid import UUID
 
 from fastapi import Depends, FastAPI, HTTPException, Path, Query
+from starlette.requests import Request
 from starlette.responses import Response
 
 from asyncflow.api.body import refuse_forms
@@ -23,13 +25,13 @@ from asyncflow.store.database import Executor
 from asyncflow.store.wakeups import Waker
 from asyncflow.wire import TaskPage, TaskQuery, TaskView
 
-_CANONICAL_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 TaskIdText = Annotated[
     str,
     Path(
         alias="id",
-        description="The task's id, in lower case with dashes.",
+        description="The task's id, a UUID with its dashes.",
         json_schema_extra={"format": "uuid"},
     ),
 ]
@@ -56,11 +58,12 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
         response_description="A page of them.",
         responses=problems("invalid-query", "unavailable"),
     )
-    async def list_tasks(query: Annotated[TaskQuery, Query()]) -> Response:
+    async def list_tasks(request: Request, query: Annotated[TaskQuery, Query()]) -> Response:
         """
         Newest first, without payloads and results. Pass `next_cursor` on as `cursor` to get
         the next page; what is submitted meanwhile moves nothing.
         """
+        _check_repetitions(request)
         return _json(page_json(await _page(db, query)))
 
     @app.get(
@@ -119,12 +122,20 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
         return _json(task_json(task), 202)
 
 
+def _check_repetitions(request: Request) -> None:
+    # Else the last one would win, and somebody believe that all of them count.
+    given = Counter(name for name, _ in request.query_params.multi_items())
+    repeated = [name for name, count in given.items() if count > 1 and name != "status"]
+    if repeated:
+        raise InvalidQuery((name, "is given more than once") for name in repeated)
+
+
 async def _page(db: Executor, query: TaskQuery) -> store.Page:
     try:
         return await store.list_tasks(
             db,
             DEFAULT_TENANT_ID,
-            status=query.status,
+            statuses=query.status,
             name=query.name,
             queue=query.queue,
             cursor=query.cursor,
@@ -136,11 +147,10 @@ async def _page(db: Executor, query: TaskQuery) -> store.Page:
 
 
 def _task_id(text: str) -> UUID:
-    if not _CANONICAL_UUID.fullmatch(text):
+    if not _UUID.fullmatch(text):
         raise Refusal(
             "task-not-found",
-            "A task's id is a UUID in lower case with dashes, "
-            "such as 0192f0c1-2b3c-7d4e-8f50-123456789abc.",
+            "A task's id is a UUID with its dashes, such as  0192f0c1-2b3c-7d4e-8f50-123456789abc.",
         )
     return UUID(text)
 

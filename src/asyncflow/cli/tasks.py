@@ -7,7 +7,7 @@ With `--json` a command prints what the HTTP API would answer; without, see `vie
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -45,7 +45,12 @@ def get(task_id: UUID, as_json: bool) -> None:
 
 
 @app.command("list")
-@click.option("--status", help="Such as FAILED or running.")
+@click.option(
+    "--status",
+    "statuses",
+    multiple=True,
+    help="Such as FAILED or running; repeat it for any of several.",
+)
 @click.option("--name", help="Of the handler.")
 @click.option("--queue", help="Of this queue.")
 @click.option(
@@ -58,7 +63,7 @@ def get(task_id: UUID, as_json: bool) -> None:
 @click.option("--cursor", help="Go on where the page before ended.")
 @json_option
 def list_tasks(
-    status: str | None,
+    statuses: Sequence[str],
     name: str | None,
     queue: str | None,
     limit: int,
@@ -70,15 +75,16 @@ def list_tasks(
     """
     from asyncflow.store import tasks
 
-    if status is not None and status.upper() not in tasks.STATUS_FILTERS:
-        statuses = ", ".join(tasks.STATUS_FILTERS)
-        raise click.BadParameter(f"{status!r} is none of {statuses}", param_hint="--status")
+    for status in statuses:
+        if status.upper() not in tasks.STATUS_FILTERS:
+            known = ", ".join(tasks.STATUS_FILTERS)
+            raise click.BadParameter(f"{status!r} is none of {known}", param_hint="--status")
 
     async def read(db: Database) -> Page:
         return await tasks.list_tasks(
             db,
             _tenant_id(),
-            status=status.upper() if status else None,
+            statuses=[status.upper() for status in statuses],
             name=name,
             queue=queue,
             cursor=cursor,

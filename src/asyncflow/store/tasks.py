@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -252,7 +252,7 @@ async def list_tasks(
     db: Executor,
     tenant_id: int,
     *,
-    status: str | None = None,
+    statuses: Collection[str] = (),
     name: str | None = None,
     queue: str | None = None,
     cursor: str | None = None,
@@ -262,14 +262,14 @@ async def list_tasks(
     One page of this tenant's tasks, newest first.
 
     Args:
-        status: One of `STATUS_FILTERS`; None lists every status.
+        statuses: Any of these, of `STATUS_FILTERS`; none lists every status.
         cursor: The `next_cursor` of the page before; None starts at the newest.
         limit: 1 to 500 tasks.
 
     Raises:
         InvalidTask: The cursor is not one of ours.
     """
-    filters = [STATUS_FILTERS[status]] if status else ["true"]
+    filters = [status_filter(statuses)]
     values: list[Any] = [tenant_id, limit + 1]
     # Only the filters in use are part of the statement: each combination gets its own plan.
     for condition, value in (
@@ -288,6 +288,15 @@ async def list_tasks(
         tasks=tuple(_task(row) for row in rows),
         next_cursor=_write_cursor(rows[-1]["id"]) if more else None,
     )
+
+
+def status_filter(statuses: Collection[str]) -> str:
+    """
+    The condition of having any of these statuses, or of any task if there are none.
+    """
+    # Always in the same order: each statement has its own plan.
+    conditions = [f"({STATUS_FILTERS[status]})" for status in STATUS_FILTERS if status in statuses]
+    return f"({' OR '.join(conditions)})" if conditions else "true"
 
 
 CANCEL_WAITING = """
