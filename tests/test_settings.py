@@ -125,6 +125,11 @@ def test_names_are_a_comma_separated_list(
         ("API_HOSTS", "tasks.example.com:443"),
         ("API_HOSTS", "a,b c"),
         ("API_HOSTS", "*.example.com"),
+        ("API_ROOT_PATH", "asyncflow"),
+        ("API_ROOT_PATH", "/a//b"),
+        ("API_ROOT_PATH", "/a/../b"),
+        ("API_ROOT_PATH", "/ä"),
+        ("API_ROOT_PATH", "https://host/a"),
         ("API_CORS_ORIGINS", "app.example.com"),
         ("API_CORS_ORIGINS", "https://app.example.com/"),
         ("API_CORS_ORIGINS", "https://a.example,null"),
@@ -189,6 +194,20 @@ def test_hosts_and_origins_are_comma_separated_lists(monkeypatch: pytest.MonkeyP
 
     assert ("tasks.example.com.", "api", "10.0.0.5", "fd00::5", "[::1]", "*") == settings.api_hosts
     assert ("https://a.example", "http://[::1]:8080", "*") == settings.api_cors_origins
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("/", ""), ("/a", "/a"), ("/a/", "/a"), ("/a.b/~c_1", "/a.b/~c_1")]
+)
+def test_a_root_path_has_no_slash_at_its_end(
+    monkeypatch: pytest.MonkeyPatch, text: str, expected: str
+) -> None:
+    """
+    So that it can stand before a path; a slash alone is no path.
+    """
+    monkeypatch.setenv(f"{PREFIX}API_ROOT_PATH", text)
+
+    assert expected == load_settings().api_root_path
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ class Settings:
     api_port: Annotated[int, Range(1, 65_535, int)] = 3000
     api_hosts: Annotated[tuple[str, ...], hosts] = ()
     api_cors_origins: Annotated[tuple[str, ...], origins] = ()
+    api_root_path: Annotated[str, root_path] = ""
     api_body_bytes_max: Annotated[int, Range(1_024, 256 * 1024 * 1024, int)] = 8 * 1024 * 1024
     payload_bytes_max: Annotated[int, Range(256, 64 * 1024 * 1024, int)] = 1024 * 1024
     result_bytes_max: Annotated[int, Range(256, 64 * 1024 * 1024, int)] = 1024 * 1024
@@ -301,6 +302,17 @@ def origins(given: str | tuple[str, ...]) -> tuple[str, ...]:
     return listed
 
 
+def root_path(given: str) -> str:
+    """
+    Read the path under which a proxy serves the API; a slash at its end does not matter.
+    """
+    path = given.rstrip("/")
+    if path and not _ROOT_PATH.fullmatch(path):
+        raise ValueError("it must be a path such as /asyncflow, of A-Z a-z 0-9 . _ ~ -")
+    return path
+
+
+_ROOT_PATH = re.compile(r"(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]+)+")
 _HOST = re.compile(r"[A-Za-z0-9._-]+")
 _ORIGIN = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"

@@ -28,7 +28,7 @@ def assert_problem(answer: httpx.Response, kind: str) -> Problem:
     assert problem.type == f"/problems/{kind}"
     assert (problem.status, problem.title) == (answer.status_code, KINDS[kind].title)
     assert (answer.status_code, problem.instance) == (KINDS[kind].status, answer.url.path)
-    assert problem.detail.endswith(".")
+    assert problem.detail.endswith((".", "?"))
     return problem
 
 
@@ -220,6 +220,39 @@ async def test_an_unknown_path_is_a_problem(offline_client: httpx.AsyncClient, p
 
     assert answer.status_code == 404
     assert answer.json()["type"] == "/problems/not-found"
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/tasks/", "/tasks"),
+        ("/tasks/batch/", "/tasks/batch"),
+        ("//tasks", "/tasks"),
+        ("/Tasks", "/tasks"),
+        ("/health/ready/", "/health/ready"),
+        ("/docs/", "/docs"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_path_that_is_nearly_right_is_hinted_at(
+    offline_client: httpx.AsyncClient, method: str, path: str, hint: str
+) -> None:
+    """
+    Not redirected to: clients follow with a GET, and a submission would list tasks.
+    """
+    answer = await offline_client.request(method, f"http://api{path}")
+
+    problem = assert_problem(answer, "not-found")
+    assert problem.detail == f"There is nothing at {path}; did you mean {hint}?"
+
+
+async def test_an_unknown_path_gets_no_hint(offline_client: httpx.AsyncClient) -> None:
+    """
+    Better none than a wrong one.
+    """
+    answer = await offline_client.get("/nothing/")
+
+    assert answer.json()["detail"] == "There is nothing at /nothing/."
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from asyncflow.api.openapi import DESCRIPTION, TAGS, describe
 from asyncflow.api.problems import Answering, install_problems
 from asyncflow.api.submissions import Submissions
 from asyncflow.api.tasks import add_task_routes
+from asyncflow.errors import InvalidSettings
 from asyncflow.settings import Settings
 from asyncflow.store.database import Executor
 from asyncflow.store.wakeups import Waker
@@ -53,6 +54,7 @@ def create_app(
         origins=settings.api_cors_origins,
     )
     app = _Api(
+        prefix=settings.api_root_path,
         title="AsyncFlow",
         version=version,
         description=DESCRIPTION,
@@ -68,6 +70,7 @@ def create_app(
         waker,
         body_bytes_max=settings.api_body_bytes_max,
         payload_bytes_max=settings.payload_bytes_max,
+        root_path=settings.api_root_path,
     )
     app.serve_directly(Route("/tasks", submissions, methods=["POST"]), gate)
     app.add_route("/tasks/batch", submissions.submit_batch, ["POST"], include_in_schema=False)
@@ -76,16 +79,22 @@ def create_app(
     add_docs_routes(app)
     install_problems(app)
     app.add_middleware(Guard, gate=gate)
+    _check_root_path(app, settings.api_root_path)
     return app
 
 
 class _Api(FastAPI):
     """
     FastAPI, with a short way around it for what is asked most.
+
+    Args:
+        prefix: The path under which a proxy serves it; "" is none. Whether the proxy takes it
+            off or leaves it on does not matter.
     """
 
-    def __init__(self, **extra: Any) -> None:
+    def __init__(self, *, prefix: str, **extra: Any) -> None:
         super().__init__(**extra)
+        self._prefix = prefix
         self._direct: dict[tuple[str, str], ASGIApp] = {}
 
     def serve_directly(self, route: Route, gate: Gate) -> None:
@@ -102,13 +111,32 @@ class _Api(FastAPI):
             self._direct[method, route.path] = Guard(Answering(route.app), gate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        direct = self._direct.get((scope.get("method", ""), scope.get("path", "")))
+        path = scope.get("path", "")
+        if self._prefix:
+            path = self._without_prefix(path)
+            scope = {**scope, "root_path": self._prefix, "path": self._prefix + path}
+        direct = self._direct.get((scope.get("method", ""), path))
         await (direct or super().__call__)(scope, receive, send)
+
+    def _without_prefix(self, path: str) -> str:
+        if path == self._prefix:
+            return "/"
+        has_prefix = path.startswith(f"{self._prefix}/")
+        return path.removeprefix(self._prefix) if has_prefix else path
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             self.openapi_schema = describe(self)
         return self.openapi_schema
+
+
+def _check_root_path(app: FastAPI, root_path: str) -> None:
+    first = f"/{root_path[1:].partition('/')[0]}"
+    if root_path and any(f"{route.path}/".startswith(f"{first}/") for route in app.routes):  # type: ignore[attr-defined]
+        # It could not be told whether a proxy has taken it off.
+        raise InvalidSettings(
+            [f"ASYNCFLOW_API_ROOT_PATH: it must not begin with {first}, which is the API's own."]
+        )
 
 
 def _operation_id(route: APIRoute) -> str:

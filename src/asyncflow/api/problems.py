@@ -209,7 +209,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
         case HTTPException(status_code=405):
             return _method_not_allowed(request)
         case HTTPException(status_code=404):
-            return problem("not-found", f"There is nothing at {path}.", path)
+            return problem("not-found", f"There is nothing at {path}{_hint(request.scope)}", path)
         case _:
             raise error
 
@@ -281,6 +281,20 @@ def _retry_after() -> dict[str, str]:
     return {"Retry-After": str(RETRY_AFTER_SECONDS)}
 
 
+def _hint(scope: Scope) -> str:
+    # Not a redirect: many clients would follow it with a GET, and a submission would be a list.
+    root_path = scope.get("root_path", "")
+    path = "/".join(["", *filter(None, _route_path(scope).lower().split("/"))])
+    other = {**scope, "path": root_path + path}
+    found = path != "/" and any(r.matches(other)[0] is not Match.NONE for r in scope["app"].routes)
+    return f"; did you mean {root_path}{path}?" if found else "."
+
+
+def _route_path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def _method_not_allowed(request: Request) -> Response:
     allow = ", ".join(sorted(_allowed_methods(request.scope)))
     if request.method == "OPTIONS":
@@ -294,6 +308,6 @@ def _allowed_methods(scope: Scope) -> set[str]:
     # Starlette's own answer names the first matching route only. A path of its own, such as
     # /tasks/batch, is not also an id.
     matching = [r for r in scope["app"].routes if r.matches(scope)[0] is not Match.NONE]
-    exact = [route for route in matching if route.path == scope["path"]]
+    exact = [route for route in matching if route.path == _route_path(scope)]
     methods = {"OPTIONS"}.union(*(route.methods for route in exact or matching))
     return methods | {"HEAD"} if "GET" in methods else methods

@@ -48,6 +48,7 @@ class Submissions:
     Args:
         body_bytes_max: Largest body, in bytes.
         payload_bytes_max: Largest payload of one task, in bytes of compact JSON.
+        root_path: Before every path of ours, as clients know them.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Submissions:
         *,
         body_bytes_max: int,
         payload_bytes_max: int,
+        root_path: str = "",
     ) -> None:
         self._db = db
         self._catalogue = catalogue
         self._waker = waker
         self._body_bytes_max = body_bytes_max
         self._payload_bytes_max = payload_bytes_max
+        self._location = f"{root_path}/tasks/".encode()
         self._ids = TaskIds()
         self._batcher: Batcher[NewTask, store.Submitted] = Batcher(
             self._store,
@@ -81,7 +84,7 @@ class Submissions:
         task = self._new_task(_validated(SubmitTask, parse(body)))
         submitted = await self._batcher.submit(task)
         self._wake_for([submitted])
-        await _send_accepted(send, submitted_json(task, submitted), _location(task))
+        await _send_accepted(send, submitted_json(task, submitted), self._header(task))
 
     async def submit_batch(self, request: Request) -> Response:
         """
@@ -142,6 +145,9 @@ class Submissions:
             raise InvalidTask([Fault(f"{pointer}/payload", detail)])
         return text
 
+    def _header(self, task: NewTask) -> tuple[bytes, bytes]:
+        return b"location", self._location + str(task.id).encode()
+
     def _wake_for(self, submitted: Sequence[store.Submitted]) -> None:
         # After the commit; a task that is due later is found by polling.
         if any(task.run_at <= task.created_at for task in submitted):
@@ -163,10 +169,6 @@ def _check_expiry(wanted: SubmitTask, pointer: str) -> None:
     if wanted.expires_at <= starts_at:
         moment = "the end of `delay_seconds`" if wanted.delay_seconds else "now"
         raise InvalidTask([Fault(f"{pointer}/expires_at", f"must be later than {moment}")])
-
-
-def _location(task: NewTask) -> tuple[bytes, bytes]:
-    return b"location", b"/tasks/%b" % str(task.id).encode()
 
 
 async def _send_accepted(send: Send, text: str, header: tuple[bytes, bytes]) -> None:

@@ -42,7 +42,7 @@ async def go_to_docs(request: Request) -> Response:
     """
     Lead people who open the server's address to the docs page.
     """
-    return RedirectResponse("/docs", 307)
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/docs", 307)
 
 
 async def explain_problem(request: Request) -> Response:

@@ -137,7 +137,7 @@ function told(description, operation) {
 }
 
 function curl(operation, body) {
-  const lines = [`curl ${operation.method === "get" ? "" : `-X ${operation.method.toUpperCase()} `}${location.origin}${operation.path}`];
+  const lines = [`curl ${operation.method === "get" ? "" : `-X ${operation.method.toUpperCase()} `}${new URL(".", location.href)}${operation.path.slice(1)}`];
   if (body !== undefined) {
     lines.push("  -H 'Content-Type: application/json'");
     lines.push(`  -d '${JSON.stringify(body)}'`);
@@ -161,8 +161,8 @@ function panel(description, operation) {
 
 function tryIt(operation, body, heading, result) {
   const inputs = (operation.parameters ?? []).map((parameter) => node("input", {
-    name: parameter.name, "data-in": parameter.in, required: parameter.required ? "" : false,
-    placeholder: parameter.required ? "" : "any", spellcheck: "false" }));
+    name: parameter.name, "data-in": parameter.in, "data-several": parameter.schema.type === "array" ? "" : false,
+    required: parameter.required ? "" : false, placeholder: parameter.required ? "" : "any", spellcheck: "false" }));
   const text = body === undefined ? null : node("textarea", { "aria-label": "Body", spellcheck: "false" });
   if (text) {
     text.value = JSON.stringify(body, null, 2);
@@ -185,7 +185,8 @@ async function request(operation, inputs, body) {
   const query = new URLSearchParams();
   for (const { name, value, dataset } of inputs) {
     if (dataset.in === "path") path = path.replace(`{${name}}`, encodeURIComponent(value.trim()));
-    else if (value.trim()) query.set(name, value.trim());
+    else if (value.trim() && dataset.several === undefined) query.set(name, value.trim());
+    else for (const one of value.split(/[\s,]+/).filter(Boolean)) query.append(name, one);
   }
   try {
     const answer = await fetch(new URL(path.slice(1) + (query.size ? `?${query}` : ""), location.href), {
