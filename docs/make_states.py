@@ -27,7 +27,8 @@ begins, and, out of `running`, only under the lease the task was claimed with. E
 else is refused, however late or often it is asked for.
 
 People also see two names that are not states: a `pending` task whose `run_at` has not come
-reads `RETRYING` if an attempt of it failed, and `SCHEDULED` if not.
+reads `RETRYING` if an attempt of it failed, and `SCHEDULED` if not. `POST /tasks/{id}/run-now`
+moves its `run_at` to now; that is no transition, since its state stays.
 """
 
 

@@ -204,7 +204,7 @@ class System:
 
     async def post(self, task_id: str, verb: str) -> httpx.Response:
         """
-        `cancel` or `redrive` a task.
+        `cancel`, `redrive` or `run-now` a task.
         """
         return await self.client.post(f"{self.url}/tasks/{task_id}/{verb}")
 

@@ -34,6 +34,22 @@ async def test_a_delayed_task_does_not_start_before_its_time(shared: System) -> 
         assert timedelta(0) <= started - due < timedelta(seconds=1.5)
 
 
+async def test_a_task_that_waits_can_be_run_now(shared: System) -> None:
+    """
+    Before its time and between two attempts; its attempts go on counting.
+    """
+    scheduled = await shared.submit("work", delay_seconds=3600)
+    retrying = await shared.submit("picky", {"after_seconds": 3600})
+    await shared.reaches(retrying, "RETRYING")
+
+    answers = [await shared.post(task_id, "run-now") for task_id in (scheduled, retrying)]
+
+    assert [202, 202] == [answer.status_code for answer in answers]
+    assert "COMPLETED" == (await shared.finishes(scheduled))["status"]
+    outcomes = [a["outcome"] for a in (await shared.finishes(retrying))["attempts"]]
+    assert ["RETRIED", "FAILED"] == outcomes
+
+
 async def test_a_task_that_expires_before_it_starts_never_runs(shared: System) -> None:
     """
     `expires_at` cancels a task that still waits, and says so.

@@ -65,7 +65,7 @@ async def test_every_route_is_described(app: FastAPI, description: dict[str, Any
     }
 
     assert served == {(method.upper(), path) for method, path, _ in operations(description)}
-    assert len(served) == 8
+    assert len(served) == 9
 
 
 async def test_every_reference_resolves_and_every_shape_is_used(
@@ -119,6 +119,9 @@ async def test_real_answers_fit_their_description(
     """
     submitted = await client.post("/tasks", json={"name": "x"})
     path = submitted.headers["location"]
+    later = (await client.post("/tasks", json={"name": "x", "delay_seconds": 60})).headers[
+        "location"
+    ]
     answers = {
         ("/tasks", "post"): submitted,
         ("/tasks/batch", "post"): await client.post(
@@ -127,6 +130,7 @@ async def test_real_answers_fit_their_description(
         ("/tasks", "get"): await client.get("/tasks", params={"limit": 1}),
         ("/tasks/{id}", "get"): await client.get(path),
         ("/tasks/{id}/cancel", "post"): await client.post(f"{path}/cancel"),
+        ("/tasks/{id}/run-now", "post"): await client.post(f"{later}/run-now"),
         ("/tasks/{id}/redrive", "post"): await client.post(f"{path}/redrive"),
         ("/health/live", "get"): await client.get("/health/live"),
         ("/health/ready", "get"): await client.get("/health/ready"),

@@ -244,6 +244,7 @@ POSTS = [
     "/tasks/batch",
     f"/tasks/{TASK_ID}/cancel",
     f"/tasks/{TASK_ID}/redrive",
+    f"/tasks/{TASK_ID}/run-now",
     "/nothing",
 ]
 REFUSED = {
@@ -335,7 +336,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("act", ["cancel", "redrive"])
+@pytest.mark.parametrize("act", ["cancel", "redrive", "run-now"])
 @pytest.mark.parametrize("content_type", FORMS)
 async def test_a_body_that_a_form_could_send_does_not_act(
     offline_client: httpx.AsyncClient, act: str, content_type: str
@@ -358,7 +359,7 @@ async def test_a_body_that_a_form_could_send_does_not_act(
         )
 
 
-@pytest.mark.parametrize("act", ["cancel", "redrive"])
+@pytest.mark.parametrize("act", ["cancel", "redrive", "run-now"])
 @pytest.mark.parametrize(
     ("content", "headers"),
     [

@@ -27,6 +27,7 @@ async def test_without_a_database_every_endpoint_asks_to_come_back(
         await offline_client.get(UNKNOWN),
         await offline_client.post(f"{UNKNOWN}/cancel"),
         await offline_client.post(f"{UNKNOWN}/redrive"),
+        await offline_client.post(f"{UNKNOWN}/run-now"),
         await offline_client.get("/health/ready"),
     ]
 

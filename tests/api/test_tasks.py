@@ -4,6 +4,7 @@ Reading, listing, cancelling and redriving tasks over HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 from uuid import UUID
@@ -16,6 +17,7 @@ from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
 from asyncflow.store.database import Database
 from asyncflow.store.tasks import STATUS_FILTERS
+from asyncflow.store.wakeups import Listener
 from asyncflow.wire import STATUSES, TaskPage, TaskView
 from builders import FAILURE, NAME, claimed_due
 
@@ -117,14 +119,14 @@ async def test_what_is_no_id_is_not_found(offline_client: httpx.AsyncClient, tas
     """
     404 for each verb; without its dashes, or with more around them, a UUID is no id.
     """
-    assert [404, 404, 404] == await statuses(offline_client, task_id)
+    assert [404, 404, 404, 404] == await statuses(offline_client, task_id)
 
 
 async def test_an_unknown_id_is_not_found(client: httpx.AsyncClient) -> None:
     """
     404 for each verb.
     """
-    assert [404, 404, 404] == await statuses(client, "0192f0c1-2b3c-7d4e-8f50-123456789abc")
+    assert [404, 404, 404, 404] == await statuses(client, "0192f0c1-2b3c-7d4e-8f50-123456789abc")
 
 
 async def test_an_id_may_be_in_upper_case(client: httpx.AsyncClient) -> None:
@@ -147,6 +149,7 @@ async def statuses(client: httpx.AsyncClient, task_id: str) -> list[int]:
         await client.get(f"/tasks/{task_id}"),
         await client.post(f"/tasks/{task_id}/cancel"),
         await client.post(f"/tasks/{task_id}/redrive"),
+        await client.post(f"/tasks/{task_id}/run-now"),
     ]
     return [answer.status_code for answer in answers]
 
@@ -348,3 +351,46 @@ async def test_a_dead_letter_can_be_redriven(client: httpx.AsyncClient, db: Data
     assert (view["status"], view["generation"], view["failures"]) == ("PENDING", 2, 0)
     assert ["FAILED"] == [attempt["outcome"] for attempt in view["attempts"]]
     assert (again.status_code, again.json()["state"]) == (409, "PENDING")
+
+
+@pytest.mark.parametrize("status", ["SCHEDULED", "RETRYING"])
+async def test_a_task_that_waits_can_be_run_now(
+    client: httpx.AsyncClient, db: Database, status: str
+) -> None:
+    """
+    202, and due; a redrive of it is a conflict that names the status it is shown with.
+    """
+    task_id = await submitted(client, delay_seconds=0 if status == "RETRYING" else 3600)
+    if status == "RETRYING":
+        await settled(db, Settlement(Event.RETRY, delay_seconds=3600, failure=FAILURE))
+    redriven = await client.post(f"/tasks/{task_id}/redrive")
+    answer = await client.post(f"/tasks/{task_id}/run-now")
+    again = await client.post(f"/tasks/{task_id}/run-now")
+    [claim] = await claimed_due(db)
+    late = await client.post(f"/tasks/{task_id}/run-now")
+
+    assert (redriven.status_code, redriven.json()["state"]) == (409, status)
+    assert redriven.json()["detail"] == (
+        f"Task {task_id} is {status.lower()}; only failed or cancelled tasks can be redriven."
+    )
+    assert (answer.status_code, answer.json()["status"]) == (202, "PENDING")
+    assert (again.status_code, again.json()["run_at"]) == (202, answer.json()["run_at"])
+    assert task_id == str(claim.task_id)
+    assert (late.status_code, late.json()["state"]) == (409, "RUNNING")
+    assert late.json()["detail"] == (
+        f"Task {task_id} is running; only pending or queued tasks can be run now."
+    )
+
+
+async def test_a_task_that_is_run_now_wakes_listeners(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    Idle workers hear of it, as of a submission.
+    """
+    heard: asyncio.Queue[None] = asyncio.Queue()
+    task_id = await submitted(client, delay_seconds=3600)
+    async with Listener(db, lambda: heard.put_nowait(None)):
+        await asyncio.wait_for(heard.get(), 5)  # It listens now.
+        await client.post(f"/tasks/{task_id}/run-now")
+        await asyncio.wait_for(heard.get(), 5)

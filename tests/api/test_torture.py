@@ -296,6 +296,7 @@ def test_what_is_nearly_an_id_is_not_found(counting: Counting, task_id: str) -> 
         counting.api.send("GET", f"/tasks/{task_id}"),
         counting.api.send("POST", f"/tasks/{task_id}/cancel"),
         counting.api.send("POST", f"/tasks/{task_id}/redrive"),
+        counting.api.send("POST", f"/tasks/{task_id}/run-now"),
     ]
 
     for answer in answers:

@@ -149,6 +149,21 @@ async def test_a_task_is_cancelled_and_redriven(run: Run, database_url: str) -> 
     assert (redriven["status"], redriven["generation"]) == ("PENDING", 2)
 
 
+async def test_a_waiting_task_is_run_now(run: Run, database_url: str) -> None:
+    """
+    It answers with the task, which is due.
+    """
+    task_id = await _a_task(database_url)
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("UPDATE asyncflow.tasks SET run_at = now() + interval '1 hour'")
+    await connection.close()
+
+    before = json.loads(run("task", "get", task_id, "--json").stdout)
+    after = json.loads(run("task", "run-now", task_id, "--json").stdout)
+
+    assert ("SCHEDULED", "PENDING") == (before["status"], after["status"])
+
+
 async def test_what_a_task_does_not_allow_is_a_sentence(run: Run, database_url: str) -> None:
     """
     It names the state and what would have worked.

@@ -180,6 +180,12 @@ class Statements:
             return row._replace(cancel_requested=True)
         return row
 
+    def run_now(self, row: Row) -> Row:
+        """
+        RUN_NOW: what waits for its time does not wait any more.
+        """
+        return row._replace(due=True) if row.state is State.PENDING and not row.due else row
+
     def expire(self, row: Row) -> Row:
         """
         EXPIRE: only what waits; an attempt that has begun may end.

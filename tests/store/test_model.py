@@ -191,6 +191,20 @@ class StoreAgainstModel(RuleBasedStateMachine):
             self.rows[task_id] = self.model.cancel(row)
 
     @rule(ago=AGO)
+    def it_is_run_now(self, ago: int) -> None:
+        task_id = self.task(ago)
+        row = self.rows.get(task_id)
+        try:
+            self.wait(tasks.run_now(self.db, 1, task_id))
+        except TaskNotFound:
+            assert row is None
+        except IllegalTransition:
+            assert row is not None and row.state not in (State.PENDING, State.QUEUED)
+        else:
+            assert row is not None
+            self.rows[task_id] = self.model.run_now(row)
+
+    @rule(ago=AGO)
     def it_is_redriven(self, ago: int) -> None:
         task_id = self.task(ago)
         row = self.rows.get(task_id)

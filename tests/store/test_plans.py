@@ -93,6 +93,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "CANCEL_WAITING": (tasks.CANCEL_WAITING, LIVE_BY_ID),
     "REQUEST_CANCEL": (tasks.REQUEST_CANCEL, LIVE_BY_ID),
+    "RUN_NOW": (tasks.RUN_NOW, LIVE_BY_ID),
     "REDRIVE": (tasks.REDRIVE, {"tasks_finished": DEAD_BY_ID}),
 }
 """Each statement, and per table the index (or indexes) it may use and how."""
@@ -223,6 +224,7 @@ async def test_a_plan_made_while_the_tables_were_empty_serves_full_ones(
         "GET": ["1", one(ids["completed"])],
         "CANCEL_WAITING": ["1", one(ids["pending"])],
         "REQUEST_CANCEL": ["1", one(ids["running"])],
+        "RUN_NOW": ["1", one(ids["pending"])],
         "REDRIVE": ["1", one(ids["failed"])],
         "CLAIM_DUE": [*offers, array("default", "other"), "1"],
         "ADMISSIBLE": [one("default"), array("greet"), "1"],

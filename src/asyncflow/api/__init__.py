@@ -3,7 +3,7 @@ HTTP in and out: bytes become `wire` models, errors become problem documents.
 
     app           puts the pieces together
     submissions   POST /tasks and POST /tasks/batch
-    tasks         read, list, cancel, redrive
+    tasks         read, list, cancel, run now, redrive
     health        live and ready
     catalogue     what workers published about their handlers
     protocol      uvicorn's HTTP protocol with bounds on the head of a request

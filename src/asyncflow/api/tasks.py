@@ -1,5 +1,5 @@
 """
-Reading and steering tasks: get, list, cancel, redrive.
+Reading and steering tasks: get, list, cancel, run now, redrive.
 """
 
 from __future__ import annotations
@@ -101,6 +101,25 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
         """
         task = await store.cancel(db, DEFAULT_TENANT_ID, _task_id(task_id))
         return _json(task_json(task), 200 if task.state is State.CANCELLED else 202)
+
+    @app.post(
+        "/tasks/{id}/run-now",
+        dependencies=[Depends(refuse_forms)],
+        tags=["tasks"],
+        summary="Run a waiting task now",
+        status_code=202,
+        response_model=TaskView,
+        response_description="It is due.",
+        responses=problems(*_COMMAND_PROBLEMS),
+    )
+    async def run_task_now(task_id: TaskIdText) -> Response:
+        """
+        A `SCHEDULED` or `RETRYING` task is due now, instead of at its `run_at`, and starts when
+        a worker has a slot for it. A task that is due already is left as it is.
+        """
+        task = await store.run_now(db, DEFAULT_TENANT_ID, _task_id(task_id))
+        waker.wake()
+        return _json(task_json(task), 202)
 
     @app.post(
         "/tasks/{id}/redrive",

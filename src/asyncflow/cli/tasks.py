@@ -114,6 +114,18 @@ def cancel(task_id: UUID, as_json: bool) -> None:
     _show(run_with_database(lambda db: tasks.cancel(db, _tenant_id(), task_id)), as_json)
 
 
+@app.command("run-now")
+@task_argument
+@json_option
+def run_now(task_id: UUID, as_json: bool) -> None:
+    """
+    Let a task that waits for its time, or for its next attempt, be due now.
+    """
+    from asyncflow.store import tasks
+
+    _show(run_with_database(_waking(lambda db: tasks.run_now(db, _tenant_id(), task_id))), as_json)
+
+
 @app.command()
 @task_argument
 @json_option
@@ -122,14 +134,21 @@ def redrive(task_id: UUID, as_json: bool) -> None:
     Give a failed or cancelled task a new generation, due now.
     """
     from asyncflow.store import tasks
+
+    _show(run_with_database(_waking(lambda db: tasks.redrive(db, _tenant_id(), task_id))), as_json)
+
+
+def _waking(
+    change: Callable[[Database], Coroutine[Any, Any, Task]],
+) -> Callable[[Database], Coroutine[Any, Any, Task]]:
     from asyncflow.store.wakeups import send_wakeup
 
-    async def change(db: Database) -> Task:
-        task = await tasks.redrive(db, _tenant_id(), task_id)
+    async def changed(db: Database) -> Task:
+        task = await change(db)
         await send_wakeup(db)
         return task
 
-    _show(run_with_database(change), as_json)
+    return changed
 
 
 def run_with_database(operation: Callable[[Database], Coroutine[Any, Any, Result]]) -> Result:

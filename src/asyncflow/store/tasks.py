@@ -1,5 +1,5 @@
 """
-Tasks as their submitters see them: submit, read, list, cancel, redrive.
+Tasks as their submitters see them: submit, read, list, cancel, run now, redrive.
 """
 
 from __future__ import annotations
@@ -320,7 +320,8 @@ REQUEST_CANCEL = """
     RETURNING t.id
 """
 
-CANCEL_TRIES_MAX = 10
+TRIES_MAX = 10
+"""A task may move between two looks at it (claimed, retried); it moves on in the end."""
 
 
 async def cancel(db: Executor, tenant_id: int, task_id: UUID) -> Task:
@@ -334,8 +335,7 @@ async def cancel(db: Executor, tenant_id: int, task_id: UUID) -> Task:
         TaskNotFound: This tenant has no such task.
         IllegalTransition: It is finished already.
     """
-    # A task may move between two looks at it (claimed, retried); it moves on in the end.
-    for _ in range(CANCEL_TRIES_MAX):
+    for _ in range(TRIES_MAX):
         for statement in (CANCEL_WAITING, REQUEST_CANCEL):
             if await db.fetchval(statement, tenant_id, task_id) is not None:
                 return await get(db, tenant_id, task_id)
@@ -347,6 +347,43 @@ async def cancel(db: Executor, tenant_id: int, task_id: UUID) -> Task:
         verb="cancelled",
         state=task.state,
         allowed=(*sources(Event.CANCEL),),
+    )
+
+
+RUN_NOW = """
+    UPDATE asyncflow.tasks t
+       SET run_at = now()
+     WHERE t.id = $2
+       AND t.tenant_id = $1
+       AND t.state = 'pending'
+       AND t.run_at > now()
+    RETURNING t.id
+"""
+
+
+async def run_now(db: Executor, tenant_id: int, task_id: UUID) -> Task:
+    """
+    Let a task that waits for its time, or for its next attempt, be due now.
+
+    One that is due already is left as it is. Nothing else changes: neither the attempts before
+    it nor its place behind others.
+
+    Raises:
+        TaskNotFound: This tenant has no such task.
+        IllegalTransition: It runs or is finished.
+    """
+    for _ in range(TRIES_MAX):
+        brought_forward = await db.fetchval(RUN_NOW, tenant_id, task_id)
+        task = await get(db, tenant_id, task_id)
+        if brought_forward is not None or task.status in ("PENDING", "QUEUED"):
+            return task
+        if task.state is not State.PENDING:
+            break
+    raise IllegalTransition(
+        task_id,
+        verb="run now",
+        state=task.status.lower(),
+        allowed=(State.PENDING, State.QUEUED),
     )
 
 
@@ -394,7 +431,7 @@ async def redrive(db: Executor, tenant_id: int, task_id: UUID) -> Task:
     task = await get(db, tenant_id, task_id)
     if redriven is None:
         raise IllegalTransition(
-            task_id, verb="redriven", state=task.state, allowed=(*sources(Event.REDRIVE),)
+            task_id, verb="redriven", state=task.status.lower(), allowed=(*sources(Event.REDRIVE),)
         )
     return task
 
