@@ -58,21 +58,29 @@ class InvalidInput(AsyncFlowError):
 class InvalidTask(InvalidInput):
     """
     A task, batch or query that was refused; nothing of it was stored.
+
+    Args:
+        count: How many faults there are, if `faults` are the first of them only.
     """
 
-    def __init__(self, faults: Sequence[Fault]) -> None:
+    def __init__(self, faults: Sequence[Fault], *, count: int | None = None) -> None:
         self.faults = tuple(faults)
+        self.count = len(self.faults) if count is None else count
         super().__init__("; ".join(f"{f.pointer or '/'}: {f.detail}" for f in faults))
 
 
 class InvalidPayload(InvalidInput):
     """
     A payload that the handler of this name does not take.
+
+    Args:
+        count: How many faults there are, if `faults` are the first of them only.
     """
 
-    def __init__(self, name: str, faults: Sequence[Fault]) -> None:
+    def __init__(self, name: str, faults: Sequence[Fault], *, count: int | None = None) -> None:
         self.name = name
         self.faults = tuple(faults)
+        self.count = len(self.faults) if count is None else count
         places = "; ".join(f"{f.pointer or '/'}: {f.detail}" for f in faults)
         super().__init__(f"The payload does not fit handler {name!r}: {places}")
 

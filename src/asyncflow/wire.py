@@ -179,12 +179,17 @@ class SubmitTask(BaseModel):
 
 class SubmitBatch(BaseModel):
     """
-    Tasks to submit together: all of them are stored, or none.
+    Tasks to submit together: all of them are stored, or none, unless it is `partial`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     tasks: list[SubmitTask] = Field(min_length=1, max_length=BATCH_SIZE_MAX)
+    partial: bool = Field(
+        default=False,
+        description="Store the tasks that can be stored, together, and tell what is wrong with the "
+        "others. Without it one wrong task refuses the batch.",
+    )
 
 
 class TaskQuery(BaseModel):
@@ -222,12 +227,25 @@ class SubmittedTask(BaseModel):
     expires_at: Timestamp | None
 
 
+class RefusedTask(BaseModel):
+    """
+    A task of a `partial` batch that was not stored.
+    """
+
+    index: int = Field(description="Its place in the batch, from 0.")
+    problem: Problem
+
+
 class SubmittedBatch(BaseModel):
     """
     The tasks of a batch, in the order they were submitted.
     """
 
-    tasks: list[SubmittedTask]
+    tasks: list[SubmittedTask | None] = Field(
+        description="Null in the place of a task that was refused, which only happens to a "
+        "`partial` batch."
+    )
+    refused: list[RefusedTask] = Field(description="What was wrong, in the same order.")
 
 
 class TaskError(BaseModel):

@@ -19,8 +19,8 @@ def after_call(context, case, response):
     """
     ids = []
     if case.method == "POST" and case.path in ("/tasks", "/tasks/batch"):
-        if response.status_code == 202:
+        if response.status_code in (202, 207):
             answer = json.loads(response.content)
-            ids = [task["id"] for task in answer.get("tasks", [answer])]
+            ids = [task["id"] for task in answer.get("tasks", [answer]) if task]
     line = {"request": f"{case.method} {case.path}", "status": response.status_code, "ids": ids}
     ANSWERS.write(f"{json.dumps(line)}\n")

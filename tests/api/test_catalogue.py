@@ -90,7 +90,7 @@ async def test_a_payload_its_handler_cannot_take_is_refused(
     )
 
     assert alone.status_code == batched.status_code == 422
-    assert alone.json()["type"] == "/problems/invalid-payload"
+    assert alone.json()["type"] == batched.json()["type"] == "/problems/invalid-payload"
     assert {e["pointer"]: e["detail"] for e in alone.json()["errors"]} == faults
     assert {e["pointer"] for e in batched.json()["errors"]} == {f"/tasks/1{at}" for at in faults}
     assert await db.fetchval("SELECT count(*) FROM asyncflow.tasks") == 0
@@ -114,7 +114,7 @@ async def test_many_faults_are_listed_briefly(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    At most twenty, and long values are cut.
+    At most twenty, and long values are cut; but it says how many there are.
     """
     await publish(db, catalogue, {"type": "object", "additionalProperties": {"type": "integer"}})
     payload = {f"k{i}": "v" * 900 for i in range(100)}
@@ -123,6 +123,7 @@ async def test_many_faults_are_listed_briefly(
     assert answer.status_code == 422
     assert len(answer.json()["errors"]) == 20
     assert len(answer.content) < 20_000
+    assert answer.json()["detail"].endswith("… (One of 100 faults; the first 20 are in `errors`.)")
 
 
 @pytest.mark.parametrize(

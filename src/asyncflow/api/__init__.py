@@ -8,6 +8,7 @@ HTTP in and out: bytes become `wire` models, errors become problem documents.
     catalogue     what workers published about their handlers
     protocol      uvicorn's HTTP protocol with bounds on the head of a request
     body          the bytes of a request: type, size, patience
+    batch         a batch's tasks, and what is wrong with which
     strict_json   bytes to values, refusing what could not be stored
     faults        Pydantic's and JSON Schema's errors as sentences with pointers
     problems      every error as an RFC 9457 document

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import jsonschema_rs
 
 from asyncflow.api.faults import payload_faults
-from asyncflow.api.strict_json import FAULTS_MAX
-from asyncflow.errors import Fault, InvalidPayload, StoreUnavailable
+from asyncflow.api.strict_json import first_faults
+from asyncflow.errors import InvalidPayload, StoreUnavailable
 from asyncflow.store.database import Executor
 from asyncflow.store.workers import published_handlers
 from asyncflow.telemetry import events
@@ -79,12 +79,9 @@ class Catalogue:
         known = self._known.get(name)
         if known is None or known.validator is None or known.validator.is_valid(payload):
             return
-        faults: list[Fault] = []
-        for fault in payload_faults(known.validator.iter_errors(payload), pointer):
-            faults.append(fault)
-            if len(faults) == FAULTS_MAX:
-                break
-        raise InvalidPayload(name, faults)
+        errors = known.validator.iter_errors(payload)
+        faults, count = first_faults(payload_faults(errors, pointer))
+        raise InvalidPayload(name, faults, count=count)
 
     async def refresh(self) -> None:
         """

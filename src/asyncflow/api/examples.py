@@ -75,9 +75,19 @@ PROBLEM: dict[str, Any] = {
     "errors": [{"pointer": "/priority", "detail": "must be at most 9"}],
 }
 
+BATCH_PROBLEM: dict[str, Any] = {
+    **PROBLEM,
+    "detail": "/tasks/1/priority must be at most 9.",
+    "instance": "/tasks/batch",
+    "errors": [{"pointer": "/tasks/1/priority", "detail": "must be at most 9"}],
+}
+
 EXAMPLES = {
     "SubmittedTask": SUBMITTED_TASK,
-    "SubmittedBatch": {"tasks": [SUBMITTED_TASK]},
+    "SubmittedBatch": {
+        "tasks": [SUBMITTED_TASK, None],
+        "refused": [{"index": 1, "problem": BATCH_PROBLEM}],
+    },
     "TaskSummary": TASK_SUMMARY,
     "TaskView": TASK_VIEW,
     "TaskPage": {"tasks": [TASK_SUMMARY], "next_cursor": None},

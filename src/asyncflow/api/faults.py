@@ -12,11 +12,12 @@ from typing import Any
 
 import jsonschema_rs
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
 from asyncflow.api.strict_json import FAULTS_MAX, joined
 from asyncflow.domain.policy import NAME_PATTERN
-from asyncflow.errors import Fault
+from asyncflow.errors import Fault, InvalidTask
 from asyncflow.wire import CURSOR_PATTERN, SubmitBatch, SubmitTask, TaskQuery
 
 _EXPECTED = {
@@ -34,26 +35,30 @@ _EXPECTED = {
 }
 
 
-def document_faults(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
+def refused_document(
+    mistakes: Sequence[ErrorDetails], model: type[BaseModel], *, limit: int = FAULTS_MAX
+) -> InvalidTask:
     """
-    Every wrong place of a body that should have been a `model`.
+    What is wrong with a body that should have been a `model`: the first places, and how many.
     """
-    return [
+    faults = [
         Fault(_pointer(mistake["loc"]), _sentence(mistake, _fields_at(mistake["loc"], model)))
-        for mistake in error.errors(include_url=False)[:FAULTS_MAX]
+        for mistake in mistakes[:limit]
     ]
+    return InvalidTask(faults, count=len(mistakes))
 
 
-def parameter_faults(error: RequestValidationError) -> list[tuple[str, str]]:
+def parameter_faults(error: RequestValidationError) -> tuple[list[tuple[str, str]], int]:
     """
-    Every wrong query parameter: its name, and what is wrong with it.
+    The first wrong query parameters, the name of each and what is wrong with it; and how many.
     """
     fields = list(TaskQuery.model_fields)
+    mistakes = error.errors()
     # ("query", name), with the number of the value behind if there can be several.
-    return [
-        (str(mistake["loc"][1]), _sentence(mistake, fields))
-        for mistake in error.errors()[:FAULTS_MAX]
+    faults = [
+        (str(mistake["loc"][1]), _sentence(mistake, fields)) for mistake in mistakes[:FAULTS_MAX]
     ]
+    return faults, len(mistakes)
 
 
 def payload_faults(

@@ -112,8 +112,16 @@ def _problem_response(description: str) -> dict[str, Any]:
 
 
 def _operation(
-    *, name: str, summary: str, description: str, takes: str, gives: str, headers: Mapping[str, Any]
+    *,
+    name: str,
+    summary: str,
+    description: str,
+    takes: str,
+    gives: str,
+    headers: Mapping[str, Any],
+    partly: str | None = None,
 ) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=gives)}}}
     return {
         "tags": ["tasks"],
         "summary": summary,
@@ -124,13 +132,8 @@ def _operation(
             "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model=takes)}}},
         },
         "responses": {
-            "202": {
-                "description": "Stored.",
-                "headers": dict(headers),
-                "content": {
-                    "application/json": {"schema": {"$ref": _REFERENCE.format(model=gives)}}
-                },
-            },
+            "202": {"description": "Stored.", "headers": dict(headers), "content": content},
+            **({"207": {"description": partly, "content": content}} if partly else {}),
             **{
                 str(status): told
                 for status, told in problems(*_SUBMISSION_PROBLEMS, *CHANGE_PROBLEMS).items()
@@ -153,7 +156,9 @@ _SUBMIT = _operation(
 _SUBMIT_BATCH = _operation(
     name="submit_batch",
     summary="Submit a batch",
-    description="Up to 1000 tasks: all of them are stored, or none. Answered in their order.",
+    description="Up to 1000 tasks: all of them are stored, or none. With `partial`, those that can "
+    "be are stored, and the answer says what is wrong with the others. Answered in their order.",
+    partly="Some could not be stored, or none: they are in `refused`.",
     takes="SubmitBatch",
     gives="SubmittedBatch",
     headers={},

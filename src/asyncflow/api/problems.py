@@ -24,7 +24,6 @@ from asyncflow.api.faults import parameter_faults
 from asyncflow.api.strict_json import MalformedJson
 from asyncflow.errors import (
     AsyncFlowError,
-    Fault,
     IllegalTransition,
     InvalidPayload,
     InvalidTask,
@@ -88,13 +87,14 @@ KINDS = {
         422,
         "Invalid task",
         "The body is JSON, but not a task or batch that can be stored. The member `errors` "
-        "points to each wrong place. Nothing was stored.",
+        "points to each wrong place, or to the first of many. Nothing was stored.",
     ),
     "invalid-payload": Kind(
         422,
         "Invalid payload",
-        "The payload does not fit what the handler of this name says it takes. The member "
-        "`errors` points to each wrong place. Nothing was stored.",
+        "The payload does not fit what the handler of this name says it takes, and nothing else "
+        "is wrong with the task or its batch. The member `errors` points to each wrong place, or "
+        "to the first of many. Nothing was stored.",
     ),
     "invalid-query": Kind(
         422, "Invalid query", "The member `errors` names each wrong query parameter."
@@ -142,10 +142,14 @@ class Refusal(AsyncFlowError):
 class InvalidQuery(AsyncFlowError):
     """
     Wrong query parameters: the name of each, and what is wrong with it.
+
+    Args:
+        count: How many there are, if `faults` are the first of them only.
     """
 
-    def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
+    def __init__(self, faults: Iterable[tuple[str, str]], *, count: int | None = None) -> None:
         self.faults = tuple(faults)
+        self.count = len(self.faults) if count is None else count
         super().__init__("; ".join(f"{name} {detail}" for name, detail in self.faults))
 
 
@@ -187,15 +191,11 @@ async def answer_error(request: Request, error: Exception) -> Response:
             return problem(error.kind, str(error), path, headers=error.headers)
         case MalformedJson():
             return problem("malformed-json", str(error), path)
-        case InvalidTask():
-            return _invalid("invalid-task", path, _entries(error.faults))
-        case InvalidPayload():
-            return _invalid("invalid-payload", path, _entries(error.faults))
-        case InvalidQuery():
-            entries = [{"parameter": name, "detail": text} for name, text in error.faults]
-            return _invalid("invalid-query", path, entries)
+        case InvalidTask() | InvalidPayload() | InvalidQuery():
+            return _response(invalid_document(error, path))
         case RequestValidationError():
-            return await answer_error(request, InvalidQuery(parameter_faults(error)))
+            faults, count = parameter_faults(error)
+            return _response(invalid_document(InvalidQuery(faults, count=count), path))
         case TaskNotFound():
             return problem("task-not-found", str(error), path)
         case IllegalTransition():
@@ -233,7 +233,6 @@ def problem(
     kind: str,
     detail: str,
     path: str,
-    errors: Iterable[Mapping[str, str]] = (),
     *,
     headers: Mapping[str, str] | None = None,
     **members: str,
@@ -241,6 +240,35 @@ def problem(
     """
     A problem document of one of `KINDS` about a request for `path`.
     """
+    return _response(_document(kind, detail, path, (), **members), headers)
+
+
+def invalid_document(
+    error: InvalidTask | InvalidPayload | InvalidQuery, path: str
+) -> dict[str, Any]:
+    """
+    The problem document that points to the wrong places of a request for `path`.
+    """
+    match error:
+        case InvalidQuery():
+            kind = "invalid-query"
+            entries = [{"parameter": name, "detail": text} for name, text in error.faults]
+        case InvalidTask() | InvalidPayload():
+            kind = "invalid-task" if isinstance(error, InvalidTask) else "invalid-payload"
+            entries = [{"pointer": f.pointer, "detail": f.detail} for f in error.faults]
+    place = entries[0].get("parameter") or entries[0].get("pointer") or "The body"
+    detail = _cut(f"{place} {entries[0]['detail']}.")
+    if error.count > len(entries):
+        listed = f"the first {len(entries)} are in" if len(entries) > 1 else "this one is in"
+        detail += f" (One of {error.count} faults; {listed} `errors`.)"
+    elif len(entries) > 1:
+        detail += f" (One of {error.count} faults; see `errors`.)"
+    return _document(kind, detail, path, entries)
+
+
+def _document(
+    kind: str, detail: str, path: str, errors: Iterable[Mapping[str, str]], **members: str
+) -> dict[str, Any]:
     status, title, _ = KINDS[kind]
     document: dict[str, Any] = {
         "type": f"/problems/{kind}",
@@ -252,29 +280,26 @@ def problem(
     if clipped := [_clipped(entry) for entry in errors]:
         document["errors"] = clipped
     document.update(members)
-    # Pointers may quote keys with half a surrogate pair, which UTF-8 cannot say.
-    content = json.dumps(document, ensure_ascii=False).encode(errors="replace")
-    return Response(content, status, headers, MEDIA_TYPE)
+    return document
 
 
-def _invalid(kind: str, path: str, entries: list[dict[str, str]]) -> Response:
-    first = entries[0]
-    place = first.get("parameter") or first.get("pointer") or "The body"
-    detail = f"{place} {first['detail']}."
-    if len(entries) > 1:
-        detail += f" (One of {len(entries)} faults; see `errors`.)"
-    return problem(kind, detail[:TEXT_LENGTH_MAX], path, entries)
+def _response(document: dict[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(as_json(document), document["status"], headers, MEDIA_TYPE)
 
 
-def _entries(faults: Iterable[Fault]) -> list[dict[str, str]]:
-    return [{"pointer": fault.pointer, "detail": fault.detail} for fault in faults]
+def as_json(document: Any) -> bytes:
+    """
+    JSON in UTF-8; half a surrogate pair, which a pointer may quote, becomes "?".
+    """
+    return json.dumps(document, ensure_ascii=False).encode(errors="replace")
 
 
 def _clipped(entry: Mapping[str, str]) -> dict[str, str]:
-    return {
-        name: text if len(text) <= TEXT_LENGTH_MAX else text[: TEXT_LENGTH_MAX - 1] + "…"
-        for name, text in entry.items()
-    }
+    return {name: _cut(text) for name, text in entry.items()}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT_LENGTH_MAX else text[: TEXT_LENGTH_MAX - 1] + "…"
 
 
 def _retry_after() -> dict[str, str]:

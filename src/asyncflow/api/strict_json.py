@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from asyncflow.errors import Fault, InvalidInput, InvalidTask
@@ -55,7 +55,7 @@ def parse(body: bytes) -> Any:
     try:
         value = _DECODER.decode(text)
     except _Suspicion:
-        raise InvalidTask(_faults(text)) from None
+        raise _refusal(text) from None
     except json.JSONDecodeError as error:
         raise MalformedJson(
             f"The body is not JSON: {_lowered(error.msg)} at line {error.lineno}, "
@@ -66,8 +66,24 @@ def parse(body: bytes) -> Any:
     _check_depth(text)
     # Escapes are the only way in: raw NULs are no JSON and raw surrogates no UTF-8.
     if "\\u" in text and (_NUL.search(text) or _has_half_a_pair(text, value)):
-        raise InvalidTask(_faults(text))
+        raise _refusal(text)
     return value
+
+
+def salvage(body: bytes) -> tuple[Any, Iterator[Fault]]:
+    """
+    What `parse` refused as `InvalidTask`: the value, read generously, and every wrong place.
+
+    Only what holds no wrong place is as it was sent.
+
+    Raises:
+        InvalidTask: It is wrong as a whole, or too long to say where.
+    """
+    text = _decoded(body)
+    if len(text) > WALKED_LENGTH_MAX:
+        raise _refusal(text)
+    faults = _walk(_slowly_parsed(text))
+    return _GENEROUS_DECODER.decode(text), faults
 
 
 def _decoded(body: bytes) -> str:
@@ -193,9 +209,26 @@ _SLOW_DECODER = json.JSONDecoder(
 )
 
 
-def _faults(text: str) -> list[Fault]:
+_GENEROUS_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits[:20]))
+
+
+def first_faults(faults: Iterable[Fault]) -> tuple[list[Fault], int]:
+    """
+    As many of them as are listed, and how many there are.
+    """
+    rest = iter(faults)
+    listed = list(itertools.islice(rest, FAULTS_MAX))
+    return listed, len(listed) + sum(1 for _ in rest)
+
+
+def _refusal(text: str) -> InvalidTask:
     if len(text) > WALKED_LENGTH_MAX:
-        return [Fault("", _SOMETHING_ODD)]
+        return InvalidTask([Fault("", _SOMETHING_ODD)])
+    faults, count = first_faults(_walk(_slowly_parsed(text)))
+    return InvalidTask(faults, count=count)
+
+
+def _slowly_parsed(text: str) -> Any:
     try:
         root = _SLOW_DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -206,7 +239,7 @@ def _faults(text: str) -> list[Fault]:
     except RecursionError:
         raise _too_deep() from None
     _check_depth(text)
-    return list(itertools.islice(_walk(root), FAULTS_MAX))
+    return root
 
 
 def _walk(root: Any) -> Iterator[Fault]:

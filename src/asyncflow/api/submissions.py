@@ -11,17 +11,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from asyncflow.api.batch import Refused, read_batch, together
 from asyncflow.api.body import read_json_body
 from asyncflow.api.catalogue import Catalogue
-from asyncflow.api.faults import document_faults
-from asyncflow.api.strict_json import FAULTS_MAX, parse
+from asyncflow.api.faults import refused_document
+from asyncflow.api.problems import as_json, invalid_document
+from asyncflow.api.strict_json import parse
 from asyncflow.api.views import submitted_json
 from asyncflow.batching import Batcher
 from asyncflow.domain.policy import DEFAULT_POLICY
@@ -30,9 +32,7 @@ from asyncflow.errors import Fault, InvalidPayload, InvalidTask
 from asyncflow.store import tasks as store
 from asyncflow.store.database import Executor
 from asyncflow.store.wakeups import Waker
-from asyncflow.wire import SubmitBatch, SubmitTask
-
-Model = TypeVar("Model", bound=BaseModel)
+from asyncflow.wire import SubmitTask
 
 IN_FLIGHT_MAX = 2
 BATCH_SIZE_MAX = 500
@@ -81,39 +81,48 @@ class Submissions:
         `POST /tasks`.
         """
         body = await read_json_body(scope, receive, bytes_max=self._body_bytes_max)
-        task = self._new_task(_validated(SubmitTask, parse(body)))
+        task = self._new_task(_wanted(parse(body)))
         submitted = await self._batcher.submit(task)
         self._wake_for([submitted])
         await _send_accepted(send, submitted_json(task, submitted), self._header(task))
 
     async def submit_batch(self, request: Request) -> Response:
         """
-        Submit up to 1000 tasks together: all are stored, or none.
+        Submit up to 1000 tasks together: all are stored, or none; with `partial`, those that can.
 
         They are answered in the order given.
         """
         body = await read_json_body(request.scope, request.receive, bytes_max=self._body_bytes_max)
-        batch = _validated(SubmitBatch, parse(body))
-        tasks = self._new_tasks(batch.tasks)
+        wanted, partial = read_batch(body)
+        rows = [self._checked(row, number) for number, row in enumerate(wanted)]
+        tasks = [row for row in rows if isinstance(row, NewTask)]
+        refusals = {n: row for n, row in enumerate(rows) if not isinstance(row, NewTask)}
+        if refusals and not partial:
+            raise together(list(refusals.values()))
         submitted = await self._store(tasks)
         self._wake_for(submitted)
-        views = ",".join(map(submitted_json, tasks, submitted))
-        return Response(f'{{"tasks":[{views}]}}', 202, media_type="application/json")
+        stored = iter(map(submitted_json, tasks, submitted))
+        views = ",".join("null" if n in refusals else next(stored) for n in range(len(rows)))
+        path = request.scope["path"]
+        refused = [
+            {"index": n, "problem": invalid_document(error, path)} for n, error in refusals.items()
+        ]
+        return Response(
+            b'{"tasks":[%b],"refused":%b}' % (views.encode(), as_json(refused)),
+            207 if refused else 202,
+            media_type="application/json",
+        )
 
     async def _store(self, tasks: Sequence[NewTask]) -> list[store.Submitted]:
         return await store.submit(self._db, tasks)
 
-    def _new_tasks(self, wanted: Sequence[SubmitTask]) -> list[NewTask]:
-        tasks: list[NewTask] = []
-        faults: list[Fault] = []
-        for number, task in enumerate(wanted):
-            try:
-                tasks.append(self._new_task(task, f"/tasks/{number}"))
-            except (InvalidTask, InvalidPayload) as error:
-                faults += error.faults
-        if faults:
-            raise InvalidTask(faults[:FAULTS_MAX])
-        return tasks
+    def _checked(self, row: SubmitTask | Refused, number: int) -> NewTask | Refused:
+        if not isinstance(row, SubmitTask):
+            return row
+        try:
+            return self._new_task(row, f"/tasks/{number}")
+        except (InvalidTask, InvalidPayload) as error:
+            return error
 
     def _new_task(self, wanted: SubmitTask, pointer: str = "") -> NewTask:
         self._catalogue.check_payload(wanted.name, wanted.payload, pointer=f"{pointer}/payload")
@@ -154,11 +163,11 @@ class Submissions:
             self._waker.wake()
 
 
-def _validated(model: type[Model], document: Any) -> Model:
+def _wanted(document: Any) -> SubmitTask:
     try:
-        return model.model_validate(document)
+        return SubmitTask.model_validate(document)
     except ValidationError as error:
-        raise InvalidTask(document_faults(error, model)) from None
+        raise refused_document(error.errors(include_url=False), SubmitTask) from None
 
 
 def _check_expiry(wanted: SubmitTask, pointer: str) -> None:

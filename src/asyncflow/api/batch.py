@@ -1,0 +1,107 @@
+"""
+A batch as it was sent: its tasks, and in a partial batch what is wrong in the place of one.
+
+A fault inside a task is that task's; a fault anywhere else is the batch's. Which of them it is, the
+place says: that of the strict reading of JSON, or that of the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+from pydantic import ValidationError
+
+from asyncflow.api.faults import refused_document
+from asyncflow.api.strict_json import FAULTS_MAX, parse, salvage
+from asyncflow.errors import InvalidPayload, InvalidTask
+from asyncflow.wire import SubmitBatch, SubmitTask
+
+Refused: TypeAlias = InvalidTask | InvalidPayload
+T = TypeVar("T")
+
+ROW_FAULTS_MAX = 5
+"""How many wrong places of each task of a partial batch are listed."""
+
+_ROW = re.compile(r"/tasks/([0-9]+)(?:/|$)")
+
+
+def read_batch(body: bytes) -> tuple[list[SubmitTask | Refused], bool]:
+    """
+    The tasks of a batch in their order, and whether it is partial.
+
+    Raises:
+        MalformedJson: It is no JSON.
+        InvalidTask: Something is wrong, and the batch is not partial or it is not in a task.
+    """
+    document, refusals = _parsed(body)
+    try:
+        batch = SubmitBatch.model_validate(document)
+    except ValidationError as error:
+        mistakes = error.errors(include_url=False)
+        whole = refused_document(mistakes, SubmitBatch)
+        if not _is_partial(document):
+            raise whole from None
+        wrong = _by_row(((_row_of(mistake["loc"]), mistake) for mistake in mistakes), whole)
+        for row, its_mistakes in wrong.items():
+            told = refused_document(its_mistakes, SubmitBatch, limit=ROW_FAULTS_MAX)
+            refusals.setdefault(row, told)
+        tasks = document["tasks"]
+        return [refusals.get(n) or SubmitTask.model_validate(t) for n, t in enumerate(tasks)], True
+    return [refusals.get(n) or task for n, task in enumerate(batch.tasks)], batch.partial
+
+
+def together(refusals: Sequence[Refused]) -> Refused:
+    """
+    The refusal of a whole batch: of the kind that all of them are, else an `InvalidTask`.
+    """
+    faults = [fault for error in refusals for fault in error.faults][:FAULTS_MAX]
+    count = sum(error.count for error in refusals)
+    names = {error.name for error in refusals if isinstance(error, InvalidPayload)}
+    if all(isinstance(error, InvalidPayload) for error in refusals):
+        return InvalidPayload(", ".join(sorted(names)), faults, count=count)
+    return InvalidTask(faults, count=count)
+
+
+def _parsed(body: bytes) -> tuple[Any, dict[int, Refused]]:
+    """
+    The document, and in a partial batch the tasks that the strict reading of JSON refuses.
+    """
+    try:
+        return parse(body), {}
+    except InvalidTask as whole:
+        document, faults = salvage(body)
+        if not _is_partial(document):
+            raise
+        wrong = _by_row(((_row_at(fault.pointer), fault) for fault in faults), whole)
+        return document, {
+            row: InvalidTask(its_faults[:ROW_FAULTS_MAX], count=len(its_faults))
+            for row, its_faults in wrong.items()
+        }
+
+
+def _is_partial(document: Any) -> bool:
+    return isinstance(document, dict) and document.get("partial") is True
+
+
+def _by_row(found: Iterable[tuple[int | None, T]], whole: InvalidTask) -> dict[int, list[T]]:
+    by_row: dict[int, list[T]] = {}
+    for row, one in found:
+        if row is None:
+            raise whole from None
+        by_row.setdefault(row, []).append(one)
+    return by_row
+
+
+def _row_of(location: Sequence[int | str]) -> int | None:
+    match location:
+        case ("tasks", int(row), *_):
+            return row
+        case _:
+            return None
+
+
+def _row_at(pointer: str) -> int | None:
+    found = _ROW.match(pointer)
+    return int(found[1]) if found else None

@@ -1,0 +1,257 @@
+"""
+One wrong task refuses a batch, or with `partial` itself alone; either way the answer says what is
+wrong with it as if it had come alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from asyncflow.api import strict_json
+from asyncflow.api.catalogue import Catalogue
+from asyncflow.store.database import Database
+from asyncflow.store.tasks import get
+from asyncflow.store.wakeups import Listener
+from asyncflow.store.workers import Published, publish_handlers
+from asyncflow.wire import SubmittedBatch
+
+JSON = {"Content-Type": "application/json"}
+GOOD = '{"name":"x"}'
+EXPIRED = '{"name":"x","expires_at":"2020-01-01T00:00:00Z"}'
+
+WRONG_ROWS: list[tuple[str, str, str]] = [
+    (EXPIRED, "invalid-task", "/expires_at"),
+    ('{"name":"charge","payload":{}}', "invalid-payload", "/payload/order"),
+    ("{}", "invalid-task", "/name"),
+    ("3", "invalid-task", ""),
+    ("null", "invalid-task", ""),
+    ('{"name":"x","priority":10}', "invalid-task", "/priority"),
+    ('{"name":"x","prioritty":1}', "invalid-task", "/prioritty"),
+    ('{"name":"x","payload":{"x":"%s"}}' % ("y" * 150_000), "invalid-task", "/payload"),
+    # What only the strict reading of JSON finds.
+    ('{"name":"x","payload":{"x":"a\\u0000"}}', "invalid-task", "/payload/x"),
+    ('{"name":"x","payload":{"x":"\\ud83c"}}', "invalid-task", "/payload/x"),
+    ('{"name":"x","payload":{"x":NaN}}', "invalid-task", "/payload/x"),
+    ('{"name":"x","payload":{"x":1e999}}', "invalid-task", "/payload/x"),
+    ('{"name":"x","payload":{"x":%s}}' % ("9" * 5_000), "invalid-task", "/payload/x"),
+    ('{"name":"x","name":"y"}', "invalid-task", "/name"),
+]
+
+
+@pytest.fixture(autouse=True)
+async def charge(db: Database, catalogue: Catalogue) -> None:
+    """
+    A handler that says what it takes.
+    """
+    schema = {"type": "object", "required": ["order"]}
+    await publish_handlers(db, [Published("charge", "billing", schema)])
+    await catalogue.refresh()
+
+
+def batch(*rows: str, partial: bool = True) -> bytes:
+    return f'{{"partial":{json.dumps(partial)},"tasks":[{",".join(rows)}]}}'.encode()
+
+
+async def posted(client: httpx.AsyncClient, content: bytes) -> httpx.Response:
+    return await client.post("/tasks/batch", content=content, headers=JSON)
+
+
+async def stored(db: Database) -> int:
+    count: int = await db.fetchval("SELECT count(*) FROM asyncflow.tasks")
+    return count
+
+
+@pytest.mark.parametrize(("row", "kind", "place"), WRONG_ROWS, ids=lambda value: ascii(value)[:40])
+async def test_a_wrong_task_is_told_alike_alone_and_in_a_batch(
+    client: httpx.AsyncClient, db: Database, row: str, kind: str, place: str
+) -> None:
+    """
+    The same kind of problem and the same sentence, at its place; without `partial` it refuses the
+    batch, with it the others are stored.
+    """
+    alone = await client.post("/tasks", content=row, headers=JSON)
+    whole = await posted(client, batch(GOOD, row, partial=False))
+    refused = await stored(db)
+    part = await posted(client, batch(GOOD, row, GOOD, row))
+
+    assert (alone.status_code, whole.status_code, refused) == (422, 422, 0)
+    assert (part.status_code, await stored(db)) == (207, 2)
+    told = [alone.json(), whole.json(), *(one["problem"] for one in part.json()["refused"])]
+    assert [f"/problems/{kind}"] * 4 == [problem["type"] for problem in told]
+    prefixes = ["", "/tasks/1", "/tasks/1", "/tasks/3"]
+    assert [prefix + place for prefix in prefixes] == [
+        problem["errors"][0]["pointer"] for problem in told
+    ]
+    assert 1 == len({problem["errors"][0]["detail"] for problem in told})
+    assert [1, 3] == [one["index"] for one in part.json()["refused"]]
+
+
+async def test_the_tasks_of_a_partial_batch_are_answered_at_their_places(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    Null where one was refused; the others are stored as they were sent.
+    """
+    rows = [
+        EXPIRED,
+        '{"name":"a","payload":{"i":9007199254740993}}',
+        '{"name":"b","payload":{"x":NaN}}',
+        '{"name":"c","payload":{"x":1.50}}',
+        "[]",
+    ]
+    answer = await posted(client, batch(*rows))
+
+    view = SubmittedBatch.model_validate_json(answer.content)
+    assert [None, "a", None, "c", None] == [task and task.name for task in view.tasks]
+    assert [0, 2, 4] == [one.index for one in view.refused]
+    assert {"/tasks/batch"} == {one.problem.instance for one in view.refused}
+    payloads = [(await get(db, 1, task.id)).payload for task in view.tasks if task]
+    assert ['{"i":9007199254740993}', '{"x":1.5}'] == payloads
+
+
+async def test_a_partial_batch_without_a_fault_is_stored_as_any_other(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    202, and nothing refused; so it is without `partial`.
+    """
+    answers = [
+        await posted(client, batch(GOOD, GOOD, partial=partial)) for partial in (True, False)
+    ]
+
+    assert [202, 202] == [answer.status_code for answer in answers]
+    assert [[], []] == [answer.json()["refused"] for answer in answers]
+    assert await stored(db) == 4
+
+
+async def test_a_partial_batch_of_wrong_tasks_only_stores_nothing(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    It is answered like any other: a client that sent one task need not ask differently.
+    """
+    answer = await posted(client, batch(EXPIRED, "{}"))
+
+    assert answer.status_code == 207
+    assert [None, None] == answer.json()["tasks"]
+    assert [0, 1] == [one["index"] for one in answer.json()["refused"]]
+    assert await stored(db) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "pointer"),
+    [
+        (b'{"partial":true,"tasks":[]}', "/tasks"),
+        (b'{"partial":true,"tasks":{}}', "/tasks"),
+        (b'{"partial":true}', "/tasks"),
+        (b'{"partial":true,"tasks":[{}],"all":1}', "/all"),
+        (b'{"partial":true,"tasks":[{}],"partial":true}', "/partial"),
+        (
+            b'{"partial":true,"tasks":[{"name":"x","payload":{"x":NaN}}],"x":NaN}',
+            "/tasks/0/payload/x",
+        ),
+        (b'{"partial":"yes","tasks":[{"name":"x"}]}', "/partial"),
+        (b'{"partial":1,"tasks":[{"name":"x"}]}', "/partial"),
+        (b'{"partial":null,"tasks":[{"name":"x"}]}', "/partial"),
+        (b'{"partial":true,"tasks":[%b{"name":"x"}]}' % (b'{"name":"x"},' * 1000), "/tasks"),
+        (b'{"partial":true,"tasks":[%b{}]}' % (b"[" * 70 + b"]" * 70 + b","), ""),
+    ],
+    ids=lambda value: ascii(value)[:60],
+)
+async def test_what_is_wrong_with_a_batch_itself_refuses_it_as_a_whole(
+    client: httpx.AsyncClient, db: Database, content: bytes, pointer: str
+) -> None:
+    """
+    `partial` forgives wrong tasks, nothing else.
+    """
+    answer = await posted(client, content)
+
+    assert answer.status_code == 422
+    assert pointer in [error["pointer"] for error in answer.json()["errors"]]
+    assert await stored(db) == 0
+
+
+async def test_a_large_batch_with_odd_json_is_refused_as_a_whole(
+    client: httpx.AsyncClient, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Finding out where it is wrong would take seconds, in which no one else is served.
+    """
+    monkeypatch.setattr(strict_json, "WALKED_LENGTH_MAX", 100)
+    answer = await posted(
+        client, batch(GOOD, '{"name":"x","payload":{"x":NaN}}', '{"name":"y"}' * 9)
+    )
+
+    assert answer.status_code == 422
+    assert "" == answer.json()["errors"][0]["pointer"]
+    assert await stored(db) == 0
+
+
+async def test_a_batch_with_faults_of_both_kinds_is_an_invalid_task(
+    client: httpx.AsyncClient,
+) -> None:
+    """
+    `invalid-payload` says that nothing else is wrong.
+    """
+    charge = '{"name":"charge","payload":{}}'
+    payloads = await posted(client, batch(charge, charge, partial=False))
+    both = await posted(client, batch(charge, EXPIRED, partial=False))
+
+    assert "/problems/invalid-payload" == payloads.json()["type"]
+    assert "/problems/invalid-task" == both.json()["type"]
+    assert (
+        "/tasks/0/payload/order is required. (One of 2 faults; see `errors`.)"
+        == (both.json()["detail"])
+    )
+
+
+@pytest.mark.parametrize(
+    "row", ["{}", EXPIRED, '{"name":"charge"}', '{"name":"x","payload":{"x":NaN}}']
+)
+async def test_a_refusal_says_how_many_faults_there_are(
+    client: httpx.AsyncClient, row: str
+) -> None:
+    """
+    However they were found. The first twenty are listed.
+    """
+    answer = await posted(client, batch(*[row] * 321, partial=False))
+
+    assert answer.json()["detail"].endswith(" (One of 321 faults; the first 20 are in `errors`.)")
+    assert 20 == len(answer.json()["errors"])
+
+
+async def test_a_task_of_a_partial_batch_says_how_many_faults_it_has(
+    client: httpx.AsyncClient,
+) -> None:
+    """
+    A thousand tasks with twenty faults each would be megabytes.
+    """
+    unknown = ",".join(f'"k{number}":1' for number in range(30))
+    odd = ",".join(f'"k{number}":NaN' for number in range(30))
+    rows = [f'{{"name":"x",{unknown}}}', f'{{"name":"x","payload":{{{odd}}}}}']
+    answer = await posted(client, batch(*rows))
+
+    for refused in answer.json()["refused"]:
+        assert 5 == len(refused["problem"]["errors"])
+        assert "(One of 30 faults; the first 5 are in `errors`.)" in refused["problem"]["detail"]
+
+
+async def test_a_partial_batch_wakes_listeners_for_what_it_stored(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    And only for that.
+    """
+    heard: asyncio.Queue[None] = asyncio.Queue()
+    async with Listener(db, lambda: heard.put_nowait(None)):
+        await asyncio.wait_for(heard.get(), 5)  # It listens now.
+        await posted(client, batch(EXPIRED, '{"name":"x","delay_seconds":60}'))
+        silent = heard.empty()
+        await posted(client, batch(EXPIRED, GOOD))
+        await asyncio.wait_for(heard.get(), 5)
+
+    assert silent
