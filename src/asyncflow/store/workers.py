@@ -103,9 +103,26 @@ HEARTBEAT = """
 
 async def heartbeat(db: Executor, worker_id: UUID) -> bool:
     """
-    Keep every lease of this worker; False if it was given up for lost and must start anew.
+    Keep every lease of this worker; False if it was given up for lost and must start anew, or if
+    it is not known at all.
     """
     return await db.fetchval(HEARTBEAT, worker_id) is not None
+
+
+IS_OVER = """
+    SELECT EXISTS (SELECT
+                     FROM asyncflow.workers
+                    WHERE id = $1
+                      AND (stopped_at IS NOT NULL OR lost_at IS NOT NULL))
+"""
+
+
+async def is_over(db: Executor, worker_id: UUID) -> bool:
+    """
+    Whether this worker was given up for lost, or stopped. It is not over if there is no row of
+    it, as while the database is being restored.
+    """
+    return bool(await db.fetchval(IS_OVER, worker_id))
 
 
 class Held(NamedTuple):
