@@ -145,20 +145,31 @@ async def serve_api(settings: Settings) -> None:
     events.process_stopped()
 
 
-async def work(settings: Settings) -> None:
+def work(settings: Settings) -> Coroutine[Any, Any, None]:
+    """
+    Load the handlers, before there is an event loop, and return the work of a worker.
+
+    A module may run a loop of its own while it is imported.
+
+    Raises:
+        HandlerError: A module of handlers cannot be loaded.
+    """
+    from asyncflow.handlers import load_handlers
+
+    return _work(settings, load_handlers(settings.worker_handlers))
+
+
+async def _work(settings: Settings, registry: Registry) -> None:
     """
     One worker, until a signal; declared lost, it starts again under a new id. If stuck
     handlers hold all its slots it exits with status 70, to be started again by whoever
     supervises it.
 
     Raises:
-        HandlerError: A module of handlers cannot be loaded.
         SchemaMismatch: The database needs a migration.
     """
-    from asyncflow.handlers import load_handlers
     from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 
-    registry = load_handlers(settings.worker_handlers)
     async with _database(settings, "asyncflow worker") as db, _signals() as stop:
         await _until_schema_fits(db, stop)
         while not stop.asked:

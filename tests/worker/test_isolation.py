@@ -847,3 +847,24 @@ async def test_a_handler_whose_thread_cannot_start_never_runs(
     await isolation.close()
     assert ["second", "second"] == ran
     assert 0 == isolation.stuck
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_payload_that_does_not_fit_may_be_tried_again(
+    isolation: Isolation, is_async: bool
+) -> None:
+    """
+    If its handler says so: a worker that runs newer code may take it.
+    """
+
+    async def in_loop(a: int) -> None: ...
+    def in_thread(a: int) -> None: ...
+
+    registry = Registry()
+    declare = handler("picky", invalid_payload="retry", registry=registry)
+    declare(in_loop if is_async else in_thread)
+    (picky,) = registry
+
+    outcome = await failure_in(isolation, picky, '{"b": 1}')
+
+    assert ("InvalidPayload", True) == (outcome.failure.kind, outcome.retryable)
