@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from asyncflow.handlers import Registry
     from asyncflow.transport import Transport
+    from asyncflow.worker.children import Nursery
     from asyncflow.worker.worker import Worker
 
 DATABASE_RETRY_SECONDS = 1.0
@@ -166,14 +167,26 @@ async def _work(settings: Settings, registry: Registry) -> None:
     supervises it.
 
     Raises:
+        HandlerError: A module cannot be loaded for child processes.
         SchemaMismatch: The database needs a migration.
     """
     from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 
-    async with _database(settings, "asyncflow worker") as db, _signals() as stop:
+    async with (
+        _database(settings, "asyncflow worker") as db,
+        _signals() as stop,
+        _make_nursery(settings, registry) as nursery,
+    ):
+        if any(handler.isolation == "process" for handler in registry):
+            # Now, so that child processes run what was loaded with the rest.
+            try:
+                await _until_stopped([nursery.start()], stop)
+            except OSError as error:
+                # The first attempt that needs a child tries again.
+                events.worker_starved(reason=str(error), pause_seconds=0.0)
         await _until_schema_fits(db, stop)
         while not stop.asked:
-            worker = await _make_worker(db, settings, registry)
+            worker = await _make_worker(db, settings, registry, nursery)
             stop.on_first = worker.stop
             stop.on_second = worker.stop
             stop.running = partial(getattr, worker, "running")
@@ -186,7 +199,19 @@ async def _work(settings: Settings, registry: Registry) -> None:
     events.process_stopped()
 
 
-async def _make_worker(db: Database, settings: Settings, registry: Registry) -> Worker:
+def _make_nursery(settings: Settings, registry: Registry) -> Nursery:
+    from asyncflow.worker.children import Nursery
+
+    return Nursery(
+        settings.worker_handlers,
+        handlers=[handler.name for handler in registry if handler.isolation == "process"],
+        logs={"level": settings.log_level, "log_format": settings.log_format},
+    )
+
+
+async def _make_worker(
+    db: Database, settings: Settings, registry: Registry, nursery: Nursery
+) -> Worker:
     from asyncflow.store.claims import Offer
     from asyncflow.store.workers import Registration
     from asyncflow.transport import Claimant
@@ -230,8 +255,7 @@ async def _make_worker(db: Database, settings: Settings, registry: Registry) -> 
             slots=settings.worker_concurrency,
             cancel_grace_seconds=settings.cancel_grace_seconds,
             result_bytes_max=settings.result_bytes_max,
-            log_level=settings.log_level,
-            log_format=settings.log_format,
+            nursery=nursery,
         ),
         times=Times(shutdown_grace=settings.shutdown_grace_seconds, stall=settings.stall_seconds),
     )

@@ -20,6 +20,7 @@ from asyncflow.store.tasks import Task
 from asyncflow.store.workers import Registration
 from asyncflow.transport import Claimant, Transport
 from asyncflow.transport.postgres import PostgresTransport
+from asyncflow.worker.children import Nursery
 from asyncflow.worker.isolation import Isolation
 from asyncflow.worker.worker import Times, Worker, WorkerExhausted, WorkerLost
 from transport.tasks import NAME, PATIENCE_SECONDS, a_registration
@@ -74,12 +75,16 @@ async def a_running_worker(
     offers = [Offer(h.name, h.policy.max_attempts, h.policy.timeout_seconds) for h in registry]
     transport = PostgresTransport(db, Claimant(registration.id, registration.queues, offers))
     await transport.open()
+    in_children = [h for h in registry if h.isolation == "process"]
+    nursery = Nursery(sorted({handler.function.__module__ for handler in in_children}))
     worker = Worker(
         db,
         transport,
         registration,
         registry=registry,
-        isolation=Isolation(slots=slots, cancel_grace_seconds=cancel_grace_seconds),
+        isolation=Isolation(
+            slots=slots, cancel_grace_seconds=cancel_grace_seconds, nursery=nursery
+        ),
         times=Times(shutdown_grace=grace_seconds, stall=stall_seconds),
     )
     ended = asyncio.create_task(worker.run())
@@ -90,6 +95,7 @@ async def a_running_worker(
         worker.stop()
         with contextlib.suppress(WorkerLost, WorkerExhausted):
             await ended
+        await nursery.close()
 
 
 def registry_of(*functions: Callable[..., Any], **policy: Any) -> Registry:

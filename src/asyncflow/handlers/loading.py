@@ -16,7 +16,7 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -25,10 +25,15 @@ from asyncflow.handlers.registry import DEFAULT_REGISTRY, Registry
 from asyncflow.telemetry.logs import log
 
 BUILTIN_MODULE = "asyncflow.handlers.builtin"
+_DECLARING: set[str] = set()
+"""Modules whose import declared handlers, of functions of other modules perhaps."""
+
 OF_PYTHON = sys.stdlib_module_names | {"test"}
 
 
-def load_handlers(modules: Sequence[str]) -> Registry:
+def load_handlers(
+    modules: Sequence[str], *, on_module: Callable[[str], object] = lambda name: None
+) -> Registry:
     """
     Import `modules` and return the registry that their `@handler`s filled.
 
@@ -36,6 +41,7 @@ def load_handlers(modules: Sequence[str]) -> Registry:
         modules: Dotted names such as `billing.tasks`, looked up in the current folder
             first, or paths such as `billing/tasks.py`. The built-in handlers are
             always there.
+        on_module: Called with each name before it is imported.
 
     Raises:
         HandlerError: If a module is missing, fails while it is imported, or declares no
@@ -44,8 +50,11 @@ def load_handlers(modules: Sequence[str]) -> Registry:
     load_module(BUILTIN_MODULE)
     for name in modules:
         before = set(DEFAULT_REGISTRY.names)
+        on_module(name)
         module = load_module(name)
-        if before == set(DEFAULT_REGISTRY.names) and not _declares_handlers(module):
+        if before != set(DEFAULT_REGISTRY.names):
+            _DECLARING.add(module.__name__)
+        elif not _declares_handlers(module):
             raise HandlerError(
                 f"Module {name!r} declares no handler. Decorate its functions with "
                 "@asyncflow.handler, or name the module that does."
@@ -189,7 +198,7 @@ def _is_machinery(filename: str) -> bool:
 
 def _declares_handlers(module: ModuleType) -> bool:
     functions = [handler.function for handler in DEFAULT_REGISTRY]
-    return any(
+    return module.__name__ in _DECLARING or any(
         function.__module__ == module.__name__
         or function.__module__.startswith(f"{module.__name__}.")
         or any(value is function for value in vars(module).values())

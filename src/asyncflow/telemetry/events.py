@@ -162,6 +162,14 @@ def worker_exhausted(*, worker_id: UUID, slots: int) -> None:
     log.error("worker.exhausted", worker_id=str(worker_id), slots=slots)
 
 
+def worker_starved(*, reason: str, pause_seconds: float) -> None:
+    """
+    This machine lacks what an attempt needs to begin. Its task was given back, and the worker
+    takes no more for `pause_seconds`.
+    """
+    log.warning("worker.starved", reason=reason, pause_seconds=pause_seconds)
+
+
 def loop_interrupted(*, reason: str) -> None:
     """
     A task or callback that a handler left in the event loop tried to end the process.
