@@ -212,6 +212,7 @@ def _make_nursery(settings: Settings, registry: Registry) -> Nursery:
 async def _make_worker(
     db: Database, settings: Settings, registry: Registry, nursery: Nursery
 ) -> Worker:
+    from asyncflow.handlers.builtin import BUILTIN_NAMES
     from asyncflow.store.claims import Offer
     from asyncflow.store.workers import Registration
     from asyncflow.transport import Claimant
@@ -223,7 +224,8 @@ async def _make_worker(
         id=uuid4(),
         name=f"{socket.gethostname()}:{os.getpid()}",
         queues=settings.worker_queues or tuple(sorted({*registry.queues, DEFAULT_POLICY.queue})),
-        handlers=registry.names,
+        handlers=tuple(handler.name for handler in registry),
+        handler_queues=tuple(handler.policy.queue for handler in registry),
         concurrency=settings.worker_concurrency,
         heartbeat_seconds=settings.heartbeat_seconds,
         lease_seconds=settings.lease_seconds,
@@ -246,6 +248,10 @@ async def _make_worker(
         slots=registration.concurrency,
         broker="rabbitmq" if settings.broker_url else "none",
     )
+    for handler in registry:
+        queue = handler.policy.queue
+        if queue not in registration.queues and handler.name not in BUILTIN_NAMES:
+            events.handler_not_taken(name=handler.name, queue=queue, queues=registration.queues)
     return Worker(
         db,
         transport,

@@ -4,6 +4,7 @@ What cannot work is one sentence and an exit status, never a traceback.
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 from collections.abc import Iterator
@@ -185,3 +186,25 @@ def test_a_module_of_handlers_may_run_a_loop_of_its_own_while_it_is_imported(
         worker.until("process.started")
         worker.send(signal.SIGTERM)
         assert worker.ended() == 0
+
+
+def test_a_handler_whose_queue_a_worker_does_not_take_is_named_at_its_start(
+    database_url: str, tmp_path: Path
+) -> None:
+    """
+    Its tasks may wait for ever; those of the built-in handler are nobody's loss.
+    """
+    (tmp_path / "tasks.py").write_text(
+        "import asyncflow\n@asyncflow.handler(queue='reports')\ndef monthly(): ...\n"
+    )
+    env = environment(database_url=database_url, log_format="json")
+
+    with running(
+        *("worker", "--handlers", "tasks", "--queues", "mail"), folder=tmp_path, env=env
+    ) as worker:
+        line = json.loads(worker.until("handler.not_taken").string)
+        worker.send(signal.SIGTERM)
+        assert worker.ended() == 0
+
+    assert ("monthly", "reports", "mail") == (line["name"], line["queue"], line["queues"])
+    assert 1 == worker.output.count("handler.not_taken")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -370,3 +371,37 @@ async def test_an_attempt_that_is_stopped_while_its_child_starts_is_not_begun(
         stopping[0].interrupt()
         assert await asyncio.wait_for(stopping[1], 30) is None
         (await asyncio.to_thread(gate.open, "w")).close()
+
+
+FORKING_WORKER = """
+import asyncio, os, sys, time
+sys.path[:] = {path!r}
+from asyncflow.worker.children import Nursery
+
+async def main():
+    nursery = Nursery([])
+    await nursery.start()
+    print(nursery._process.pid, flush=True)
+    if os.fork() == 0:
+        time.sleep(3600)
+    os._exit(0)
+
+asyncio.run(main())
+"""
+
+
+@only_linux
+async def test_a_nursery_ends_with_its_worker_though_a_fork_of_that_lives_on() -> None:
+    """
+    The fork holds the connection open, as the processes of a pool in a handler do.
+    """
+    code = FORKING_WORKER.format(path=sys.path)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
+    ) as worker:
+        assert worker.stdout is not None
+        nursery = psutil.Process(int(worker.stdout.readline()))
+        try:
+            await asyncio.to_thread(nursery.wait, 30)
+        finally:
+            os.killpg(worker.pid, signal.SIGKILL)

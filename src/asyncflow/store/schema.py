@@ -9,7 +9,7 @@ import asyncpg
 from asyncflow.errors import SchemaMismatch
 from asyncflow.store.database import Executor
 
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 """The newest migration under `migrations/versions`."""
 
 READ_VERSION = """

@@ -212,10 +212,17 @@ def die_with_parent(parent_pid: int) -> None:
     """
     Have the kernel, where it can, kill this process when its parent ends.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_at_death_of_parent(signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def signal_at_death_of_parent(number: signal.Signals) -> None:
+    """
+    Have the kernel, where it can, send this process a signal when its parent ends.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def leave_signals_to_worker() -> None:

@@ -43,6 +43,7 @@ from asyncflow.worker.child import (
     die_with_parent,
     leave_signals_to_worker,
     let_forks_take_signals,
+    signal_at_death_of_parent,
 )
 from asyncflow.worker.child_protocol import Message, Reader, receive_one, write
 
@@ -90,11 +91,14 @@ class Nursery:
         self._pids: dict[int, int] = {}
         self._sockets: list[int] = []
         self._reader = Reader()
+        self._worker_pid = os.getppid()
         self._woken, waker = os.pipe()
         os.set_blocking(waker, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         self._waker = waker
+        # A process that a handler forked in the worker may hold the connection open.
+        signal_at_death_of_parent(signal.SIGCHLD)
 
     def tell_loaded(self, registry: Registry, request: Message) -> None:
         """
@@ -118,6 +122,9 @@ class Nursery:
             if self._woken in readable:
                 os.read(self._woken, 4096)
                 self._bury_the_dead()
+                if os.getppid() != self._worker_pid:
+                    self._end()
+                    return None
             if self._control.fileno() in readable:
                 data, sockets, _, _ = socket.recv_fds(self._control, 1 << 16, SOCKETS_MAX)
                 self._sockets += sockets
