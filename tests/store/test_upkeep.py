@@ -10,7 +10,7 @@ import pytest
 
 from asyncflow.domain.states import TERMINAL, State
 from asyncflow.errors import StoreUnavailable
-from asyncflow.store import tasks, upkeep, workers
+from asyncflow.store import admission, tasks, upkeep, workers
 from asyncflow.store.database import Database
 from asyncflow.store.workers import Published
 from builders import (
@@ -191,7 +191,7 @@ async def queue_of(db: Database, task_id: UUID) -> str:
 
 async def test_a_task_older_than_its_handler_moves_to_the_handlers_queue(db: Database) -> None:
     """
-    Nobody could know where it belongs when it was submitted; now a worker of that queue takes it.
+    Nobody could know where it belongs when it was submitted; now workers and the relay find it.
     """
     [early] = await submitted(db, 1)
     [other] = await submitted(db, 1, name="other")
@@ -205,6 +205,8 @@ async def test_a_task_older_than_its_handler_moves_to_the_handlers_queue(db: Dat
     assert ["reports", "default", "reports"] == [
         await queue_of(db, task_id) for task_id in (early, other, delayed.id)
     ]
+    admitted = await admission.admissible(db, queue="reports", names=[NAME], limit=9)
+    assert [early] == [task.task_id for task in admitted]
     assert [early] == [claim.task_id for claim in await claimed_due(db, 9, queues=("reports",))]
 
 

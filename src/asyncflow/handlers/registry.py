@@ -9,7 +9,6 @@ ever imported because a task says so: modules come from the worker's own setting
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,13 +62,6 @@ class Handler:
         object.__setattr__(self, "is_async", inspect.iscoroutinefunction(self.function))
         for fault in _faults(self):
             raise declaration_error(self.name, self.function, fault)
-
-    @property
-    def module(self) -> str:
-        """
-        The module that an import in another process would define this handler by.
-        """
-        return importable_name(self.function.__module__)
 
     def bind(self, payload: str) -> dict[str, Any]:
         """
@@ -265,17 +257,6 @@ def handler(
     if name_or_function is None or isinstance(name_or_function, str):
         return declare
     return declare(name_or_function)
-
-
-def importable_name(module: str) -> str:
-    """
-    The name, or for the main script the file, that another process can load `module` by.
-    """
-    if module != "__main__":
-        return module
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    return spec.name if spec is not None else str(getattr(main, "__file__", module))
 
 
 def _default_name(function: Callable[..., Any]) -> str:

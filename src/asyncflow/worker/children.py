@@ -33,6 +33,9 @@ MEMORY_CHECK_SECONDS = 0.1
 LEAVE_SECONDS = 1.0
 """How long an idle child may take to exit by itself, and a dying one to be reaped."""
 
+CLOSE_SECONDS = 5.0
+"""How long a worker that ends waits to hear that its children have died."""
+
 LAST_WORDS_SECONDS = 0.5
 """How long after a child's death what it had written may take to be read."""
 
@@ -569,7 +572,8 @@ class Children:
             self._dismiss(self._idle.pop())
         remaining = {child.reaper for child in self._lent} | self._leaving
         if remaining:
-            await asyncio.wait(remaining)
+            # A nursery that tells of no death any more is closed next, and they with it.
+            await asyncio.wait(remaining, timeout=CLOSE_SECONDS)
 
     def _sweep_later(self) -> None:
         if self._sweep is None and self._idle:

@@ -31,6 +31,7 @@ import signal
 import socket
 import stat
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,6 +55,9 @@ EXIT_SECONDS = 2
 SOCKETS_MAX = 16
 """Received at once."""
 
+Files = Mapping[str, Sequence[int]]
+"""When each was changed, in nanoseconds, and its size."""
+
 
 def main() -> None:
     """
@@ -66,16 +70,26 @@ def main() -> None:
     if len(sys.argv) > 2:
         _begin_as_child(int(sys.argv[2]))
         _load(connection)
-    else:
-        sockets = _sockets()
-        registry, request = _load(connection)
         leave_signals_to_worker()  # what was loaded may have taken them
-        nursery = Nursery(connection, forks=_may_fork(sockets))
-        nursery.tell_loaded(registry, request)
-        own_child = nursery.run()
-        if own_child is None:
-            return
-        connection = own_child
+        _serve(connection)
+    else:
+        nursery = _nursery(connection)
+        own_connection = nursery.run()
+        if own_connection is not None:
+            _serve(own_connection)
+
+
+def _nursery(control: socket.socket) -> Nursery:
+    worker_pid, sockets = os.getppid(), _sockets()
+    signal_at_death_of_parent(signal.SIGKILL)
+    files = _load(control)
+    leave_signals_to_worker()
+    nursery = Nursery(control, worker_pid, forks=_may_fork(sockets))
+    nursery.tell_loaded(files)
+    return nursery
+
+
+def _serve(connection: socket.socket) -> None:
     connection.sendall(write({"tell": "ready"}))
     Server(connection).serve()
 
@@ -85,13 +99,14 @@ class Nursery:
     Starts, kills and buries children.
     """
 
-    def __init__(self, control: socket.socket, *, forks: bool) -> None:
+    def __init__(self, control: socket.socket, worker_pid: int, *, forks: bool) -> None:
         self._control = control
         self._forks = forks
+        self._pid = os.getpid()
         self._pids: dict[int, int] = {}
         self._sockets: list[int] = []
         self._reader = Reader()
-        self._worker_pid = os.getppid()
+        self._worker_pid = worker_pid
         self._woken, waker = os.pipe()
         os.set_blocking(waker, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -100,13 +115,12 @@ class Nursery:
         # A process that a handler forked in the worker may hold the connection open.
         signal_at_death_of_parent(signal.SIGCHLD)
 
-    def tell_loaded(self, registry: Registry, request: Message) -> None:
+    def tell_loaded(self, files: Files) -> None:
         """
         Say what was loaded, and from which files.
         """
         gc.collect()
         gc.freeze()  # or the children's collectors would copy every page
-        files = request["files"] or _files()
         self._tell({"tell": "loaded", "forks": self._forks, "files": files})
 
     def run(self) -> socket.socket | None:
@@ -156,12 +170,20 @@ class Nursery:
         with theirs:
             pid = _fork() if self._forks else _spawn(theirs)
             if pid == 0:
-                return self._become_child(theirs)
+                return self._in_child(theirs)
         self._pids[number] = pid
         self._tell({"tell": "started", "number": number, "pid": pid})
         return None
 
+    def _in_child(self, theirs: socket.socket) -> socket.socket:
+        try:
+            return self._become_child(theirs)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # never back into the nursery's loop
+
     def _become_child(self, theirs: socket.socket) -> socket.socket:
+        _begin_as_child(self._pid)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._control.close()
@@ -172,7 +194,7 @@ class Nursery:
         atexit._clear()
         if "numpy.random" in sys.modules:
             sys.modules["numpy.random"].seed()  # as Python does for its own `random`
-        return theirs.dup()
+        return socket.socket(fileno=theirs.detach())
 
     def _bury_the_dead(self) -> None:
         for number, pid in tuple(self._pids.items()):
@@ -182,7 +204,7 @@ class Nursery:
                 found, status = pid, signal.SIGKILL  # somebody else's code waited for it
             if found:
                 del self._pids[number]
-                _kill(pid)  # the rest of its group, which keeps its id until the last is gone
+                _kill_group(pid)  # which keeps its id until the last of it is gone
                 code = os.waitstatus_to_exitcode(status)
                 self._tell({"tell": "died", "number": number, "status": code})
 
@@ -208,11 +230,7 @@ def _fork() -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # closed or replaced by what was imported
             stream.flush()  # else the child would write it again
-    nursery_pid = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _begin_as_child(nursery_pid)
-    return pid
+    return os.fork()
 
 
 def _spawn(connection: socket.socket) -> int:
@@ -222,18 +240,25 @@ def _spawn(connection: socket.socket) -> int:
 
 
 def _kill(pid: int) -> None:
-    try:
+    # Itself, too: it may not have made its group yet. It is not buried, so its id is its own.
+    with contextlib.suppress(ProcessLookupError):  # unless somebody else's code waited for it
+        os.kill(pid, signal.SIGKILL)
+    _kill_group(pid)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # EPERM: macOS, only zombies
         os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # macOS says EPERM of a group of zombies
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # it has not made its group yet, or is buried
 
 
-def _load(connection: socket.socket) -> tuple[Registry, Message]:
+def _load(connection: socket.socket) -> Files:
     """
     Do what the first message says: load the modules that the worker has loaded.
 
     Exits when it cannot; the worker is told why.
+
+    Returns:
+        The files that the worker's handlers come from.
     """
     request = receive_one(connection)
     if request is None:
@@ -245,7 +270,7 @@ def _load(connection: socket.socket) -> tuple[Registry, Message]:
     def on_module(name: str) -> None:
         connection.sendall(write({"tell": "loading", "module": name}))
 
-    files: Mapping[str, Sequence[int]] = request["files"] or {}
+    files: Files = request["files"] or {}
     try:
         _check_unchanged(files)
         registry = load_handlers(request["modules"], on_module=on_module)
@@ -254,7 +279,7 @@ def _load(connection: socket.socket) -> tuple[Registry, Message]:
     except HandlerError as error:
         connection.sendall(write({"tell": "refused", "reason": str(error)}))
         sys.exit()
-    return registry, request
+    return files or _files()
 
 
 def _check_complete(registry: Registry, wanted: Sequence[str]) -> None:
@@ -266,7 +291,7 @@ def _check_complete(registry: Registry, wanted: Sequence[str]) -> None:
         )
 
 
-def _files() -> dict[str, list[int]]:
+def _files() -> Files:
     found = {}
     for module in tuple(sys.modules.values()):
         file = getattr(module, "__file__", None)
@@ -276,7 +301,7 @@ def _files() -> dict[str, list[int]]:
     return found
 
 
-def _check_unchanged(files: Mapping[str, Sequence[int]]) -> None:
+def _check_unchanged(files: Files) -> None:
     for file, version in files.items():
         try:
             is_same = _version(file) == list(version)
