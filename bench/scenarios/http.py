@@ -121,7 +121,7 @@ def _publish_handlers(run: Run, entrant: Entrant) -> None:
     commands = load_system(entrant.system).worker_commands(1, "")[:1]
     with running(commands, environment=run.environment(entrant), log=run.log(entrant)):
         wait_until(
-            lambda: count_rows("SELECT count(*) FROM asyncflow.handlers") > 1,
+            lambda: count_rows("SELECT count(*) FROM asyncflow.publications") > 1,
             seconds=30,
             poll_seconds=0.05,
         )

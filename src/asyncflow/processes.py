@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from asyncflow.handlers import Registry
     from asyncflow.transport import Transport
+    from asyncflow.worker.children import Nursery
     from asyncflow.worker.worker import Worker
 
 DATABASE_RETRY_SECONDS = 1.0
@@ -148,24 +149,47 @@ async def serve_api(settings: Settings) -> None:
     events.process_stopped()
 
 
-async def work(settings: Settings) -> None:
+def work(settings: Settings) -> Coroutine[Any, Any, None]:
+    """
+    Load the handlers, before there is an event loop, and return the work of a worker.
+
+    A module may run a loop of its own while it is imported.
+
+    Raises:
+        HandlerError: A module of handlers cannot be loaded.
+    """
+    from asyncflow.handlers import load_handlers
+
+    return _work(settings, load_handlers(settings.worker_handlers))
+
+
+async def _work(settings: Settings, registry: Registry) -> None:
     """
     One worker, until a signal; declared lost, it starts again under a new id. If stuck
     handlers hold all its slots it exits with status 70, to be started again by whoever
     supervises it.
 
     Raises:
-        HandlerError: A module of handlers cannot be loaded.
+        HandlerError: A module cannot be loaded for child processes.
         SchemaMismatch: The database needs a migration.
     """
-    from asyncflow.handlers import load_handlers
     from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 
-    registry = load_handlers(settings.worker_handlers)
-    async with _database(settings, "asyncflow worker") as db, _signals() as stop:
+    async with (
+        _database(settings, "asyncflow worker") as db,
+        _signals() as stop,
+        _make_nursery(settings, registry) as nursery,
+    ):
+        if any(handler.isolation == "process" for handler in registry):
+            # Now, so that child processes run what was loaded with the rest.
+            try:
+                await _until_stopped([nursery.start()], stop)
+            except OSError as error:
+                # The first attempt that needs a child tries again.
+                events.worker_starved(reason=str(error), pause_seconds=0.0)
         await _until_schema_fits(db, stop)
         while not stop.asked:
-            worker = await _make_worker(db, settings, registry)
+            worker = await _make_worker(db, settings, registry, nursery)
             stop.on_first = worker.stop
             stop.on_second = worker.stop
             stop.running = partial(getattr, worker, "running")
@@ -178,7 +202,20 @@ async def work(settings: Settings) -> None:
     events.process_stopped()
 
 
-async def _make_worker(db: Database, settings: Settings, registry: Registry) -> Worker:
+def _make_nursery(settings: Settings, registry: Registry) -> Nursery:
+    from asyncflow.worker.children import Nursery
+
+    return Nursery(
+        settings.worker_handlers,
+        handlers=[handler.name for handler in registry if handler.isolation == "process"],
+        logs={"level": settings.log_level, "log_format": settings.log_format},
+    )
+
+
+async def _make_worker(
+    db: Database, settings: Settings, registry: Registry, nursery: Nursery
+) -> Worker:
+    from asyncflow.handlers.builtin import BUILTIN_NAMES
     from asyncflow.store.claims import Offer
     from asyncflow.store.workers import Registration
     from asyncflow.transport import Claimant
@@ -190,7 +227,8 @@ async def _make_worker(db: Database, settings: Settings, registry: Registry) -> 
         id=uuid4(),
         name=f"{socket.gethostname()}:{os.getpid()}",
         queues=settings.worker_queues or tuple(sorted({*registry.queues, DEFAULT_POLICY.queue})),
-        handlers=registry.names,
+        handlers=tuple(handler.name for handler in registry),
+        handler_queues=tuple(handler.policy.queue for handler in registry),
         concurrency=settings.worker_concurrency,
         heartbeat_seconds=settings.heartbeat_seconds,
         lease_seconds=settings.lease_seconds,
@@ -213,6 +251,10 @@ async def _make_worker(db: Database, settings: Settings, registry: Registry) -> 
         slots=registration.concurrency,
         broker="rabbitmq" if settings.broker_url else "none",
     )
+    for handler in registry:
+        queue = handler.policy.queue
+        if queue not in registration.queues and handler.name not in BUILTIN_NAMES:
+            events.handler_not_taken(name=handler.name, queue=queue, queues=registration.queues)
     return Worker(
         db,
         transport,
@@ -222,8 +264,7 @@ async def _make_worker(db: Database, settings: Settings, registry: Registry) -> 
             slots=settings.worker_concurrency,
             cancel_grace_seconds=settings.cancel_grace_seconds,
             result_bytes_max=settings.result_bytes_max,
-            log_level=settings.log_level,
-            log_format=settings.log_format,
+            nursery=nursery,
         ),
         times=Times(shutdown_grace=settings.shutdown_grace_seconds, stall=settings.stall_seconds),
     )

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 
 from asyncflow.api.catalogue import Catalogue
 from asyncflow.store.database import Database
-from asyncflow.store.workers import Published, publish_handlers
+from asyncflow.store.workers import Published, publish_handlers, stop
+from builders import a_worker
 
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -30,6 +32,10 @@ SCHEMA: dict[str, Any] = {
 async def publish(db: Database, catalogue: Catalogue, schema: dict[str, Any]) -> None:
     await publish_handlers(db, [Published("charge", "billing", schema)])
     await catalogue.refresh()
+
+
+def queue_of(catalogue: Catalogue) -> str:
+    return catalogue.queue_for("charge", {"order": 1}, wanted=None, pointer="")
 
 
 async def test_a_known_name_gets_its_handlers_queue(
@@ -167,13 +173,13 @@ async def test_a_running_catalogue_learns_by_itself(db: Database) -> None:
     It looks again and again while it is entered.
     """
     async with Catalogue(db, refresh_seconds=0.01) as catalogue:
-        assert catalogue.queue_of("charge") is None
+        assert queue_of(catalogue) == "default"
         await publish_handlers(db, [Published("charge", "billing", SCHEMA)])
         async with asyncio.timeout(5):
-            while catalogue.queue_of("charge") is None:  # noqa: ASYNC110 - it tells nobody
+            while queue_of(catalogue) == "default":  # noqa: ASYNC110 - it tells nobody
                 await asyncio.sleep(0.01)
 
-    assert catalogue.queue_of("charge") == "billing"
+    assert queue_of(catalogue) == "billing"
 
 
 async def test_an_outage_leaves_the_last_copy_in_use(db: Database) -> None:
@@ -186,4 +192,76 @@ async def test_an_outage_leaves_the_last_copy_in_use(db: Database) -> None:
         await db.close()
         await asyncio.sleep(0.05)
 
-    assert catalogue.queue_of("charge") == "billing"
+    assert queue_of(catalogue) == "billing"
+
+
+TO_ORDER, TO_ADDRESS = (
+    {"type": "object", "properties": {key: {}}, "required": [key], "additionalProperties": False}
+    for key in ("order_id", "address")
+)
+
+
+async def two_services(db: Database, catalogue: Catalogue) -> list[UUID]:
+    """
+    Two workers that declare `mail`, each in a queue of its own; the second is newer.
+    """
+    workers = []
+    for queue, schema in (("shop", TO_ORDER), ("news", TO_ADDRESS)):
+        worker = await a_worker(db, handlers=("mail",), handler_queues=(queue,), queues=(queue,))
+        await publish_handlers(db, [Published("mail", queue, schema)])
+        workers.append(worker.id)
+    await catalogue.refresh()
+    return workers
+
+
+async def test_services_that_share_a_name_do_not_refuse_each_others_payloads(
+    client: httpx.AsyncClient, db: Database, catalogue: Catalogue
+) -> None:
+    """
+    What either takes goes to its queue; a queue that is named is checked by its own service.
+    """
+    await two_services(db, catalogue)
+    to_order = {"name": "mail", "payload": {"order_id": 1}}
+    to_address = {"name": "mail", "payload": {"address": "a@b"}}
+
+    answers = [await client.post("/tasks", json=task) for task in (to_order, to_address)]
+    wrong = await client.post("/tasks", json={"name": "mail", "payload": {"to": 1}})
+    misled = await client.post("/tasks", json={**to_order, "queue": "news"})
+    elsewhere = await client.post("/tasks", json={**to_order, "queue": "slow"})
+
+    assert ["shop", "news"] == [answer.json()["queue"] for answer in answers]
+    assert (422, 422) == (wrong.status_code, misled.status_code)
+    assert (202, "slow") == (elsewhere.status_code, elsewhere.json()["queue"])
+
+
+async def test_services_that_share_a_name_are_reported_once(
+    db: Database, catalogue: Catalogue, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Whoever operates them should rename one.
+    """
+    await two_services(db, catalogue)
+    await catalogue.refresh()
+
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "handlers.conflict" in line]
+    assert "mail" in line
+    assert "news,shop" in line
+
+
+async def test_a_handler_whose_workers_are_gone_gives_way_to_one_that_lives(
+    client: httpx.AsyncClient, db: Database, catalogue: Catalogue
+) -> None:
+    """
+    It was renamed or moved; with no live worker at all the newest counts.
+    """
+    shop, news = await two_services(db, catalogue)
+    await stop(db, news)
+    await catalogue.refresh()
+    to_shop = await client.post("/tasks", json={"name": "mail", "payload": {"order_id": 1}})
+    to_news = await client.post("/tasks", json={"name": "mail", "payload": {"address": "a@b"}})
+    await stop(db, shop)
+    await catalogue.refresh()
+    to_nobody = await client.post("/tasks", json={"name": "mail", "payload": {"address": "a@b"}})
+
+    assert (202, 422) == (to_shop.status_code, to_news.status_code)
+    assert (202, "news") == (to_nobody.status_code, to_nobody.json()["queue"])

@@ -4,13 +4,15 @@ What cannot work is one sentence and an exit status, never a traceback.
 
 from __future__ import annotations
 
+import json
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cli.programs import environment, finished
+from cli.programs import environment, finished, running
 from services.ports import free_port
 
 NOBODY_LISTENS = "postgresql://someone:very-secret@127.0.0.1:1/none"
@@ -145,3 +147,64 @@ def test_a_mistyped_command_is_answered_with_the_right_one(tmp_path: Path) -> No
 
     assert ended.returncode == 2
     assert "Did you mean 'worker'?" in ended.stderr
+
+
+def test_a_handler_whose_type_no_json_becomes_is_named_before_the_worker_starts(
+    database_url: str, tmp_path: Path
+) -> None:
+    """
+    One sentence with file, function and parameter; no supervisor starts it again.
+    """
+    (tmp_path / "tasks.py").write_text(
+        "import asyncflow\nclass Plain: ...\n@asyncflow.handler\ndef mail(to: Plain): ...\n"
+    )
+    env = environment(database_url=database_url)
+
+    ended = finished("worker", "--handlers", "tasks", folder=tmp_path, env=env)
+
+    assert ended.returncode == 2
+    assert "process.started" not in ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(
+        f"asyncflow: Handler 'mail' (mail in {tmp_path}/tasks.py, line 3): parameter 'to': no JSON"
+    )
+
+
+def test_a_module_of_handlers_may_run_a_loop_of_its_own_while_it_is_imported(
+    database_url: str, tmp_path: Path
+) -> None:
+    """
+    Handlers are loaded before there is the worker's loop.
+    """
+    (tmp_path / "tasks.py").write_text(
+        "import asyncio, asyncflow\nasync def settings(): return 'mail'\n"
+        "@asyncflow.handler(asyncio.run(settings()))\ndef mail(): ...\n"
+    )
+    env = environment(database_url=database_url)
+
+    with running("worker", "--handlers", "tasks", folder=tmp_path, env=env) as worker:
+        worker.until("process.started")
+        worker.send(signal.SIGTERM)
+        assert worker.ended() == 0
+
+
+def test_a_handler_whose_queue_a_worker_does_not_take_is_named_at_its_start(
+    database_url: str, tmp_path: Path
+) -> None:
+    """
+    Its tasks may wait for ever; those of the built-in handler are nobody's loss.
+    """
+    (tmp_path / "tasks.py").write_text(
+        "import asyncflow\n@asyncflow.handler(queue='reports')\ndef monthly(): ...\n"
+    )
+    env = environment(database_url=database_url, log_format="json")
+
+    with running(
+        *("worker", "--handlers", "tasks", "--queues", "mail"), folder=tmp_path, env=env
+    ) as worker:
+        line = json.loads(worker.until("handler.not_taken").string)
+        worker.send(signal.SIGTERM)
+        assert worker.ended() == 0
+
+    assert ("monthly", "reports", "mail") == (line["name"], line["queue"], line["queues"])
+    assert 1 == worker.output.count("handler.not_taken")

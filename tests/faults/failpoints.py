@@ -44,7 +44,7 @@ FIRED = "ASYNCFLOW_TEST_FIRED"
 CONTROL = "ASYNCFLOW_TEST_CONTROL"
 """The port at which the test takes orders for its wires."""
 
-CHILD = "asyncflow.worker.child"
+CHILD = "asyncflow.worker.nursery"
 
 
 class Call(NamedTuple):

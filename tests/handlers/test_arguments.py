@@ -10,7 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Final, Literal, cast
 
 import annotated_types
 import jsonschema_rs
@@ -71,6 +71,19 @@ def choice(colour: Literal["red", "green"]): ...
 def awkward(schema: int, json: int, model_config: int, _private: int, copy: int = 0): ...
 def rich(at: datetime.datetime, price: decimal.Decimal, key: uuid.UUID, where: Point): ...
 def either(value: int | list[str]): ...
+def renamed(user_id: Annotated[int, pydantic.Field(alias="userId")] = 0, note: str = ""): ...
+def renamed_without_default(user_id: Annotated[int, pydantic.Field(alias="userId")]): ...
+def renamed_twice(
+    user_id: Annotated[
+        int,
+        pydantic.Field(
+            validation_alias=pydantic.AliasChoices(
+                "userId", "uid", pydantic.AliasPath("user", "id")
+            )
+        ),
+    ],
+): ...
+def looks_ahead(code: Annotated[str, pydantic.Field(pattern=r"^(?=.*\d).+$")], n: int = 1): ...
 
 
 MODEL = Order(id=uuid.UUID(int=1), lines=[1])
@@ -120,6 +133,13 @@ FITTING = [
         },
     ),
     (either, {"value": ["a"]}, {"value": ["a"]}),
+    (renamed, {}, {}),
+    (renamed, {"userId": 7}, {"user_id": 7}),
+    (renamed_without_default, {"userId": 7}, {"user_id": 7}),
+    (renamed_twice, {"userId": 7}, {"user_id": 7}),
+    (renamed_twice, {"uid": 7}, {"user_id": 7}),
+    (renamed_twice, {"user": {"id": 7}}, {"user_id": 7}),
+    (looks_ahead, {"code": "a1"}, {"code": "a1"}),
 ]
 
 RICH = {"at": "2026-01-02T03:04:05Z", "price": "1", "key": str(MODEL.id), "where": {"x": 1}}
@@ -148,6 +168,11 @@ UNFITTING = [
     (rich, RICH | {"where": {}}, "/where/x"),
     (either, {"value": {}}, "/value"),
     (either, {"value": [{}]}, "/value/0"),
+    (renamed, {"user_id": 7}, "/user_id"),
+    (renamed, {"userId": "no"}, "/userId"),
+    (renamed_without_default, {}, "/userId"),
+    (renamed_twice, {"userId": "no"}, "/userId"),
+    (looks_ahead, {"code": "a"}, "/code"),
 ]
 
 
@@ -298,12 +323,38 @@ def test_a_default_that_is_no_json_is_left_out_of_the_schema() -> None:
     assert {} == declared(function).bind("{}")
 
 
+class Plain: ...
+
+
+class Mailer:
+    def send(self, address: str): ...
+    @classmethod
+    def of_the_class(cls, address: str): ...
+    @staticmethod
+    def of_no_object(address: str): ...
+
+
+class Explosive:
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        raise RuntimeError("not today")
+
+
 def positional_only(a: int, /): ...
 def any_number(*values: int): ...
 def two_contexts(a: Context, b: Context): ...
 def field_as_default(a: int = pydantic.Field(5)): ...
+def default_in_field(a: Annotated[int, pydantic.Field(default=5)]): ...
 def unknown_name(a: "Missing"): ...  # type: ignore[name-defined] # noqa: F821
-def arbitrary(a: HandlerError): ...
+def failing_annotation(a: "1 / 0"): ...  # type: ignore[valid-type]
+def arbitrary(a: int, b: Plain): ...
+def arbitrary_item(a: int, b: list[Plain] | None = None): ...
+def arbitrary_rest(a: int, **more: Plain): ...
+def arbitrary_payload(payload: dict[str, Plain]): ...
+def callback(a: Callable[[], int]): ...
+def wrong_pattern(a: Annotated[str, pydantic.Field(pattern="(")]): ...
+def explosive(a: int, b: Explosive): ...
+def final(a: Final[int]): ...  # type: ignore[valid-type]
 
 
 @pytest.mark.parametrize(
@@ -311,25 +362,56 @@ def arbitrary(a: HandlerError): ...
     [
         (positional_only, "'a' is positional-only"),
         (any_number, r"\*values cannot be filled"),
-        (two_contexts, "two Context parameters: a, b"),
-        (field_as_default, "write Annotated"),
-        (unknown_name, "'Missing' is not defined"),
+        (two_contexts, "two parameters are annotated Context: a, b"),
+        (field_as_default, "'a' has a Field.* write Annotated"),
+        (default_in_field, "'a' has its default inside of Field"),
+        (unknown_name, "parameter 'a' cannot be resolved .name 'Missing' is not defined"),
+        (failing_annotation, "parameter 'a' fails: "),
+        (Mailer.send, "'self': a method has no object"),
+        (arbitrary, "parameter 'b': no JSON becomes .*Plain; use types"),
+        (arbitrary_item, "parameter 'b': no JSON becomes .*Plain.*; use types"),
+        (arbitrary_rest, "parameter 'more': no JSON becomes"),
+        (arbitrary_payload, "parameter 'payload': no JSON becomes"),
+        (callback, "parameter 'a': no JSON becomes .*Callable"),
+        (wrong_pattern, "parameter 'a': its type is refused: "),
+        (explosive, "parameter 'b': its type is refused: RuntimeError: not today"),
+        (final, "parameter 'a'"),
     ],
 )
 def test_a_signature_that_no_payload_fills_is_an_error(function: Function, sentence: str) -> None:
     """
-    At the worker's start, with a sentence for the handler's author.
+    At the worker's start, in one sentence for the handler's author: file, function, parameter.
     """
-    with pytest.raises(HandlerError, match=sentence):
+    with pytest.raises(HandlerError, match=sentence) as error:
         declared(function).check()
 
+    place = f"Handler 'sample' ({function.__qualname__} in {__file__}, line "
+    assert str(error.value).startswith(place)
+    assert 1 == len(str(error.value).splitlines())
+    assert "arbitrary_types_allowed" not in str(error.value)
 
-def test_a_type_that_json_cannot_say_is_an_error() -> None:
+
+@pytest.mark.parametrize(
+    "function", [Mailer().send, Mailer.of_the_class, Mailer.of_no_object], ids=lambda f: f.__name__
+)
+def test_a_method_that_needs_no_object_is_a_function(function: Function) -> None:
     """
-    It shows when the schema is published, at the worker's start.
+    It has one already, or takes none.
     """
-    with pytest.raises(HandlerError, match="its parameters cannot be read"):
-        declared(arbitrary).payload_schema()
+    assert {"address": "a@b"} == declared(function).bind('{"address": "a@b"}')
+
+
+def test_keys_that_no_parameter_names_can_be_ignored() -> None:
+    """
+    Payloads from before or after a change of the signature still run.
+    """
+    tolerant = Handler(name="sample", function=plain, isolation="thread", extra="ignore")
+    empty = Handler(name="sample", function=nothing, isolation="thread", extra="ignore")
+
+    assert {"name": "n"} == tolerant.bind('{"name": "n", "cuont": 1}')
+    assert {} == empty.bind('{"name": "n"}')
+    for handler in (tolerant, empty):
+        assert jsonschema_rs.is_valid(handler.payload_schema(), {"name": "n", "more": 1})
 
 
 def test_the_context_comes_under_any_name() -> None:

@@ -202,15 +202,65 @@ def test_a_module_without_handlers_is_an_error(load: Load, tmp_path: Path) -> No
     assert "Module 'billing' declares no handler" in load("billing")
 
 
-def test_a_file_whose_name_is_taken_is_an_error(load: Load, tmp_path: Path) -> None:
+def test_a_file_may_have_a_name_that_another_module_has(load: Load, tmp_path: Path) -> None:
     """
-    Another module would have been loaded in its place.
+    It is imported under a name made of its path, and the other module keeps its own.
     """
-    write(tmp_path, json=HANDLER)
+    write(tmp_path, json=HANDLER + "import json; json.dumps(1)")
 
-    answer = load("json.py")
+    assert "greet sample-task" == load("json.py")
 
-    assert "json.py cannot be imported as 'json': that name belongs to" in answer
+
+def test_files_of_one_name_in_two_folders_load(load: Load, tmp_path: Path) -> None:
+    """
+    As `a.tasks` and `b.tasks` do, and naming one of them twice is no mistake.
+    """
+    write(tmp_path, a__tasks=HANDLER, b__tasks=HANDLER.replace('"greet"', '"leave"'))
+
+    assert "greet leave sample-task" == load("a/tasks.py", "b/tasks.py", "b/tasks.py")
+    assert "greet leave sample-task" == load("a.tasks", "a/tasks.py", "b/tasks.py", "b.tasks")
+
+
+def test_a_module_beside_the_handlers_does_not_replace_one_of_pythons_own(
+    load: Load, tmp_path: Path
+) -> None:
+    """
+    An `email.py` would break every library that sends mail, and Pydantic.
+    """
+    write(
+        tmp_path,
+        email="raise RuntimeError('not the one that was meant')",
+        billing="import email.message, pydantic" + HANDLER,
+    )
+
+    assert "greet sample-task" == load("billing")
+
+
+def test_a_module_beside_the_handlers_wins_over_one_that_is_installed(
+    load: Load, tmp_path: Path
+) -> None:
+    """
+    The author's `yaml.py` is what their `import yaml` means.
+    """
+    write(tmp_path, pamqp="NAME = 'greet'")
+    write(
+        tmp_path,
+        billing="from pamqp import NAME" + HANDLER.replace('"greet"', "NAME"),
+    )
+
+    assert "greet sample-task" == load("billing")
+
+
+@pytest.mark.parametrize("name", ["test.tasks", "queue", "test/tasks.py", "queue.py"])
+def test_modules_of_handlers_may_be_called_as_one_of_pythons_own(
+    load: Load, tmp_path: Path, name: str
+) -> None:
+    """
+    What the operator names is in the current folder first.
+    """
+    write(tmp_path, test__tasks=HANDLER, queue=HANDLER)
+
+    assert "greet sample-task" == load(name)
 
 
 def test_a_signature_that_cannot_be_filled_is_told_at_loading(load: Load, tmp_path: Path) -> None:
@@ -219,14 +269,29 @@ def test_a_signature_that_cannot_be_filled_is_told_at_loading(load: Load, tmp_pa
     """
     write(tmp_path, billing=HANDLER.replace("name: str", "*names"))
 
-    assert "*names cannot be filled" in load("billing")
+    assert f"'greet' (greet in {tmp_path}/billing.py, line 3): *names cannot be" in load("billing")
+
+
+def test_a_type_that_no_json_becomes_is_told_at_loading(load: Load, tmp_path: Path) -> None:
+    """
+    In one line with the file, the function and the parameter.
+    """
+    write(tmp_path, billing="class Plain: ..." + HANDLER.replace("name: str", "a: int, b: Plain"))
+
+    answer = load("billing")
+
+    assert 1 == len(answer.splitlines())
+    place = f"HandlerError: Handler 'greet' (greet in {tmp_path}/billing.py, line 3): "
+    assert answer.startswith(f"{place}parameter 'b': no JSON becomes billing.Plain; use types")
 
 
 def test_annotations_may_name_classes_from_further_down(load: Load, tmp_path: Path) -> None:
     """
     They are read once the module is complete.
     """
-    later = HANDLER.replace("name: str", "name: 'Name'") + "class Name(str): ...\n"
+    later = (
+        HANDLER.replace("name: str", "name: 'Name'") + "import enum\nclass Name(enum.Enum): ...\n"
+    )
     write(tmp_path, billing=later)
 
     assert "greet sample-task" == load("billing")

@@ -3,6 +3,7 @@ Functions become handlers when they are declared soundly and under a name of the
 """
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,9 @@ def test_the_kind_of_function_decides_the_isolation(
         (generator, {}, "`yield`"),
         (async_generator, {}, "`yield`"),
         (Registry, {}, "only functions"),
+        (functools.partial(function), {}, "only functions .* partial; call it from a `def`"),
+        (function, {"extra": "allow"}, "neither 'forbid' nor 'ignore'"),
+        (function, {"invalid_payload": "ignore"}, "neither 'fail' nor 'retry'"),
     ],
 )
 def test_a_contradictory_declaration_is_an_error(
@@ -119,7 +123,7 @@ def test_a_contradictory_declaration_is_an_error(
     """
     At decoration, with the handler's name and what would be right.
     """
-    with pytest.raises(HandlerError, match=f"Handler 'name': .*{sentence}"):
+    with pytest.raises(HandlerError, match=rf"Handler 'name' \(.*\): .*{sentence}"):
         handler("name", registry=Registry(), **arguments)(declared)
 
 
@@ -142,8 +146,8 @@ def test_two_functions_of_one_name_are_an_error_that_names_both() -> None:
     with pytest.raises(HandlerError) as error:
         handler("name", registry=registry)(async_function)
 
-    assert "function in module" in str(error.value)
-    assert "async_function in module" in str(error.value)
+    assert f": function in {__file__}, line " in str(error.value)
+    assert f" and async_function in {__file__}, line " in str(error.value)
 
 
 def test_the_same_function_may_be_added_again() -> None:

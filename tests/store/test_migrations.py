@@ -13,6 +13,7 @@ from asyncflow.store import tasks
 from asyncflow.store.database import Database
 from asyncflow.store.migrations import migrate
 from asyncflow.store.schema import SCHEMA_VERSION, check_schema, schema_version
+from asyncflow.store.workers import Published, published_handlers
 from builders import new_task
 from services.postgres import PostgresServer
 
@@ -162,3 +163,22 @@ async def test_the_schema_knows_no_other_states(db: Database) -> None:
 
     with pytest.raises(StoreUnavailable, match="no partition"):
         await db.execute("UPDATE asyncflow.tasks SET state = 'lost'")
+
+
+async def test_what_workers_published_before_0002_is_known_after_it(
+    database_url: str, fresh_db: Database
+) -> None:
+    """
+    The API goes on choosing queues and checking payloads before the first new worker has started.
+    """
+    for statement in (
+        "DROP TABLE asyncflow.publications",
+        "ALTER TABLE asyncflow.workers DROP COLUMN handler_queues",
+        "UPDATE asyncflow.schema_version SET version_num = '0001'",
+        "INSERT INTO asyncflow.handlers VALUES ('mail', 'post', '{}', now())",
+    ):
+        await fresh_db.execute(statement)
+
+    assert "0001" == await migrate(database_url)
+
+    assert [Published("mail", "post", {})] == await published_handlers(fresh_db)

@@ -72,6 +72,10 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
         upkeep.EXPIRE,
         {"tasks_live": (("tasks_expiring", r"expires_at <="), LIVE_BY_ID["tasks_live"])},
     ),
+    "MOVE_TO_HANDLERS_QUEUE": (
+        upkeep.MOVE_TO_HANDLERS_QUEUE,
+        {"tasks_live": (("tasks_due", r"queue = "), LIVE_BY_ID["tasks_live"])},
+    ),
     "PRUNE_FINISHED": (
         upkeep.PRUNE_FINISHED,
         {

@@ -4,13 +4,26 @@ Upkeep: expiring, pruning and the readiness probe.
 
 from __future__ import annotations
 
+from uuid import UUID
+
 import pytest
 
 from asyncflow.domain.states import TERMINAL, State
 from asyncflow.errors import StoreUnavailable
-from asyncflow.store import tasks, upkeep
+from asyncflow.store import admission, tasks, upkeep, workers
 from asyncflow.store.database import Database
-from builders import a_task, backdate, claimed, state_of, submitted
+from asyncflow.store.workers import Published
+from builders import (
+    NAME,
+    a_task,
+    a_worker,
+    backdate,
+    claimed,
+    claimed_due,
+    row_of,
+    state_of,
+    submitted,
+)
 
 DAY = 86_400
 
@@ -150,3 +163,104 @@ async def test_the_probe_finds_out_that_a_database_takes_no_writes(db: Database)
             async with db.transaction() as standby:
                 await standby.execute("SET TRANSACTION READ ONLY")
                 await upkeep.probe(standby)
+
+
+async def moved(db: Database, *, limit: int = 10) -> int:
+    """
+    Move what waits in `default` to its handler's queue.
+    """
+    return await upkeep.move_to_handlers_queue(
+        db, queue="default", since_seconds=3_600, late_seconds=15, limit=limit
+    )
+
+
+async def published(db: Database, queue: str, *, seconds_ago: float = 0) -> None:
+    """
+    Publish the handler of these tests.
+    """
+    await workers.publish_handlers(db, [Published(NAME, queue, {})])
+    await db.execute(
+        "UPDATE asyncflow.publications SET published_at = now() - $1 * interval '1 second'",
+        seconds_ago,
+    )
+
+
+async def queue_of(db: Database, task_id: UUID) -> str:
+    return str((await row_of(db, task_id))["queue"])
+
+
+async def test_a_task_older_than_its_handler_moves_to_the_handlers_queue(db: Database) -> None:
+    """
+    Nobody could know where it belongs when it was submitted; now workers and the relay find it.
+    """
+    [early] = await submitted(db, 1)
+    [other] = await submitted(db, 1, name="other")
+    delayed = await a_task(db, due_in_seconds=60)
+    await published(db, "reports")
+    await a_worker(db, queues=("reports",), handlers=(NAME,), handler_queues=("reports",))
+
+    assert 2 == await moved(db)
+    assert 0 == await moved(db)
+
+    assert ["reports", "default", "reports"] == [
+        await queue_of(db, task_id) for task_id in (early, other, delayed.id)
+    ]
+    admitted = await admission.admissible(db, queue="reports", names=[NAME], limit=9)
+    assert [early] == [task.task_id for task in admitted]
+    assert [early] == [claim.task_id for claim in await claimed_due(db, 9, queues=("reports",))]
+
+
+@pytest.mark.parametrize(
+    ("why", "seconds_ago"),
+    [("it was published long before", 60), ("too long ago to look", 4_000)],
+)
+async def test_a_task_that_was_sent_to_default_stays_there(
+    db: Database, why: str, seconds_ago: float
+) -> None:
+    """
+    Its submitter could have left the choice to the handler.
+    """
+    [task_id] = await submitted(db, 1)
+    await published(db, "reports", seconds_ago=seconds_ago)
+
+    assert 0 == await moved(db), why
+    assert "default" == await queue_of(db, task_id)
+
+
+async def test_a_task_that_some_worker_takes_from_default_stays_there(db: Database) -> None:
+    """
+    It does not wait for ever, and keeps its place.
+    """
+    [task_id] = await submitted(db, 1)
+    await published(db, "reports")
+    await a_worker(db, queues=("default", "reports"), handlers=(NAME,))
+
+    assert 0 == await moved(db)
+    assert "default" == await queue_of(db, task_id)
+
+
+@pytest.mark.parametrize("state", [State.QUEUED, State.RUNNING, State.COMPLETED, State.FAILED])
+async def test_only_pending_tasks_move(db: Database, state: State) -> None:
+    """
+    A hint is under way to the old queue, or it has been taken from there.
+    """
+    task = await a_task(db, state=state)
+    await published(db, "reports")
+
+    assert 0 == await moved(db)
+    assert "default" == await queue_of(db, task.id)
+
+
+async def test_moving_is_bounded_and_goes_on_where_it_stopped(db: Database) -> None:
+    """
+    However many waited; the newest of two publications counts.
+    """
+    await submitted(db, 3)
+    await published(db, "older")
+    await published(db, "newer")
+
+    counts = [await moved(db, limit=2) for _ in range(3)]
+
+    assert [2, 1, 0] == counts
+    rows = await db.fetch("SELECT DISTINCT queue FROM asyncflow.tasks")
+    assert ["newer"] == [row["queue"] for row in rows]

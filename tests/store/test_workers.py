@@ -256,8 +256,30 @@ async def test_the_newest_word_on_a_handler_counts(db: Database) -> None:
     """
     await workers.publish_handlers(db, [Published("a", "x", {}), Published("b", "x", {})])
 
-    await workers.publish_handlers(db, [Published("a", "y", {"type": "object"})])
+    await workers.publish_handlers(db, [Published("a", "x", {"type": "object"})])
 
-    assert [Published("a", "y", {"type": "object"}), Published("b", "x", {})] == sorted(
-        await workers.published_handlers(db), key=lambda handler: handler.name
-    )
+    found = await workers.published_handlers(db)
+    assert [Published("a", "x", {"type": "object"}), Published("b", "x", {})] == found
+
+
+async def test_a_handler_is_live_on_a_queue_while_a_worker_lives_that_declares_it_so(
+    db: Database,
+) -> None:
+    """
+    Two services may declare one name, and a deployment may change a handler's queue.
+    """
+    old = await a_worker(db, handlers=("a", "b"), handler_queues=("x", "y"), queues=("x", "y", "z"))
+    await workers.publish_handlers(db, [Published("a", "x", {}), Published("b", "y", {})])
+    await a_worker(db, handlers=("b", "a"), handler_queues=("y", "z"), queues=("x", "y", "z"))
+    await workers.publish_handlers(db, [Published("a", "z", {}), Published("b", "y", {})])
+
+    both = await workers.published_handlers(db)
+    await workers.stop(db, old.id)
+    later = await workers.published_handlers(db)
+
+    def live(found: list[Published]) -> set[tuple[str, str]]:
+        return {(handler.name, handler.queue) for handler in found if handler.is_live}
+
+    assert {("a", "x"), ("a", "z"), ("b", "y")} == live(both)
+    assert {("a", "z"), ("b", "y")} == live(later)
+    assert ("a", "z") == later[0][:2]

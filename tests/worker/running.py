@@ -21,6 +21,7 @@ from asyncflow.store.workers import Registration
 from asyncflow.transport import Claimant, Transport
 from asyncflow.transport.postgres import PostgresTransport
 from asyncflow.transport.rabbitmq import RabbitTransport
+from asyncflow.worker.children import Nursery
 from asyncflow.worker.isolation import Isolation
 from asyncflow.worker.worker import Times, Worker, WorkerExhausted, WorkerLost
 from transport.tasks import NAME, PATIENCE_SECONDS, a_registration
@@ -81,12 +82,16 @@ async def a_running_worker(
         else RabbitTransport(db, claimant, broker_url=broker_url)
     )
     await transport.open()
+    in_children = [h for h in registry if h.isolation == "process"]
+    nursery = Nursery(sorted({handler.function.__module__ for handler in in_children}))
     worker = Worker(
         db,
         transport,
         registration,
         registry=registry,
-        isolation=Isolation(slots=slots, cancel_grace_seconds=cancel_grace_seconds),
+        isolation=Isolation(
+            slots=slots, cancel_grace_seconds=cancel_grace_seconds, nursery=nursery
+        ),
         times=Times(shutdown_grace=grace_seconds, stall=stall_seconds),
     )
     ended = asyncio.create_task(worker.run())
@@ -97,6 +102,7 @@ async def a_running_worker(
         worker.stop()
         with contextlib.suppress(WorkerLost, WorkerExhausted):
             await ended
+        await nursery.close()
 
 
 def registry_of(*functions: Callable[..., Any], **policy: Any) -> Registry:

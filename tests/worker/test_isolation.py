@@ -23,6 +23,7 @@ import pytest_asyncio
 
 from asyncflow.domain.outcome import Cancelled, Completed, Crashed, Failed, Failure, Outcome
 from asyncflow.handlers import DEFAULT_REGISTRY, Context, Handler, Progress, Registry, handler
+from asyncflow.worker.children import Nursery
 from asyncflow.worker.isolation import Isolation, Run
 from worker import odd_handlers
 
@@ -32,22 +33,34 @@ ISOLATIONS = ["loop", "thread", "process", "process-async"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
+MODULES = ["worker.odd_handlers"]
+
+
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def isolation() -> AsyncIterator[Isolation]:
+async def nursery() -> AsyncIterator[Nursery]:
+    """
+    Where the child processes of these tests come from.
+    """
+    async with Nursery(MODULES) as nursery:
+        yield nursery
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def isolation(nursery: Nursery) -> AsyncIterator[Isolation]:
     """
     An isolation with little patience.
     """
-    isolation = Isolation(slots=4, cancel_grace_seconds=0.2)
+    isolation = Isolation(slots=4, cancel_grace_seconds=0.2, nursery=nursery)
     yield isolation
     await isolation.close()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def patient() -> AsyncIterator[Isolation]:
+async def patient(nursery: Nursery) -> AsyncIterator[Isolation]:
     """
     An isolation that stops nothing by force within the time of a test.
     """
-    isolation = Isolation(slots=4, cancel_grace_seconds=60)
+    isolation = Isolation(slots=4, cancel_grace_seconds=60, nursery=nursery)
     yield isolation
     await isolation.close()
 
@@ -461,6 +474,7 @@ import asyncio, sys
 sys.path[:] = {path!r}
 from worker.test_isolation import a_context
 from asyncflow.handlers import load_handlers
+from asyncflow.worker.children import Nursery
 from asyncflow.worker.isolation import Isolation
 
 async def main():
@@ -469,7 +483,8 @@ async def main():
     handler = load_handlers(["worker.odd_handlers"]).get({name!r})
     context = a_context(on_progress=lambda _: loop.call_soon_threadsafe(begun.set))
     ended = loop.create_future()
-    Isolation(slots=1).start(handler, "{{}}", context, ended.set_result)
+    isolation = Isolation(slots=1, nursery=Nursery(["worker.odd_handlers"]))
+    isolation.start(handler, "{{}}", context, ended.set_result)
     await begun.wait()
     print("begun", flush=True)
     await asyncio.wait([ended], timeout={patience})
@@ -511,7 +526,7 @@ async def test_children_leave_signals_to_their_worker(
     for process in psutil.Process().children(recursive=True):
         # Servers of other tests may have left a zombie among them.
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "asyncflow.worker.child" in process.cmdline():
+            if "asyncflow.worker.nursery" in process.cmdline():
                 process.send_signal(number)
 
     running.cancel()
@@ -534,11 +549,11 @@ async def _pid(isolation: Isolation) -> int:
     return int(outcome.result)
 
 
-async def test_a_child_is_reused_and_then_replaced() -> None:
+async def test_a_child_is_reused_and_then_replaced(nursery: Nursery) -> None:
     """
     Warm for a number of attempts, then fresh, so that leaks do not add up.
     """
-    isolation = Isolation(slots=1, tasks_per_child_max=2)
+    isolation = Isolation(slots=1, tasks_per_child_max=2, nursery=nursery)
 
     pids = [await _pid(isolation) for _ in range(3)]
 
@@ -546,11 +561,11 @@ async def test_a_child_is_reused_and_then_replaced() -> None:
     assert pids[0] == pids[1] != pids[2]
 
 
-async def test_a_child_that_died_idle_costs_no_attempt() -> None:
+async def test_a_child_that_died_idle_costs_no_attempt(nursery: Nursery) -> None:
     """
     Another child takes the attempt over.
     """
-    isolation = Isolation(slots=1)
+    isolation = Isolation(slots=1, nursery=nursery)
     first = await _pid(isolation)
     os.kill(first, signal.SIGKILL)
 
@@ -560,11 +575,11 @@ async def test_a_child_that_died_idle_costs_no_attempt() -> None:
     assert first != second
 
 
-async def test_closing_ends_every_child() -> None:
+async def test_closing_ends_every_child(nursery: Nursery) -> None:
     """
     Idle and busy ones alike.
     """
-    isolation = Isolation(slots=2)
+    isolation = Isolation(slots=2, nursery=nursery)
     idle = await _pid(isolation)
     _, ended, message = await start(isolation, the("family.process"))
 
@@ -625,12 +640,13 @@ async def test_standard_output_belongs_to_the_handler(capfd: pytest.CaptureFixtu
     """
     What a handler prints arrives when its attempt ends, and disturbs nothing.
     """
-    isolation = Isolation(slots=1)
+    async with Nursery(MODULES) as nursery:  # of its own: children print where it does
+        isolation = Isolation(slots=1, nursery=nursery)
 
-    outcome = await run(isolation, the("print.process"))
+        outcome = await run(isolation, the("print.process"))
 
-    output = capfd.readouterr()
-    await isolation.close()
+        output = capfd.readouterr()
+        await isolation.close()
     assert Completed("null") == outcome
     assert {"to standard output", "raw"} == set(output.out.split("\n")) - {""}
     assert "to standard error\n" == output.err
@@ -640,12 +656,13 @@ async def test_a_child_logs_as_its_worker_does(capfd: pytest.CaptureFixture[str]
     """
     One line per event, which names the task and the attempt.
     """
-    isolation = Isolation(slots=1, log_level="info", log_format="json")
+    async with Nursery(MODULES, logs={"level": "info", "log_format": "json"}) as nursery:
+        isolation = Isolation(slots=1, nursery=nursery)
 
-    await run(isolation, the("log.process"))
+        await run(isolation, the("log.process"))
 
-    line = json.loads(capfd.readouterr().err)
-    await isolation.close()
+        line = json.loads(capfd.readouterr().err)
+        await isolation.close()
     assert ("looked", "stars", "odd", 1) == (
         line["event"],
         line["at"],
@@ -824,7 +841,7 @@ async def test_a_handler_whose_thread_cannot_start_never_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    Its attempt is over by then; a thread that is free later must not find it.
+    Its task is given back, and a thread that is free later must not find it.
     """
     ran: list[str] = []
     isolation = Isolation(slots=2)
@@ -839,11 +856,34 @@ async def test_a_handler_whose_thread_cannot_start_never_runs(
 
     with monkeypatch.context() as no_threads:
         no_threads.setattr(threading.Thread, "start", refuse)
-        outcome = await run(isolation, first, timeout_seconds=0.05)
+        _, ended = begin(isolation, first, a_context(timeout_seconds=0.05))
+        outcome = await asyncio.wait_for(ended, 30)
 
-    assert isinstance(outcome, Crashed)
+    assert outcome is None
+    assert isolation.shortage.lasts
     assert isinstance(await run(isolation, second), Completed)
     assert isinstance(await run(isolation, second, timeout_seconds=0.2), Completed)
     await isolation.close()
     assert ["second", "second"] == ran
     assert 0 == isolation.stuck
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_payload_that_does_not_fit_may_be_tried_again(
+    isolation: Isolation, is_async: bool
+) -> None:
+    """
+    If its handler says so: a worker that runs newer code may take it.
+    """
+
+    async def in_loop(a: int) -> None: ...
+    def in_thread(a: int) -> None: ...
+
+    registry = Registry()
+    declare = handler("picky", invalid_payload="retry", registry=registry)
+    declare(in_loop if is_async else in_thread)
+    (picky,) = registry
+
+    outcome = await failure_in(isolation, picky, '{"b": 1}')
+
+    assert ("InvalidPayload", True) == (outcome.failure.kind, outcome.retryable)

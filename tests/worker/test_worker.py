@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from structlog.testing import capture_logs
@@ -20,6 +21,7 @@ from structlog.testing import capture_logs
 from asyncflow import Context, Reject, Retry
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import State
+from asyncflow.handlers import DEFAULT_REGISTRY, Registry
 from asyncflow.maintenance.reaper import Reaper
 from asyncflow.store import claims, tasks, workers
 from asyncflow.store.claims import Claim, Offer
@@ -43,8 +45,10 @@ from transport.tasks import (
     until,
     until_states,
 )
+from worker import odd_handlers
 from worker.running import a_running_worker, read
 
+assert odd_handlers  # it declares what some of these run
 NO_WAIT = Backoff(base_seconds=0.0)
 
 
@@ -905,3 +909,36 @@ async def test_a_worker_can_be_stopped_while_the_database_is_away(
         running.worker.stop()
         await running.end()
     postgres_server.cluster.start()
+
+
+async def test_what_its_machine_lacks_costs_a_task_nothing(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    It is given back and runs once there is room; the one attempt that it has is enough.
+    """
+    handler = DEFAULT_REGISTRY.get("number.process")
+    assert handler is not None
+    registry = Registry()
+    registry.add(handler)
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with a_running_worker(db, registry=registry):
+        with monkeypatch.context() as full:
+            full.setattr(asyncio, "create_subprocess_exec", refuse)
+            [task_id] = await submit(db, name=handler.name, max_attempts=1)
+            await until_given_back(db, task_id)
+        await until_states(db, completed=1)
+        task = await read(db, task_id)
+
+    assert 0 == task.failures
+    assert "released" == task.attempts[0].outcome
+
+
+async def until_given_back(db: Database, task_id: UUID) -> None:
+    async def is_given_back() -> bool:
+        return bool((await read(db, task_id)).attempts)
+
+    await until(is_given_back)

@@ -7,6 +7,9 @@ the database leaves the last copy in use. A worker checks the payload again, so 
 can make the API too generous or too strict for a moment, never a task wrong. Names that no
 worker ever published are taken as they are.
 
+Names are global. If live workers declare one name with different payloads, most likely in two
+services, whatever one of them takes is accepted, for its queue, and a warning names both.
+
 `format` is not asserted: Pydantic in the worker knows better what it accepts as a date.
 """
 
@@ -14,16 +17,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jsonschema_rs
 
 from asyncflow.api.faults import payload_faults
 from asyncflow.api.strict_json import first_faults
+from asyncflow.domain.policy import DEFAULT_POLICY
 from asyncflow.errors import InvalidPayload, StoreUnavailable
 from asyncflow.store.database import Executor
-from asyncflow.store.workers import published_handlers
+from asyncflow.store.workers import Published, published_handlers
 from asyncflow.telemetry import events
 
 REFRESH_SECONDS = 2.0
@@ -45,7 +50,8 @@ class Catalogue:
     def __init__(self, db: Executor, *, refresh_seconds: float = REFRESH_SECONDS) -> None:
         self._db = db
         self._refresh_seconds = refresh_seconds
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, list[_Known]] = {}
+        self._conflicts: set[str] = set()
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Catalogue:
@@ -59,27 +65,29 @@ class Catalogue:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    def queue_of(self, name: str) -> str | None:
+    def queue_for(
+        self, name: str, payload: dict[str, Any], *, wanted: str | None, pointer: str
+    ) -> str:
         """
-        The queue the handler of this name asks for; None if the name is unknown.
-        """
-        known = self._known.get(name)
-        return known.queue if known else None
-
-    def check_payload(self, name: str, payload: dict[str, Any], *, pointer: str) -> None:
-        """
-        Return if the payload fits what the handler of this name takes, or the name is unknown.
+        The queue for a task of this name: the one its submitter wants, or else that of the
+        handler that takes its payload; `default` if the name is unknown.
 
         Args:
             pointer: Where the payload is in the document, for the faults.
 
         Raises:
-            InvalidPayload: It does not fit.
+            InvalidPayload: No handler of this name takes the payload.
         """
-        known = self._known.get(name)
-        if known is None or known.validator is None or known.validator.is_valid(payload):
-            return
-        errors = known.validator.iter_errors(payload)
+        handlers = self._known.get(name)
+        if handlers is None:
+            return wanted or DEFAULT_POLICY.queue
+        if wanted is not None and len(handlers) > 1:
+            handlers = [handler for handler in handlers if handler.queue == wanted] or handlers
+        for handler in handlers:
+            if handler.validator is None or handler.validator.is_valid(payload):
+                return wanted or handler.queue
+        assert handlers[0].validator is not None
+        errors = handlers[0].validator.iter_errors(payload)
         faults, count = first_faults(payload_faults(errors, pointer))
         raise InvalidPayload(name, faults, count=count)
 
@@ -90,17 +98,36 @@ class Catalogue:
         Raises:
             StoreUnavailable: The copy stays as it was.
         """
-        published = await published_handlers(self._db)
-        self._known = {
-            handler.name: self._learned(handler.name, handler.queue, handler.payload_schema)
-            for handler in published
-        }
+        by_name: defaultdict[str, list[Published]] = defaultdict(list)
+        for handler in await published_handlers(self._db):
+            by_name[handler.name].append(handler)
+        self._known = {name: self._learned(name, found) for name, found in by_name.items()}
+        self._report_conflicts()
 
-    def _learned(self, name: str, queue: str, schema: Mapping[str, Any]) -> _Known:
-        before = self._known.get(name)
-        if before is not None and before.payload_schema == schema:
-            return before._replace(queue=queue)
-        return _Known(queue, schema, _validator(name, schema))
+    def _learned(self, name: str, published: Sequence[Published]) -> list[_Known]:
+        # A handler whose workers are gone stays known, but not beside one whose workers live: most
+        # likely its queue was changed.
+        live = [handler for handler in published if handler.is_live] or published[:1]
+        before = {known.queue: known for known in self._known.get(name, ())}
+        return [
+            before[handler.queue]
+            if handler.queue in before
+            and before[handler.queue].payload_schema == handler.payload_schema
+            else _Known(
+                handler.queue, handler.payload_schema, _validator(name, handler.payload_schema)
+            )
+            for handler in live
+        ]
+
+    def _report_conflicts(self) -> None:
+        conflicts = {
+            name: [handler.queue for handler in handlers]
+            for name, handlers in self._known.items()
+            if any(h.payload_schema != handlers[0].payload_schema for h in handlers)
+        }
+        for name in conflicts.keys() - self._conflicts:
+            events.handlers_conflict(name=name, queues=conflicts[name])
+        self._conflicts = set(conflicts)
 
     async def _keep_fresh(self) -> None:
         while True:

@@ -91,7 +91,7 @@ EXAMPLES = {
     "TaskSummary": TASK_SUMMARY,
     "TaskView": TASK_VIEW,
     "TaskPage": {"tasks": [TASK_SUMMARY], "next_cursor": None},
-    "Ready": {"status": "ready", "schema_version": "0001", "broker": "connected"},
+    "Ready": {"status": "ready", "schema_version": "0002", "broker": "connected"},
     "Problem": PROBLEM,
 }
 """One answer for each shape of `wire` that the API gives, by the shape's name."""

@@ -26,7 +26,6 @@ from asyncflow.api.problems import as_json, invalid_document
 from asyncflow.api.strict_json import parse
 from asyncflow.api.views import submitted_json
 from asyncflow.batching import Batcher
-from asyncflow.domain.policy import DEFAULT_POLICY
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
 from asyncflow.errors import Fault, InvalidPayload, InvalidTask
 from asyncflow.store import tasks as store
@@ -125,13 +124,15 @@ class Submissions:
             return error
 
     def _new_task(self, wanted: SubmitTask, pointer: str = "") -> NewTask:
-        self._catalogue.check_payload(wanted.name, wanted.payload, pointer=f"{pointer}/payload")
+        queue = self._catalogue.queue_for(
+            wanted.name, wanted.payload, wanted=wanted.queue, pointer=f"{pointer}/payload"
+        )
         _check_expiry(wanted, pointer)
         return NewTask(
             id=self._ids.next(),
             tenant_id=DEFAULT_TENANT_ID,
             name=wanted.name,
-            queue=wanted.queue or self._catalogue.queue_of(wanted.name) or DEFAULT_POLICY.queue,
+            queue=queue,
             priority=wanted.priority,
             payload=self._payload_text(wanted.payload, pointer),
             run_at=wanted.run_at,

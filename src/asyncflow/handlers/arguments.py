@@ -9,6 +9,8 @@ A handler's signature is its contract. Three shapes:
   dataclass or a TypedDict;
 - nothing: the payload must be empty.
 
+With ``extra="ignore"`` keys that no parameter names are dropped instead of refused.
+
 In each, a parameter annotated `Context` receives the context, whatever its name.
 
 Pydantic validates, with its rules for JSON: what JSON can't say (dates, UUIDs, decimals)
@@ -22,14 +24,14 @@ import dataclasses
 import inspect
 import json
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, NotRequired, Protocol, Required
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, Required
 
 from asyncflow.errors import Fault, HandlerError, InvalidPayload
 from asyncflow.handlers.context import Context
 
 if typing.TYPE_CHECKING:
-    from pydantic import TypeAdapter
+    from pydantic import ConfigDict, TypeAdapter
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -53,9 +55,14 @@ class Arguments(Protocol):
         """
 
 
-def read_signature(name: str, function: Callable[..., Any]) -> tuple[Arguments, str | None]:
+def read_signature(
+    name: str, function: Callable[..., Any], *, ignores_extra: bool = False
+) -> tuple[Arguments, str | None]:
     """
     Read how `function` wants its payload and under which parameter it wants the context.
+
+    Args:
+        ignores_extra: Drop keys that no parameter names instead of refusing them.
 
     Raises:
         HandlerError: If a JSON object cannot be turned into its arguments.
@@ -63,17 +70,52 @@ def read_signature(name: str, function: Callable[..., Any]) -> tuple[Arguments, 
     parameters = _parameters(name, function)
     contexts = [p.name for p in parameters if _is_context(p.annotation)]
     if len(contexts) > 1:
-        raise HandlerError(f"Handler {name!r} has two Context parameters: {', '.join(contexts)}.")
+        fact = f"two parameters are annotated Context: {', '.join(contexts)}."
+        raise declaration_error(name, function, fact)
     context_parameter = contexts[0] if contexts else None
     fields = [p for p in parameters if p.name != context_parameter]
-    return _arguments(name, fields), context_parameter
+    return _arguments(Subject(name, function, ignores_extra), fields), context_parameter
 
 
-def _arguments(name: str, fields: list[inspect.Parameter]) -> Arguments:
+def declaration_error(name: str, function: Callable[..., Any], fact: str) -> HandlerError:
+    """
+    The error of a handler that is declared wrongly: which one, where, and `fact`.
+    """
+    return HandlerError(f"Handler {name!r} ({place_of(function)}): {fact}")
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """
+    A function's name and where its source is, for its author.
+    """
+    inner = inspect.unwrap(function)
+    name = getattr(inner, "__qualname__", type(inner).__qualname__)
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return f"{name} in module {getattr(inner, '__module__', None)}"
+    return f"{name} in {code.co_filename}, line {code.co_firstlineno}"
+
+
+class Subject(NamedTuple):
+    """
+    Whose arguments they are.
+
+    Attributes:
+        name: The handler's.
+        ignores_extra: Whether keys that no parameter names are dropped instead of refused.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    ignores_extra: bool
+
+
+def _arguments(handler: Subject, fields: list[inspect.Parameter]) -> Arguments:
+    name = handler.name
     if not fields:
-        return NoArguments(name)
+        return NoArguments(handler)
     if len(fields) > 1:
-        return Fields(name, fields)
+        return Fields(handler, fields)
     (only,) = fields
     is_rest = only.kind is inspect.Parameter.VAR_KEYWORD
     if is_rest and only.annotation in (inspect.Parameter.empty, Any, object):
@@ -81,8 +123,8 @@ def _arguments(name: str, fields: list[inspect.Parameter]) -> Arguments:
     if only.name == "payload" and not is_rest and _is_bare_mapping(only.annotation):
         return BareObject(name, "payload")
     if only.name == "payload" and not is_rest and _is_object_type(only.annotation):
-        return WholePayload(name, only.annotation)
-    return Fields(name, fields)
+        return WholePayload(handler, only.annotation)
+    return Fields(handler, fields)
 
 
 class NoArguments:
@@ -90,20 +132,22 @@ class NoArguments:
     The handler takes nothing, so the payload must be empty.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, handler: Subject) -> None:
+        self._name = handler.name
+        self._ignores_extra = handler.ignores_extra
 
     def bind(self, payload: str) -> dict[str, Any]:
         if payload == "{}":
             return {}
         keys = _json_object(self._name, payload)
-        if keys:
+        if keys and not self._ignores_extra:
             faults = [Fault(_pointer(key), "Unknown key; the handler takes none.") for key in keys]
             raise InvalidPayload(self._name, faults)
         return {}
 
     def schema(self) -> dict[str, Any]:
-        return {"$schema": DIALECT, "type": "object", "additionalProperties": False}
+        schema: dict[str, Any] = {"$schema": DIALECT, "type": "object"}
+        return schema if self._ignores_extra else {**schema, "additionalProperties": False}
 
 
 class BareObject:
@@ -130,20 +174,30 @@ class WholePayload:
     Whether unknown keys pass is the type's own choice; Pydantic's default ignores them.
     """
 
-    def __init__(self, name: str, annotation: Any) -> None:
-        self._name = name
+    def __init__(self, handler: Subject, annotation: Any) -> None:
+        self._handler = handler
         self._annotation = annotation
         self._adapter: TypeAdapter[Any] | None = None
 
     def bind(self, payload: str) -> dict[str, Any]:
-        return {"payload": _validated(self._name, self._prepared(), payload, takes=())}
+        return {"payload": _validated(self._handler.name, self._prepared(), payload)}
 
     def schema(self) -> dict[str, Any]:
-        return _schema(self._name, self._prepared())
+        try:
+            return {"$schema": DIALECT, **self._prepared().json_schema()}
+        except HandlerError:
+            raise
+        except Exception as error:
+            raise _unreadable(self._handler, "payload", self._annotation, error) from error
 
     def _prepared(self) -> TypeAdapter[Any]:
         if self._adapter is None:
-            self._adapter = _adapter(self._name, self._annotation)
+            from pydantic import TypeAdapter
+
+            try:
+                self._adapter = TypeAdapter(self._annotation)
+            except Exception as error:  # an annotation may run code of its own
+                raise _unreadable(self._handler, "payload", self._annotation, error) from error
         return self._adapter
 
 
@@ -154,80 +208,177 @@ class Fields:
     A parameter that the payload leaves out keeps the default of the function itself.
     """
 
-    def __init__(self, name: str, fields: list[inspect.Parameter]) -> None:
-        self._name = name
+    def __init__(self, handler: Subject, fields: list[inspect.Parameter]) -> None:
+        self._handler = handler
         self._fields = [f for f in fields if f.kind is not inspect.Parameter.VAR_KEYWORD]
         self._rest = next((f for f in fields if f.kind is inspect.Parameter.VAR_KEYWORD), None)
-        self._takes = tuple(f.name for f in self._fields)
         self._adapter: TypeAdapter[Any] | None = None
 
     def bind(self, payload: str) -> dict[str, Any]:
         arguments: dict[str, Any] = _validated(
-            self._name, self._prepared(), payload, takes=self._takes
+            self._handler.name, self._prepared(), payload, takes=self._takes
         )
         return arguments
 
     def schema(self) -> dict[str, Any]:
-        schema = _schema(self._name, self._prepared())
+        adapter = self._prepared()
+        try:
+            schema = {"$schema": DIALECT, **adapter.json_schema()}
+        except Exception as error:
+            raise self._unreadable(error) from error
         for field in self._fields:
-            default = _json_default(field.default)
-            if default is not None:
-                schema["properties"][field.name].update(default)
+            _allow_other_keys(schema, field.annotation)
         return schema
+
+    def _takes(self) -> list[str]:
+        return list(self.schema()["properties"])
 
     def _prepared(self) -> TypeAdapter[Any]:
         if self._adapter is None:
-            self._adapter = _adapter(self._name, self._payload_type())
+            try:
+                self._adapter = self._made()
+            except Exception as error:  # an annotation may run code of its own
+                raise self._unreadable(error) from error
         return self._adapter
 
-    def _payload_type(self) -> Any:
+    def _made(self) -> TypeAdapter[Any]:
+        from pydantic import ConfigDict, TypeAdapter
+        from pydantic_core import SchemaError
+
+        try:
+            return TypeAdapter(self._payload_type(ConfigDict()))
+        except SchemaError:
+            # The default engine for patterns knows no look-around; Python's does.
+            return TypeAdapter(self._payload_type(ConfigDict(regex_engine="python-re")))
+
+    def _payload_type(self, config: ConfigDict) -> Any:
         # A TypedDict rather than a model: its keys may have any name, keys left out stay out, and
         # what validation returns is the keyword arguments themselves.
-        from pydantic import ConfigDict, with_config
+        from pydantic import with_config
         from typing_extensions import TypedDict
 
         keys: dict[str, Any] = {}
         for field in self._fields:
             annotation = _or_any(field.annotation)
             optional = field.default is not inspect.Parameter.empty
-            keys[field.name] = NotRequired[annotation] if optional else Required[annotation]
+            keys[field.name] = (
+                NotRequired[Annotated[annotation, _Default(field.default)]]
+                if optional
+                else Required[annotation]
+            )
         if self._rest is None:
             closed = TypedDict("Payload", keys)  # type: ignore[misc]
-            return with_config(ConfigDict(extra="forbid"))(closed)
+            config["extra"] = "ignore" if self._handler.ignores_extra else "forbid"
+            return with_config(config)(closed)
         rest = _or_any(self._rest.annotation)
         opened = TypedDict("Payload", keys, extra_items=rest)  # type: ignore[misc]
-        return with_config(ConfigDict(extra="allow"))(opened)
+        config["extra"] = "allow"
+        return with_config(config)(opened)
+
+    def _unreadable(self, error: Exception) -> HandlerError:
+        for field in (*self._fields, *([self._rest] if self._rest else [])):
+            try:
+                Fields(self._handler, [field])._made().json_schema()
+            except Exception as its_error:
+                return _unreadable(self._handler, field.name, field.annotation, its_error)
+        return declaration_error(self._handler.name, self._handler.function, _first_line(error))
+
+
+class _Default:
+    """
+    Tells the schema of a parameter's default, if JSON can say it; else it is the author's own.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return {**handler(core_schema), **_json_default(self._value)}
+
+
+def _allow_other_keys(schema: dict[str, Any], annotation: Any) -> None:
+    """
+    Name the keys that Pydantic's schema leaves out: it tells one of `AliasChoices` only.
+    """
+    for key in _alias_keys(annotation):
+        if key not in schema["properties"]:
+            schema["properties"][key] = {}
+        if key in schema.get("required", ()):
+            schema["required"].remove(key)
+
+
+def _alias_keys(annotation: Any) -> list[str]:
+    if typing.get_origin(annotation) is not typing.Annotated:
+        return []
+    keys: list[str] = []
+    for part in typing.get_args(annotation)[1:]:
+        alias = getattr(part, "validation_alias", None) if _is_field(part) else None
+        paths = getattr(alias, "choices", [alias])
+        if alias is not None and not isinstance(alias, str):
+            keys += [p if isinstance(p, str) else p.path[0] for p in paths]
+    return keys
 
 
 def _parameters(name: str, function: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
         signature = inspect.signature(function)
-        parameters = [_resolved(parameter, function) for parameter in signature.parameters.values()]
-    except NameError as error:
-        raise HandlerError(
-            f"Handler {name!r}: an annotation cannot be resolved ({error}). Its names must exist "
-            "in the module at run time; an import under TYPE_CHECKING is not enough."
-        ) from error
+        parameters = [
+            _resolved(parameter, name=name, function=function)
+            for parameter in signature.parameters.values()
+        ]
+    except ValueError as error:  # a built-in function may tell nothing of its parameters
+        raise declaration_error(name, function, f"{error}; wrap it in a `def`.") from error
     for parameter in parameters:
-        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
-            raise HandlerError(
-                f"Handler {name!r}: parameter {parameter.name!r} is positional-only; "
-                "a payload's keys are passed by name."
-            )
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            raise HandlerError(
-                f"Handler {name!r}: *{parameter.name} cannot be filled from an object; "
-                "use **kwargs or a list parameter."
-            )
-        if type(parameter.default).__name__ == "FieldInfo":
-            raise HandlerError(
-                f"Handler {name!r}: parameter {parameter.name!r} has a Field(...) as its default; "
-                "write Annotated[..., Field(...)] and a plain default."
-            )
+        fault = _parameter_fault(parameter)
+        if fault is not None:
+            raise declaration_error(name, function, fault)
+    if parameters and parameters[0].name in ("self", "cls") and _is_in_a_class(function):
+        raise declaration_error(
+            name,
+            function,
+            f"parameter {parameters[0].name!r}: a method has no object to be called on; declare a "
+            "function, a static method, or the method of an object.",
+        )
     return parameters
 
 
-def _resolved(parameter: inspect.Parameter, function: Callable[..., Any]) -> inspect.Parameter:
+def _parameter_fault(parameter: inspect.Parameter) -> str | None:
+    if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+        return (
+            f"parameter {parameter.name!r} is positional-only; a payload's keys are passed by name."
+        )
+    if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+        return (
+            f"*{parameter.name} cannot be filled from an object; use **kwargs or a list parameter."
+        )
+    if _is_field(parameter.default):
+        return (
+            f"parameter {parameter.name!r} has a Field(...) as its default; "
+            "write Annotated[..., Field(...)] and a plain default."
+        )
+    inner = typing.get_args(parameter.annotation)[1:]
+    if typing.get_origin(parameter.annotation) is typing.Annotated and any(
+        _is_field(part) and not part.is_required() for part in inner
+    ):
+        return (
+            f"parameter {parameter.name!r} has its default inside of Field(...); "
+            "write it as a plain default."
+        )
+    return None
+
+
+def _is_field(thing: Any) -> bool:
+    return type(thing).__name__ == "FieldInfo"  # recognised without importing Pydantic
+
+
+def _is_in_a_class(function: Callable[..., Any]) -> bool:
+    outer = getattr(function, "__qualname__", "").rpartition(".")[0]
+    return bool(outer) and not outer.endswith("<locals>") and not inspect.ismethod(function)
+
+
+def _resolved(
+    parameter: inspect.Parameter, *, name: str, function: Callable[..., Any]
+) -> inspect.Parameter:
     if parameter.annotation is inspect.Parameter.empty:
         return parameter
 
@@ -235,7 +386,17 @@ def _resolved(parameter: inspect.Parameter, function: Callable[..., Any]) -> ins
         __annotations__ = {parameter.name: parameter.annotation}
 
     names = getattr(inspect.unwrap(function), "__globals__", {})
-    hints = typing.get_type_hints(Holder, globalns=names, localns={}, include_extras=True)
+    try:
+        hints = typing.get_type_hints(Holder, globalns=names, localns={}, include_extras=True)
+    except NameError as error:
+        fact = (
+            f"the annotation of parameter {parameter.name!r} cannot be resolved ({error}); its "
+            "names must exist in the module at run time, not only under TYPE_CHECKING."
+        )
+        raise declaration_error(name, function, fact) from error
+    except Exception as error:  # it is code, and may raise anything
+        fact = f"the annotation of parameter {parameter.name!r} fails: {_first_line(error)}"
+        raise declaration_error(name, function, fact) from error
     return parameter.replace(annotation=hints[parameter.name])
 
 
@@ -270,28 +431,33 @@ def _or_any(annotation: Any) -> Any:
     return Any if annotation is inspect.Parameter.empty else annotation
 
 
-def _adapter(name: str, annotation: Any) -> TypeAdapter[Any]:
-    from pydantic import PydanticUserError, TypeAdapter
+def _unreadable(
+    handler: Subject, parameter: str, annotation: Any, error: Exception
+) -> HandlerError:
+    kind = type(error).__name__
+    if kind in ("PydanticSchemaGenerationError", "PydanticInvalidForJsonSchema"):
+        fact = (
+            f"no JSON becomes {inspect.formatannotation(annotation)}; use types that JSON can say, "
+            "or a dataclass, TypedDict or Pydantic model."
+        )
+    else:
+        fact = f"its type is refused: {_first_line(error)}"
+    return declaration_error(handler.name, handler.function, f"parameter {parameter!r}: {fact}")
 
-    try:
-        return TypeAdapter(annotation)
-    except (PydanticUserError, NameError, TypeError) as error:
-        fact = str(error).split("\n\n")[0].strip()
-        raise HandlerError(f"Handler {name!r}: its parameters cannot be read: {fact}") from error
 
-
-def _schema(name: str, adapter: TypeAdapter[Any]) -> dict[str, Any]:
-    from pydantic import PydanticUserError
-
-    try:
-        return {"$schema": DIALECT, **adapter.json_schema()}
-    except PydanticUserError as error:
-        fact = str(error).split("\n\n")[0].strip()
-        raise HandlerError(f"Handler {name!r}: no JSON Schema can be made: {fact}") from error
+def _first_line(error: Exception) -> str:
+    # What is sometimes below are a page to read and, for broken patterns, the innermost reason.
+    lines = [line.strip() for line in str(error).split("For further information")[0].splitlines()]
+    reasons = [line for line in lines if line.startswith("error: ")]
+    return f"{type(error).__name__}: {(reasons or lines or [''])[0]}"
 
 
 def _validated(
-    name: str, adapter: TypeAdapter[Any], payload: str, *, takes: tuple[str, ...]
+    name: str,
+    adapter: TypeAdapter[Any],
+    payload: str,
+    *,
+    takes: Callable[[], Sequence[str]] = tuple,
 ) -> Any:
     from pydantic import ValidationError
 
@@ -303,9 +469,8 @@ def _validated(
         for error in invalid.errors(include_url=False, include_input=False):
             detail = error["msg"]
             if error["type"] == "extra_forbidden":
-                detail = "Unknown key" + (
-                    f"; the handler takes {', '.join(takes)}." if takes else "."
-                )
+                keys = ", ".join(takes())
+                detail = "Unknown key" + (f"; the handler takes {keys}." if keys else ".")
             path = _path(whole, error["loc"], is_missing=error["type"] == "missing")
             faults.append(Fault(_pointer(*path), detail))
         # The faults quote no input: payloads may hold secrets, and failures are shown widely.
@@ -346,14 +511,12 @@ def _pointer(*path: int | str) -> str:
     return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in path)
 
 
-def _json_default(default: Any) -> dict[str, Any] | None:
-    if default is inspect.Parameter.empty:
-        return None
+def _json_default(default: Any) -> dict[str, Any]:
     from pydantic_core import to_jsonable_python
 
     try:
         value = to_jsonable_python(default)
         json.dumps(value, allow_nan=False)
     except Exception:
-        return None  # a sentinel of the author's: it has no place in a schema
+        return {}  # a sentinel of the author's: it has no place in a schema
     return {"default": value}

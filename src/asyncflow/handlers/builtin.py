@@ -13,6 +13,7 @@ from asyncflow.handlers.arguments import DIALECT
 from asyncflow.handlers.context import Context
 from asyncflow.handlers.registry import DEFAULT_REGISTRY, Handler
 
+BUILTIN_NAMES = frozenset({"sample-task"})
 STEPS = 20
 """How often `sample-task` reports its progress."""
 

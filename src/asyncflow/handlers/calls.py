@@ -36,7 +36,7 @@ async def call_async(
         result = await handler.function(**handler.arguments(payload, context))
         return Completed(encode_result(result, bytes_max=result_bytes_max))
     except BaseException as error:
-        return failed(error, handler.never_retry)
+        return _failed_in(handler, error)
 
 
 def call_blocking(
@@ -50,24 +50,38 @@ def call_blocking(
         result = handler.function(**handler.arguments(payload, context))
         return Completed(encode_result(result, bytes_max=result_bytes_max))
     except BaseException as error:
-        return failed(error, handler.never_retry)
+        return _failed_in(handler, error)
 
 
-def failed(error: BaseException, never_retry: tuple[type[BaseException], ...] = ()) -> Failed:
+def _failed_in(handler: Handler, error: BaseException) -> Failed:
+    return failed(error, handler.never_retry, retries_invalid=handler.invalid_payload == "retry")
+
+
+def failed(
+    error: BaseException,
+    never_retry: tuple[type[BaseException], ...] = (),
+    *,
+    retries_invalid: bool = False,
+) -> Failed:
     """
     What it means that a handler raised `error`; never raises, whatever that is.
 
     An exception group, as a TaskGroup raises it, counts as its member when it has one.
+
+    Args:
+        retries_invalid: Whether a payload that does not fit may be tried again.
     """
     try:
-        return _judged(error, never_retry)
+        return _judged(error, never_retry, retries_invalid=retries_invalid)
     except BaseException:
         # The handler's own class of errors has code that fails when it is looked at. That must
         # not leave the attempt without an end.
         return Failed(_failure(error))
 
 
-def _judged(error: BaseException, never_retry: tuple[type[BaseException], ...]) -> Failed:
+def _judged(
+    error: BaseException, never_retry: tuple[type[BaseException], ...], *, retries_invalid: bool
+) -> Failed:
     signal = _only_member(error)
     if isinstance(signal, Retry):
         return Failed(
@@ -76,7 +90,8 @@ def _judged(error: BaseException, never_retry: tuple[type[BaseException], ...]) 
     if isinstance(signal, Reject):
         return Failed(Failure("Reject", error_message(signal)), retryable=False)
     if isinstance(error, InvalidPayload):
-        return Failed(Failure("InvalidPayload", error_message(error)), retryable=False)
+        failure = Failure("InvalidPayload", error_message(error))
+        return Failed(failure, retryable=retries_invalid)
     if isinstance(error, Unstorable):
         return Failed(Failure(error.kind, error_message(error)), retryable=False)
     return Failed(_failure(error), retryable=not _is_listed(error, never_retry))

@@ -92,12 +92,18 @@ class Context:
         self.lease_id = lease_id
         self.tenant_id = tenant_id
         self.timeout_seconds = timeout_seconds
-        self.deadline_timestamp = time.time() + timeout_seconds
-        self._deadline_monotonic = time.monotonic() + timeout_seconds
+        self.start_clock()
         self._on_progress = on_progress
         self._stop_asked = False
         self._stop_seen = False
         self._logger: Any = None
+
+    def start_clock(self) -> None:
+        """
+        Let the attempt's time run from now on. For whoever runs the attempt.
+        """
+        self.deadline_timestamp = time.time() + self.timeout_seconds
+        self._deadline_monotonic = time.monotonic() + self.timeout_seconds
 
     @property
     def deadline(self) -> datetime:

@@ -9,7 +9,6 @@ ever imported because a task says so: modules come from the worker's own setting
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,10 +17,12 @@ from typing import Any, Literal, TypeVar, overload
 from asyncflow.domain.policy import DEFAULT_POLICY, NAME_PATTERN, Policy
 from asyncflow.domain.retry import Backoff
 from asyncflow.errors import HandlerError
-from asyncflow.handlers.arguments import Arguments, read_signature
+from asyncflow.handlers.arguments import Arguments, declaration_error, place_of, read_signature
 from asyncflow.handlers.context import Context
 
 IsolationKind = Literal["loop", "thread", "process"]
+ExtraKeys = Literal["forbid", "ignore"]
+InvalidPayloads = Literal["fail", "retry"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,6 +42,9 @@ class Handler:
         memory_bytes_max: What the child process and its own children may hold together;
             None means no limit. Only with `process`.
         known_schema: What `payload_schema` answers; None means that the signature says it.
+        extra: What keys that no parameter names come to: `forbid` or `ignore`.
+        invalid_payload: Whether a payload that does not fit fails its task at once (`fail`) or
+            is tried again (`retry`).
     """
 
     name: str
@@ -50,19 +54,14 @@ class Handler:
     never_retry: tuple[type[BaseException], ...] = ()
     memory_bytes_max: int | None = None
     known_schema: dict[str, Any] | None = None
+    extra: ExtraKeys = "forbid"
+    invalid_payload: InvalidPayloads = "fail"
     is_async: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "is_async", inspect.iscoroutinefunction(self.function))
         for fault in _faults(self):
-            raise HandlerError(f"Handler {self.name!r}: {fault}")
-
-    @property
-    def module(self) -> str:
-        """
-        The module that an import in another process would define this handler by.
-        """
-        return importable_name(self.function.__module__)
+            raise declaration_error(self.name, self.function, fault)
 
     def bind(self, payload: str) -> dict[str, Any]:
         """
@@ -97,17 +96,18 @@ class Handler:
 
     def check(self) -> None:
         """
-        Read the signature now, rather than when the first task comes.
+        Read the signature and the types in it now, rather than when the first task comes.
 
         Raises:
             HandlerError: If a payload cannot be turned into the function's arguments.
         """
         _ = self._signature
+        self.payload_schema()
 
     @cached_property
     def _signature(self) -> tuple[Arguments, str | None]:
         # Not at decoration: annotations may name classes that the module defines further down.
-        return read_signature(self.name, self.function)
+        return read_signature(self.name, self.function, ignores_extra=self.extra == "ignore")
 
 
 class Registry:
@@ -128,8 +128,8 @@ class Registry:
         other = self._handlers.get(handler.name)
         if other is not None and other.function is not handler.function:
             raise HandlerError(
-                f"Two handlers are called {handler.name!r}: {_place(other)} and "
-                f"{_place(handler)}. Give one of them another name."
+                f"Two handlers are called {handler.name!r}: {place_of(other.function)} and "
+                f"{place_of(handler.function)}. Give one of them another name."
             )
         self._handlers[handler.name] = handler
 
@@ -180,6 +180,8 @@ def handler(
     never_retry: tuple[type[BaseException], ...] = (),
     isolation: IsolationKind | None = None,
     memory_bytes_max: int | None = None,
+    extra: ExtraKeys = "forbid",
+    invalid_payload: InvalidPayloads = "fail",
     registry: Registry | None = None,
 ) -> Callable[[Function], Function]: ...
 
@@ -195,6 +197,8 @@ def handler(
     never_retry: tuple[type[BaseException], ...] = (),
     isolation: IsolationKind | None = None,
     memory_bytes_max: int | None = None,
+    extra: ExtraKeys = "forbid",
+    invalid_payload: InvalidPayloads = "fail",
     registry: Registry | None = None,
 ) -> Any:
     """
@@ -220,6 +224,10 @@ def handler(
             None means `loop` for `async def` and `thread` for `def`.
         memory_bytes_max: Most resident memory of the handler's process and its children;
             more ends the attempt. Only with `process`; None means no limit.
+        extra: `forbid` refuses payloads with keys that no parameter names; `ignore` drops those
+            keys. A type of the whole payload decides that for itself.
+        invalid_payload: `fail` makes a task whose payload does not fit a dead letter; `retry`
+            tries it again like any failure, so that a newer worker may take it.
         registry: Where to put it; None means the registry that workers load.
 
     Raises:
@@ -231,7 +239,7 @@ def handler(
         try:
             policy = Policy(queue, max_attempts, timeout_seconds, backoff or Backoff())
         except ValueError as error:
-            raise HandlerError(f"Handler {name!r}: {error}") from error
+            raise declaration_error(name, function, str(error)) from error
         default = "loop" if inspect.iscoroutinefunction(function) else "thread"
         declared = Handler(
             name=name,
@@ -240,6 +248,8 @@ def handler(
             isolation=isolation or default,  # type: ignore[arg-type]
             never_retry=never_retry,
             memory_bytes_max=memory_bytes_max,
+            extra=extra,
+            invalid_payload=invalid_payload,
         )
         (DEFAULT_REGISTRY if registry is None else registry).add(declared)
         return function
@@ -247,17 +257,6 @@ def handler(
     if name_or_function is None or isinstance(name_or_function, str):
         return declare
     return declare(name_or_function)
-
-
-def importable_name(module: str) -> str:
-    """
-    The name, or for the main script the file, that another process can load `module` by.
-    """
-    if module != "__main__":
-        return module
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    return spec.name if spec is not None else str(getattr(main, "__file__", module))
 
 
 def _default_name(function: Callable[..., Any]) -> str:
@@ -269,7 +268,10 @@ def _faults(handler: Handler) -> Iterator[str]:
     if not NAME_PATTERN.fullmatch(handler.name):
         yield "use 1 to 128 of A-Z a-z 0-9 . _ - for its name."
     if not inspect.isroutine(function):
-        yield f"only functions can be handlers, and this is a {type(function).__qualname__}."
+        yield (
+            f"only functions can be handlers, and this is a {type(function).__qualname__}; "
+            "call it from a `def` or `async def`."
+        )
     if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
         yield "it contains `yield`; a handler returns its result once."
     if isolation not in ("loop", "thread", "process"):
@@ -286,6 +288,10 @@ def _faults(handler: Handler) -> Iterator[str]:
         yield "memory_bytes_max needs isolation='process'; threads share the worker's memory."
     if limit is not None and limit < 1 << 20:
         yield f"memory_bytes_max={limit}: it must be at least 1048576 (1 MiB)."
+    if handler.extra not in ("forbid", "ignore"):
+        yield f"extra={handler.extra!r} is neither 'forbid' nor 'ignore'."
+    if handler.invalid_payload not in ("fail", "retry"):
+        yield f"invalid_payload={handler.invalid_payload!r} is neither 'fail' nor 'retry'."
     if not _are_exceptions(handler.never_retry):
         yield "never_retry must be a tuple of exception classes."
 
@@ -294,8 +300,3 @@ def _are_exceptions(classes: Any) -> bool:
     return isinstance(classes, tuple) and all(
         isinstance(each, type) and issubclass(each, BaseException) for each in classes
     )
-
-
-def _place(handler: Handler) -> str:
-    function = handler.function
-    return f"{function.__qualname__} in module {function.__module__}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from asyncflow.maintenance.expirer import expire
+from asyncflow.maintenance.mover import move
 from asyncflow.maintenance.pruner import prune
 from asyncflow.maintenance.reaper import Reaper
 from asyncflow.maintenance.unqueuer import unqueue
@@ -51,6 +52,7 @@ def chores(*, retention_days: float, has_broker: bool) -> list[Chore]:
     listed = [
         Chore("reap", Reaper().reap, period_seconds=1.0, wakes=True),
         Chore("expire", expire, period_seconds=1.0),
+        Chore("move", move, period_seconds=5.0, wakes=True),
         Chore("prune", partial(prune, retention_days=retention_days), period_seconds=60.0),
     ]
     if not has_broker:

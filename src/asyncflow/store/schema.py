@@ -8,7 +8,7 @@ from asyncflow.errors import SchemaMismatch, StoreUnavailable
 from asyncflow.store.database import Executor, translated_errors
 from asyncflow.store.sqlstates import MISSING
 
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 """The newest migration under `migrations/versions`."""
 
 READ_VERSION = """

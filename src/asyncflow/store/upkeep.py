@@ -75,6 +75,55 @@ async def expire(db: Executor, *, limit: int) -> int:
     return len(await db.fetch(EXPIRE, limit))
 
 
+MOVE_TO_HANDLERS_QUEUE = """
+    WITH misplaced AS MATERIALIZED (
+        SELECT t.id, handler.queue
+          FROM (SELECT DISTINCT ON (p.name) p.name, p.queue, p.published_at
+                  FROM asyncflow.publications p
+                 WHERE p.published_at > now() - $2 * interval '1 second'
+                 ORDER BY p.name, p.updated_at DESC) AS handler
+         CROSS JOIN LATERAL (
+               SELECT t.id
+                 FROM asyncflow.tasks_live t
+                WHERE t.queued_at IS NULL AND t.lease_id IS NULL   -- pending; index tasks_due
+                  AND t.queue = $1
+                  AND t.name = handler.name
+                  -- Whoever asked for $1 later meant it.
+                  AND t.created_at < handler.published_at + $3 * interval '1 second'
+                LIMIT $4
+                  FOR UPDATE SKIP LOCKED) AS t
+         WHERE handler.queue <> $1
+           AND NOT EXISTS (SELECT FROM asyncflow.workers w
+                            WHERE w.stopped_at IS NULL AND w.lost_at IS NULL
+                              AND handler.name = ANY (w.handlers)
+                              AND $1 = ANY (w.queues))
+         LIMIT $4)
+    UPDATE asyncflow.tasks t
+       SET queue = (SELECT m.queue FROM misplaced m WHERE m.id = t.id)
+     WHERE t.id = ANY (ARRAY (SELECT id FROM misplaced))
+       AND t.state = 'pending'
+    RETURNING t.id
+"""
+
+
+async def move_to_handlers_queue(
+    db: Executor, *, queue: str, since_seconds: float, late_seconds: float, limit: int
+) -> int:
+    """
+    Move pending tasks from `queue` to the one that their handler asks for; return how many.
+
+    Only those that were submitted before it was published, when nobody could know where they
+    belong, and that no live worker takes from `queue`.
+
+    Args:
+        since_seconds: Leave out handlers that were published longer ago.
+        late_seconds: How long after the publication a submission may not have known of it.
+        limit: At most so many.
+    """
+    rows = await db.fetch(MOVE_TO_HANDLERS_QUEUE, queue, since_seconds, late_seconds, limit)
+    return len(rows)
+
+
 PRUNE_FINISHED = """
     WITH old AS MATERIALIZED (
         SELECT t.id

@@ -31,6 +31,7 @@ class Registration:
     Attributes:
         name: For people: host and process id.
         handlers: Names it can run.
+        handler_queues: The queue that each of them asks for, in the same order.
         holds_lock: Whether it will hold the lock of its id; False behind a pooler, where
             its heartbeat alone tells that it lives.
     """
@@ -43,6 +44,7 @@ class Registration:
     heartbeat_seconds: float
     lease_seconds: float
     holds_lock: bool = True
+    handler_queues: tuple[str, ...] = ()
 
 
 def lock_key(worker_id: UUID) -> int:
@@ -54,8 +56,9 @@ def lock_key(worker_id: UUID) -> int:
 
 REGISTER = """
     INSERT INTO asyncflow.workers
-           (id, name, queues, handlers, concurrency, lock_key, heartbeat_seconds, lease_seconds)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+           (id, name, queues, handlers, concurrency, lock_key, heartbeat_seconds, lease_seconds,
+            handler_queues)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
         ON CONFLICT (id) DO UPDATE
        SET heartbeat_at = now()
      WHERE asyncflow.workers.lost_at IS NULL
@@ -76,6 +79,7 @@ async def register(db: Executor, worker: Registration) -> None:
         lock_key(worker.id) if worker.holds_lock else None,
         worker.heartbeat_seconds,
         worker.lease_seconds,
+        list(worker.handler_queues),
     )
 
 
@@ -279,30 +283,35 @@ async def prune(db: Executor) -> None:
 
 
 PUBLISH_HANDLERS = """
-    INSERT INTO asyncflow.handlers AS h (name, queue, payload_schema)
+    INSERT INTO asyncflow.publications AS p (name, queue, payload_schema)
     SELECT name, queue, payload_schema::json
       FROM unnest($1::text[], $2::text[], $3::text[]) AS new (name, queue, payload_schema)
      ORDER BY name
-        ON CONFLICT (name) DO UPDATE
-       SET queue = excluded.queue,
-           payload_schema = excluded.payload_schema,
+        ON CONFLICT (name, queue) DO UPDATE
+       SET payload_schema = excluded.payload_schema,
            updated_at = now()
 """
 
 
 class Published(NamedTuple):
     """
-    What the API knows of a handler: its queue, and the JSON Schema of its payload.
+    What the API knows of a handler.
+
+    Attributes:
+        queue: Where it asks its tasks to wait.
+        payload_schema: The JSON Schema of its payload.
+        is_live: Whether a live worker has declared it so.
     """
 
     name: str
     queue: str
     payload_schema: Mapping[str, Any]
+    is_live: bool = False
 
 
 async def publish_handlers(db: Executor, handlers: Sequence[Published]) -> None:
     """
-    Tell the API about handlers; the newest word on a name counts.
+    Tell the API about handlers; the newest word on a name and queue counts.
     """
     await db.execute(
         PUBLISH_HANDLERS,
@@ -313,14 +322,25 @@ async def publish_handlers(db: Executor, handlers: Sequence[Published]) -> None:
 
 
 PUBLISHED_HANDLERS = """
-    SELECT name, queue, payload_schema
-      FROM asyncflow.handlers
+    WITH live AS MATERIALIZED (
+        SELECT DISTINCT h.name, h.queue
+          FROM asyncflow.workers w,
+               unnest(w.handlers, w.handler_queues) AS h (name, queue)
+         WHERE w.stopped_at IS NULL
+           AND w.lost_at IS NULL)
+    SELECT p.name, p.queue, p.payload_schema,
+           coalesce((p.name, p.queue) IN (SELECT name, queue FROM live), false) AS is_live
+      FROM asyncflow.publications p
+     ORDER BY p.updated_at DESC, p.name
 """
 
 
 async def published_handlers(db: Executor) -> list[Published]:
     """
-    Every handler any worker ever published.
+    Every handler any worker ever published, the newest first.
     """
     rows = await db.fetch(PUBLISHED_HANDLERS)
-    return [Published(r["name"], r["queue"], json.loads(r["payload_schema"])) for r in rows]
+    return [
+        Published(r["name"], r["queue"], json.loads(r["payload_schema"]), r["is_live"])
+        for r in rows
+    ]

@@ -162,6 +162,21 @@ def worker_exhausted(*, worker_id: UUID, slots: int) -> None:
     log.error("worker.exhausted", worker_id=str(worker_id), slots=slots)
 
 
+def handler_not_taken(*, name: str, queue: str, queues: Sequence[str]) -> None:
+    """
+    This worker has a handler whose tasks wait in a queue that it does not take.
+    """
+    log.warning("handler.not_taken", name=name, queue=queue, queues=",".join(queues))
+
+
+def worker_starved(*, reason: str, pause_seconds: float) -> None:
+    """
+    This machine lacks what an attempt needs to begin. Its task was given back, and the worker
+    takes no more for `pause_seconds`.
+    """
+    log.warning("worker.starved", reason=reason, pause_seconds=pause_seconds)
+
+
 def loop_interrupted(*, reason: str) -> None:
     """
     A task or callback that a handler left in the event loop tried to end the process.
@@ -266,6 +281,13 @@ def tasks_unqueued(*, count: int) -> None:
     log.warning("tasks.unqueued", count=count)
 
 
+def tasks_moved(*, count: int) -> None:
+    """
+    Tasks that waited in `default` since before their handler was known are in its queue now.
+    """
+    log.info("tasks.moved", count=count)
+
+
 def tasks_pruned(*, count: int) -> None:
     """
     Finished tasks older than the retention were deleted.
@@ -288,6 +310,13 @@ def api_unprotected(*, host: str) -> None:
     The API listens beyond this machine, and does not ask who is calling.
     """
     log.warning("api.unprotected", host=host)
+
+
+def handlers_conflict(*, name: str, queues: Sequence[str]) -> None:
+    """
+    Live workers declare handlers of one name that take different payloads.
+    """
+    log.warning("handlers.conflict", name=name, queues=",".join(queues))
 
 
 def payload_schema_unusable(*, name: str, reason: str) -> None:

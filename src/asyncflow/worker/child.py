@@ -1,16 +1,10 @@
 """
-The child process that runs handlers one at a time: `python -m asyncflow.worker.child`.
+A child process of a worker, which runs handlers one at a time.
 
-It is two processes. The one that the worker started, the keeper, only waits: when the worker
-is gone it kills the whole process group, programs that handlers started included, and when
-the other one dies it passes the manner of its death on. No handler can keep it from that,
-neither by holding the interpreter's lock in C nor by taking all the memory. If it did not
-exist, a killed worker would leave its tasks running while others run them again.
-
-The other one, the server, calls handlers in its main thread. A second thread listens to the
-worker, so that a request to stop arrives while a handler runs; a third passes progress on,
-so that handlers may report as often as they like. The words are those of
-`worker/child_protocol`. Standard output and error belong to the handlers.
+It calls them in its main thread. A second thread listens to the worker, so that a request to
+stop arrives while a handler runs; a third passes progress on, so that handlers may report as
+often as they like. The words are those of `worker/child_protocol`. Standard output and error
+belong to the handlers. Where children come from is in `worker/nursery`.
 """
 
 from __future__ import annotations
@@ -21,8 +15,6 @@ import contextvars
 import ctypes
 import os
 import queue
-import resource
-import select
 import signal
 import socket
 import sys
@@ -30,19 +22,13 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
 
 from asyncflow.domain.outcome import Outcome
 from asyncflow.errors import HandlerError
 from asyncflow.handlers.calls import call_async, call_blocking, failed
 from asyncflow.handlers.context import Context, Progress
-from asyncflow.handlers.loading import load_module
 from asyncflow.handlers.registry import DEFAULT_REGISTRY, Handler
-from asyncflow.telemetry.logs import configure_logs
 from asyncflow.worker.child_protocol import Message, Reader, read_context, write, write_outcome
-
-LEAVE_SECONDS = 0.5
-"""How long an idle server may take to exit when the worker has gone."""
 
 PROGRESS_SECONDS = 0.05
 """Progress leaves at most this often; the latest report wins."""
@@ -50,21 +36,6 @@ PROGRESS_SECONDS = 0.05
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 PR_SET_PDEATHSIG = 1
-
-
-def main() -> None:
-    """
-    Serve the worker at the other end of the socket `sys.argv[1]` until it closes it.
-    """
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    connection.set_inheritable(False)  # a program that a handler starts must not hold it open
-    keeper_pid = os.getpid()
-    server_pid = os.fork()
-    _leave_signals_to_worker()
-    if server_pid:
-        _keep(connection, server_pid)
-    _die_with(keeper_pid)
-    Server(connection).serve()
 
 
 class Server:
@@ -89,10 +60,7 @@ class Server:
         threading.Thread(target=self._listen, daemon=True).start()
         threading.Thread(target=self._pass_progress_on, daemon=True).start()
         while (request := self._requests.get()) is not None:
-            if request["do"] == "prepare":
-                _prepare(request)
-            else:
-                self._serve_one(request)
+            self._serve_one(request)
 
     def report(self, number: int, progress: Progress) -> None:
         """
@@ -143,7 +111,7 @@ class Server:
 
     def _receive(self, message: Message) -> None:
         match message["do"]:
-            case "prepare" | "run":
+            case "run":
                 self._requests.put(message)
             case "stop":
                 with self._stopping:
@@ -202,7 +170,7 @@ class Attempt:
         Call the handler; in the main thread.
         """
         try:
-            handler = _handler(self._request["module"], self._request["handler"])
+            handler = _handler(self._request["handler"])
             if handler.is_async:
                 return asyncio.run(self._await(handler))
         except BaseException as error:
@@ -233,54 +201,44 @@ class Attempt:
         )
 
 
-def _prepare(request: Message) -> None:
-    sys.path[:] = request["path"]
-    if request["logs"] is not None:
-        configure_logs(**request["logs"], process="child")
-
-
-def _handler(module: str, name: str) -> Handler:
+def _handler(name: str) -> Handler:
     handler = DEFAULT_REGISTRY.get(name)
     if handler is None:
-        load_module(module)
-        handler = DEFAULT_REGISTRY.get(name)
-    if handler is None:
-        raise HandlerError(f"Module {module!r} does not declare handler {name!r} when imported.")
+        raise HandlerError(f"This child process has not loaded handler {name!r}.")
     return handler
 
 
-def _keep(connection: socket.socket, server_pid: int) -> NoReturn:
-    threading.Thread(target=_end_with_worker, args=(connection,), daemon=True).start()
-    _, status = os.waitpid(server_pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the server has dumped its own
-        with contextlib.suppress(OSError):  # SIGKILL cannot be reset and need not be
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
-
-
-def _end_with_worker(connection: socket.socket) -> None:
-    line = select.poll()
-    line.register(connection, 0)  # POLLHUP is reported unasked; data is the server's
-    line.poll()
-    time.sleep(LEAVE_SECONDS)  # an idle server leaves by itself
-    os.killpg(0, signal.SIGKILL)
-
-
-def _die_with(keeper_pid: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != keeper_pid:
+def die_with_parent(parent_pid: int) -> None:
+    """
+    Have the kernel, where it can, kill this process when its parent ends.
+    """
+    signal_at_death_of_parent(signal.SIGKILL)
+    if os.getppid() != parent_pid:
         os._exit(1)
 
 
-def _leave_signals_to_worker() -> None:
-    # Service managers signal every process of a group; when to stop is for the worker to say.
+def signal_at_death_of_parent(number: signal.Signals) -> None:
+    """
+    Have the kernel, where it can, send this process a signal when its parent ends.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def leave_signals_to_worker() -> None:
+    """
+    Let signals to stop pass: service managers signal every process of a group, and when to stop
+    is for the worker to say.
+    """
     # Not SIG_IGN, which programs started by handlers would inherit.
     for number in STOP_SIGNALS:
         signal.signal(number, _ignore)
+
+
+def let_forks_take_signals() -> None:
+    """
+    What handlers fork takes signals to stop as any program does.
+    """
     # What a handler forks is its own, and multiprocessing ends it by SIGTERM. Python forgets
     # signals that arrive while it forks, so they are held up until they can take effect.
     os.register_at_fork(
@@ -298,7 +256,3 @@ def _take_signals() -> None:
 
 def _ignore(number: int, frame: FrameType | None) -> None:
     pass
-
-
-if __name__ == "__main__":
-    main()

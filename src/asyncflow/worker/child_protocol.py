@@ -1,20 +1,35 @@
 """
-What a worker and its child processes say to each other, and how it is written.
+What a worker, its nursery and its child processes say to each other, and how it is written.
 
 Four bytes of length, big-endian, then JSON; nothing is ever unpickled. `number` counts the
 attempts of one child, so that a request to stop one cannot hit the next.
 
-    parent → child    {"do": "prepare", "path": [...], "logs": {…}}         once
-                      {"do": "run", "number": 7, "handler": …, "payload": …, "context": {…}}
+    worker → child    {"do": "run", "number": 7, "handler": …, "payload": …, "context": {…}}
                       {"do": "stop", "number": 7}
-    child → parent    {"tell": "started", "number": 7}
+    child → worker    {"tell": "ready"}                                       once
+                      {"tell": "started", "number": 7}
                       {"tell": "progress", "number": 7, "fraction": 0.5, "message": null}
                       {"tell": "ended", "number": 7, "outcome": {…}, "stop_seen": false}
+
+A nursery is told first what to load, and so is a child that could not be forked. To a nursery,
+`number` is that of a child; with `start` comes the child's end of a socket pair.
+
+    worker → both     {"do": "load", "path": […], "modules": […], "handlers": […], "logs": {…},
+                       "files": {…}}                                          once
+    both → worker     {"tell": "loading", "module": "billing.tasks"}
+                      {"tell": "refused", "reason": …}
+    worker → nursery  {"do": "start", "number": 3}
+                      {"do": "kill", "number": 3}
+    nursery → worker  {"tell": "loaded", "forks": true, "files": {…}}         once
+                      {"tell": "started", "number": 3, "pid": 4711}
+                      {"tell": "not_started", "number": 3, "reason": …}
+                      {"tell": "died", "number": 3, "status": -9}
 """
 
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
@@ -31,6 +46,18 @@ def write(message: Message) -> bytes:
     """
     data = json.dumps(message).encode()
     return len(data).to_bytes(4, "big") + data
+
+
+def receive_one(connection: socket.socket) -> Message | None:
+    """
+    Wait for one message; None if the connection ends before.
+    """
+    head = connection.recv(4, socket.MSG_WAITALL)
+    data = connection.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL) if head else b""
+    if not data:
+        return None
+    message: Message = json.loads(data)
+    return message
 
 
 class Reader:

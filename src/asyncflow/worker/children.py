@@ -1,10 +1,9 @@
 """
 The worker's side of child processes: start, lend, watch, kill.
 
-Each child is `python -m asyncflow.worker.child`, runs one attempt at a time and is reused.
-They speak over a socket pair, see `worker/child_protocol`. A child leads its own process
-group, so killing it reaches what the handler started; and it dies with its parent, see
-`worker/child`.
+A child is forked from the worker's nursery, see `worker/nursery`, runs one attempt at a time and
+is reused. Worker and child speak over a socket pair, see `worker/child_protocol`. A child leads
+its own process group, so killing it reaches what the handler started.
 
 What an attempt comes to is decided in `worker/isolation`.
 """
@@ -12,24 +11,50 @@ What an attempt comes to is decided in `worker/isolation`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 from asyncflow.domain.outcome import Crashed, Failed, Failure, Outcome
+from asyncflow.errors import AsyncFlowError, HandlerError
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.registry import Handler
 from asyncflow.worker.child_protocol import Message, Reader, read_outcome, write, write_context
 
+NURSERY = "asyncflow.worker.nursery"
 MEMORY_CHECK_SECONDS = 0.1
 LEAVE_SECONDS = 1.0
 """How long an idle child may take to exit by itself, and a dying one to be reaped."""
 
+CLOSE_SECONDS = 5.0
+"""How long a worker that ends waits to hear that its children have died."""
+
 LAST_WORDS_SECONDS = 0.5
 """How long after a child's death what it had written may take to be read."""
+
+START_SECONDS_MIN, START_SECONDS_MAX = 60.0, 3_600.0
+START_SHARE = 10.0
+"""A child may take so many times as long to start as the nursery took to load, within bounds."""
+
+IDLE_SECONDS = 60.0
+"""An idle child leaves after this long without an attempt."""
+
+
+class ChildNotStarted(AsyncFlowError):
+    """
+    No child could be had; the attempt it was for has not begun.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"No child process could be started: {reason}")
 
 
 class Listener(Protocol):
@@ -53,65 +78,279 @@ class Listener(Protocol):
         """
 
 
+class Nursery:
+    """
+    The process that children come from, as its worker sees it. Enter it to have it closed.
+
+    Args:
+        modules: What it loads, as for `load_handlers`.
+        handlers: Names that must be among what it has loaded.
+        logs: How it and its children log, as arguments of `configure_logs`; None leaves
+            logging alone.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[str],
+        *,
+        handlers: Sequence[str] = (),
+        logs: Message | None = None,
+    ) -> None:
+        self.start_seconds = START_SECONDS_MAX
+        self._request: Message = {
+            "do": "load",
+            "modules": list(modules),
+            "handlers": list(handlers),
+            "logs": logs,
+            "files": None,
+        }
+        self._forks = True
+        self._starting = asyncio.Lock()
+        self._process: asyncio.subprocess.Process | None = None
+        self._socket: socket.socket | None = None
+        self._reader = Reader()
+        self._loading = ""
+        self._loaded: asyncio.Future[Message]
+        self._children: dict[int, Child] = {}
+        self._number = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """
+        Have it running and its modules loaded.
+
+        Raises:
+            HandlerError: A module cannot be loaded, or has changed since the first start.
+            OSError: The system has no process, memory or file descriptor left for it, or it did
+                not get through in time.
+        """
+        async with self._starting:
+            if self._socket is None:
+                began = time.monotonic()
+                try:
+                    async with asyncio.timeout(self.start_seconds):
+                        await self._start()
+                except TimeoutError:
+                    self._lose()
+                    raise TimeoutError(
+                        f"Loading {self._loading!r} took more than {self.start_seconds:g} s."
+                    ) from None
+                except BaseException:
+                    self._lose()
+                    raise
+                took = time.monotonic() - began
+                self.start_seconds = max(START_SECONDS_MIN, START_SHARE * took)
+
+    async def child(self) -> Child:
+        """
+        A new child, ready for its first attempt.
+
+        Raises:
+            ChildNotStarted: The system has nothing left for it, or it did not get ready.
+        """
+        try:
+            await self.start()
+            ours, theirs = socket.socketpair()
+        except (HandlerError, OSError) as error:
+            raise ChildNotStarted(_in_words(error)) from error
+        self._number += 1
+        child = Child(self, self._number)
+        with theirs:
+            try:
+                await child.connect(ours)
+                self._order({"do": "start", "number": child.number}, theirs)
+            except OSError as error:
+                child.die("was not started")
+                raise ChildNotStarted(_in_words(error)) from error
+        self._children[child.number] = child
+        await child.become_ready(None if self._forks else self._load(), self.start_seconds)
+        return child
+
+    def kill(self, child: Child) -> None:
+        """
+        End a child and everything its handler started, now.
+        """
+        if child.number in self._children:
+            try:
+                self._order({"do": "kill", "number": child.number})
+            except OSError:
+                _kill_group(child.pid)
+
+    async def close(self) -> None:
+        """
+        End it, and what is left of its children.
+        """
+        process = self._process
+        if process is None:
+            return
+        dying = {child.reaper for child in self._children.values()}
+        self._lose()
+        try:
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await process.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        if dying:
+            await asyncio.wait(dying)
+
+    async def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        self._socket, self._reader = ours, Reader()
+        self._loaded = loop.create_future()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-P", "-m", NURSERY, str(theirs.fileno())),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        ours.setblocking(False)
+        await loop.sock_sendall(ours, write(self._load()))
+        loop.add_reader(ours, self._receive)
+        loaded = await self._loaded
+        self._forks = loaded["forks"]
+        self._request["files"] = loaded["files"]
+
+    def _load(self) -> Message:
+        return {**self._request, "path": sys.path}
+
+    def _order(self, message: Message, with_socket: socket.socket | None = None) -> None:
+        if self._socket is None:
+            raise OSError("The nursery has died.")
+        data = write(message)
+        descriptors = [] if with_socket is None else [with_socket.fileno()]
+        sent = socket.send_fds(self._socket, [data], descriptors)
+        if sent < len(data):
+            self._lose()  # the rest would be read as something else
+            raise OSError("The nursery does not read.")
+
+    def _receive(self) -> None:
+        if self._socket is None:
+            return
+        try:
+            data = self._socket.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        for message in self._reader.feed(data):
+            self._hear(message)
+        if not data:
+            self._lose()
+
+    def _hear(self, message: Message) -> None:
+        match message["tell"]:
+            case "loading":
+                self._loading = message["module"]
+            case "loaded":
+                self._loaded.set_result(message)
+            case "refused":
+                self._loaded.set_exception(HandlerError(message["reason"]))
+            case "started":
+                self._children[message["number"]].pid = message["pid"]
+            case "not_started":
+                words = f"could not be started: {message['reason']}"
+                self._children.pop(message["number"]).die(words)
+            case "died":
+                status = message["status"]
+                self._children.pop(message["number"]).die(exit_in_words(status), status)
+
+    def _lose(self) -> None:
+        """
+        Forget the process; it has died, or dies when it finds the connection closed.
+        """
+        lost, self._socket = self._socket, None
+        if lost is None:
+            return
+        asyncio.get_running_loop().remove_reader(lost)
+        lost.close()
+        if not self._loaded.done():
+            words = f"The process that loads handlers ended while it loaded {self._loading!r}."
+            self._loaded.set_exception(HandlerError(words))
+            self._loaded.exception()  # perhaps nobody waits for it
+        for child in self._children.values():
+            _kill_group(child.pid)
+            child.die("was killed with its worker's nursery", -signal.SIGKILL)
+        self._children.clear()
+
+
 class Child(asyncio.Protocol):
     """
     One child process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nursery: Nursery, number: int) -> None:
+        self.number = number
+        self.pid = 0
         self.tasks = 0
         self.is_alive = True
+        self.idle_since = 0.0
         self.memory_bytes_max: int | None = None
-        self._process: asyncio.subprocess.Process
+        self._nursery = nursery
         self._transport: asyncio.Transport
         self._reader = Reader()
         self._listener: Listener | None = None
         self._was_entered = False
         self._memory_found: int | None = None
+        self._loading = ""
+        loop = asyncio.get_running_loop()
         self._disconnected = asyncio.Event()
-        self._is_reaped = False
-        self.reaper: asyncio.Task[None]
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self._death: asyncio.Future[tuple[str, int]] = loop.create_future()
+        self.reaper = loop.create_task(self._reap())
 
-    @classmethod
-    async def start(cls, *, logs: Message | None) -> Child:
+    async def connect(self, ours: socket.socket) -> None:
         """
-        Start a process; it takes attempts at once and runs them when it is up.
+        Speak to the process over our end of its connection.
+        """
+        ours.setblocking(False)
+        loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.create_unix_connection(lambda: self, sock=ours)
+
+    async def become_ready(self, load: Message | None, seconds: float) -> None:
+        """
+        Wait until it is ready.
 
         Args:
-            logs: How it logs, as arguments of `configure_logs`; None leaves logging alone.
+            load: What it has to load first; None if it is forked.
 
         Raises:
-            OSError: If the system has no process, memory or file descriptor left for it.
+            ChildNotStarted: It died, could not load what it has to, or took too long.
         """
-        loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
+        if load is not None:
+            self._send(load)
         try:
-            with theirs:
-                process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    *("-P", "-m", "asyncflow.worker.child"),
-                    str(theirs.fileno()),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,
-                )
-            child = cls()
-            child._process = process
-            ours.setblocking(False)
-            child._transport, _ = await loop.create_unix_connection(lambda: child, sock=ours)
+            async with asyncio.timeout(seconds):
+                await self._ready
+        except TimeoutError:
+            self.kill()
+            fact = f"it was not ready after {seconds:g} s, and loaded {self._loading!r}."
+            raise ChildNotStarted(fact) from None
         except BaseException:
-            ours.close()
+            self.kill()
             raise
-        child.reaper = loop.create_task(child._reap())
-        child._send({"do": "prepare", "path": sys.path, "logs": logs})
-        return child
 
-    @property
-    def pid(self) -> int:
+    def die(self, words: str, status: int = 0) -> None:
         """
-        The process id, which is also the id of its process group.
+        It has died, or has not been started. For the nursery.
         """
-        return self._process.pid
+        self.is_alive = False
+        if not self._death.done():
+            self._death.set_result((words, status))
 
     @property
     def is_idle(self) -> bool:
@@ -140,7 +379,6 @@ class Child(asyncio.Protocol):
             {
                 "do": "run",
                 "number": self.tasks,
-                "module": handler.module,
                 "handler": handler.name,
                 "payload": payload,
                 "context": write_context(context),
@@ -159,12 +397,7 @@ class Child(asyncio.Protocol):
         End the child and everything the handler started, now.
         """
         self.is_alive = False
-        if self._is_reaped:
-            return  # its id may be another's by now
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass  # already gone; macOS says EPERM of a group of zombies
+        self._nursery.kill(self)
 
     def check_memory(self) -> None:
         """
@@ -204,6 +437,26 @@ class Child(asyncio.Protocol):
             self._transport.write(write(message))
 
     def _receive(self, message: Message) -> None:
+        match message["tell"]:
+            case "loading":
+                self._loading = message["module"]
+            case "ready":
+                self._settle_ready(None)
+            case "refused":
+                self._settle_ready(message["reason"])
+            case _:
+                self._receive_of_attempt(message)
+
+    def _settle_ready(self, reason: str | None) -> None:
+        if self._ready.done():
+            return
+        if reason is None:
+            self._ready.set_result(None)
+        else:
+            self._ready.set_exception(ChildNotStarted(reason))
+            self._ready.exception()  # perhaps nobody waits for it any more
+
+    def _receive_of_attempt(self, message: Message) -> None:
         if self._listener is None or message["number"] != self.tasks:
             return
         match message["tell"]:
@@ -216,23 +469,21 @@ class Child(asyncio.Protocol):
                 listener.ended(read_outcome(message["outcome"]), stop_seen=message["stop_seen"])
 
     async def _reap(self) -> None:
-        status = await self._process.wait()
-        self.is_alive = False
-        self.kill()  # whatever is left of its group, which keeps its id until the last is gone
-        self._is_reaped = True
+        words, status = await self._death
         try:
             # The socket may still hold the outcome of an attempt that ended before the death. It
             # stays open for ever if a forked grandchild left the group and holds it.
             await asyncio.wait_for(self._disconnected.wait(), LAST_WORDS_SECONDS)
         except TimeoutError:
             self._transport.close()
+        self._settle_ready(f"It {words}.")
         if self._listener is not None:
             listener, self._listener = self._listener, None
             # A fresh child that dies at once would do so again; a warm one died idle.
             was_entered = self._was_entered or self.tasks == 1
-            listener.died(self._death(status), was_entered=was_entered)
+            listener.died(self._end(words, status), was_entered=was_entered)
 
-    def _death(self, status: int) -> Outcome:
+    def _end(self, words: str, status: int) -> Outcome:
         if self._memory_found is not None:
             return Failed(
                 Failure(
@@ -242,7 +493,7 @@ class Child(asyncio.Protocol):
                     "and were killed.",
                 )
             )
-        message = f"The handler's process {exit_in_words(status)}."
+        message = f"The handler's process {words}."
         if not self._was_entered:
             message += " It had not entered the handler; its standard error may say why."
         elif status == -signal.SIGKILL:
@@ -257,11 +508,20 @@ class Children:
     Args:
         idle_max: How many idle ones are kept, 0 or more.
         tasks_max: After how many attempts a child is replaced, 1 or more.
-        logs: How children log, see `Child.start`.
+        idle_seconds: How long one is kept without an attempt.
     """
 
-    def __init__(self, *, idle_max: int, tasks_max: int, logs: Message | None) -> None:
-        self._logs = logs
+    def __init__(
+        self,
+        nursery: Nursery,
+        *,
+        idle_max: int,
+        tasks_max: int,
+        idle_seconds: float = IDLE_SECONDS,
+    ) -> None:
+        self._nursery = nursery
+        self._idle_seconds = idle_seconds
+        self._sweep: asyncio.TimerHandle | None = None
         self._idle_max = idle_max
         self._tasks_max = tasks_max
         self._idle: list[Child] = []
@@ -274,14 +534,14 @@ class Children:
         An idle child, or a new one; give it back with `take_back`.
 
         Raises:
-            OSError: If none can be started.
+            ChildNotStarted: None can be started.
         """
         while self._idle:
             child = self._idle.pop()
             if child.is_idle:
                 break
         else:
-            child = await Child.start(logs=self._logs)
+            child = await self._nursery.child()
         self._lent.add(child)
         if self._memory_watch is None:
             self._memory_watch = asyncio.get_running_loop().create_task(self._watch_memory())
@@ -294,7 +554,9 @@ class Children:
         self._lent.discard(child)
         is_fit = child.is_idle and child.tasks < self._tasks_max
         if is_fit and len(self._idle) < self._idle_max:
+            child.idle_since = time.monotonic()
             self._idle.append(child)
+            self._sweep_later()
         elif not child.reaper.done():
             self._dismiss(child)
 
@@ -302,13 +564,28 @@ class Children:
         """
         End all of them and wait until they are gone.
         """
+        if self._sweep is not None:
+            self._sweep.cancel()
         for child in self._lent:
             child.kill()
         while self._idle:
             self._dismiss(self._idle.pop())
         remaining = {child.reaper for child in self._lent} | self._leaving
         if remaining:
-            await asyncio.wait(remaining)
+            # A nursery that tells of no death any more is closed next, and they with it.
+            await asyncio.wait(remaining, timeout=CLOSE_SECONDS)
+
+    def _sweep_later(self) -> None:
+        if self._sweep is None and self._idle:
+            seconds = self._idle[0].idle_since + self._idle_seconds - time.monotonic()
+            self._sweep = asyncio.get_running_loop().call_later(seconds, self._dismiss_idle)
+
+    def _dismiss_idle(self) -> None:
+        # The first is idle for longest: what is lent is the last one that came back.
+        self._sweep = None
+        while self._idle and self._idle[0].idle_since + self._idle_seconds <= time.monotonic():
+            self._dismiss(self._idle.pop(0))
+        self._sweep_later()
 
     def _dismiss(self, child: Child) -> None:
         leaving = asyncio.get_running_loop().create_task(child.leave())
@@ -335,14 +612,26 @@ def exit_in_words(status: int) -> str:
         return f"was killed by signal {-status}"
 
 
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}."
+    return str(error)
+
+
+def _kill_group(pid: int) -> None:
+    if pid:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+
+
 def _memory_bytes(pid: int) -> int:
     """
-    Resident memory of a process's descendants; shared pages count once in each.
+    Resident memory of a process and its descendants; shared pages count once in each.
     """
     import psutil  # Most workers limit no memory and save this much of it: 1 MB.
 
     total = 0
-    pending = _child_pids(pid)
+    pending = [pid]
     while pending:
         each = pending.pop()
         try:

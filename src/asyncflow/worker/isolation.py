@@ -27,14 +27,14 @@ import time
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from asyncflow.domain.outcome import Cancelled, Completed, Crashed, Failed, Failure, Outcome
+from asyncflow.domain.outcome import Cancelled, Completed, Failed, Failure, Outcome
 from asyncflow.handlers.calls import call_async, call_blocking, failed
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.encoding import RESULT_BYTES_MAX
 from asyncflow.handlers.registry import Handler, IsolationKind
 from asyncflow.telemetry import events
-from asyncflow.telemetry.logs import Format
-from asyncflow.worker.children import Child, Children
+from asyncflow.worker.children import Child, ChildNotStarted, Children, Nursery
+from asyncflow.worker.shortage import Shortage
 
 INTERRUPT_SECONDS = 1.0
 """How long a handler may take to stop when the worker no longer wants its outcome."""
@@ -52,8 +52,7 @@ class Isolation:
         result_bytes_max: Most bytes of a result as JSON.
         tasks_per_child_max: A child process is replaced after this many attempts, so that
             what leaks in it does not add up.
-        log_level, log_format: How children log, as in `telemetry.logs.configure_logs`; a
-            level of None leaves logging in them alone.
+        nursery: Where child processes come from; None is one that has loaded no modules.
     """
 
     def __init__(
@@ -63,16 +62,17 @@ class Isolation:
         cancel_grace_seconds: float = 10.0,
         result_bytes_max: int = RESULT_BYTES_MAX,
         tasks_per_child_max: int = 1_000,
-        log_level: str | None = None,
-        log_format: Format = "auto",
+        nursery: Nursery | None = None,
     ) -> None:
         self.cancel_grace_seconds = cancel_grace_seconds
         self.result_bytes_max = result_bytes_max
         self.alarm = Alarm()
         self.stuck_runs: set[Run] = set()
         self.threads = Threads()
-        logs = None if log_level is None else {"level": log_level, "log_format": log_format}
-        self.children = Children(idle_max=slots, tasks_max=tasks_per_child_max, logs=logs)
+        self.shortage = Shortage()
+        self.children = Children(
+            nursery or Nursery(()), idle_max=slots, tasks_max=tasks_per_child_max
+        )
 
     def start(self, handler: Handler, payload: str, context: Context, on_end: OnEnd) -> Run:
         """
@@ -80,14 +80,14 @@ class Isolation:
 
         Args:
             payload: JSON text.
-            context: Made just now: the attempt's time runs from its making.
+            context: Made just now: the attempt's time runs from its making, or in a child
+                process from when that is ready.
             on_end: Called once, in the loop's thread and after this function has returned,
                 whatever the handler does: with the outcome, or with None if the attempt was
-                interrupted and left nothing whole.
+                interrupted and left nothing whole, or could not begin.
         """
         run = _KINDS[handler.isolation](self, handler, payload, context, on_end)
         run.enter()
-        self.alarm.set(run, time.monotonic() + context.remaining_seconds())
         return run
 
     @property
@@ -184,9 +184,24 @@ class Run:
 
     def enter(self) -> None:
         """
-        Have the handler called.
+        Have the handler called, and start the attempt's time.
         """
         raise NotImplementedError
+
+    def start_clock(self) -> None:
+        """
+        Call `on_deadline` when the attempt's time is up.
+        """
+        self.isolation.alarm.set(self, time.monotonic() + self.context.remaining_seconds())
+
+    def fail_to_enter(self, reason: str) -> None:
+        """
+        The machine lacks what the handler needs to run in; its task is not to blame.
+        """
+        self.has_ended = True
+        self.isolation.shortage.meet(reason)
+        stopped = self.stopped(failed(asyncio.CancelledError())) if self.is_stopping else None
+        self._tell(stopped)
 
     def cancel(self) -> None:
         """
@@ -296,6 +311,7 @@ class LoopRun(Run):
 
     def enter(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._call())
+        self.start_clock()
 
     async def _call(self) -> None:
         outcome = await call_async(
@@ -330,8 +346,10 @@ class ThreadRun(Run):
         try:
             self.isolation.threads.run(lambda: self._call(loop))
         except RuntimeError as error:
-            failure = Failure("Crashed", f"No thread could be started: {error}.")
-            loop.call_soon(self._end, Crashed(failure))
+            loop.call_soon(self.fail_to_enter, f"No thread could be started: {error}.")
+        else:
+            self.isolation.shortage.pass_by()
+            self.start_clock()
 
     def _call(self, loop: asyncio.AbstractEventLoop) -> None:
         # In the handler's thread.
@@ -365,13 +383,16 @@ class ChildRun(Run):
     async def _enter_child(self) -> None:
         try:
             child = await self.isolation.children.lend()
-        except Exception as error:
-            fact = f"No process could be started: {error}."
-            return self.end(Crashed(Failure("Crashed", fact)), stop_seen=True)
+        except ChildNotStarted as error:
+            return self.fail_to_enter(str(error))
+        self.isolation.shortage.pass_by()
         if self.is_stopping:
             self.isolation.children.take_back(child)
             return self._end_unentered()
         self._child = child
+        # What it took to start a process is no part of the attempt.
+        self.context.start_clock()
+        self.start_clock()
         child.run(
             self.handler,
             self.payload,

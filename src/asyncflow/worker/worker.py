@@ -210,7 +210,7 @@ class Worker:
 
     def _room(self) -> int:
         stuck = self._isolation.stuck
-        if stuck >= self._slots:
+        if stuck >= self._slots or self._isolation.shortage.lasts:
             return 0
         return self._pace.window - len(self._attempts) - stuck
 
