@@ -61,7 +61,7 @@ async def test_a_database_that_takes_no_writes_is_not_ready(
 
 async def test_a_wrong_schema_is_not_ready(client: httpx.AsyncClient, db: Database) -> None:
     """
-    503 that names both versions and the command that helps.
+    503 that names both versions and what helps.
     """
     await db.execute("UPDATE asyncflow.schema_version SET version_num = '9999'")
     answer = await client.get("/health/ready")
@@ -69,7 +69,7 @@ async def test_a_wrong_schema_is_not_ready(client: httpx.AsyncClient, db: Databa
     assert answer.status_code == 503
     assert answer.json()["type"] == "/problems/schema-mismatch"
     assert "9999" in answer.json()["detail"]
-    assert "asyncflow migrate" in answer.json()["detail"]
+    assert "deploy a newer version" in answer.json()["detail"]
 
 
 async def test_a_database_without_a_schema_is_not_ready(

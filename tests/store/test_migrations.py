@@ -12,11 +12,18 @@ from asyncflow.errors import SchemaMismatch, StatementRefused, StoreUnavailable
 from asyncflow.store import tasks
 from asyncflow.store.database import Database
 from asyncflow.store.migrations import migrate
-from asyncflow.store.schema import SCHEMA_VERSION, check_schema, schema_version
+from asyncflow.store.schema import SCHEMA_VERSION, check_schema, read_schema
 from builders import new_task
 from services.postgres import PostgresServer
 
 NEWER = "9999"
+
+
+async def has_schema(db: Database, version: str) -> None:
+    """
+    Let the database claim to have a schema that serves no other version.
+    """
+    await db.execute(f"UPDATE asyncflow.schema_version SET version_num = '{version}'")
 
 
 async def test_five_at_once_migrate_an_empty_database_once(empty_database_url: str) -> None:
@@ -75,7 +82,7 @@ async def test_a_database_without_our_schema_says_how_to_get_it(empty_database_u
     One sentence with the command to run.
     """
     async with Database(empty_database_url) as db:
-        assert await schema_version(db) is None
+        assert await read_schema(db) is None
 
         with pytest.raises(SchemaMismatch) as mismatch:
             await check_schema(db)
@@ -91,7 +98,7 @@ async def test_another_version_of_the_schema_is_named(fresh_db: Database, versio
     """
     Older or newer: both versions are in the sentence.
     """
-    await fresh_db.execute(f"UPDATE asyncflow.schema_version SET version_num = '{version}'")
+    await has_schema(fresh_db, version)
 
     with pytest.raises(SchemaMismatch) as mismatch:
         await check_schema(fresh_db)
@@ -104,12 +111,14 @@ async def test_a_newer_schema_is_never_touched(fresh_db: Database, database_url:
     """
     An old release that is started by mistake must not migrate backwards.
     """
-    await fresh_db.execute(f"UPDATE asyncflow.schema_version SET version_num = '{NEWER}'")
+    await has_schema(fresh_db, NEWER)
 
     with pytest.raises(SchemaMismatch):
         await migrate(database_url)
 
-    assert NEWER == await schema_version(fresh_db)
+    found = await read_schema(fresh_db)
+    assert found is not None
+    assert NEWER == found.version
 
 
 async def test_a_database_that_is_down_is_unavailable() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from asyncflow.cli import bench, queues, tasks
+from asyncflow.cli import bench, doctor, queues, tasks
 from asyncflow.errors import (
     AsyncFlowError,
     InvalidSettings,
@@ -50,6 +50,7 @@ def app(supervised: bool) -> None:
 app.add_command(tasks.app)
 app.add_command(queues.app)
 app.add_command(bench.bench)
+app.add_command(doctor.doctor)
 app.add_command(verify)
 
 OPTIONS = {
@@ -153,6 +154,17 @@ def migrate() -> None:
     before = asyncio.run(bring_up_to_date(url))
     change = f"is at {before} already" if before == SCHEMA_VERSION else f"is now {SCHEMA_VERSION}"
     click.echo(f"The schema of {masked(url)} {change}.")
+
+
+@app.command()
+@click.argument("role")
+def grants(role: str) -> None:
+    """
+    Print the SQL that gives ROLE the rights to run everything but migrations.
+    """
+    from asyncflow.store.grants import grants_for
+
+    click.echo(grants_for(role), nl=False)
 
 
 @app.command()

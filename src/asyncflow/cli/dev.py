@@ -24,7 +24,7 @@ from asyncflow.errors import EmbeddedDatabaseError
 from asyncflow.processes import listen
 from asyncflow.settings import Settings, masked
 from asyncflow.store.database import Database
-from asyncflow.store.schema import SCHEMA_VERSION, schema_version
+from asyncflow.store.schema import read_schema
 from asyncflow.supervisor import Child, Supervisor, as_environment
 
 READY_POLL_SECONDS = 0.05
@@ -101,8 +101,9 @@ def _prepare(folder: Path) -> None:
 
 async def _migrate(url: str, settings: Settings) -> None:
     async with Database(url, size=2, pooler=settings.database_pooler) as db:
-        if await schema_version(db) == SCHEMA_VERSION:
-            return
+        found = await read_schema(db)
+    if found is not None and found.serves_us:
+        return
     # Costs as much time as everything else here together, and is rarely needed.
     from asyncflow.store.migrations import migrate
 

@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from asyncflow.errors import SchemaMismatch
 from asyncflow.store.database import translated_errors
-from asyncflow.store.schema import SCHEMA_VERSION, schema_version
+from asyncflow.store.schema import SCHEMA_VERSION, read_schema
 
 MIGRATION_LOCK = 0x4153_594E_4346_4C57
 """Advisory lock key: the letters ASYNCFLW."""
@@ -54,7 +54,8 @@ async def migrate(url: str) -> str | None:
 async def _version(url: str) -> str | None:
     connection = await asyncpg.connect(url, timeout=10, statement_cache_size=0)
     try:
-        return await schema_version(connection)
+        found = await read_schema(connection)
+        return found.version if found else None
     finally:
         await connection.close()
 
