@@ -14,11 +14,11 @@ import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import asyncpg
 
-from asyncflow.errors import InvalidSettings, StatementRefused, StoreUnavailable
+from asyncflow.errors import StatementRefused, StoreUnavailable
+from asyncflow.store.dsn import connection_arguments
 
 ROLLED_BACK = (
     asyncpg.DeadlockDetectedError,
@@ -91,7 +91,7 @@ class Database:
     before their database.
 
     Args:
-        url: A `postgresql://` DSN of the primary.
+        url: A `postgresql://` URL of the primary, see `dsn`.
         size: Most connections at once.
         timeout_seconds: Bound on waiting for a connection, and again on each statement.
         pooler: True when the DSN leads to PgBouncer in transaction mode: no prepared
@@ -108,13 +108,12 @@ class Database:
         pooler: bool = False,
         name: str = "asyncflow",
     ) -> None:
-        check_url(url)
         self.pooler = pooler
-        self._url = url
+        self._to_server = connection_arguments(url)
         self._name = name
         self._timeout_seconds = timeout_seconds
         self._pool = asyncpg.create_pool(
-            url,
+            **self._to_server,
             min_size=0,
             max_size=size,
             timeout=timeout_seconds,
@@ -215,7 +214,7 @@ class Database:
         seconds = timeout_seconds or self._timeout_seconds
         with translated_errors():
             return await asyncpg.connect(
-                self._url,
+                **self._to_server,
                 timeout=seconds,
                 command_timeout=seconds,
                 **self._session(f"{self._name} {purpose}"),
@@ -260,26 +259,6 @@ def translated_errors() -> Iterator[None]:
     except REFUSED as error:
         constraint = getattr(error, "constraint_name", None)
         raise StatementRefused(type(error).__name__, constraint=constraint) from None
-
-
-def check_url(url: str) -> None:
-    """
-    Refuse a DSN that asyncpg cannot parse, before anything is started.
-
-    Raises:
-        InvalidSettings: With the reason; the password is not repeated.
-    """
-    try:
-        parts = urlsplit(url)
-        # Several hosts are fine: that is how asyncpg finds the primary after a failover.
-        hosts = parts.netloc.rpartition("@")[2].split(",")
-        ports = [urlsplit(f"//{host}").port for host in hosts]
-    except ValueError as error:
-        raise InvalidSettings([f"ASYNCFLOW_DATABASE_URL cannot be parsed: {error}."]) from None
-    if parts.scheme not in ("postgresql", "postgres") or 0 in ports:
-        raise InvalidSettings(
-            ["ASYNCFLOW_DATABASE_URL must look like postgresql://host:5432/name."]
-        )
 
 
 async def _nothing_to_reset(connection: object) -> None:
