@@ -127,14 +127,16 @@ def unknown_variables() -> list[str]:
 
 def _variables() -> dict[str, str]:
     """
-    What the environment and `.env` say, by the settings' names; empty text says nothing.
+    What the environment and `.env` say, by the settings' names.
+
+    Empty text is the default, also where the environment says it and `.env` something else.
     """
     given: dict[str, str] = {}
     for source in (_env_file(Path(".env")), os.environ):
         for name, value in source.items():
-            if value and name.upper().startswith(PREFIX):
-                given[name.upper().removeprefix(PREFIX).lower()] = value
-    return given
+            if name.upper().startswith(PREFIX):
+                given[name.upper().removeprefix(PREFIX).lower()] = value or ""
+    return {name: value for name, value in given.items() if value}
 
 
 def _misspelt(known: Sequence[str]) -> list[str]:

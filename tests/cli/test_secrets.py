@@ -104,6 +104,23 @@ def test_every_command_refuses_an_unclear_url(
     assert 1 == len(output.splitlines())
 
 
+@pytest.mark.parametrize("name", URLS)
+def test_dev_refuses_an_unclear_url_as_an_option(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    It is read as strictly as the setting.
+    """
+    monkeypatch.chdir(tmp_path)
+    url = URLS[name].format("QQQ@XXX:ZZZ/777")
+
+    status, output = said(capsys, ["dev", f"--{name.replace('_', '-')}", url])
+
+    assert status == 2
+    assert shows_nothing_of("QQQ XXX ZZZ 777", output)
+    assert "percent-encoded" in output
+
+
 @pytest.mark.parametrize("command", [["migrate"], ["task", "list"], ["doctor"]], ids=" ".join)
 def test_a_server_that_is_away_shows_nothing_of_the_password(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -129,3 +146,20 @@ def test_nothing_is_shown_by_the_program_itself(tmp_path: Path) -> None:
 
     assert ended.returncode == 2
     assert shows_nothing_of("QQQ XXX ZZZ 777", ended.stdout + ended.stderr)
+
+
+@pytest.mark.parametrize("password", ["QQQ@XXX/ZZZ", "QQQ:ZZZ"])
+def test_verify_refuses_an_unclear_broker(
+    password: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Its option is read as strictly as the setting; status 3 is a run that could not be made.
+    """
+    url = f"amqp://me:{password}" + ("@host/" if "@" in password else "")
+    options = ["--engine", "rabbitmq", "--broker-url", url, "--output", str(tmp_path / "run")]
+
+    status, output = said(capsys, ["verify", *options])
+
+    assert status == 3
+    assert shows_nothing_of(password, output)
+    assert "percent-encoded" in output

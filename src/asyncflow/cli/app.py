@@ -29,6 +29,9 @@ from asyncflow.verify.command import verify
 if TYPE_CHECKING:
     from asyncflow.settings import Settings
 
+FROM_SETTINGS = "the one that is set"
+"""What an option for a URL says if it is given without one."""
+
 NOT_NOW, REFUSED, NOT_FOUND, INTERRUPTED = 1, 2, 3, 130
 """Exit statuses: try again later; wrong as it stands; nothing of this name or id; Ctrl-C."""
 
@@ -56,6 +59,8 @@ app.add_command(verify)
 OPTIONS = {
     "api_host": "--host",
     "api_port": "--port",
+    "database_url": "--database-url",
+    "broker_url": "--broker-url",
     "worker_queues": "--queues",
     "worker_concurrency": "--concurrency",
     "worker_processes": "--processes",
@@ -118,16 +123,37 @@ def _sentences(error: AsyncFlowError) -> str:
 @port_option
 @concurrency_option
 @handlers_option
+@click.option(
+    "--database-url",
+    is_flag=False,
+    flag_value=FROM_SETTINGS,
+    metavar="[URL]",
+    help="Migrate and use this database; without a URL, that of ASYNCFLOW_DATABASE_URL.",
+)
+@click.option(
+    "--broker-url",
+    is_flag=False,
+    flag_value=FROM_SETTINGS,
+    metavar="[URL]",
+    help="Use this RabbitMQ; without a URL, that of ASYNCFLOW_BROKER_URL.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask before the database of the settings is used.")
 def dev(
-    host: str | None, port: int | None, concurrency: int | None, handlers: Sequence[str]
+    host: str | None,
+    port: int | None,
+    concurrency: int | None,
+    handlers: Sequence[str],
+    database_url: str | None,
+    broker_url: str | None,
+    yes: bool,
 ) -> None:
     """
     Run all of AsyncFlow on this machine, with a PostgreSQL of its own.
 
-    Data lives in .asyncflow/ of the current folder, unless ASYNCFLOW_DATABASE_URL names
-    another database.
+    Data lives in .asyncflow/ of the current folder. ASYNCFLOW_DATABASE_URL and
+    ASYNCFLOW_BROKER_URL are not used unless an option says so.
     """
-    from asyncflow.cli.dev import develop
+    from asyncflow.cli.dev import chosen_servers, develop
 
     settings = _settings(
         # The log's reader is whoever started this, also when it goes through `tee`.
@@ -136,9 +162,16 @@ def dev(
         api_port=port,
         worker_concurrency=concurrency,
         worker_handlers=_names(handlers),
+        database_url=_typed(database_url),
+        broker_url=_typed(broker_url),
     )
+    settings = chosen_servers(settings, database=database_url, broker=broker_url, confirmed=yes)
     _configure_logs(settings, "dev")
     sys.exit(asyncio.run(develop(settings)))
+
+
+def _typed(url: str | None) -> str | None:
+    return None if url == FROM_SETTINGS else url
 
 
 @app.command()

@@ -14,7 +14,6 @@ import os
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -227,6 +226,8 @@ def _mistakes(given: Mapping[str, str]) -> Iterator[str]:
 
 
 def _unknown(number: int, name: str) -> str:
+    from difflib import get_close_matches  # rarely needed, and not small
+
     meant = get_close_matches(name, PARAMETERS, n=1, cutoff=0.8)
     remedy = f"perhaps {meant[0]} is meant" if meant else "remove it"
     return f"parameter number {number} is not known; {remedy}"

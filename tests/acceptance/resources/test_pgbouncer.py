@@ -223,7 +223,7 @@ async def test_dev_runs_behind_a_pooler(
     async with a_system(request, tmp_path, unmigrated_url) as system:
         system.settings |= {"database_url": pooler.url(unmigrated_url), "database_pooler": True}
         port = free_port()
-        dev = await system.run("dev", "--port", str(port))
+        dev = await system.run("dev", "--port", str(port), "--database-url", "--yes")
         url = f"http://127.0.0.1:{port}"
         await system.answers(
             lambda: system.client.get(f"{url}/health/ready"), timeout_seconds=START_SECONDS_MAX
