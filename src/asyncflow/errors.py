@@ -11,6 +11,7 @@ Every error AsyncFlow raises on purpose, as one tree.
     ├── IllegalTransition       the task's state does not allow the request
     ├── HandlerError            how handlers are declared or found
     ├── SchemaMismatch          the database's schema does not serve this version
+    ├── MigrationRefused        the role that migrates lacks a right, or the schema is not ours
     ├── ServerUnfit             a server is set up so that we cannot work, see `findings`
     ├── StoreUnavailable        PostgreSQL cannot serve now; a retry may work
     ├── StatementRefused        PostgreSQL will never take these values
@@ -146,6 +147,12 @@ class SchemaMismatch(AsyncFlowError):
         else:
             remedy = "run `asyncflow migrate` with the version you are deploying"
         super().__init__(f"{fact}; {remedy}.")
+
+
+class MigrationRefused(AsyncFlowError):
+    """
+    The schema cannot be changed as things are; the sentence says what would help.
+    """
 
 
 class StoreUnavailable(AsyncFlowError):

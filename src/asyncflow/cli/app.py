@@ -10,6 +10,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -175,7 +176,16 @@ def _typed(url: str | None) -> str | None:
 
 
 @app.command()
-def migrate() -> None:
+@click.option(
+    "--lock-timeout",
+    "lock_seconds",
+    type=click.FloatRange(min=0),
+    default=300,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for other migrations and for sessions that hold tables.",
+)
+def migrate(lock_seconds: float) -> None:
     """
     Bring the database to the schema of this version. Safe to repeat, and at the same time.
     """
@@ -184,8 +194,14 @@ def migrate() -> None:
     from asyncflow.store.schema import SCHEMA_VERSION
 
     url = required_database_url(_settings())
-    before = asyncio.run(bring_up_to_date(url))
-    change = f"is at {before} already" if before == SCHEMA_VERSION else f"is now {SCHEMA_VERSION}"
+    say = partial(click.echo, err=True)
+    before = asyncio.run(bring_up_to_date(url, lock_seconds=lock_seconds, say=say))
+    if before is None or before < SCHEMA_VERSION:
+        change = f"is now {SCHEMA_VERSION}"
+    elif before == SCHEMA_VERSION:
+        change = f"is at {before} already"
+    else:
+        change = f"is at {before}, which serves this version ({SCHEMA_VERSION}) too"
     click.echo(f"The schema of {masked(url)} {change}.")
 
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -168,7 +169,7 @@ async def _migrate(url: str, settings: Settings) -> None:
     # Costs as much time as everything else here together, and is rarely needed.
     from asyncflow.store.migrations import migrate
 
-    await migrate(url)
+    await migrate(url, say=partial(click.echo, err=True))
 
 
 async def _announce(settings: Settings) -> None:

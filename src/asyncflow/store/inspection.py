@@ -207,8 +207,8 @@ def judged(facts: Facts, expected: Expected) -> Iterator[Finding]:
     One finding per check.
     """
     yield fine("PostgreSQL connection", f"Database {facts.database} answers as {facts.role}.")
-    yield _version(facts)
-    yield _encoding(facts)
+    yield version(facts.version, facts.version_number)
+    yield encoding(facts.database, facts.encoding)
     yield _writes(facts)
     yield _schema(facts)
     yield _rights(facts)
@@ -221,21 +221,24 @@ def judged(facts: Facts, expected: Expected) -> Iterator[Finding]:
     yield _clock(facts)
 
 
-def _version(facts: Facts) -> Finding:
+def version(name: str, number: int) -> Finding:
+    """
+    Whether the server is new enough; `number` is its `server_version_num`.
+    """
     what = "PostgreSQL version"
-    if facts.version_number < VERSION_MIN:
-        return wrong(
-            what,
-            f"The server is PostgreSQL {facts.version}.",
-            "AsyncFlow needs PostgreSQL 15 or newer.",
-        )
-    return fine(what, f"The server is PostgreSQL {facts.version}.")
+    sentence = f"The server is PostgreSQL {name}."
+    if number < VERSION_MIN:
+        return wrong(what, sentence, "AsyncFlow needs PostgreSQL 15 or newer.")
+    return fine(what, sentence)
 
 
-def _encoding(facts: Facts) -> Finding:
+def encoding(database: str, name: str) -> Finding:
+    """
+    Whether the database can hold every character.
+    """
     what = "PostgreSQL encoding"
-    sentence = f"The encoding of database {facts.database} is {facts.encoding}."
-    if facts.encoding != "UTF8":
+    sentence = f"The encoding of database {database} is {name}."
+    if name != "UTF8":
         return wrong(
             what,
             sentence,
