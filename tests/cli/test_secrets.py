@@ -4,6 +4,8 @@ Nothing of a password is ever printed, however it stands in a URL.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -72,6 +74,28 @@ def test_a_url_that_is_refused_shows_nothing_of_its_password(password: str, name
     except InvalidSettings as refusal:
         assert shows_nothing_of(password, str(refusal))
         assert name.upper() in str(refusal)
+
+
+@settings(max_examples=60)
+@given(password=PASSWORDS, command=st.sampled_from([["migrate"], ["task", "list"], ["doctor"]]))
+def test_a_command_shows_nothing_of_a_password(password: str, command: list[str]) -> None:
+    """
+    Whether it refuses the URL or does not reach the server.
+    """
+    output = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+        pytest.raises(SystemExit) as end,
+    ):
+        patch.setenv("ASYNCFLOW_DATABASE_URL", URLS["database_url"].format(password))
+        patch.setattr("sys.argv", ["asyncflow", *command])
+        main()
+
+    assert end.value.code in (1, 2)
+    assert output.getvalue()
+    assert shows_nothing_of(password, output.getvalue())
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -4,14 +4,17 @@ Checks of PostgreSQL: each wrong thing has its sentence and its mend.
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import replace
 from typing import Any
 
+import asyncpg
 import pytest
 
+from asyncflow.errors import StoreUnavailable
 from asyncflow.findings import Finding, ServerUnfit, Verdict, refuse_unfit
 from asyncflow.store.database import Database
-from asyncflow.store.inspection import Expected, Facts, inspect, judged
+from asyncflow.store.inspection import Expected, Facts, inspect, judged, unreachable
 from asyncflow.store.schema import SCHEMA_VERSION, Schema
 from services.postgres import PostgresServer
 
@@ -237,6 +240,28 @@ async def test_the_server_of_the_tests_is_fit(db: Database) -> None:
     assert len(findings) > 10
 
 
+async def test_what_is_set_for_the_database_is_seen(fresh_db: Database, database_url: str) -> None:
+    """
+    The facts are those of our own sessions, wherever their settings come from.
+    """
+    name = await fresh_db.fetchval("SELECT current_database()")
+    for setting in (
+        "default_transaction_isolation = 'serializable'",
+        "default_transaction_read_only = on",
+        "synchronous_commit = off",
+        "statement_timeout = '1s'",
+        "search_path = public, pg_catalog",
+    ):
+        await fresh_db.execute(f"ALTER DATABASE {name} SET {setting}")
+
+    async with Database(database_url) as db:
+        findings = await inspected(db)
+
+    assert {"isolation", "writes", "durability", "timeouts", "search_path"} == {
+        what for what, finding in findings.items() if finding.verdict is not Verdict.OK
+    }
+
+
 async def test_a_database_that_does_not_exist_is_named(postgres_server: PostgresServer) -> None:
     """
     With the statement that makes it; somebody may do so, and a start waits.
@@ -259,3 +284,30 @@ async def test_a_server_that_is_away_is_waited_for() -> None:
 
     assert (True, True) == (finding.is_wrong, finding.may_pass)
     assert "PostgreSQL cannot serve now" in finding.sentence
+
+
+def test_settings_of_libpq_that_cannot_be_used_are_no_outage() -> None:
+    """
+    Waiting would not help.
+    """
+    error = StoreUnavailable("PostgreSQL cannot serve now: …")
+    error.__cause__ = asyncpg.ClientConfigurationError("`sslmode` parameter must be one of: …")
+
+    finding = unreachable(error)
+
+    assert (True, False) == (finding.is_wrong, finding.may_pass)
+    assert "PGSSLMODE" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [ssl.SSLCertVerificationError("certificate verify failed"), OSError("rejected SSL upgrade")],
+)
+def test_a_connection_without_tls_is_told_apart(cause: OSError) -> None:
+    """
+    From a server that is away: the remedy is in the URL or in the certificate.
+    """
+    error = StoreUnavailable("PostgreSQL cannot serve now: …")
+    error.__cause__ = cause
+
+    assert "sslrootcert" in unreachable(error).remedy

@@ -10,6 +10,7 @@ depends on them.
 from __future__ import annotations
 
 import re
+import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -451,6 +452,19 @@ def unreachable(error: BaseException) -> Finding:
             f"The server refuses the login: {cause}.",
             "Grant the role CONNECT on the database.",
             may_pass=True,
+        )
+    if isinstance(cause, ssl.SSLError) or "SSL" in str(cause):
+        return wrong(
+            what,
+            f"There is no TLS connection: {str(cause).rstrip('.')}.",
+            f"Correct sslmode and sslrootcert in {DATABASE_URL}, or the server's certificate.",
+            may_pass=True,
+        )
+    if isinstance(cause, asyncpg.ClientConfigurationError):
+        return wrong(
+            what,
+            f"asyncpg refuses the settings of the connection: {str(cause).rstrip('.')}.",
+            f"Correct {DATABASE_URL}, or the variables of libpq (PGSSLMODE and the like).",
         )
     if "unsupported startup parameter" in str(cause):
         return wrong(
