@@ -1,8 +1,8 @@
 """
 What a check of a server finds out, for `asyncflow doctor` and for every process that starts.
 
-`store.inspection` checks PostgreSQL and `transport.inspection` RabbitMQ; both return one finding
-per check, good ones too. A process refuses to start on a finding that is wrong, waits for one
+`store.inspection` checks PostgreSQL, and `transport` RabbitMQ; both return one finding per check,
+good ones too. A process refuses to start on a finding that is wrong, waits for one
 that may pass by itself, and logs one that is doubtful.
 """
 

@@ -78,7 +78,7 @@ def test_a_good_server_has_only_good_findings() -> None:
             "wrong",
             False,
             "schema 9999",
-            "deploy a newer version",
+            "Deploy a newer version",
         ),
         (
             {"schema": Schema("0000", "0000")},

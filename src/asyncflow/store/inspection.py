@@ -46,9 +46,9 @@ FACTS = """
            current_setting('max_connections')::int
                - current_setting('superuser_reserved_connections')::int
                - coalesce(current_setting('reserved_connections', true)::int, 0) AS connections_max,
-           (SELECT count(*)::int
-              FROM pg_stat_activity
-             WHERE backend_type = 'client backend') AS connections,
+           -- Of sessions of others, pg_stat_activity tells most roles next to nothing.
+           (SELECT sum(numbackends)::int
+              FROM pg_stat_database) AS connections,
            (SELECT rolconnlimit FROM pg_roles WHERE rolname = current_user) AS role_connections_max,
            (SELECT count(*)::int
               FROM pg_stat_activity
@@ -278,7 +278,7 @@ def _schema(facts: Facts) -> Finding:
     if facts.schema is None or not facts.schema.serves_us:
         # Its sentence holds fact and remedy.
         fact, _, remedy = str(mismatch(facts.schema)).partition("; ")
-        return wrong(what, f"{fact};", remedy)
+        return wrong(what, f"{fact}.", f"{remedy[0].upper()}{remedy[1:]}")
     return fine(what, f"The schema's version is {facts.schema.version}.")
 
 
