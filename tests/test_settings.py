@@ -11,13 +11,7 @@ from typing import Any
 import pytest
 
 from asyncflow.errors import InvalidSettings
-from asyncflow.settings import (
-    PREFIX,
-    load_settings,
-    masked,
-    required_database_url,
-    unknown_variables,
-)
+from asyncflow.settings import PREFIX, load_settings, required_database_url, unknown_variables
 from asyncflow.supervisor import as_environment
 
 
@@ -155,7 +149,6 @@ def test_a_wrong_value_is_one_sentence_that_names_the_variable(
         ("DATABASE_POOLER", "2", "it must be true or false."),
         ("LOG_LEVEL", "loud", "it must be debug, info, warning or error."),
         ("BROKER_URL", "http://host", "it must begin with amqp:// or amqps://."),
-        ("DATABASE_URL", "postgresql://me:s3cret@[host/db", "it is not a URL."),
         (
             "API_HOSTS",
             "http://me:s3cret@host",
@@ -170,6 +163,15 @@ def test_a_wrong_value_is_one_sentence_that_names_the_variable(
             (
                 "it must be origins, scheme and host without a path, such as "
                 "https://app.example.com, or * for any."
+            ),
+        ),
+        (
+            "DATABASE_URL",
+            "postgresql://me:s3cret@[host/db",
+            (
+                "it must look like postgresql://user:password@host:port/name, with special "
+                "characters in user, password and name percent-encoded, such as %40 for @ and %2F "
+                "for /."
             ),
         ),
     ],
@@ -311,28 +313,6 @@ def test_a_missing_database_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -
     assert "postgresql://host/db" == required_database_url(
         load_settings(database_url="postgresql://host/db")
     )
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("postgresql://me:s3cret@host:5432/db?x=1", "postgresql://me:***@host:5432/db?x=1"),
-        ("postgresql://me:s3:c@r%40et@a:1,b:2/db", "postgresql://me:***@a:1,b:2/db"),
-        ("postgresql://me:@host/db", "postgresql://me:***@host/db"),
-        ("postgresql:///db?password=s3cret&a=b", "postgresql:///db?password=***&a=b"),
-        ("postgresql://me@host/db", "postgresql://me@host/db"),
-        ("amqps://host/%2f", "amqps://host/%2f"),
-        ("postgresql://host/db?sslpassword=s3cret", "postgresql://host/db?sslpassword=***"),
-        ("amqp://me:s3#cret@host/", "amqp://***"),
-        ("amqp://me:s3/cret@host", "amqp://***"),
-        ("amqp://me:s3?cret@host", "amqp://***"),
-    ],
-)
-def test_a_url_can_be_shown_without_its_password(url: str, expected: str) -> None:
-    """
-    Everything else stays readable.
-    """
-    assert expected == masked(url)
 
 
 def test_settings_cannot_be_changed_after_they_were_read() -> None:

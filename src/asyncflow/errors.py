@@ -10,7 +10,9 @@ Every error AsyncFlow raises on purpose, as one tree.
     ├── QueueNotFound
     ├── IllegalTransition       the task's state does not allow the request
     ├── HandlerError            how handlers are declared or found
-    ├── SchemaMismatch          the database's schema is not this version's
+    ├── SchemaMismatch          the database's schema does not serve this version
+    ├── MigrationRefused        the role that migrates lacks a right, or the schema is not ours
+    ├── ServerUnfit             a server is set up so that we cannot work, see `findings`
     ├── StoreError              what PostgreSQL said instead of doing it
     │   ├── StoreUnavailable    it cannot serve now; a retry may work
     │   └── StatementRefused    it will not take these values
@@ -138,17 +140,28 @@ class HandlerError(AsyncFlowError):
 
 class SchemaMismatch(AsyncFlowError):
     """
-    The database's schema is older or newer than this version of AsyncFlow needs.
+    The database's schema is missing, older than this version of AsyncFlow needs, or so new that it
+    no longer serves it.
     """
 
-    def __init__(self, *, found: str | None, needed: str) -> None:
+    def __init__(self, *, found: str | None, needed: str, is_newer: bool = False) -> None:
         self.found = found
         self.needed = needed
         if found is None:
             fact = "The database has no AsyncFlow schema"
         else:
             fact = f"The database has schema {found}, this version needs {needed}"
-        super().__init__(f"{fact}; run `asyncflow migrate` with the version you are deploying.")
+        if is_newer:
+            remedy = "deploy a newer version of AsyncFlow, migrating again would not help"
+        else:
+            remedy = "run `asyncflow migrate` with the version you are deploying"
+        super().__init__(f"{fact}; {remedy}.")
+
+
+class MigrationRefused(AsyncFlowError):
+    """
+    The schema cannot be changed as things are; the sentence says what would help.
+    """
 
 
 class StoreError(AsyncFlowError):

@@ -2,8 +2,8 @@
 The only place that assembles pieces: one function per kind of process, each a straight line
 from settings to a clean exit.
 
-Every process does the same at the edges: it waits for a reachable database, refuses a wrong
-schema, stops on SIGINT or SIGTERM in good order, hurries on the second signal, and leaves
+Every process does the same at the edges: it waits for a reachable database, refuses one that
+cannot work, stops on SIGINT or SIGTERM in good order, hurries on the second signal, and leaves
 nothing open.
 """
 
@@ -25,10 +25,11 @@ from uuid import uuid4
 import uvloop
 
 from asyncflow.domain.policy import DEFAULT_POLICY
-from asyncflow.errors import AsyncFlowError, StoreUnavailable
+from asyncflow.errors import AsyncFlowError
+from asyncflow.findings import refuse_unfit
 from asyncflow.settings import Settings, required_database_url
 from asyncflow.store.database import Database
-from asyncflow.store.schema import check_schema
+from asyncflow.store.inspection import inspect
 from asyncflow.telemetry import events
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from asyncflow.worker.worker import Worker
 
 DATABASE_RETRY_SECONDS = 1.0
+OTHER_CONNECTIONS = 2
+"""What a process has beside its pool, at most: for its lease or the relay, and for wake-ups."""
+
 EXHAUSTED_EXIT_STATUS = 70
 BACKLOG = 2_048
 """Connections that may wait for the API to accept them."""
@@ -93,7 +97,7 @@ async def serve_api(settings: Settings) -> None:
 
     Raises:
         AddressTaken: Its port is in use.
-        SchemaMismatch: The database needs a migration.
+        ServerUnfit: The database needs a migration, or another setting.
     """
     from importlib.metadata import version
     from ipaddress import ip_address
@@ -108,7 +112,7 @@ async def serve_api(settings: Settings) -> None:
 
     listening = listen(settings.api_host, settings.api_port)
     async with _database(settings, "asyncflow api") as db, _signals() as stop:
-        await _until_schema_fits(db, stop)
+        await _until_fit(db, settings, stop)
         async with Catalogue(db) as catalogue, BrokerWatch(settings.broker_url) as broker:
             waker = Waker(db)
             app = create_app(
@@ -171,7 +175,7 @@ async def _work(settings: Settings, registry: Registry) -> None:
 
     Raises:
         HandlerError: A module cannot be loaded for child processes.
-        SchemaMismatch: The database needs a migration.
+        ServerUnfit: The database needs a migration, or another setting.
     """
     from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 
@@ -187,7 +191,7 @@ async def _work(settings: Settings, registry: Registry) -> None:
             except OSError as error:
                 # The first attempt that needs a child tries again.
                 events.worker_starved(reason=str(error), pause_seconds=0.0)
-        await _until_schema_fits(db, stop)
+        await _until_fit(db, settings, stop)
         while not stop.asked:
             worker = await _make_worker(db, settings, registry, nursery)
             stop.on_first = worker.stop
@@ -275,13 +279,13 @@ async def maintain(settings: Settings) -> None:
     The chores and, with a broker, the relay, until a signal.
 
     Raises:
-        SchemaMismatch: The database needs a migration.
+        ServerUnfit: The database needs a migration, or another setting.
     """
     from asyncflow.maintenance.chores import chores, run_chore
     from asyncflow.store.wakeups import Waker
 
     async with _database(settings, "asyncflow maintenance") as db, _signals() as stop:
-        await _until_schema_fits(db, stop)
+        await _until_fit(db, settings, stop)
         waker = Waker(db)
         listed = chores(
             retention_days=settings.retention_days, has_broker=settings.broker_url is not None
@@ -384,15 +388,29 @@ async def _database(settings: Settings, name: str) -> AsyncIterator[Database]:
         yield db
 
 
-async def _until_schema_fits(db: Database, stop: Stop) -> None:
+async def _until_fit(db: Database, settings: Settings, stop: Stop) -> None:
     """
-    Check the schema as soon as the database can be reached, or a signal comes.
+    Return once the database is fit for us, or a signal comes.
+
+    What may pass by itself is waited for, and what works less well than it could is logged.
+
+    Raises:
+        ServerUnfit: Something is wrong that will not pass.
     """
     while not stop.asked:
-        try:
-            return await check_schema(db)
-        except StoreUnavailable as error:
-            events.database_unavailable(where="start", reason=str(error))
+        findings = await inspect(
+            db,
+            timeout_seconds=settings.database_timeout_seconds,
+            connections=settings.database_pool_size + OTHER_CONNECTIONS,
+        )
+        refuse_unfit(findings)
+        wrong = [finding for finding in findings if finding.is_wrong]
+        if not wrong:
+            for finding in (finding for finding in findings if finding.is_doubtful):
+                events.server_doubtful(what=finding.what, reason=str(finding))
+            return
+        for finding in wrong:
+            events.database_unavailable(where="start", reason=str(finding))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DATABASE_RETRY_SECONDS):
                 await stop.wait()

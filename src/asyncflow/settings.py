@@ -17,10 +17,11 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
-from urllib.parse import urlsplit, urlunsplit
 
 from asyncflow.domain.policy import NAME_PATTERN
 from asyncflow.errors import InvalidSettings
+from asyncflow.urls import UnclearUrl, split_url
+from asyncflow.urls import masked as masked  # Settings that hold a URL are shown with it.
 
 PREFIX = "ASYNCFLOW_"
 NOT_SETTINGS = re.compile(
@@ -130,14 +131,16 @@ def unknown_variables() -> list[str]:
 
 def _variables() -> dict[str, str]:
     """
-    What the environment and `.env` say, by the settings' names; empty text says nothing.
+    What the environment and `.env` say, by the settings' names.
+
+    Empty text is the default, also where the environment says it and `.env` something else.
     """
     given: dict[str, str] = {}
     for source in (_env_file(Path(".env")), os.environ):
         for name, value in source.items():
-            if value and name.upper().startswith(PREFIX):
-                given[name.upper().removeprefix(PREFIX).lower()] = value
-    return given
+            if name.upper().startswith(PREFIX):
+                given[name.upper().removeprefix(PREFIX).lower()] = value or ""
+    return {name: value for name, value in given.items() if value}
 
 
 def _misspelt(known: Sequence[str]) -> list[str]:
@@ -228,20 +231,24 @@ class OneOf:
 
 class Url:
     """
-    Leaves a URL as it is, if it has one of these schemes.
+    Leaves a URL as it is, if it has one of these schemes and its parts are beyond doubt.
     """
 
     def __init__(self, *schemes: str) -> None:
         self._schemes = schemes
 
     def __call__(self, given: str) -> str:
-        try:
-            scheme = urlsplit(given).scheme
-        except ValueError:
-            raise ValueError("it is not a URL") from None
-        if scheme not in self._schemes:
+        if given.partition("://")[0] not in self._schemes:
             starts = " or ".join(f"{scheme}://" for scheme in self._schemes)
             raise ValueError(f"it must begin with {starts}")
+        try:
+            split_url(given)
+        except UnclearUrl:
+            raise ValueError(
+                f"it must look like {self._schemes[0]}://user:password@host:port/name, with "
+                "special characters in user, password and name percent-encoded, such as %40 for "
+                "@ and %2F for /"
+            ) from None
         return given
 
 
@@ -345,20 +352,3 @@ def required_database_url(settings: Settings) -> str:
             ]
         )
     return settings.database_url
-
-
-def masked(url: str) -> str:
-    """
-    `url` fit for a log or a screen: its password, if any, reads `***`.
-
-    Where an unescaped character makes it unclear what the password is, nothing is shown.
-    """
-    url = re.sub(r"([?&](?:ssl)?password=)[^&]*", r"\1***", url)
-    parts = urlsplit(url)
-    if "@" in url.replace(parts.netloc, "", 1):
-        return f"{parts.scheme}://***"
-    if parts.password is None:
-        return url
-    user_info, _, host = parts.netloc.rpartition("@")
-    user = user_info.partition(":")[0]
-    return urlunsplit(parts._replace(netloc=f"{user}:***@{host}"))

@@ -201,14 +201,12 @@ def as_environment(settings: Settings) -> dict[str, str]:
     """
     # All of them, not those that differ from the defaults: an option may say the default again
     # where the inherited environment says something else.
-    return {
-        PREFIX + name.upper(): _as_text(value)
-        for name, value in asdict(settings).items()
-        if value is not None
-    }
+    return {PREFIX + name.upper(): _as_text(value) for name, value in asdict(settings).items()}
 
 
 def _as_text(value: object) -> str:
+    if value is None:
+        return ""
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 

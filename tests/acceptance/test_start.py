@@ -8,6 +8,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from acceptance.conftest import show_logs
 from acceptance.process import Process
 from acceptance.system import HANDLERS, System
+from asyncflow.store.grants import grants_for
 from services import postgres
 from services.ports import free_port
 from services.postgres import PostgresServer
@@ -61,16 +63,85 @@ async def test_every_process_refuses_a_malformed_broker_url(
     url = "amqp://me:s3#cret@host/"
     async with System(database_url=database_url, broker_url=url, folder=tmp_path) as system:
         for said in await refusals(system):
-            assert said.startswith("asyncflow: The broker URL is not of the form")
+            assert said.startswith("asyncflow: ASYNCFLOW_BROKER_URL: it must look like amqp://")
             assert "s3" not in said
             assert len(said.splitlines()) == 1
+
+
+async def test_every_process_refuses_a_database_of_another_encoding(
+    postgres_server: PostgresServer, tmp_path: Path
+) -> None:
+    """
+    It names the encoding, and what to create instead.
+    """
+    url = await asyncio.to_thread(postgres_server.create_empty_database, encoding="LATIN1")
+    async with System(database_url=url, broker_url=None, folder=tmp_path) as system:
+        for said in await refusals(system):
+            assert "is LATIN1" in said
+            assert "ENCODING 'UTF8'" in said
+            assert "Traceback" not in said
+    await asyncio.to_thread(postgres_server.drop_database, url)
+
+
+async def test_processes_wait_for_their_rights_and_then_work(
+    postgres_server: PostgresServer,
+    database_url: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """
+    Each says what its role lacks and which command prints the grants; they are enough for all.
+    """
+    role_url = await asyncio.to_thread(postgres_server.create_role, database_url)
+    role = str(urlsplit(role_url).username)
+    async with System(database_url=role_url, broker_url=None, folder=tmp_path) as system:
+        started = await asyncio.gather(
+            system.run("api", "--port", str(free_port())),
+            system.run("worker", "--handlers", str(HANDLERS)),
+            system.run("maintenance"),
+        )
+        for process in started:
+            line = await process.complains("lacks USAGE on schema asyncflow")
+            assert f"`asyncflow grants {role}`" in line["reason"]
+
+        await execute(database_url, grants_for(role))
+
+        await work_together(system, started)
+    show_logs(request, system)
+    await asyncio.to_thread(postgres_server.drop_role, role_url)
+
+
+async def test_a_process_waits_for_a_database_that_is_missing(
+    postgres_server: PostgresServer,
+    database_url: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """
+    Somebody may be creating it; the process says which one it is and how to.
+    """
+    name = urlsplit(database_url).path[1:]
+    server = postgres_server.cluster.url
+    await execute(server, f"ALTER DATABASE {name} RENAME TO {name}_later")
+    async with System(database_url=database_url, broker_url=None, folder=tmp_path) as system:
+        maintenance = await system.run("maintenance")
+        line = await maintenance.complains(f"The server has no database {name}.")
+        assert f"CREATE DATABASE {name}" in line["reason"]
+
+        await execute(server, f"ALTER DATABASE {name}_later RENAME TO {name}")
+
+        await maintenance.log_event("process.started")
+    show_logs(request, system)
 
 
 async def test_every_process_refuses_a_newer_schema(system: System) -> None:
     """
     An old version does not touch a database that a newer one has migrated.
     """
-    await execute(system, "UPDATE asyncflow.schema_version SET version_num = '9999'")
+    await execute(
+        system.database_url,
+        "UPDATE asyncflow.schema_version SET version_num = '9999', compatible_from = '9999'",
+    )
 
     for said in await refusals(system):
         assert "9999" in said
@@ -167,11 +238,11 @@ async def test_a_missing_handler_module_is_one_sentence(system: System) -> None:
     assert "Traceback" not in worker.output
 
 
-async def execute(system: System, statement: str) -> None:
+async def execute(url: str, statement: str) -> None:
     """
-    Change the database behind the product's back.
+    Change a database behind the product's back.
     """
-    connection = await asyncpg.connect(system.database_url)
+    connection = await asyncpg.connect(url)
     try:
         await connection.execute(statement)
     finally:

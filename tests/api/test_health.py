@@ -90,15 +90,30 @@ async def test_a_database_that_would_refuse_a_submission_is_not_ready(
 
 async def test_a_wrong_schema_is_not_ready(client: httpx.AsyncClient, db: Database) -> None:
     """
-    503 that names both versions and the command that helps.
+    503 that names both versions and what helps.
     """
-    await db.execute("UPDATE asyncflow.schema_version SET version_num = '9999'")
+    await db.execute(
+        "UPDATE asyncflow.schema_version SET version_num = '9999', compatible_from = '9999'"
+    )
     answer = await client.get("/health/ready")
 
     assert answer.status_code == 503
     assert answer.json()["type"] == "/problems/schema-mismatch"
     assert "9999" in answer.json()["detail"]
-    assert "asyncflow migrate" in answer.json()["detail"]
+    assert "deploy a newer version" in answer.json()["detail"]
+
+
+async def test_a_newer_schema_that_serves_this_version_is_ready(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    Deployments migrate first: the load balancer must keep the processes that run.
+    """
+    await db.execute("UPDATE asyncflow.schema_version SET version_num = '0002'")
+    answer = await client.get("/health/ready")
+
+    assert answer.status_code == 200
+    assert answer.json()["schema_version"] == "0002"
 
 
 async def test_a_database_without_a_schema_is_not_ready(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -15,9 +16,14 @@ import sys
 import threading
 from pathlib import Path
 
+import click
 import psutil
 import pytest
 
+from asyncflow.cli.app import FROM_SETTINGS
+from asyncflow.cli.dev import chosen_servers
+from asyncflow.errors import InvalidSettings
+from asyncflow.settings import Settings
 from cli.programs import Program, environment, finished, running
 from services.ports import free_port
 
@@ -268,22 +274,121 @@ def test_handlers_of_the_current_folder_run(env: dict[str, str], folder: Path) -
         dev.until("process.started.*handlers=2")
 
 
-def test_a_database_that_is_set_is_used_and_left_running(
+NOBODY_LISTENS = "postgresql://me:very-secret@127.0.0.1:1/production"
+NO_BROKER = "amqp://me:very-secret@127.0.0.1:1/"
+
+
+def test_servers_that_are_set_are_left_alone(env: dict[str, str], folder: Path) -> None:
+    """
+    They may be production's: dev says that it uses its own database and no broker.
+    """
+    env = {**env, "ASYNCFLOW_DATABASE_URL": NOBODY_LISTENS}
+    (folder / ".env").write_text(
+        f"ASYNCFLOW_BROKER_URL={NO_BROKER}\nASYNCFLOW_DATABASE_POOLER=true\n"
+    )
+
+    with running("dev", folder=folder, env=env) as dev:
+        dev.until("ASYNCFLOW_DATABASE_URL is set and not used here; use it with --database-url.")
+        dev.until("ASYNCFLOW_BROKER_URL is set and not used here; use it with --broker-url.")
+        dev.until("process.started.*worker_id=.*broker=none")
+        dev.until("^Data .*embedded PostgreSQL")
+        task_id = submit(dev)
+        dev.until(f"attempt.settled.*{task_id}.*outcome=complete")
+
+        assert "very-secret" not in dev.output
+
+
+def test_a_database_that_is_typed_is_used_and_left_running(
     env: dict[str, str], empty_database_url: str, tmp_path: Path
 ) -> None:
     """
     The banner says so; it is migrated, and nothing is stored in the folder.
     """
-    env = {**env, "ASYNCFLOW_DATABASE_URL": empty_database_url}
+    env = {**env, "ASYNCFLOW_DATABASE_URL": NOBODY_LISTENS}
 
-    with running("dev", folder=tmp_path, env=env) as dev:
-        dev.until(r"^Data .*ASYNCFLOW_DATABASE_URL")
+    with running("dev", "--database-url", empty_database_url, folder=tmp_path, env=env) as dev:
+        dev.until(r"^Data .*--database-url")
         task_id = submit(dev)
         dev.until(f"attempt.settled.*{task_id}.*outcome=complete")
         dev.send(signal.SIGTERM)
 
         assert dev.ended() == 0
         assert not (tmp_path / ".asyncflow").exists()
+
+
+SET = Settings(database_url=NOBODY_LISTENS, broker_url=NO_BROKER, database_pooler=True)
+
+
+@pytest.mark.parametrize(
+    ("typed_database", "typed_broker", "expected"),
+    [
+        (None, None, (None, None, False)),
+        (None, FROM_SETTINGS, (None, NO_BROKER, False)),
+        # One installation: its broker comes along.
+        (FROM_SETTINGS, None, (NOBODY_LISTENS, NO_BROKER, True)),
+        # A typed URL is in the settings already.
+        (NOBODY_LISTENS, None, (NOBODY_LISTENS, None, True)),
+        (NOBODY_LISTENS, NO_BROKER, (NOBODY_LISTENS, NO_BROKER, True)),
+    ],
+)
+def test_only_servers_that_were_asked_for_are_used(
+    typed_database: str | None, typed_broker: str | None, expected: tuple[object, ...]
+) -> None:
+    """
+    By an option each, or by the one for the database for both of the settings.
+    """
+    chosen = chosen_servers(SET, database=typed_database, broker=typed_broker, confirmed=True)
+
+    assert expected == (chosen.database_url, chosen.broker_url, chosen.database_pooler)
+
+
+def test_the_database_of_the_settings_needs_a_yes(env: dict[str, str], tmp_path: Path) -> None:
+    """
+    Without a terminal to ask, dev refuses and says what it would have done.
+    """
+    env = {**env, "ASYNCFLOW_DATABASE_URL": NOBODY_LISTENS}
+
+    ended = finished("dev", "--database-url", folder=tmp_path, env=env)
+
+    assert ended.returncode == 2
+    assert "would migrate postgresql://me:***@127.0.0.1:1/production" in ended.stderr
+    assert "--yes" in ended.stderr
+
+
+@pytest.mark.parametrize("answer", ["y\n", "n\n", "\n"])
+def test_at_a_terminal_the_database_of_the_settings_is_asked_for(
+    answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    Anything but a yes ends it before anything was done.
+    """
+    terminal = io.StringIO(answer)
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+
+    def choose() -> Settings:
+        return chosen_servers(SET, database=FROM_SETTINGS, broker=None, confirmed=False)
+
+    if answer == "y\n":
+        assert choose() == SET
+    else:
+        with pytest.raises(click.Abort):
+            choose()
+    assert "This will migrate postgresql://me:***@" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed_database", "typed_broker", "variable"),
+    [(FROM_SETTINGS, None, "DATABASE_URL"), (None, FROM_SETTINGS, "BROKER_URL")],
+)
+def test_an_option_without_a_url_needs_the_setting(
+    typed_database: str | None, typed_broker: str | None, variable: str
+) -> None:
+    """
+    Else there is no such server.
+    """
+    with pytest.raises(InvalidSettings, match=f"ASYNCFLOW_{variable}"):
+        chosen_servers(Settings(), database=typed_database, broker=typed_broker, confirmed=True)
 
 
 def _run_until_begun(dev: Program, env: dict[str, str], folder: Path, *, seconds: int) -> None:

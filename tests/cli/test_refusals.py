@@ -108,7 +108,7 @@ def test_a_process_refuses_a_database_without_schema(
     ended = finished(command, folder=tmp_path, env=env)
 
     assert ended.returncode == 2
-    assert "has no AsyncFlow schema; run `asyncflow migrate`" in ended.stderr
+    assert "has no AsyncFlow schema. Run `asyncflow migrate`" in ended.stderr
 
 
 def test_a_taken_port_is_named_and_the_way_out_too(

@@ -57,11 +57,13 @@ class PostgresServer:
         self._numbers = itertools.count(1)
         self._has_template = False
 
-    def create_empty_database(self) -> str:
+    def create_empty_database(self, *, encoding: str = "UTF8") -> str:
         """
         Make a database without any table and return its DSN.
         """
-        return self._create("template1")
+        if encoding == "UTF8":
+            return self._create("template1")
+        return self._create(f"template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'")
 
     def create_database(self) -> str:
         """
@@ -70,6 +72,27 @@ class PostgresServer:
         if not self._has_template:
             self._create_template()
         return self._create(TEMPLATE)
+
+    def create_role(self, database_url: str) -> str:
+        """
+        Make a role without any right and return the DSN of the database as that role.
+        """
+        name = f"role_{next(self._numbers)}"
+        self._run(f"CREATE ROLE {name} LOGIN")
+        return (
+            urlsplit(database_url)
+            ._replace(netloc=urlsplit(database_url).netloc.replace("postgres", name))
+            .geturl()
+        )
+
+    def drop_role(self, url: str) -> None:
+        """
+        Remove a role and all that is its own in the database of its DSN.
+        """
+        name = str(urlsplit(url).username)
+        as_superuser = self._url(urlsplit(url).path[1:])
+        asyncio.run(_execute(as_superuser, f"DROP OWNED BY {name} CASCADE"))
+        self._run(f"DROP ROLE {name}")
 
     def drop_database(self, url: str) -> None:
         """

@@ -53,3 +53,13 @@ async def connection(fresh_db: Database) -> AsyncIterator[asyncpg.Connection]:
     one = await fresh_db.connect("test")
     yield one
     await one.close()
+
+
+@pytest.fixture
+def role_url(postgres_server: PostgresServer, empty_database_url: str) -> Iterator[str]:
+    """
+    The DSN of the empty database as a role without any right.
+    """
+    url = postgres_server.create_role(empty_database_url)
+    yield url
+    postgres_server.drop_role(url)

@@ -14,9 +14,9 @@ from uuid import UUID
 import pytest
 
 from asyncflow.domain.states import Event, State
-from asyncflow.errors import InvalidSettings, StatementRefused, StoreUnavailable
+from asyncflow.errors import StatementRefused, StoreUnavailable
 from asyncflow.store import tasks, upkeep
-from asyncflow.store.database import Database, check_url
+from asyncflow.store.database import Database
 from asyncflow.store.migrations import migrate
 from builders import SETTLEMENTS, a_task, claimed, new_task, settled, state_of
 from faults.wire import laid
@@ -487,33 +487,6 @@ async def test_an_open_database_may_be_closed_twice(shared_database_url: str) ->
     async with db:
         await db.fetchval("SELECT 1")
         await db.close()
-
-
-@pytest.mark.parametrize(
-    "url", ["", "mysql://host/db", "postgresql://host:port/db", "postgresql://host:0/db"]
-)
-def test_a_dsn_that_is_none_is_refused_before_anything_starts(url: str) -> None:
-    """
-    By the name of its setting.
-    """
-    with pytest.raises(InvalidSettings, match="ASYNCFLOW_DATABASE_URL"):
-        check_url(url)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "postgresql://host/db",
-        "postgres://user:p%40ss@host:5432/db?sslmode=require",
-        "postgresql://user@/db?host=/run/postgresql",
-        "postgresql://a:1,b:2/db?target_session_attrs=read-write",
-    ],
-)
-def test_a_dsn_that_asyncpg_takes_is_taken(url: str) -> None:
-    """
-    Sockets and several hosts, too: that is how a failover is followed.
-    """
-    check_url(url)
 
 
 async def _two_tasks(db: Database) -> list[UUID]:

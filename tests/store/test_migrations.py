@@ -5,19 +5,39 @@ Migrating: safe to run by many, beside other people's tables, and never backward
 from __future__ import annotations
 
 import asyncio
+import runpy
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from asyncflow.errors import SchemaMismatch, StatementRefused, StoreUnavailable
-from asyncflow.store import tasks
+from asyncflow.domain.states import State
+from asyncflow.errors import MigrationRefused, SchemaMismatch, StatementRefused, StoreUnavailable
+from asyncflow.findings import ServerUnfit
+from asyncflow.store import migrations, schema, tasks
 from asyncflow.store.database import Database
+from asyncflow.store.grants import grants_for
+from asyncflow.store.inspection import inspect
 from asyncflow.store.migrations import migrate
-from asyncflow.store.schema import SCHEMA_VERSION, check_schema, schema_version
+from asyncflow.store.schema import SCHEMA_VERSION, Schema, check_schema, read_schema
 from asyncflow.store.workers import Published, published_handlers
-from builders import new_task
+from builders import a_task, new_task
 from services.postgres import PostgresServer
 
 NEWER = "9999"
+
+
+async def has_schema(db: Database, version: str) -> None:
+    """
+    Let the database claim to have a schema that serves no other version.
+    """
+    await db.execute(
+        f"UPDATE asyncflow.schema_version"
+        f"   SET version_num = '{version}', compatible_from = '{version}'"
+    )
 
 
 async def test_five_at_once_migrate_an_empty_database_once(empty_database_url: str) -> None:
@@ -76,7 +96,7 @@ async def test_a_database_without_our_schema_says_how_to_get_it(empty_database_u
     One sentence with the command to run.
     """
     async with Database(empty_database_url) as db:
-        assert await schema_version(db) is None
+        assert await read_schema(db) is None
 
         with pytest.raises(SchemaMismatch) as mismatch:
             await check_schema(db)
@@ -92,7 +112,7 @@ async def test_another_version_of_the_schema_is_named(fresh_db: Database, versio
     """
     Older or newer: both versions are in the sentence.
     """
-    await fresh_db.execute(f"UPDATE asyncflow.schema_version SET version_num = '{version}'")
+    await has_schema(fresh_db, version)
 
     with pytest.raises(SchemaMismatch) as mismatch:
         await check_schema(fresh_db)
@@ -105,12 +125,14 @@ async def test_a_newer_schema_is_never_touched(fresh_db: Database, database_url:
     """
     An old release that is started by mistake must not migrate backwards.
     """
-    await fresh_db.execute(f"UPDATE asyncflow.schema_version SET version_num = '{NEWER}'")
+    await has_schema(fresh_db, NEWER)
 
     with pytest.raises(SchemaMismatch):
         await migrate(database_url)
 
-    assert NEWER == await schema_version(fresh_db)
+    found = await read_schema(fresh_db)
+    assert found is not None
+    assert NEWER == found.version
 
 
 async def test_a_database_that_is_down_is_unavailable() -> None:
@@ -129,6 +151,317 @@ async def test_a_database_that_is_missing_is_unavailable(postgres_server: Postgr
 
     with pytest.raises(StoreUnavailable, match="missing"):
         await migrate(url)
+
+
+# Roles with few rights
+
+
+def name_of(role_url: str) -> str:
+    """
+    The role of a DSN.
+    """
+    return str(urlsplit(role_url).username)
+
+
+async def test_a_schema_that_was_made_for_the_role_is_enough(
+    empty_database_url: str, role_url: str
+) -> None:
+    """
+    As administrators do it: the role owns the schema and may create nothing beside it.
+    """
+    async with Database(empty_database_url) as db:
+        await db.execute(f"CREATE SCHEMA asyncflow AUTHORIZATION {name_of(role_url)}")
+
+    await migrate(role_url)
+
+    async with Database(role_url) as db:
+        await check_schema(db)
+        await tasks.submit(db, [new_task()])
+
+
+async def test_a_role_that_may_only_use_the_schema_finds_nothing_to_do(
+    empty_database_url: str, role_url: str
+) -> None:
+    """
+    A pipeline may migrate as the role that works; a read-only server is no obstacle either.
+    """
+    await migrate(empty_database_url)
+    async with Database(empty_database_url) as db:
+        await granted(db, name_of(role_url))
+        await db.execute(f"ALTER ROLE {name_of(role_url)} SET default_transaction_read_only = on")
+
+    assert SCHEMA_VERSION == await migrate(role_url)
+
+
+async def granted(db: Database, role: str) -> None:
+    """
+    Run what `asyncflow grants` prints.
+    """
+    connection = await db.connect("grants")
+    await connection.execute(grants_for(role))
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "sentence"),
+    [
+        ([], 'let its owner run: CREATE SCHEMA asyncflow AUTHORIZATION "{role}".'),
+        (
+            ["CREATE SCHEMA asyncflow"],
+            'let its owner run: GRANT USAGE, CREATE ON SCHEMA asyncflow TO "{role}".',
+        ),
+        (
+            [
+                "CREATE SCHEMA asyncflow",
+                "CREATE TABLE asyncflow.schema_version (version_num text)",
+            ],
+            "let the owner run what `asyncflow grants {role}` prints.",
+        ),
+        (
+            [
+                "CREATE SCHEMA asyncflow AUTHORIZATION {role}",
+                "CREATE TABLE asyncflow.schema_version (version_num text)",
+                "GRANT SELECT ON asyncflow.schema_version TO {role}",
+            ],
+            "The tables of AsyncFlow belong to role postgres; migrate as that role",
+        ),
+        (
+            [
+                "CREATE SCHEMA asyncflow AUTHORIZATION {role}",
+                "CREATE TABLE asyncflow.tasks (a int)",
+            ],
+            "holds tables that are not AsyncFlow's (tasks)",
+        ),
+        (
+            ["ALTER ROLE {role} SET default_transaction_read_only = on"],
+            "The server takes no writes",
+        ),
+    ],
+)
+async def test_what_keeps_a_role_from_migrating_is_a_sentence(
+    empty_database_url: str, role_url: str, before: list[str], sentence: str
+) -> None:
+    """
+    With the statement that would help, where there is one; nothing was changed.
+    """
+    role = name_of(role_url)
+    async with Database(empty_database_url) as db:
+        for statement in before:
+            await db.execute(statement.format(role=role))
+
+        with pytest.raises(MigrationRefused) as refusal:
+            await migrate(role_url)
+
+        assert await read_schema(db) is None
+    assert sentence.format(role=role) in str(refusal.value)
+
+
+async def test_what_postgresql_refuses_is_a_sentence(
+    next_migration: NextMigration, empty_database_url: str
+) -> None:
+    """
+    Whatever it is; the schema stays as it was.
+    """
+    await migrate(empty_database_url)
+
+    with next_migration("ALTER TABLE asyncflow.absent ADD COLUMN a int"):
+        with pytest.raises(MigrationRefused, match=r"refused the migration: .*absent"):
+            await migrate(empty_database_url)
+
+    async with Database(empty_database_url) as db:
+        assert SCHEMA_VERSION == (await check_schema(db)).version
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+async def test_a_database_that_cannot_hold_every_character_is_refused(
+    postgres_server: PostgresServer, encoding: str
+) -> None:
+    """
+    At once, and not when the first payload has a € in it.
+    """
+    url = await asyncio.to_thread(postgres_server.create_empty_database, encoding=encoding)
+    try:
+        with pytest.raises(ServerUnfit, match=f"is {encoding}.*must be UTF8"):
+            await migrate(url)
+    finally:
+        await asyncio.to_thread(postgres_server.drop_database, url)
+
+
+# Waiting
+
+
+async def test_another_migration_is_waited_for_with_a_word_about_it(
+    empty_database_url: str,
+) -> None:
+    """
+    Who it is; once that has ended, ours runs. A short lock_timeout of the role does not matter.
+    """
+    async with Database(empty_database_url) as db:
+        name = await db.fetchval("SELECT current_database()")
+        other = await db.connect("somebody")
+        await other.execute(f"SELECT pg_advisory_lock({migrations.MIGRATION_LOCK})")
+        pid = await other.fetchval("SELECT pg_backend_pid()")
+        await db.execute(f"ALTER DATABASE {name} SET lock_timeout = '1ms'")
+        said: list[str] = []
+
+        def hear(line: str) -> None:
+            said.append(line)
+            other.terminate()
+
+        await migrate(empty_database_url, say=hear)
+
+        await check_schema(db)
+    assert [f"Waiting for another migration (pid {pid}, asyncflow somebody) …"] == said
+
+
+async def test_waiting_for_another_migration_ends(empty_database_url: str) -> None:
+    """
+    With who is in the way, and the option that waits longer.
+    """
+    async with Database(empty_database_url) as db:
+        other = await db.connect("somebody")
+        await other.execute(f"SELECT pg_advisory_lock({migrations.MIGRATION_LOCK})")
+
+        with pytest.raises(StoreUnavailable, match=r"another migration \(pid .*--lock-timeout"):
+            await migrate(empty_database_url, lock_seconds=0)
+
+        other.terminate()
+
+
+async def test_a_session_that_holds_a_table_is_named_and_passed(
+    next_migration: NextMigration, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The migration does not stand in the queue for the table for long, since everybody behind it
+    would wait too; it says who has it and tries again.
+    """
+    monkeypatch.setattr(migrations, "BOUNDS", "SET LOCAL lock_timeout = '50ms'")
+    await migrate(empty_database_url)
+    async with Database(empty_database_url) as db:
+        other = await db.connect("somebody")
+        await other.execute("BEGIN; LOCK TABLE asyncflow.queues")
+        said: list[str] = []
+
+        def hear(line: str) -> None:
+            said.append(line)
+            other.terminate()
+
+        with next_migration("ALTER TABLE asyncflow.queues ADD COLUMN note text"):
+            await migrate(empty_database_url, say=hear)
+
+        assert await db.fetchval("SELECT count(note) FROM asyncflow.queues") == 0
+    (line,) = said
+    assert "a session that holds a table of AsyncFlow (pid " in line
+    assert "asyncflow somebody" in line
+
+
+# The version before runs on the next schema
+
+
+NextMigration = Callable[..., AbstractContextManager[None]]
+
+NEXT = """
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+compatible_from = "{compatible_from}"
+
+
+def upgrade():
+    op.execute("{statement}")
+"""
+
+
+@pytest.fixture
+def next_migration(tmp_path: Path) -> NextMigration:
+    """
+    Be the next version of AsyncFlow during a block, with a migration of one statement.
+    """
+
+    @contextmanager
+    def released(statement: str, *, compatible_from: str = SCHEMA_VERSION) -> Iterator[None]:
+        folder = tmp_path / "migrations"
+        shutil.copytree(migrations.FOLDER, folder, dirs_exist_ok=True)
+        text = NEXT.format(statement=statement, compatible_from=compatible_from)
+        (folder / "versions" / "0002_next.py").write_text(text)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(migrations, "FOLDER", folder)
+            patch.setattr(migrations, "SCHEMA_VERSION", "0002")
+            patch.setattr(schema, "SCHEMA_VERSION", "0002")
+            yield
+
+    return released
+
+
+EXPAND = "ALTER TABLE asyncflow.tasks ADD COLUMN colour text"
+
+
+async def test_this_version_runs_on_the_next_schema_that_serves_it(
+    next_migration: NextMigration, empty_database_url: str
+) -> None:
+    """
+    Whoever runs is ready and works, whoever starts is fit, and migrating again changes nothing.
+    """
+    await migrate(empty_database_url)
+    async with Database(empty_database_url) as db:
+        await tasks.submit(db, [new_task()])
+        with next_migration(EXPAND):
+            assert SCHEMA_VERSION == await migrate(empty_database_url)
+
+        assert Schema("0002", SCHEMA_VERSION) == await check_schema(db)
+        findings = await inspect(db, timeout_seconds=10, connections=1)
+        assert [] == [finding for finding in findings if finding.is_wrong]
+        await a_task(db, state=State.COMPLETED, attempt=2)
+        assert "0002" == await migrate(empty_database_url)
+
+
+async def test_a_schema_that_no_longer_serves_this_version_is_refused(
+    next_migration: NextMigration, empty_database_url: str
+) -> None:
+    """
+    By processes and by `migrate`; nobody is told to migrate.
+    """
+    await migrate(empty_database_url)
+    with next_migration(EXPAND, compatible_from="0002"):
+        await migrate(empty_database_url)
+
+    async with Database(empty_database_url) as db:
+        with pytest.raises(SchemaMismatch, match="deploy a newer version"):
+            await check_schema(db)
+    with pytest.raises(SchemaMismatch, match="deploy a newer version"):
+        await migrate(empty_database_url)
+
+
+async def test_a_database_from_before_versions_were_compatible_works_on(
+    next_migration: NextMigration, empty_database_url: str
+) -> None:
+    """
+    Without the column it serves its own version, and the next migration adds it.
+    """
+    await migrate(empty_database_url)
+    async with Database(empty_database_url) as db:
+        await db.execute("ALTER TABLE asyncflow.schema_version DROP COLUMN compatible_from")
+
+        assert Schema(SCHEMA_VERSION, SCHEMA_VERSION) == await check_schema(db)
+        with next_migration(EXPAND):
+            await migrate(empty_database_url)
+        assert Schema("0002", SCHEMA_VERSION) == await check_schema(db)
+
+
+def test_every_migration_says_whom_it_serves() -> None:
+    """
+    The one before, or itself if it breaks that; see the rules in `migrations`.
+    """
+    files = sorted((migrations.FOLDER / "versions").glob("[0-9]*.py"))
+    modules = [runpy.run_path(str(file)) for file in files]
+    revisions = [module["revision"] for module in modules]
+
+    assert SCHEMA_VERSION == revisions[-1]
+    assert [file.name[:4] for file in files] == revisions
+    for before, module in zip([None, *revisions], modules, strict=False):
+        assert before == module["down_revision"]
+        assert module["compatible_from"] in (before, module["revision"])
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,9 @@ KINDS = {
         "to it broke during a submission, that task may have been stored all the same.",
     ),
     "schema-mismatch": Kind(
-        503, "Wrong database schema", "The database must be migrated to this version's schema."
+        503,
+        "Wrong database schema",
+        "The database's schema does not serve this version: migrate, or deploy a newer version.",
     ),
 }
 

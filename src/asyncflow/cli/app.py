@@ -10,11 +10,12 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from asyncflow.cli import bench, queues, tasks
+from asyncflow.cli import bench, doctor, queues, tasks
 from asyncflow.errors import (
     AsyncFlowError,
     InvalidSettings,
@@ -28,6 +29,9 @@ from asyncflow.verify.command import verify
 
 if TYPE_CHECKING:
     from asyncflow.settings import Settings
+
+FROM_SETTINGS = "the one that is set"
+"""What an option for a URL says if it is given without one."""
 
 NOT_NOW, REFUSED, NOT_FOUND, INTERRUPTED = 1, 2, 3, 130
 """Exit statuses: try again later; wrong as it stands; nothing of this name or id; Ctrl-C."""
@@ -50,11 +54,14 @@ def app(supervised: bool) -> None:
 app.add_command(tasks.app)
 app.add_command(queues.app)
 app.add_command(bench.bench)
+app.add_command(doctor.doctor)
 app.add_command(verify)
 
 OPTIONS = {
     "api_host": "--host",
     "api_port": "--port",
+    "database_url": "--database-url",
+    "broker_url": "--broker-url",
     "worker_queues": "--queues",
     "worker_concurrency": "--concurrency",
     "worker_processes": "--processes",
@@ -117,16 +124,37 @@ def _sentences(error: AsyncFlowError) -> str:
 @port_option
 @concurrency_option
 @handlers_option
+@click.option(
+    "--database-url",
+    is_flag=False,
+    flag_value=FROM_SETTINGS,
+    metavar="[URL]",
+    help="Migrate and use this database; without a URL, that of ASYNCFLOW_DATABASE_URL.",
+)
+@click.option(
+    "--broker-url",
+    is_flag=False,
+    flag_value=FROM_SETTINGS,
+    metavar="[URL]",
+    help="Use this RabbitMQ; without a URL, that of ASYNCFLOW_BROKER_URL.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask before the database of the settings is used.")
 def dev(
-    host: str | None, port: int | None, concurrency: int | None, handlers: Sequence[str]
+    host: str | None,
+    port: int | None,
+    concurrency: int | None,
+    handlers: Sequence[str],
+    database_url: str | None,
+    broker_url: str | None,
+    yes: bool,
 ) -> None:
     """
     Run all of AsyncFlow on this machine, with a PostgreSQL of its own.
 
-    Data lives in .asyncflow/ of the current folder, unless ASYNCFLOW_DATABASE_URL names
-    another database.
+    Data lives in .asyncflow/ of the current folder. ASYNCFLOW_DATABASE_URL and
+    ASYNCFLOW_BROKER_URL are not used unless an option says so.
     """
-    from asyncflow.cli.dev import develop
+    from asyncflow.cli.dev import chosen_servers, develop
 
     settings = _settings(
         # The log's reader is whoever started this, also when it goes through `tee`.
@@ -135,13 +163,29 @@ def dev(
         api_port=port,
         worker_concurrency=concurrency,
         worker_handlers=_names(handlers),
+        database_url=_typed(database_url),
+        broker_url=_typed(broker_url),
     )
+    settings = chosen_servers(settings, database=database_url, broker=broker_url, confirmed=yes)
     _configure_logs(settings, "dev")
     sys.exit(asyncio.run(develop(settings)))
 
 
+def _typed(url: str | None) -> str | None:
+    return None if url == FROM_SETTINGS else url
+
+
 @app.command()
-def migrate() -> None:
+@click.option(
+    "--lock-timeout",
+    "lock_seconds",
+    type=click.FloatRange(min=0),
+    default=300,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for other migrations and for sessions that hold tables.",
+)
+def migrate(lock_seconds: float) -> None:
     """
     Bring the database to the schema of this version. Safe to repeat, and at the same time.
     """
@@ -150,9 +194,26 @@ def migrate() -> None:
     from asyncflow.store.schema import SCHEMA_VERSION
 
     url = required_database_url(_settings())
-    before = asyncio.run(bring_up_to_date(url))
-    change = f"is at {before} already" if before == SCHEMA_VERSION else f"is now {SCHEMA_VERSION}"
+    say = partial(click.echo, err=True)
+    before = asyncio.run(bring_up_to_date(url, lock_seconds=lock_seconds, say=say))
+    if before is None or before < SCHEMA_VERSION:
+        change = f"is now {SCHEMA_VERSION}"
+    elif before == SCHEMA_VERSION:
+        change = f"is at {before} already"
+    else:
+        change = f"is at {before}, which serves this version ({SCHEMA_VERSION}) too"
     click.echo(f"The schema of {masked(url)} {change}.")
+
+
+@app.command()
+@click.argument("role")
+def grants(role: str) -> None:
+    """
+    Print the SQL that gives ROLE the rights to run everything but migrations.
+    """
+    from asyncflow.store.grants import grants_for
+
+    click.echo(grants_for(role), nl=False)
 
 
 @app.command()

@@ -1,8 +1,12 @@
 """
 `asyncflow dev`: all of AsyncFlow on this machine, under one parent.
 
-First a database: the embedded PostgreSQL, or the one that is set. Then its schema, then API,
-worker and maintenance as supervised processes. PostgreSQL stops last.
+First a database: the embedded PostgreSQL, or the one that an option names. Then its schema, then
+API, worker and maintenance as supervised processes. PostgreSQL stops last.
+
+Servers that are merely set are left alone. The settings of a project's folder often lead to
+production, where this would migrate the schema, and run tasks with whatever code is here. A
+broker belongs to its database: hints of another installation would be taken for nothing.
 """
 
 from __future__ import annotations
@@ -10,25 +14,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.text import Text
 
 from asyncflow import __version__
 from asyncflow.cli.database import embedded_cluster
-from asyncflow.errors import EmbeddedDatabaseError
+from asyncflow.errors import EmbeddedDatabaseError, InvalidInput, InvalidSettings
 from asyncflow.processes import listen
-from asyncflow.settings import Settings, masked
+from asyncflow.settings import PREFIX, Settings, masked, required_database_url
 from asyncflow.store.database import Database
-from asyncflow.store.schema import SCHEMA_VERSION, schema_version
+from asyncflow.store.schema import SCHEMA_VERSION, read_schema
 from asyncflow.supervisor import Child, Supervisor, as_environment
 
 READY_POLL_SECONDS = 0.05
 ROLES = ("api", "worker", "maintenance")
+
+
+class NotConfirmed(InvalidInput):
+    """
+    A database that may be somebody else's was asked for, and there is no terminal to ask back.
+    """
+
+    def __init__(self, deed: str) -> None:
+        super().__init__(f"This would {deed}; say --yes to confirm it.")
 
 
 class NoDataFolder(EmbeddedDatabaseError):
@@ -43,6 +59,52 @@ class NoDataFolder(EmbeddedDatabaseError):
         )
 
 
+def chosen_servers(
+    settings: Settings, *, database: str | None, broker: str | None, confirmed: bool
+) -> Settings:
+    """
+    The settings with only those servers in them that were asked for; says which were not.
+
+    Args:
+        database, broker: What the options say: None if not given. A URL that was typed is in
+            `settings` already, and asked for beyond doubt.
+        confirmed: Whether the database of the settings may be used without asking.
+
+    Raises:
+        NotConfirmed: The database of the settings was asked for, and nobody can be asked.
+    """
+    if database is None:
+        _say_ignored(settings.database_url, "DATABASE_URL", "--database-url")
+        settings = replace(settings, database_url=None, database_pooler=False)
+    elif database != settings.database_url:
+        _confirm(required_database_url(settings), confirmed=confirmed)
+        # The broker of the same settings carries the hints of that database.
+        broker = broker or settings.broker_url
+    if broker is None:
+        _say_ignored(settings.broker_url, "BROKER_URL", "--broker-url")
+        settings = replace(settings, broker_url=None)
+    elif settings.broker_url is None:
+        raise InvalidSettings([f"--broker-url needs a URL, or {PREFIX}BROKER_URL."])
+    return settings
+
+
+def _say_ignored(url: str | None, variable: str, option: str) -> None:
+    if url is not None:
+        click.echo(
+            f"{PREFIX}{variable} is set and not used here; use it with {option}.",
+            err=True,
+        )
+
+
+def _confirm(url: str, *, confirmed: bool) -> None:
+    deed = f"migrate {masked(url)} to schema {SCHEMA_VERSION} and run its tasks here"
+    if confirmed:
+        return
+    if not sys.stdin.isatty():
+        raise NotConfirmed(deed)
+    click.confirm(f"This will {deed}. Go on?", abort=True, err=True)
+
+
 async def develop(settings: Settings) -> int:
     """
     Run everything until a signal; return the exit status.
@@ -51,7 +113,7 @@ async def develop(settings: Settings) -> int:
         AddressTaken: The API's port is in use; nothing was started.
         EmbeddedDatabaseError: The embedded PostgreSQL cannot run.
         SchemaMismatch: The database's schema is newer than this version.
-        StoreUnavailable: The database that is set cannot be reached.
+        StoreUnavailable: The database that an option named cannot be reached.
     """
     # Before anything is started, and before another program on that port could be taken
     # for our API.
@@ -101,12 +163,13 @@ def _prepare(folder: Path) -> None:
 
 async def _migrate(url: str, settings: Settings) -> None:
     async with Database(url, size=2, pooler=settings.database_pooler) as db:
-        if await schema_version(db) == SCHEMA_VERSION:
-            return
+        found = await read_schema(db)
+    if found is not None and found.serves_us:
+        return
     # Costs as much time as everything else here together, and is rarely needed.
     from asyncflow.store.migrations import migrate
 
-    await migrate(url)
+    await migrate(url, say=partial(click.echo, err=True))
 
 
 async def _announce(settings: Settings) -> None:
@@ -154,4 +217,4 @@ def _print_banner(settings: Settings) -> None:
 def _where_data_lives(settings: Settings) -> str:
     if settings.database_url is None:
         return f"{embedded_cluster(settings).folder} (embedded PostgreSQL)"
-    return f"{masked(settings.database_url)} (ASYNCFLOW_DATABASE_URL)"
+    return f"{masked(settings.database_url)} (--database-url)"

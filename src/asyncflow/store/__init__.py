@@ -3,12 +3,15 @@ Every SQL statement of AsyncFlow, each beside the function that runs it.
 
     database    one pool per process: bounds, retries, error names
     sqlstates   what each error of PostgreSQL means
-    schema      which schema this version needs; `migrations/` makes it
+    dsn         what becomes of a database URL and its parameters
+    schema      which schemas this version runs on; `migrations/` makes them
     tasks       submit, read, list, cancel, redrive
     claims      claim, settle, progress: what a worker does under a lease
     admission   which pending tasks may be queued, and hints that were lost
     workers     heartbeats, published handlers, who is dead
     queues      pause and resume
+    inspection  whether a server is fit for us
+    grants      the rights that a role needs
     upkeep      reap, expire, prune
     leadership  one relay among many processes
     wakeups     LISTEN and NOTIFY: hints that something is due

@@ -19,11 +19,11 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import asyncpg
 
-from asyncflow.errors import InvalidSettings, StatementRefused, StoreUnavailable
+from asyncflow.errors import StatementRefused, StoreUnavailable
+from asyncflow.store.dsn import connection_arguments
 from asyncflow.store.sqlstates import MISSING, NO_RIGHT, Kind, kind_of, kind_of_state
 
 TRIES_MAX = 5
@@ -84,7 +84,7 @@ class Database:
     before their database.
 
     Args:
-        url: A `postgresql://` DSN of the primary.
+        url: A `postgresql://` URL of the primary, see `dsn`.
         size: Most connections at once.
         timeout_seconds: Bound on waiting for a connection, and again on each statement, with
             what it takes to end one that is too slow.
@@ -102,15 +102,14 @@ class Database:
         pooler: bool = False,
         name: str = "asyncflow",
     ) -> None:
-        check_url(url)
         self.pooler = pooler
-        self._url = url
+        self._to_server = connection_arguments(url)
         self._name = name
         self._timeout_seconds = timeout_seconds
         self._cancel_seconds = max(CANCEL_SECONDS_MIN, CANCEL_SHARE * timeout_seconds)
         self._generation = 0
         self._pool = asyncpg.create_pool(
-            url,
+            **self._to_server,
             min_size=0,
             max_size=size,
             timeout=timeout_seconds,
@@ -212,7 +211,7 @@ class Database:
         seconds = timeout_seconds or self._timeout_seconds
         with translated_errors():
             connection: asyncpg.Connection[Record] = await asyncpg.connect(
-                self._url,
+                **self._to_server,
                 timeout=seconds,
                 command_timeout=seconds,
                 **self._session(f"{self._name} {purpose}"),
@@ -307,26 +306,6 @@ def _unavailable(error: Exception, kind: Kind) -> StoreUnavailable:
         sqlstate=error.sqlstate,
         session_lives=kind is not Kind.RECONNECT and not is_fatal,
     )
-
-
-def check_url(url: str) -> None:
-    """
-    Refuse a DSN that asyncpg cannot parse, before anything is started.
-
-    Raises:
-        InvalidSettings: With the reason; the password is not repeated.
-    """
-    try:
-        parts = urlsplit(url)
-        # Several hosts are fine: that is how asyncpg finds the primary after a failover.
-        hosts = parts.netloc.rpartition("@")[2].split(",")
-        ports = [urlsplit(f"//{host}").port for host in hosts]
-    except ValueError as error:
-        raise InvalidSettings([f"ASYNCFLOW_DATABASE_URL cannot be parsed: {error}."]) from None
-    if parts.scheme not in ("postgresql", "postgres") or 0 in ports:
-        raise InvalidSettings(
-            ["ASYNCFLOW_DATABASE_URL must look like postgresql://host:5432/name."]
-        )
 
 
 async def _nothing_to_reset(connection: object) -> None:

@@ -1,8 +1,14 @@
 """
-Which schema this version of AsyncFlow runs on, and the check every process makes first.
+Which schemas this version of AsyncFlow runs on.
+
+A version runs on its own schema and on newer ones that still serve it, so that a deployment can
+migrate first and replace the processes afterwards. The schema carries the oldest version that
+it serves; `migrations/` says how its authors keep that promise.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from asyncflow.errors import SchemaMismatch, StoreUnavailable
 from asyncflow.store.database import Executor, translated_errors
@@ -11,34 +17,66 @@ from asyncflow.store.sqlstates import MISSING
 SCHEMA_VERSION = "0002"
 """The newest migration under `migrations/versions`."""
 
-READ_VERSION = """
-    SELECT version_num
-      FROM asyncflow.schema_version
+# Databases that were migrated before the column existed serve their own version alone.
+READ_SCHEMA = """
+    SELECT version_num,
+           coalesce(to_jsonb(v) ->> 'compatible_from', version_num) AS compatible_from
+      FROM asyncflow.schema_version v
 """
 
 
-async def schema_version(db: Executor) -> str | None:
+class Schema(NamedTuple):
     """
-    The schema version the database has; None if AsyncFlow was never migrated into it.
+    The schema that a database has.
+
+    Attributes:
+        compatible_from: The schema version of the oldest AsyncFlow that it serves.
+    """
+
+    version: str
+    compatible_from: str
+
+    @property
+    def serves_us(self) -> bool:
+        """
+        Whether this version of AsyncFlow runs on it.
+        """
+        return self.compatible_from <= SCHEMA_VERSION <= self.version
+
+
+async def read_schema(db: Executor) -> Schema | None:
+    """
+    The schema the database has; None if AsyncFlow was never migrated into it.
     """
     try:
         with translated_errors():
-            version: str | None = await db.fetchval(READ_VERSION)
+            row = await db.fetchrow(READ_SCHEMA)
     except StoreUnavailable as error:
         if error.sqlstate not in MISSING:
             raise
         return None
-    return version
+    return None if row is None else Schema(*row)
 
 
-async def check_schema(db: Executor) -> None:
+async def check_schema(db: Executor) -> Schema:
     """
-    Return if the database's schema is the one this version needs.
+    Return the database's schema if this version runs on it.
 
     Raises:
-        SchemaMismatch: It is missing, older or newer.
+        SchemaMismatch: It is missing, older, or too new.
         StoreUnavailable: PostgreSQL cannot answer.
     """
-    found = await schema_version(db)
-    if found != SCHEMA_VERSION:
-        raise SchemaMismatch(found=found, needed=SCHEMA_VERSION)
+    found = await read_schema(db)
+    if found is None or not found.serves_us:
+        raise mismatch(found)
+    return found
+
+
+def mismatch(found: Schema | None) -> SchemaMismatch:
+    """
+    What to say about a schema that this version does not run on.
+    """
+    if found is None:
+        return SchemaMismatch(found=None, needed=SCHEMA_VERSION)
+    is_newer = found.version > SCHEMA_VERSION
+    return SchemaMismatch(found=found.version, needed=SCHEMA_VERSION, is_newer=is_newer)

@@ -208,6 +208,13 @@ def database_unavailable(*, where: str, reason: str) -> None:
     log.warning("database.unavailable", where=where, reason=reason)
 
 
+def server_doubtful(*, what: str, reason: str) -> None:
+    """
+    A check at the start found something that works, but less well or less safely than it could.
+    """
+    log.warning("server.doubtful", what=what, reason=reason)
+
+
 def broker_connected(*, role: str, url: str) -> None:
     """
     A connection to RabbitMQ stands. `url` has its password masked.

@@ -29,6 +29,7 @@ import psutil
 
 from asyncflow.errors import AsyncFlowError
 from asyncflow.transport.amqp import Channel, connect
+from asyncflow.transport.amqp.url import parse_url
 
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 30.0
@@ -86,12 +87,14 @@ class Broker:
         version: Such as 4.0.5; empty until it is open.
 
     Raises:
+        InvalidSettings: The URL's parts are not beyond doubt.
         NoBroker: A run cannot use it.
     """
 
     is_ours = False
 
     def __init__(self, url: str, management_url: str | None = None) -> None:
+        parse_url(url)  # Refuses one from which a piece of the password would be taken for a host.
         self._parts = urlsplit(url)
         if self._parts.scheme != "amqp":
             raise NoBroker("The broker's URL must begin with amqp://, for TLS cannot be cut.")

@@ -15,7 +15,9 @@ import pytest
 
 from acceptance.resources.conftest import a_system
 from acceptance.system import System
-from asyncflow.store.database import PLANNER
+from asyncflow.findings import Verdict
+from asyncflow.store.database import PLANNER, Database
+from asyncflow.store.inspection import inspect
 from services.pgbouncer import SESSIONS, Pooler, running_pooler
 from services.ports import free_port
 from services.postgres import PostgresServer
@@ -180,9 +182,38 @@ async def test_a_forgotten_setting_is_named(pooled_alone: System) -> None:
     """
     worker = await pooled_alone.run("worker", database_pooler=False)
 
-    line = await worker.log_event("database.unavailable")
+    assert 2 == await worker.exit_status()
+    assert "Set ASYNCFLOW_DATABASE_POOLER=true" in worker.output
 
-    assert "ASYNCFLOW_DATABASE_POOLER" in line["reason"]
+
+@pytest.mark.parametrize(
+    ("mode", "is_said", "verdict", "fact"),
+    [
+        ("transaction", False, Verdict.WRONG, "shares PostgreSQL sessions between transactions"),
+        ("transaction", True, Verdict.DOUBTFUL, "planner's settings"),
+        ("session", False, Verdict.DOUBTFUL, "planner's settings"),
+    ],
+)
+async def test_a_pooler_that_takes_everything_is_found_out(
+    own_server: PostgresServer,
+    own_database_url: str,
+    mode: str,
+    is_said: bool,
+    verdict: Verdict,
+    fact: str,
+) -> None:
+    """
+    It swallows the settings of our connections: only the sessions behind it tell that it is there,
+    and whether it shares them.
+    """
+    settings = {"pool_mode": mode, "ignore_startup_parameters": ", ".join(PLANNER)}
+    with running_pooler(own_server, settings=settings) as pooler:
+        async with Database(pooler.url(own_database_url), pooler=is_said) as db:
+            findings = await inspect(db, timeout_seconds=10, connections=1)
+
+    (found,) = [finding for finding in findings if finding.what == "PostgreSQL pooler"]
+    assert verdict is found.verdict
+    assert fact in found.sentence
 
 
 async def test_a_pooler_of_sessions_serves_what_needs_sessions(
@@ -223,7 +254,7 @@ async def test_dev_runs_behind_a_pooler(
     async with a_system(request, tmp_path, unmigrated_url) as system:
         system.settings |= {"database_url": pooler.url(unmigrated_url), "database_pooler": True}
         port = free_port()
-        dev = await system.run("dev", "--port", str(port))
+        dev = await system.run("dev", "--port", str(port), "--database-url", "--yes")
         url = f"http://127.0.0.1:{port}"
         await system.answers(
             lambda: system.client.get(f"{url}/health/ready"), timeout_seconds=START_SECONDS_MAX

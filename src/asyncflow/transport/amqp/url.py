@@ -7,9 +7,9 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass, field
 from typing import Final
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 from asyncflow.errors import InvalidSettings
+from asyncflow.urls import UnclearUrl, split_url
 
 _MISTAKE: Final = (
     "The broker URL is not of the form amqp://user:password@host:port/vhost; "
@@ -44,25 +44,23 @@ def parse_url(url: str) -> Address:
         InvalidSettings: The URL is malformed, has an unknown parameter, or names a
             certificate file that cannot be read.
     """
-    # An unescaped character in a password makes any part of the URL look like any other,
-    # and urlsplit's own errors quote the part they stumbled over: hence `from None`.
     try:
-        parts = urlsplit(url)
-        port = parts.port
-        options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
-    except ValueError:
+        parts = split_url(url)
+    except UnclearUrl:
         raise InvalidSettings([_MISTAKE]) from None
     secure = parts.scheme == "amqps"
-    if parts.scheme not in ("amqp", "amqps") or not parts.hostname or parts.fragment:
+    host, port = parts.hosts[0]
+    if parts.scheme not in ("amqp", "amqps") or not host or len(parts.hosts) > 1:
         raise InvalidSettings([_MISTAKE])
+    options = dict(parts.parameters)
     if options and not (secure and options.keys() <= {"cafile", "verify"}):
         raise InvalidSettings(["The broker URL may have only cafile and verify, and with amqps."])
     return Address(
-        host=parts.hostname,
+        host=host,
         port=port or (5671 if secure else 5672),
-        vhost=unquote(parts.path[1:]) or "/",
-        user=unquote(parts.username or "guest"),
-        password=unquote(parts.password or "guest"),
+        vhost=parts.path or "/",
+        user=parts.user or "guest",
+        password=parts.password or "guest",
         tls=_tls_context(options) if secure else None,
     )
 

@@ -1,0 +1,88 @@
+"""
+`asyncflow doctor`: are the servers that others administer fit for AsyncFlow?
+
+Each server has a function in `INSPECTIONS` that returns its findings; nothing else is needed to
+add one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from asyncflow.findings import Finding
+    from asyncflow.settings import Settings
+
+REFUSED = 2
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per check.")
+def doctor(as_json: bool) -> None:
+    """
+    Check PostgreSQL and RabbitMQ: what is wrong, and what would mend it.
+
+    Exits with 2 if something is wrong. Changes nothing.
+    """
+    from asyncflow.settings import load_settings
+
+    sys.exit(asyncio.run(_report(load_settings(), as_json=as_json)))
+
+
+async def _report(settings: Settings, *, as_json: bool) -> int:
+    is_well = True
+    async for findings in _examined(settings):
+        for finding in findings:
+            is_well = is_well and not finding.is_wrong
+            click.echo(_as_json(finding) if as_json else _as_text(finding))
+    return 0 if is_well else REFUSED
+
+
+async def _examined(settings: Settings) -> AsyncIterator[Sequence[Finding]]:
+    for inspect in INSPECTIONS:
+        yield await inspect(settings)
+
+
+async def _postgresql(settings: Settings) -> Sequence[Finding]:
+    from asyncflow.cli.database import database_url
+    from asyncflow.processes import OTHER_CONNECTIONS
+    from asyncflow.store.database import Database
+    from asyncflow.store.inspection import inspect
+
+    async with Database(
+        database_url(settings),
+        size=2,
+        timeout_seconds=settings.database_timeout_seconds,
+        pooler=settings.database_pooler,
+        name="asyncflow doctor",
+    ) as db:
+        return await inspect(
+            db,
+            timeout_seconds=settings.database_timeout_seconds,
+            connections=settings.database_pool_size + OTHER_CONNECTIONS,
+        )
+
+
+INSPECTIONS = [_postgresql]
+
+
+def _as_text(finding: Finding) -> str:
+    line = f"{finding.verdict.value:8}  {finding.what}: {finding.sentence}"
+    return f"{line}\n          {finding.remedy}" if finding.remedy else line
+
+
+def _as_json(finding: Finding) -> str:
+    return json.dumps(
+        {
+            "what": finding.what,
+            "verdict": finding.verdict.value,
+            "sentence": finding.sentence,
+            "remedy": finding.remedy or None,
+        }
+    )

@@ -1,0 +1,51 @@
+"""
+`asyncflow doctor`: what is wrong with the servers, and what would mend it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cli.programs import environment, finished
+
+
+def test_a_good_server_is_told_to_be_good(database_url: str, tmp_path: Path) -> None:
+    """
+    One line per check, status 0.
+    """
+    ended = finished("doctor", folder=tmp_path, env=environment(database_url=database_url))
+
+    assert ended.returncode == 0
+    assert "ok        PostgreSQL encoding: " in ended.stdout
+    assert all(line.startswith("ok ") for line in ended.stdout.splitlines())
+
+
+def test_what_is_wrong_is_named_with_its_mend(empty_database_url: str, tmp_path: Path) -> None:
+    """
+    The other checks are made all the same; status 2.
+    """
+    env = environment(database_url=empty_database_url)
+
+    ended = finished("doctor", "--json", folder=tmp_path, env=env)
+
+    findings = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert ended.returncode == 2
+    assert ["PostgreSQL schema"] == [f["what"] for f in findings if f["verdict"] == "wrong"]
+    (schema,) = [f for f in findings if f["what"] == "PostgreSQL schema"]
+    assert "asyncflow migrate" in schema["remedy"]
+    assert len(findings) > 10
+
+
+def test_a_server_that_is_away_is_wrong(tmp_path: Path) -> None:
+    """
+    Without a traceback, and without the password.
+    """
+    env = environment(database_url="postgresql://someone:very-secret@127.0.0.1:1/none")
+
+    ended = finished("doctor", folder=tmp_path, env=env)
+
+    assert ended.returncode == 2
+    assert ended.stdout.startswith("wrong     PostgreSQL connection: ")
+    assert "very-secret" not in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,234 @@
+"""
+What becomes of a database URL: taken, needless or refused by name, and never sent to a server that
+would not know what to do with it.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+import pytest
+
+from asyncflow.errors import InvalidSettings
+from asyncflow.store.database import Database
+from asyncflow.store.dsn import PARAMETERS, Needless, Refused, Taken, connection_arguments
+
+pytestmark = pytest.mark.any_postgres
+
+ROOT = Path(__file__).parents[2]
+
+
+def mistakes(query: str) -> list[str]:
+    """
+    What is said about a URL with these parameters.
+    """
+    with pytest.raises(InvalidSettings) as refusal:
+        connection_arguments(f"postgresql://me:s3cret@host/db?{query}")
+    assert "s3cret" not in str(refusal.value)
+    return list(refusal.value.mistakes)
+
+
+def query_of(query: str) -> dict[str, str]:
+    """
+    Which parameters reach asyncpg.
+    """
+    dsn = connection_arguments(f"postgresql://host/db?{query}")["dsn"]
+    return {name: value for name, [value] in parse_qs(urlsplit(dsn).query).items()}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://host",
+        "postgresql://host/db",
+        "postgres://user:p%40ss@host:5432/db?sslmode=require",
+        "postgresql://user@/db?host=/run/postgresql",
+        "postgresql://a:1,b:2/db?target_session_attrs=read-write",
+        "postgresql://host/db?options=-c%20geqo%3Doff",
+    ],
+)
+def test_a_url_that_asyncpg_takes_is_left_as_it_is(url: str) -> None:
+    """
+    Sockets and several hosts, too: that is how a failover is followed.
+    """
+    (dsn,) = connection_arguments(url).values()
+
+    assert urlsplit(url)[:3] == urlsplit(dsn)[:3]
+    assert parse_qs(urlsplit(url).query) == parse_qs(urlsplit(dsn).query)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "mysql://host/db", "postgresql://host:port/db", "postgresql://me:a@b:s3cret/d@host/db"],
+)
+def test_a_url_that_is_none_is_refused_before_anything_starts(url: str) -> None:
+    """
+    By the name of its setting, and with what helps against special characters.
+    """
+    with pytest.raises(
+        InvalidSettings, match=r"ASYNCFLOW_DATABASE_URL.*percent-encoded"
+    ) as refusal:
+        connection_arguments(url)
+
+    assert "s3cret" not in str(refusal.value)
+
+
+async def test_providers_urls_connect(database_url: str) -> None:
+    """
+    With what Neon, libpq and others add that means nothing here.
+    """
+    needless = {
+        name: parameter.values[0] if parameter.values else "1"
+        for name, parameter in PARAMETERS.items()
+        if isinstance(parameter, Needless)
+    }
+    query = "&".join(f"{name}={value}" for name, value in needless.items())
+
+    async with Database(f"{database_url}&{query}") as db:
+        assert 1 == await db.fetchval("SELECT 1")
+
+    assert {} == query_of(query)
+    assert len(needless) > 10
+
+
+async def test_options_reach_the_server(database_url: str) -> None:
+    """
+    `options=-c …` is a server's setting for the session.
+    """
+    async with Database(f"{database_url}&options=-c%20geqo%3Doff") as db:
+        assert "off" == await db.fetchval("SHOW geqo")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, use in PARAMETERS.items() if isinstance(use, Refused)]
+)
+def test_what_cannot_be_honoured_is_refused_by_name(name: str) -> None:
+    """
+    In one sentence that says what to do instead.
+    """
+    (mistake,) = mistakes(f"{name}=x")
+
+    assert mistake.startswith(f"ASYNCFLOW_DATABASE_URL: parameter {name} cannot be used; ")
+    assert mistake.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n, use in PARAMETERS.items() if isinstance(use, Taken | Needless) and use.values],
+)
+def test_a_value_that_cannot_be_honoured_is_refused_by_name(name: str) -> None:
+    """
+    And not repeated.
+    """
+    (mistake,) = mistakes(f"{name}=xyzzy")
+
+    assert mistake.startswith(f"ASYNCFLOW_DATABASE_URL: parameter {name} ")
+    assert "xyzzy" not in mistake
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ("ssl=true", "write sslmode=require, or sslmode=verify-full"),
+        ("pgbouncer=true", "set ASYNCFLOW_DATABASE_POOLER=true"),
+        ("schema=x", "always named asyncflow"),
+        ("sslmode=on", "must be disable, allow, prefer, require, verify-ca or verify-full"),
+        ("target_session_attrs=standby", "takes writes"),
+        ("channel_binding=require", "cannot be required"),
+        ("sslmod=require", "parameter number 1 is not known; perhaps sslmode is meant"),
+        ("sslmode=require&xyzzy=1", "parameter number 2 is not known; remove it"),
+        ("sslrootcert=/nowhere/xyzzy", "the file of sslrootcert cannot be read: No such file"),
+        ("sslcert=/nowhere/xyzzy", "the file of sslcert cannot be read: No such file"),
+        ("sslmode=require&sslrootcert=system", "sslrootcert=system needs sslmode=verify-full"),
+        ("sslnegotiation=direct", "sslnegotiation=direct needs sslmode="),
+        ("port=xyzzy", "port must be a number"),
+    ],
+)
+def test_each_mistake_says_what_would_have_worked(query: str, sentence: str) -> None:
+    """
+    Never a traceback, and never the value.
+    """
+    (mistake,) = mistakes(query)
+
+    assert sentence in mistake
+    assert "xyzzy" not in mistake
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    """
+    One sentence each.
+    """
+    assert 2 == len(mistakes("ssl=true&schema=x"))
+
+
+def test_a_file_that_holds_no_certificate_is_named(tmp_path: Path) -> None:
+    """
+    It would fail at every attempt to connect.
+    """
+    file = tmp_path / "x.pem"
+    file.write_text("nothing")
+
+    assert "sslrootcert holds nothing" in mistakes(f"sslrootcert={file}")[0]
+    assert "sslcert and sslkey must be" in mistakes(f"sslcert={file}")[0]
+    assert {} == query_of("") and query_of(f"sslmode=disable&sslcert={file}")
+
+
+def test_a_check_of_certificates_needs_an_authority(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Named, or where libpq looks for it.
+    """
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("PGSSLROOTCERT", raising=False)
+
+    (mistake,) = mistakes("sslmode=verify-full")
+    (tmp_path / ".postgresql").mkdir()
+    (tmp_path / ".postgresql" / "root.crt").touch()
+
+    assert "sslmode=verify-full needs sslrootcert" in mistake
+    assert {"sslmode": "verify-full"} == query_of("sslmode=verify-full")
+
+
+def test_the_authorities_of_the_system_can_be_trusted() -> None:
+    """
+    As in libpq since PostgreSQL 16: the certificate and the name are checked.
+    """
+    arguments = connection_arguments("postgresql://host/db?sslrootcert=system&connect_timeout=3")
+
+    assert "postgresql://host/db" == arguments["dsn"]
+    assert (ssl.CERT_REQUIRED, True) == (
+        arguments["ssl"].verify_mode,
+        arguments["ssl"].check_hostname,
+    )
+
+
+def test_every_parameter_of_asyncpg_is_known() -> None:
+    """
+    Whatever it takes out of a DSN by name has its line in the table.
+    """
+    source = Path(asyncpg.connect_utils.__file__).read_text()
+    taken = set(re.findall(r"query\.pop\(\s*'(\w+)'", source))
+
+    assert len(taken) > 15
+    assert taken <= {name for name, use in PARAMETERS.items() if isinstance(use, Taken)}
+
+
+def test_the_list_of_parameters_in_the_documentation_is_true() -> None:
+    """
+    Each is named there, with what becomes of it.
+    """
+    text = (ROOT / "docs" / "operations.md").read_text()
+    listed = {
+        row[1]: set(re.findall(r"`(\w+)`", row[2]))
+        for row in re.finditer(r"^\| parameters (\w+) \|([^|]*)\|", text, re.M)
+    }
+
+    assert listed == {
+        kind.__name__.lower(): {name for name, use in PARAMETERS.items() if isinstance(use, kind)}
+        for kind in (Taken, Needless, Refused)
+    }
