@@ -28,6 +28,7 @@ from builders import a_task, new_task
 from services.postgres import PostgresServer
 
 NEWER = "9999"
+NEXT_VERSION = f"{int(SCHEMA_VERSION) + 1:04}"
 
 
 async def has_schema(db: Database, version: str) -> None:
@@ -363,8 +364,8 @@ NextMigration = Callable[..., AbstractContextManager[None]]
 NEXT = """
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "{version}"
+down_revision = "{before}"
 compatible_from = "{compatible_from}"
 
 
@@ -383,12 +384,17 @@ def next_migration(tmp_path: Path) -> NextMigration:
     def released(statement: str, *, compatible_from: str = SCHEMA_VERSION) -> Iterator[None]:
         folder = tmp_path / "migrations"
         shutil.copytree(migrations.FOLDER, folder, dirs_exist_ok=True)
-        text = NEXT.format(statement=statement, compatible_from=compatible_from)
-        (folder / "versions" / "0002_next.py").write_text(text)
+        text = NEXT.format(
+            version=NEXT_VERSION,
+            before=SCHEMA_VERSION,
+            statement=statement,
+            compatible_from=compatible_from,
+        )
+        (folder / "versions" / f"{NEXT_VERSION}_next.py").write_text(text)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(migrations, "FOLDER", folder)
-            patch.setattr(migrations, "SCHEMA_VERSION", "0002")
-            patch.setattr(schema, "SCHEMA_VERSION", "0002")
+            patch.setattr(migrations, "SCHEMA_VERSION", NEXT_VERSION)
+            patch.setattr(schema, "SCHEMA_VERSION", NEXT_VERSION)
             yield
 
     return released
@@ -409,11 +415,11 @@ async def test_this_version_runs_on_the_next_schema_that_serves_it(
         with next_migration(EXPAND):
             assert SCHEMA_VERSION == await migrate(empty_database_url)
 
-        assert Schema("0002", SCHEMA_VERSION) == await check_schema(db)
+        assert Schema(NEXT_VERSION, SCHEMA_VERSION) == await check_schema(db)
         findings = await inspect(db, timeout_seconds=10, connections=1)
         assert [] == [finding for finding in findings if finding.is_wrong]
         await a_task(db, state=State.COMPLETED, attempt=2)
-        assert "0002" == await migrate(empty_database_url)
+        assert NEXT_VERSION == await migrate(empty_database_url)
 
 
 async def test_a_schema_that_no_longer_serves_this_version_is_refused(
@@ -423,7 +429,7 @@ async def test_a_schema_that_no_longer_serves_this_version_is_refused(
     By processes and by `migrate`; nobody is told to migrate.
     """
     await migrate(empty_database_url)
-    with next_migration(EXPAND, compatible_from="0002"):
+    with next_migration(EXPAND, compatible_from=NEXT_VERSION):
         await migrate(empty_database_url)
 
     async with Database(empty_database_url) as db:
@@ -446,7 +452,7 @@ async def test_a_database_from_before_versions_were_compatible_works_on(
         assert Schema(SCHEMA_VERSION, SCHEMA_VERSION) == await check_schema(db)
         with next_migration(EXPAND):
             await migrate(empty_database_url)
-        assert Schema("0002", SCHEMA_VERSION) == await check_schema(db)
+        assert Schema(NEXT_VERSION, SCHEMA_VERSION) == await check_schema(db)
 
 
 def test_every_migration_says_whom_it_serves() -> None:
