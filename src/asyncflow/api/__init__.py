@@ -6,7 +6,8 @@ HTTP in and out: bytes become `wire` models, errors become problem documents.
     tasks         read, list, cancel, redrive
     health        live and ready
     catalogue     what workers published about their handlers
-    protocol      uvicorn's HTTP protocol with bounds on the head of a request
+    protocol      uvicorn's HTTP protocol with bounds, one reading of every request, and problems
+    head          what must hold for the head of a request
     body          the bytes of a request: type, size, patience
     strict_json   bytes to values, refusing what could not be stored
     faults        Pydantic's and JSON Schema's errors as sentences with pointers

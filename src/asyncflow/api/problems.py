@@ -50,6 +50,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
+    "malformed-request": Kind(
+        400,
+        "Malformed request",
+        "The request is not HTTP/1.1, or could be read in more than one way. Nothing was done, and "
+        "the connection is closed.",
+    ),
     "malformed-json": Kind(
         400, "Malformed JSON", "The body is not a JSON document in UTF-8. Nothing was stored."
     ),
@@ -63,7 +69,7 @@ KINDS = {
     "method-not-allowed": Kind(
         405, "Method not allowed", "The path exists; the Allow header lists its methods."
     ),
-    "request-timeout": Kind(408, "Request timeout", "The body took too long to arrive."),
+    "request-timeout": Kind(408, "Request timeout", "The request took too long to arrive."),
     "illegal-transition": Kind(
         409,
         "Not possible in this state",
@@ -72,6 +78,9 @@ KINDS = {
     ),
     "body-too-large": Kind(
         413, "Body too large", "The body is larger than the server takes. Nothing was stored."
+    ),
+    "target-too-long": Kind(
+        414, "Target too long", "The path with its query is longer than the server takes."
     ),
     "unsupported-media-type": Kind(
         415,
@@ -93,10 +102,19 @@ KINDS = {
     "invalid-query": Kind(
         422, "Invalid query", "The member `errors` names each wrong query parameter."
     ),
+    "head-too-large": Kind(
+        431, "Head too large", "The request's headers are larger than the server takes."
+    ),
     "internal": Kind(
         500,
         "Internal error",
         "A fault of ours. The server's log has the details under `incident_id`.",
+    ),
+    "not-implemented": Kind(
+        501,
+        "Not implemented",
+        "The request asks for a part of HTTP that this server does not have: a tunnel (CONNECT), "
+        "or a transfer coding other than chunked.",
     ),
     "unavailable": Kind(
         503,
@@ -106,6 +124,9 @@ KINDS = {
     ),
     "schema-mismatch": Kind(
         503, "Wrong database schema", "The database must be migrated to this version's schema."
+    ),
+    "http-version": Kind(
+        505, "HTTP version not supported", "The server speaks HTTP/1.1 and HTTP/1.0."
     ),
 }
 
@@ -214,14 +235,14 @@ def new_incident_id() -> str:
 def problem(
     kind: str,
     detail: str,
-    path: str,
+    path: str | None,
     errors: Iterable[Mapping[str, str]] = (),
     *,
     headers: Mapping[str, str] | None = None,
     **members: str,
 ) -> Response:
     """
-    A problem document of one of `KINDS` about a request for `path`.
+    A problem document of one of `KINDS` about a request for `path`, None if it is unknown.
     """
     status, title, _ = KINDS[kind]
     document: dict[str, Any] = {
@@ -229,8 +250,9 @@ def problem(
         "title": title,
         "status": status,
         "detail": detail,
-        "instance": path,
     }
+    if path is not None:
+        document["instance"] = path
     if clipped := [_clipped(entry) for entry in errors]:
         document["errors"] = clipped
     document.update(members)

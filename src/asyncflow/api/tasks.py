@@ -8,9 +8,10 @@ import re
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import FastAPI, HTTPException, Path, Query
+from fastapi import Depends, FastAPI, HTTPException, Path, Query
 from starlette.responses import Response
 
+from asyncflow.api.body import read_to_end
 from asyncflow.api.openapi import problems
 from asyncflow.api.problems import InvalidQuery, Refusal
 from asyncflow.api.views import page_json, task_json
@@ -22,6 +23,13 @@ from asyncflow.store.database import Executor
 from asyncflow.store.wakeups import Waker
 from asyncflow.wire import TaskPage, TaskQuery, TaskView
 
+_CHANGE_PROBLEMS = (
+    "task-not-found",
+    "request-timeout",
+    "illegal-transition",
+    "body-too-large",
+    "unavailable",
+)
 _CANONICAL_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 TaskIdText = Annotated[
@@ -72,13 +80,14 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
 
     @app.post(
         "/tasks/{id}/cancel",
+        dependencies=[Depends(read_to_end)],
         tags=["tasks"],
         summary="Cancel a task",
         response_model=TaskView,
         response_description="It is cancelled.",
         responses={
             202: {"model": TaskView, "description": "It is running; its worker was asked to stop."},
-            **problems("task-not-found", "illegal-transition", "unavailable"),
+            **problems(*_CHANGE_PROBLEMS),
         },
     )
     async def cancel_task(task_id: TaskIdText) -> Response:
@@ -91,12 +100,13 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
 
     @app.post(
         "/tasks/{id}/redrive",
+        dependencies=[Depends(read_to_end)],
         tags=["tasks"],
         summary="Redrive a task",
         status_code=202,
         response_model=TaskView,
         response_description="It is pending again.",
-        responses=problems("task-not-found", "illegal-transition", "unavailable"),
+        responses=problems(*_CHANGE_PROBLEMS),
     )
     async def redrive_task(task_id: TaskIdText) -> Response:
         """
