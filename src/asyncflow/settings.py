@@ -292,6 +292,13 @@ def required_database_url(settings: Settings) -> str:
     return settings.database_url
 
 
+def address(host: str, port: int) -> str:
+    """
+    A host and a port as they are written in a URL: an IPv6 address has brackets.
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def masked(url: str) -> str:
     """
     `url` fit for a log or a screen: its password, if any, reads `***`.

@@ -9,19 +9,25 @@ import gc
 import json
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from api.live import live_api
+from asyncflow import processes
 from asyncflow.api import body
 from asyncflow.api.protocol import BoundedProtocol
-from asyncflow.processes import serve_api
-from asyncflow.settings import Settings
+from asyncflow.processes import AddressTaken, listen, serve_api
+from asyncflow.settings import Settings, address
 from asyncflow.store.database import Database
+from asyncflow.transport.amqp.url import parse_url
+from services.ports import free_port
 
 
 class ImpatientProtocol(BoundedProtocol):
@@ -47,6 +53,18 @@ async def port(app: FastAPI) -> AsyncIterator[int]:
     server.should_exit = True
     await serving
     listening.close()
+
+
+def has_ipv6() -> bool:
+    """
+    Whether this machine can listen on ::1.
+    """
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 async def exchange(port: int, sent: bytes, *, then_close: bool = False) -> bytes:
@@ -149,6 +167,50 @@ async def test_what_is_loaded_at_the_start_is_not_looked_through_again(
         gc.unfreeze()
 
     assert frozen[0] > 10_000
+
+
+async def test_a_port_that_is_taken_while_the_database_is_awaited_is_one_sentence(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Several sockets can be bound to one port, until one of them listens.
+    """
+    port = free_port()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+
+        async def until_schema_fits(*_: object) -> None:
+            other.listen()
+
+        monkeypatch.setattr(processes, "_until_schema_fits", until_schema_fits)
+        with pytest.raises(AddressTaken, match=f"cannot listen on 127.0.0.1:{port} "):
+            await serve_api(Settings(database_url=database_url, api_port=port))
+
+
+def test_an_ipv6_address_is_written_with_brackets() -> None:
+    """
+    Else its last group would be the port.
+    """
+    with pytest.raises(AddressTaken, match=r"cannot listen on \[2001:db8::1\]:3000 "):
+        listen("2001:db8::1", 3000)
+    assert "127.0.0.1:3000" == address("127.0.0.1", 3000)
+    assert "[::1]:5672" == str(parse_url("amqp://guest:guest@[::1]"))
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_the_url_of_an_ipv6_address_can_be_opened_as_it_is_logged(
+    database_url: str, tmp_path: Path
+) -> None:
+    """
+    From `process.started`.
+    """
+    with live_api(database_url, tmp_path, api_host="::1") as api:
+        [started] = [line for line in api.lines if line["event"] == "process.started"]
+        answer = httpx.get(f"{started['url']}/health/live")
+
+    assert f"http://[::1]:{api.port}" == started["url"]
+    assert answer.status_code == 200
 
 
 async def test_an_answer_leaves_in_one_piece(app: FastAPI) -> None:

@@ -22,7 +22,7 @@ from asyncflow import __version__
 from asyncflow.cli.database import embedded_cluster
 from asyncflow.errors import EmbeddedDatabaseError
 from asyncflow.processes import listen
-from asyncflow.settings import Settings, masked
+from asyncflow.settings import Settings, address, masked
 from asyncflow.store.database import Database
 from asyncflow.store.schema import SCHEMA_VERSION, schema_version
 from asyncflow.supervisor import Child, Supervisor, as_environment
@@ -132,8 +132,7 @@ def _reachable(host: str) -> str:
 
 
 def _print_banner(settings: Settings) -> None:
-    host = _reachable(settings.api_host)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.api_port}"
+    url = f"http://{address(_reachable(settings.api_host), settings.api_port)}"
     submit = f"{url}/tasks -H 'Content-Type: application/json' -d '{{\"name\": \"sample-task\"}}'"
     facts = {
         "API": url,

@@ -10,6 +10,7 @@ from typing import Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from asyncflow.errors import InvalidSettings
+from asyncflow.settings import address
 
 _MISTAKE: Final = (
     "The broker URL is not of the form amqp://user:password@host:port/vhost; "
@@ -33,7 +34,7 @@ class Address:
     tls: ssl.SSLContext | None
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
+        return address(self.host, self.port)
 
 
 def parse_url(url: str) -> Address:
