@@ -100,6 +100,7 @@ async def serve_api(settings: Settings) -> None:
 
     from asyncflow.api.app import create_app
     from asyncflow.api.catalogue import Catalogue
+    from asyncflow.api.cors import with_cors
     from asyncflow.api.protocol import BoundedProtocol
     from asyncflow.store.wakeups import Waker
     from asyncflow.transport.watch import BrokerWatch
@@ -121,7 +122,7 @@ async def serve_api(settings: Settings) -> None:
                 version=version("asyncflow"),
             )
             config = uvicorn.Config(
-                app,
+                with_cors(app, settings.api_cors_origins),
                 loop="none",
                 http=BoundedProtocol,
                 ws="none",
@@ -130,7 +131,7 @@ async def serve_api(settings: Settings) -> None:
                 access_log=False,
                 server_header=False,
                 date_header=False,
-                timeout_keep_alive=30,
+                timeout_keep_alive=settings.api_keep_alive_seconds,  # type: ignore[arg-type]
                 backlog=BACKLOG,
                 timeout_graceful_shutdown=int(settings.shutdown_grace_seconds),
             )

@@ -50,6 +50,8 @@ class Settings:
 
     api_host: Annotated[str, str] = "127.0.0.1"
     api_port: Annotated[int, Range(1, 65_535, int)] = 3000
+    api_cors_origins: Annotated[tuple[str, ...], origins] = ()
+    api_keep_alive_seconds: Annotated[float, Range(1, 3_600)] = 75.0
     api_body_bytes_max: Annotated[int, Range(1_024, 256 * 1024 * 1024, int)] = 8 * 1024 * 1024
     payload_bytes_max: Annotated[int, Range(256, 64 * 1024 * 1024, int)] = 1024 * 1024
     result_bytes_max: Annotated[int, Range(256, 64 * 1024 * 1024, int)] = 1024 * 1024
@@ -270,6 +272,24 @@ def queues(given: str | tuple[str, ...]) -> tuple[str, ...]:
         if not NAME_PATTERN.fullmatch(name):
             raise ValueError(f"{name!r} is no queue; use 1 to 128 of A-Z a-z 0-9 . _ -")
     return listed
+
+
+def origins(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    """
+    Read a comma-separated list of origins of web pages; `*` is any.
+    """
+    listed = names(given)
+    if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in listed):
+        raise ValueError(
+            "it must be origins, scheme and host without a path, such as "
+            "https://app.example.com, or * for any"
+        )
+    return listed
+
+
+_ORIGIN = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+)
 
 
 def required_database_url(settings: Settings) -> str:

@@ -8,6 +8,7 @@ import asyncio
 import gc
 import json
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ class Wire(asyncio.Transport):
         Whether the client has left.
         """
         return self.cut
+
+
+def test_an_idle_connection_is_kept_as_long_as_it_is_set(database_url: str, tmp_path: Path) -> None:
+    """
+    By default longer than usual load balancers keep theirs, which is a minute.
+    """
+    with live_api(database_url, tmp_path, api_keep_alive_seconds=1.5) as api:
+        began = time.monotonic()
+        answer = api.exchange(b"GET /health/live HTTP/1.1\r\nHost: api\r\n\r\n")
+        kept_seconds = time.monotonic() - began
+
+    assert status_of(answer) == 200
+    assert kept_seconds >= 1.5
+    assert Settings().api_keep_alive_seconds > 60
 
 
 async def test_what_is_loaded_at_the_start_is_not_looked_through_again(

@@ -14,6 +14,7 @@ HTTP in and out: bytes become `wire` models, errors become problem documents.
     problems      every error as an RFC 9457 document
     views         rows as `wire` models
     guard         the outermost layer: headers, HEAD, the last resort for errors
+    cors          what browsers are told about pages of other origins
     openapi       the description of it all, with `examples`
     docs/         the page that shows it
 
