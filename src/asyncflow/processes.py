@@ -31,6 +31,7 @@ from asyncflow.settings import Settings, required_database_url
 from asyncflow.store.database import Database
 from asyncflow.store.inspection import inspect
 from asyncflow.telemetry import events
+from asyncflow.urls import address
 
 if TYPE_CHECKING:
     # Each process imports only what it runs: a worker starts without the web framework.
@@ -57,7 +58,7 @@ class AddressTaken(AsyncFlowError):
 
     def __init__(self, host: str, port: int, reason: str) -> None:
         super().__init__(
-            f"The API cannot listen on {host}:{port} ({reason}); stop what uses it, "
+            f"The API cannot listen on {address(host, port)} ({reason}); stop what uses it, "
             "or choose another port with --port or ASYNCFLOW_API_PORT."
         )
 
@@ -106,12 +107,16 @@ async def serve_api(settings: Settings) -> None:
 
     from asyncflow.api.app import create_app
     from asyncflow.api.catalogue import Catalogue
+    from asyncflow.api.cors import with_cors
     from asyncflow.api.protocol import BoundedProtocol
     from asyncflow.store.wakeups import Waker
     from asyncflow.transport.watch import BrokerWatch
 
-    listening = listen(settings.api_host, settings.api_port)
-    async with _database(settings, "asyncflow api") as db, _signals() as stop:
+    async with (
+        _bound(settings) as listening,
+        _database(settings, "asyncflow api") as db,
+        _signals() as stop,
+    ):
         await _until_fit(db, settings, stop)
         async with Catalogue(db) as catalogue, BrokerWatch(settings.broker_url) as broker:
             waker = Waker(db)
@@ -124,7 +129,7 @@ async def serve_api(settings: Settings) -> None:
                 version=version("asyncflow"),
             )
             config = uvicorn.Config(
-                app,
+                with_cors(app, settings.api_cors_origins),
                 loop="none",
                 http=BoundedProtocol,
                 ws="none",
@@ -133,7 +138,7 @@ async def serve_api(settings: Settings) -> None:
                 access_log=False,
                 server_header=False,
                 date_header=False,
-                timeout_keep_alive=30,
+                timeout_keep_alive=settings.api_keep_alive_seconds,  # type: ignore[arg-type]
                 backlog=BACKLOG,
                 timeout_graceful_shutdown=int(settings.shutdown_grace_seconds),
             )
@@ -141,8 +146,11 @@ async def serve_api(settings: Settings) -> None:
             stop.on_first = lambda: setattr(server, "should_exit", True)
             stop.on_second = lambda: setattr(server, "force_exit", True)
             if not stop.asked:
-                listening.listen(BACKLOG)  # Before the log says so.
-                events.process_started(url=f"http://{settings.api_host}:{settings.api_port}")
+                # Before the log says so. Until somebody listens, several may be bound to one port.
+                with _address_free(settings.api_host, settings.api_port):
+                    listening.listen(BACKLOG)
+                url = f"http://{address(settings.api_host, settings.api_port)}"
+                events.process_started(url=url)
                 if not ip_address(listening.getsockname()[0]).is_loopback:
                     events.api_unprotected(host=settings.api_host)
                 # What is loaded by now stays to the end. Left to the garbage collector, it is
@@ -429,6 +437,12 @@ def _server(config: Config) -> Server:
     return OurServer(config)
 
 
+@asynccontextmanager
+async def _bound(settings: Settings) -> AsyncIterator[socket.socket]:
+    with listen(settings.api_host, settings.api_port) as listening:
+        yield listening
+
+
 def listen(host: str, port: int) -> socket.socket:
     """
     Bind the API's address, before the server does, so that a taken port is one sentence.
@@ -437,11 +451,20 @@ def listen(host: str, port: int) -> socket.socket:
         AddressTaken: It cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise AddressTaken(host, port, error.strerror or str(error)) from error
+    with _address_free(host, port):
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, port))
+        except OSError:
+            listening.close()
+            raise
     return listening
+
+
+@contextmanager
+def _address_free(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AddressTaken(host, port, error.strerror or str(error)) from error

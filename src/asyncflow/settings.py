@@ -55,6 +55,7 @@ class Settings:
     api_hosts: Annotated[tuple[str, ...], hosts] = ()
     api_cors_origins: Annotated[tuple[str, ...], origins] = ()
     api_root_path: Annotated[str, root_path] = ""
+    api_keep_alive_seconds: Annotated[float, Range(1, 3_600)] = 75.0
     api_body_bytes_max: Annotated[int, Range(1_024, 256 * 1024 * 1024, int)] = 8 * 1024 * 1024
     payload_bytes_max: Annotated[int, Range(256, 64 * 1024 * 1024, int)] = 1024 * 1024
     result_bytes_max: Annotated[int, Range(256, 64 * 1024 * 1024, int)] = 1024 * 1024

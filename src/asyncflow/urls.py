@@ -119,3 +119,10 @@ def _parameter(text: str) -> tuple[str, str]:
     if not equals:
         raise UnclearUrl
     return unquote(name), unquote(value)
+
+
+def address(host: str, port: int) -> str:
+    """
+    A host and a port as they are written in a URL: an IPv6 address has brackets.
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -363,7 +363,10 @@ class Problem(BaseModel):
     title: str
     status: int
     detail: str
-    instance: str = Field(description="The path that was asked for.")
+    instance: str | None = Field(
+        default=None,
+        description="The path that was asked for; absent if the request could not be read.",
+    )
     errors: list[ProblemError] | None = Field(default=None, description="Every wrong place.")
     state: str | None = Field(default=None, description="With 409: the task's status.")
     incident_id: str | None = Field(default=None, description="With 500: as in our logs.")

@@ -24,7 +24,7 @@ import psutil
 
 from services.ports import free_port
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 100.0  # Against a hang, not against a slow machine.
 JSON = {"Content-Type": "application/json"}
 
 

@@ -8,20 +8,28 @@ import asyncio
 import gc
 import json
 import socket
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from api.live import live_api
+from asyncflow import processes
 from asyncflow.api import body
 from asyncflow.api.protocol import BoundedProtocol
-from asyncflow.processes import serve_api
+from asyncflow.processes import AddressTaken, listen, serve_api
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
+from asyncflow.transport.amqp.url import parse_url
+from asyncflow.urls import address
+from services.ports import free_port
 
 
 class ImpatientProtocol(BoundedProtocol):
@@ -47,6 +55,18 @@ async def port(app: FastAPI) -> AsyncIterator[int]:
     server.should_exit = True
     await serving
     listening.close()
+
+
+def has_ipv6() -> bool:
+    """
+    Whether this machine can listen on ::1.
+    """
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 async def exchange(port: int, sent: bytes, *, then_close: bool = False) -> bytes:
@@ -103,7 +123,7 @@ async def test_a_task_can_be_submitted_over_a_socket(port: int, db: Database) ->
 @pytest.mark.parametrize(
     ("header", "status"),
     [
-        (b"hOST: attacker.example", 421),
+        (b"hOST: attacker.example", 421),  # in place of the usual one
         (b"ORIGIN: http://attacker.example", 403),
         (b"iDEMPOTENCY-kEY: 1\r\nIdempotency-Key: 1", 501),
         (b"Origin: http://api", 202),
@@ -115,7 +135,10 @@ async def test_the_gate_knows_headers_in_any_case(
     """
     As they come over a socket, twice even.
     """
-    answer = await exchange(port, post(b'{"name":"x"}', header, b"Connection: close"))
+    sent = post(b'{"name":"x"}', header, b"Connection: close")
+    if header.lower().startswith(b"host:"):
+        sent = sent.replace(b"Host: api\r\n", b"", 1)
+    answer = await exchange(port, sent)
 
     assert status_of(answer) == status
     assert await rows(db) == (1 if status == 202 else 0)
@@ -147,6 +170,20 @@ class Wire(asyncio.Transport):
         return self.cut
 
 
+def test_an_idle_connection_is_kept_as_long_as_it_is_set(database_url: str, tmp_path: Path) -> None:
+    """
+    By default longer than usual load balancers keep theirs, which is a minute.
+    """
+    with live_api(database_url, tmp_path, api_keep_alive_seconds=1.5) as api:
+        began = time.monotonic()
+        answer = api.exchange(b"GET /health/live HTTP/1.1\r\nHost: api\r\n\r\n")
+        kept_seconds = time.monotonic() - began
+
+    assert status_of(answer) == 200
+    assert kept_seconds >= 1.5
+    assert Settings().api_keep_alive_seconds > 60
+
+
 async def test_what_is_loaded_at_the_start_is_not_looked_through_again(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +207,50 @@ async def test_what_is_loaded_at_the_start_is_not_looked_through_again(
         gc.unfreeze()
 
     assert frozen[0] > 10_000
+
+
+async def test_a_port_that_is_taken_while_the_database_is_awaited_is_one_sentence(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Several sockets can be bound to one port, until one of them listens.
+    """
+    port = free_port()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+
+        async def until_fit(*_: object) -> None:
+            other.listen()
+
+        monkeypatch.setattr(processes, "_until_fit", until_fit)
+        with pytest.raises(AddressTaken, match=f"cannot listen on 127.0.0.1:{port} "):
+            await serve_api(Settings(database_url=database_url, api_port=port))
+
+
+def test_an_ipv6_address_is_written_with_brackets() -> None:
+    """
+    Else its last group would be the port.
+    """
+    with pytest.raises(AddressTaken, match=r"cannot listen on \[2001:db8::1\]:3000 "):
+        listen("2001:db8::1", 3000)
+    assert "127.0.0.1:3000" == address("127.0.0.1", 3000)
+    assert "[::1]:5672" == str(parse_url("amqp://guest:guest@[::1]"))
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_the_url_of_an_ipv6_address_can_be_opened_as_it_is_logged(
+    database_url: str, tmp_path: Path
+) -> None:
+    """
+    From `process.started`.
+    """
+    with live_api(database_url, tmp_path, api_host="::1") as api:
+        [started] = [line for line in api.lines if line["event"] == "process.started"]
+        answer = httpx.get(f"{started['url']}/health/live")
+
+    assert f"http://[::1]:{api.port}" == started["url"]
+    assert answer.status_code == 200
 
 
 async def test_an_answer_leaves_in_one_piece(app: FastAPI) -> None:

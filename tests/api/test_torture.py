@@ -1,6 +1,7 @@
 """
-Bodies, heads and ids that no client library would send, to a live API: the client's fault and
-named as such, or taken and given back unchanged. Never ours.
+Bodies, types and ids that no client library would send, to a live API: the client's fault and
+named as such, or taken and given back unchanged. Never ours. What is odd as HTTP is in
+`raw_requests`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import asyncpg
@@ -170,94 +171,6 @@ def test_a_content_type_says_json_or_is_refused(
         assert "Content-Type: application/json" in told_by(
             answer, "unsupported-media-type", "/tasks"
         )
-
-
-HEAD = b"POST /tasks HTTP/1.1\r\nHost: api\r\nContent-Type: application/json\r\n"
-LIVE = b"GET /health/live HTTP/1.1\r\nHost: api\r\n"
-TASK = b'{"name":"x"}'
-CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
-CLOSE = b"Connection: close\r\n"
-
-
-def chunks(*pieces: bytes) -> bytes:
-    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
-
-
-REQUESTS: dict[str, tuple[bytes, Sequence[int]]] = {
-    # what: (bytes, the statuses it may be answered with, one per answer)
-    "a chunk per byte": (
-        HEAD + CLOSE + CHUNKED + chunks(*[bytes([b]) for b in TASK]) + b"0\r\n\r\n",
-        [202],
-    ),
-    "a chunk with an extension": (
-        HEAD + CLOSE + CHUNKED + b'c;name="va;lue"\r\n' + TASK + b"\r\n0\r\n\r\n",
-        [202],
-    ),
-    "a chunk size with zeros": (
-        HEAD + CLOSE + CHUNKED + b"0000000c\r\n" + TASK + b"\r\n0\r\n\r\n",
-        [202],
-    ),
-    "a trailer": (
-        HEAD + CLOSE + CHUNKED + chunks(TASK) + b"0\r\nContent-Type: text/plain\r\n\r\n",
-        [202],
-    ),
-    "no chunk at all": (HEAD + CLOSE + CHUNKED + b"0\r\n\r\n", [400]),
-    "an endless chunk size": (HEAD + CHUNKED + b"f" * 100_000, [400]),
-    "a negative chunk size": (HEAD + CHUNKED + b"-c\r\n" + TASK + b"\r\n0\r\n\r\n", [400]),
-    "a chunk size with a prefix": (HEAD + CHUNKED + b"0xc\r\n" + TASK + b"\r\n0\r\n\r\n", [400]),
-    "no hexadecimal chunk size": (HEAD + CHUNKED + b"g\r\n" + TASK, [400]),
-    "a chunk longer than it says": (HEAD + CHUNKED + b"2\r\n" + TASK + b"\r\n0\r\n\r\n", [400]),
-    "an unknown coding": (HEAD + b"Transfer-Encoding: xchunked\r\n\r\n" + chunks(TASK), [400]),
-    "chunked not last": (HEAD + b"Transfer-Encoding: chunked, gzip\r\n\r\n" + chunks(TASK), [400]),
-    "two lengths": (HEAD + b"Content-Length: 12\r\nContent-Length: 13\r\n\r\n" + TASK, [400]),
-    "a list of lengths": (HEAD + b"Content-Length: 12, 12\r\n\r\n" + TASK, [400]),
-    "a length with a sign": (HEAD + b"Content-Length: +12\r\n\r\n" + TASK, [400]),
-    "a hexadecimal length": (HEAD + b"Content-Length: 0xc\r\n\r\n" + TASK, [400]),
-    "a length beyond 64 bits": (HEAD + b"Content-Length: 18446744073709551628\r\n\r\n", [400]),
-    "a length of a petabyte": (HEAD + b"Content-Length: 1000000000000000\r\n\r\n", [413]),
-    "no length": (HEAD + CLOSE + b"\r\n", [400]),
-    "a length of nothing": (HEAD + CLOSE + b"Content-Length: 0\r\n\r\n", [400]),
-    "a line that goes on": (HEAD + b"X-Long: a\r\n b\r\nContent-Length: 12\r\n\r\n" + TASK, [400]),
-    "a space before the colon": (HEAD + b"X-Odd : a\r\n\r\n", [400]),
-    "no colon": (HEAD + b"nonsense\r\n\r\n", [400]),
-    "nul in a header": (HEAD + b"X-Odd: a\x00b\r\n\r\n", [400]),
-    "a carriage return in a header": (HEAD + b"X-Odd: a\rb\r\n\r\n", [400]),
-    "a method nobody knows": (b"SMUGGLE /tasks HTTP/1.1\r\n\r\n", [400]),
-    "a version nobody speaks": (b"GET /tasks HTTP/9.9\r\n\r\n", [400]),
-    "http/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400]),
-    "no path": (b"GET HTTP/1.1\r\n\r\n", [400]),
-    "a path of bytes": (b"GET /t\xe4sks HTTP/1.1\r\nHost: api\r\n" + CLOSE + b"\r\n", [400]),
-    "an asterisk": (b"OPTIONS * HTTP/1.1\r\nHost: api\r\n" + CLOSE + b"\r\n", [404]),
-    "a tunnel": (b"CONNECT db:5432 HTTP/1.1\r\nHost: db\r\n" + CLOSE + b"\r\n", [400]),
-    "an upgrade": (
-        LIVE + b"Connection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n",
-        [200],
-    ),
-    "another site's address": (
-        b"GET http://169.254.169.254/tasks HTTP/1.1\r\nHost: api\r\n" + CLOSE + b"\r\n",
-        [200],
-    ),
-    "two requests, the first without end": (
-        HEAD + b"Content-Length: 12\r\n\r\n{" + b"GET /health/live HTTP/1.1\r\n\r\n",
-        [400],
-    ),
-}
-
-
-@pytest.mark.parametrize("what", REQUESTS)
-def test_a_request_that_is_odd_as_http_is_understood_or_refused(
-    counting: Counting, what: str
-) -> None:
-    """
-    One meaning or none: whoever stands in front of us must not read another request there.
-    """
-    sent, statuses = REQUESTS[what]
-
-    received = counting.api.exchange(sent)
-
-    found = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d\d\d) ", received)]
-    counting.accepted += found.count(202)
-    assert found == list(statuses), received
 
 
 @pytest.mark.parametrize(

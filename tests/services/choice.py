@@ -79,14 +79,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.getoption("numprocesses"):
         majors = _chosen(session, "--postgres", postgres.MAJORS)
         versions = _chosen(session, "--rabbitmq", rabbitmq.VERSIONS)
-        _provide(session, majors, versions, with_pgbouncer=True)
+        _provide(session, majors, versions, with_pgbouncer=True, with_proxies=True)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):
         majors = _versions(session, postgres.MAJORS, "postgres_server")
         versions = _versions(session, rabbitmq.VERSIONS, "broker", "engine")
-        _provide(session, majors, versions, with_pgbouncer=_is_used(session, "pooler"))
+        _provide(
+            session,
+            majors,
+            versions,
+            with_pgbouncer=_is_used(session, "pooler"),
+            with_proxies=_is_used(session, "web_proxy"),
+        )
 
 
 def _provide(
@@ -95,6 +101,7 @@ def _provide(
     versions: Sequence[str],
     *,
     with_pgbouncer: bool,
+    with_proxies: bool,
 ) -> None:
     # A test that is skipped on a laptop would hide something in CI and in bin/test.
     is_everything_wanted = "true" in (os.environ.get("CI"), os.environ.get("ASYNCFLOW_TEST_ALL"))
@@ -102,7 +109,13 @@ def _provide(
         return
     if session.config.getoption("--without-rabbitmq"):
         versions = []
-    fetch.fetch(majors, versions, with_pgbouncer=with_pgbouncer, say=_say_to(session))
+    fetch.fetch(
+        majors,
+        versions,
+        with_pgbouncer=with_pgbouncer,
+        with_proxies=with_proxies,
+        say=_say_to(session),
+    )
     lacking = postgres.missing(majors) + rabbitmq.missing(versions)
     if with_pgbouncer:
         lacking += pgbouncer.missing()

@@ -16,19 +16,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from services import debian, pgbouncer, postgres, rabbitmq
+from services import debian, pgbouncer, postgres, proxies, rabbitmq
 
 Say = Callable[[str], None]
 
 
 def fetch(
-    majors: Sequence[str], versions: Sequence[str], *, with_pgbouncer: bool = False, say: Say
+    majors: Sequence[str],
+    versions: Sequence[str],
+    *,
+    with_pgbouncer: bool = False,
+    with_proxies: bool = False,
+    say: Say,
 ) -> None:
     """
     Fetch these versions of PostgreSQL and of RabbitMQ, as far as that is possible here.
 
     Args:
         with_pgbouncer: Fetch that, too.
+        with_proxies: Fetch nginx and HAProxy, too.
         say: Is given a line for what takes long or fails.
     """
     if os.geteuid() != 0:
@@ -37,11 +43,13 @@ def fetch(
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "fetch.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _fetch_what_is_missing(majors, versions, with_pgbouncer, say)
+        packages = [pgbouncer.PACKAGE] if with_pgbouncer and pgbouncer.missing() else []
+        packages += proxies.missing_packages() if with_proxies else []
+        _fetch_what_is_missing(majors, versions, packages, say)
 
 
 def _fetch_what_is_missing(
-    majors: Sequence[str], versions: Sequence[str], with_pgbouncer: bool, say: Say
+    majors: Sequence[str], versions: Sequence[str], packages: Sequence[str], say: Say
 ) -> None:
     absent = [version for version in versions if debian.ready_tree(version) is None]
     if not debian.may_use_trees() or rabbitmq.is_chosen_by_hand():
@@ -53,8 +61,8 @@ def _fetch_what_is_missing(
         trees = _begin_to_make_trees(absent, pool, say)
         if postgres.missing(majors) and _has_apt():
             _fetch_postgres(say)
-        if with_pgbouncer and pgbouncer.missing() and _has_apt():
-            _apt_install(pgbouncer.PACKAGE, say)
+        for package in packages if _has_apt() else ():
+            _apt_install(package, say)
         for tree in trees:
             try:
                 tree.result()

@@ -6,7 +6,8 @@ HTTP in and out: bytes become `wire` models, errors become problem documents.
     tasks         read, list, cancel, run now, redrive
     health        live and ready
     catalogue     what workers published about their handlers
-    protocol      uvicorn's HTTP protocol with bounds on the head of a request
+    protocol      uvicorn's HTTP protocol with bounds, one reading of every request, and problems
+    head          what must hold for the head of a request
     body          the bytes of a request: type, size, patience
     batch         a batch's tasks, and what is wrong with which
     strict_json   bytes to values, refusing what could not be stored
@@ -15,6 +16,7 @@ HTTP in and out: bytes become `wire` models, errors become problem documents.
     views         rows as `wire` models
     gate          who may ask: the server's names, other sites' pages
     guard         the outermost layer: headers, HEAD, the last resort for errors
+    cors          what browsers are told about pages of other origins
     openapi       the description of it all, with `examples`
     docs/         the page that shows it
 

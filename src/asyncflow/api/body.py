@@ -22,6 +22,9 @@ BODY_SECONDS_MAX = 30.0
 DISCARD_SECONDS_MAX = 1.0
 """How long the rest of a body that is too large is read and thrown away."""
 
+IGNORED_BYTES_MAX = 64 * 1024
+"""Largest body where none is needed."""
+
 # The grammar of RFC 9110, 8.3.1. What has been matched is not tried again in another way: a long
 # header of blanks and semicolons would take for ever.
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
@@ -44,6 +47,22 @@ async def read_json_body(scope: Scope, receive: Receive, *, bytes_max: int) -> b
     """
     headers = dict(scope["headers"])
     _check_type(headers)
+    return await _read(headers, receive, bytes_max)
+
+
+async def read_to_end(request: Request) -> None:
+    """
+    For operations that take no body: wait for the end of the request all the same. Half a request,
+    or one whose end cannot be read, must change nothing.
+
+    Raises:
+        Refusal: 408 or 413.
+        ClientDisconnect: The client left before the end.
+    """
+    await _read(dict(request.scope["headers"]), request.receive, IGNORED_BYTES_MAX)
+
+
+async def _read(headers: dict[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
     try:
         async with asyncio.timeout(BODY_SECONDS_MAX):
             if not _promises_too_much(headers, bytes_max):

@@ -49,6 +49,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
+    "malformed-request": Kind(
+        400,
+        "Malformed request",
+        "The request is not HTTP/1.1, or could be read in more than one way. Nothing was done, and "
+        "the connection is closed.",
+    ),
     "malformed-json": Kind(
         400, "Malformed JSON", "The body is not a JSON document in UTF-8. Nothing was stored."
     ),
@@ -68,7 +74,7 @@ KINDS = {
     "method-not-allowed": Kind(
         405, "Method not allowed", "The path exists; the Allow header lists its methods."
     ),
-    "request-timeout": Kind(408, "Request timeout", "The body took too long to arrive."),
+    "request-timeout": Kind(408, "Request timeout", "The request took too long to arrive."),
     "illegal-transition": Kind(
         409,
         "Not possible in this state",
@@ -77,6 +83,9 @@ KINDS = {
     ),
     "body-too-large": Kind(
         413, "Body too large", "The body is larger than the server takes. Nothing was stored."
+    ),
+    "target-too-long": Kind(
+        414, "Target too long", "The path with its query is longer than the server takes."
     ),
     "unsupported-media-type": Kind(
         415,
@@ -105,6 +114,9 @@ KINDS = {
         "The Host header does not name this server: neither this machine, nor the address it "
         "listens on, nor a name listed in ASYNCFLOW_API_HOSTS. Nothing was done.",
     ),
+    "head-too-large": Kind(
+        431, "Head too large", "The request's headers are larger than the server takes."
+    ),
     "internal": Kind(
         500,
         "Internal error",
@@ -116,6 +128,12 @@ KINDS = {
         "The request has the header Idempotency-Key, which this version does not support: a "
         "repetition would be a second task. Leave the header out. Nothing was done.",
     ),
+    "not-implemented": Kind(
+        501,
+        "Not implemented",
+        "The request asks for a part of HTTP that this server does not have: a tunnel (CONNECT), "
+        "or a transfer coding other than chunked.",
+    ),
     "unavailable": Kind(
         503,
         "Unavailable",
@@ -126,6 +144,9 @@ KINDS = {
         503,
         "Wrong database schema",
         "The database's schema does not serve this version: migrate, or deploy a newer version.",
+    ),
+    "http-version": Kind(
+        505, "HTTP version not supported", "The server speaks HTTP/1.1 and HTTP/1.0."
     ),
 }
 
@@ -234,13 +255,13 @@ def new_incident_id() -> str:
 def problem(
     kind: str,
     detail: str,
-    path: str,
+    path: str | None,
     *,
     headers: Mapping[str, str] | None = None,
     **members: str,
 ) -> Response:
     """
-    A problem document of one of `KINDS` about a request for `path`.
+    A problem document of one of `KINDS` about a request for `path`, None if it is unknown.
     """
     return _response(_document(kind, detail, path, (), **members), headers)
 
@@ -269,7 +290,11 @@ def invalid_document(
 
 
 def _document(
-    kind: str, detail: str, path: str, errors: Iterable[Mapping[str, str]], **members: str
+    kind: str,
+    detail: str,
+    path: str | None,
+    errors: Iterable[Mapping[str, str]],
+    **members: str,
 ) -> dict[str, Any]:
     status, title, _ = KINDS[kind]
     document: dict[str, Any] = {
@@ -277,8 +302,9 @@ def _document(
         "title": title,
         "status": status,
         "detail": detail,
-        "instance": path,
     }
+    if path is not None:
+        document["instance"] = path
     if clipped := [_clipped(entry) for entry in errors]:
         document["errors"] = clipped
     document.update(members)

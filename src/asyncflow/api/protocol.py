@@ -1,12 +1,20 @@
 """
-uvicorn's HTTP protocol with three bounds it lacks: how long the head of a request may take to
-arrive, how large it may be, and how long a client may leave its answers unread. And one saving:
-answers leave in one piece.
+uvicorn's HTTP protocol with what it lacks: bounds, one reading of every request, and problem
+documents. And one saving: answers leave in one piece.
 
-Without the bounds a few hundred sockets that send one header byte every few seconds hold a
-server for ever ("slowloris"), and so do those that read nothing; one that sends headers without
-end fills its memory. Bodies have their bounds in `body`. Idle connections are uvicorn's own
-`timeout_keep_alive`, as long as they say nothing at all.
+**Bounds**: how long the head of a request may take to arrive, how large it may be, and how long a
+client may leave its answers unread. Without them a few hundred sockets that send one header byte
+every few seconds hold a server for ever ("slowloris"), and so do those that read nothing; one that
+sends headers without end fills its memory. Bodies have their bounds in `body`. Idle connections
+are uvicorn's own `timeout_keep_alive`, as long as they say nothing at all.
+
+**One reading**: every request gets one answer, in its turn, and no byte of a body is ever read as
+a request, nor the reverse. The parser takes an offer to upgrade (and CONNECT) for the end of HTTP,
+skips the body and reads what follows as the next request; uvicorn answers a request it cannot read
+at once, before those that were sent earlier, and goes on reading after a final answer to
+`Expect: 100-continue`, when it is unknown whether the body comes. Here an offer is ignored, as
+RFC 9110 7.8 wants it: its head is read a second time, without it. What cannot be read is answered
+in its turn, and nothing is read after it.
 """
 
 from __future__ import annotations
@@ -14,17 +22,36 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from asyncflow.api.guard import HEADERS
+from asyncflow.api.head import (
+    TARGET_BYTES_MAX,
+    check_head,
+    head_bytes,
+    head_without_offer,
+    malformed,
+    unknown_version,
+)
+from asyncflow.api.problems import Refusal, problem
+
+LINGER_SECONDS = 1.0
+"""How long what a refused client still sends is thrown away, so that it reads why."""
+
+# Words of the parser, which has no codes for them.
+_VERSION_FAULTS = ("Invalid HTTP version", "Pause on PRI/Upgrade")
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """
-    Closes connections whose request head is too slow (408) or too large (431), and those whose
-    client does not read.
+    Refuses heads that are too slow (408), too large (414, 431) or ambiguous (400, 501, 505), and
+    closes connections whose client does not read.
 
     Attributes:
         head_seconds_max: From the connection or the head's first byte to its last.
-        head_bytes_max: Counted by reads of the socket, so a head may exceed it by one read.
+        head_bytes_max: Of a whole head. One without end may exceed it by one read of the socket.
         unread_seconds_max: How long answers may wait for the client to read those before.
     """
 
@@ -32,33 +59,78 @@ class BoundedProtocol(HttpToolsProtocol):
     head_bytes_max = 64 * 1024
     unread_seconds_max = 30.0
 
+    url = b""
     _head_expected = True
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    """How much of a head came with the reads after the one in which it began."""
+    _read_bytes = 0
+    _reads_no_more = False
     _unread_timer: asyncio.TimerHandle | None = None
+    _writes: _JoinedWrites
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """
         A connection that never says anything must not stay, either.
         """
-        joined = _JoinedWrites(transport, self.loop, unread_seconds_max=self.unread_seconds_max)
-        super().connection_made(cast(asyncio.Transport, joined))
+        self._writes = _JoinedWrites(
+            transport, self.loop, unread_seconds_max=self.unread_seconds_max
+        )
+        super().connection_made(cast(asyncio.Transport, self._writes))
         self._limit_head()
 
     def data_received(self, data: bytes) -> None:
         """
         Count bytes and seconds while a head is incomplete; most come whole.
         """
-        super().data_received(data)
+        if self._reads_no_more:
+            return
+        self._unset_keepalive_if_required()
+        self._read_bytes = len(data)
+        try:
+            at = self._feed(data)
+            if at is not None:
+                self._read_without_offers(memoryview(data), at)
+        except Refusal as refusal:
+            return self._refuse(refusal)
         if self._head_expected:
             self._limit_head()
             self._head_bytes += len(data)
             if self._head_bytes > self.head_bytes_max:
-                self._refuse(b"431 Request Header Fields Too Large")
+                self._refuse(self._too_large())
         elif self.cycle is not None and self.cycle.response_complete:
             # Line breaks between two requests, or the rest of a body that was refused unread.
             # uvicorn takes them for the next request and stops its own timer.
             self._limit_head()
+
+    def _read_without_offers(self, data: memoryview, at: int | None) -> None:
+        # The parser has taken a head that offers an upgrade for the last one, and `data` from `at`
+        # on for another protocol. A fresh parser knows of neither.
+        while at is not None:
+            head = head_without_offer(
+                self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers
+            )
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self._feed(head)
+            data = data[at:]
+            at = self._feed(data)
+
+    def _feed(self, data: bytes | memoryview) -> int | None:
+        """
+        Parse, and return where a head with an offer to upgrade ended; None if there was none.
+        """
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            return int(offer.args[0])
+        except httptools.HttpParserError as error:
+            raise _refusal_for(error) from None
+        return None
+
+    def _should_upgrade(self) -> bool:
+        # uvicorn asks if there is an offer, and then begins nothing. See `_read_without_offers`.
+        return True
 
     def on_message_begin(self) -> None:
         """
@@ -67,20 +139,85 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._head_ended()
         self._head_expected = True
+        self._head_bytes = -self._read_bytes
+
+    def on_url(self, url: bytes) -> None:
+        """
+        A piece of the target.
+        """
+        self.url += url
+        if len(self.url) > TARGET_BYTES_MAX:
+            raise Refusal(
+                "target-too-long",
+                f"Path and query are too long; at most {TARGET_BYTES_MAX} bytes are taken.",
+            )
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """
         What follows a chunked body is no part of the head: a proxy before us has not seen it.
         """
-        if self._head_expected:
-            super().on_header(name, value)
+        name = name.lower()
+        if not self._head_expected:
+            # Only the parser would obey, and read nothing more.
+            if name in (b"connection", b"proxy-connection"):
+                raise malformed("there is a Connection header behind the body")
+            return
+        value = value.rstrip(b" \t")
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """
         The last byte of a head.
         """
+        may_be_large = (
+            self._head_bytes > -self._read_bytes or self._read_bytes > self.head_bytes_max
+        )
+        if may_be_large and head_bytes(self.url, self.headers) > self.head_bytes_max:
+            raise self._too_large()
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise Refusal("not-implemented", "This server is not a proxy: it has no CONNECT.")
+            return
+        version = self.parser.get_http_version()
+        self.url = check_head(self.url, version, self.headers)
+        if version == "1.0":
+            self.expect_100_continue = False  # Its clients know no answer before the answer.
         self._head_ended()
         super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.waiting_for_100_continue:
+            app = self._ending_if_unasked(cycle, app)
+        super()._start_asgi_task(cycle, app)
+
+    def _ending_if_unasked(self, cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
+        # Who is answered without having been asked for its body may send it or leave it. Only the
+        # end of the connection tells what comes next.
+        async def asking(scope: Scope, receive: Receive, send: Send) -> None:
+            async def sending(message: Message) -> None:
+                if cycle.waiting_for_100_continue and cycle.more_body:
+                    cycle.keep_alive = False
+                    self._writes.lingers = True
+                await send(message)
+
+            await app(scope, receive, sending)
+
+        return asking
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """
+        The client sends no more; it gets the answers to what it sent whole.
+        """
+        self._writes.lingers = False
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            self.transport.close()  # Not by the event loop, which knows less of what was written.
+            return None
+        self._head_ended()
+        self._reads_no_more = True
+        self.cycle.keep_alive = False
+        return True
 
     def pause_writing(self) -> None:
         """
@@ -107,9 +244,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _limit_head(self) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(
-                self.head_seconds_max, self._refuse, b"408 Request Timeout"
+            self._head_timer = self.loop.call_later(self.head_seconds_max, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        if self._head_expected:
+            seconds = f"{self.head_seconds_max:g}"
+            self._refuse(
+                Refusal("request-timeout", f"The head did not arrive within {seconds} seconds.")
             )
+        else:
+            self._head_ended()
+            self.transport.close()
 
     def _head_ended(self) -> None:
         self._head_expected = False
@@ -123,17 +268,78 @@ class BoundedProtocol(HttpToolsProtocol):
             self._unread_timer.cancel()
             self._unread_timer = None
 
-    def _refuse(self, status: bytes) -> None:
-        has_begun = self._head_expected
+    def _too_large(self) -> Refusal:
+        return Refusal(
+            "head-too-large",
+            f"The headers are too large; at most {self.head_bytes_max} bytes are taken.",
+        )
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """
+        Answer the request that is being read with a problem, in its turn, and read no more.
+        """
+        is_in_head = self._head_expected
         self._head_ended()
+        self._reads_no_more = True
         if self.transport.is_closing():
             return
-        # An answer to an earlier request on this connection may be half out.
-        if has_begun and (self.cycle is None or self.cycle.response_complete):
-            self.transport.write(
-                b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-            )
-        self.transport.close()
+        self.flow.resume_reading()
+        self._writes.lingers = True
+        earlier = self.cycle is not None and not self.cycle.response_complete
+        if not is_in_head:
+            if self.cycle.response_started:
+                # It has its answer; a second one would be taken for the next request's.
+                self.cycle.keep_alive = False
+                if self.cycle.response_complete:
+                    self.transport.close()
+                return
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            earlier = bool(self.pipeline) and self.pipeline[0][0] is self.cycle
+            if earlier:
+                self.pipeline.popleft()
+        self.cycle = self._last_cycle()
+        if earlier:
+            self.pipeline.appendleft((self.cycle, self._answer(refusal)))
+        else:
+            self._start_asgi_task(self.cycle, self._answer(refusal))
+
+    def _last_cycle(self) -> RequestResponseCycle:
+        method = self.parser.get_method().decode() if self.url else "GET"
+        cycle = RequestResponseCycle(
+            scope={"type": "http", "method": method},  # type: ignore[typeddict-item]
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=False,
+            on_response=self.on_response_complete,
+        )
+        cycle.more_body = False
+        return cycle
+
+    @staticmethod
+    def _answer(refusal: Refusal) -> Any:
+        # Of a request that cannot be read, the path may be half a path.
+        answer = problem(refusal.kind, str(refusal), None, headers=refusal.headers)
+        answer.raw_headers += HEADERS
+        return answer
+
+
+def _refusal_for(error: httptools.HttpParserError) -> Refusal:
+    # What a callback raised is the parser's context.
+    if isinstance(error.__context__, Refusal):
+        return error.__context__
+    reason = str(error)
+    if reason in _VERSION_FAULTS:
+        return unknown_version()
+    if isinstance(error, httptools.HttpParserCallbackError):
+        reason = "its target cannot be read"
+    return malformed(reason[:1].lower() + reason[1:])
 
 
 class _JoinedWrites:
@@ -142,6 +348,10 @@ class _JoinedWrites:
 
     uvicorn writes the head and the body of an answer apart. Each write is a system call that
     wakes the client: a tenth of the API's CPU per submission goes into the second one.
+
+    Attributes:
+        lingers: Whether the client may still be sending when the connection closes: it would find
+            it reset, and might never read the answer.
     """
 
     def __init__(
@@ -151,18 +361,29 @@ class _JoinedWrites:
         *,
         unread_seconds_max: float,
     ) -> None:
+        self.lingers = False
         self._transport = transport
         self._loop = loop
         self._unread_seconds_max = unread_seconds_max
         self._written: list[bytes] = []
+        self._is_closing = False
 
     def write(self, data: bytes) -> None:
         if not self._written:
             self._loop.call_soon(self._flush)
         self._written.append(data)
 
+    def is_closing(self) -> bool:
+        return self._is_closing or self._transport.is_closing()
+
     def close(self) -> None:
         self._flush()
+        self._is_closing = True
+        if self.lingers and not self._transport.is_closing():
+            self.lingers = False
+            self._transport.write_eof()
+            self._loop.call_later(LINGER_SECONDS, self.close)
+            return
         self._transport.close()
         if self._transport.get_write_buffer_size():
             # It closes once the client has read everything, which may be never.
@@ -174,5 +395,5 @@ class _JoinedWrites:
     def _flush(self) -> None:
         written, self._written = self._written, []
         # The client may have left since it was written.
-        if written and not self._transport.is_closing():
+        if written and not self.is_closing():
             self._transport.write(b"".join(written))

@@ -13,7 +13,7 @@ from fastapi import Depends, FastAPI, HTTPException, Path, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from asyncflow.api.body import refuse_forms
+from asyncflow.api.body import read_to_end, refuse_forms
 from asyncflow.api.openapi import CHANGE_PROBLEMS, problems
 from asyncflow.api.problems import InvalidQuery, Refusal
 from asyncflow.api.views import page_json, task_json
@@ -36,9 +36,14 @@ TaskIdText = Annotated[
     ),
 ]
 
+_COMMAND_CHECKS = [Depends(read_to_end), Depends(refuse_forms)]
+"""Of operations that take no body."""
+
 _COMMAND_PROBLEMS = (
     "task-not-found",
+    "request-timeout",
     "illegal-transition",
+    "body-too-large",
     "unsupported-media-type",
     "unavailable",
     *CHANGE_PROBLEMS,
@@ -84,7 +89,7 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
 
     @app.post(
         "/tasks/{id}/cancel",
-        dependencies=[Depends(refuse_forms)],
+        dependencies=_COMMAND_CHECKS,
         tags=["tasks"],
         summary="Cancel a task",
         response_model=TaskView,
@@ -104,7 +109,7 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
 
     @app.post(
         "/tasks/{id}/run-now",
-        dependencies=[Depends(refuse_forms)],
+        dependencies=_COMMAND_CHECKS,
         tags=["tasks"],
         summary="Run a waiting task now",
         status_code=202,
@@ -123,7 +128,7 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
 
     @app.post(
         "/tasks/{id}/redrive",
-        dependencies=[Depends(refuse_forms)],
+        dependencies=_COMMAND_CHECKS,
         tags=["tasks"],
         summary="Redrive a task",
         status_code=202,

@@ -33,6 +33,7 @@ from asyncflow.settings import PREFIX, Settings, masked, required_database_url
 from asyncflow.store.database import Database
 from asyncflow.store.schema import SCHEMA_VERSION, read_schema
 from asyncflow.supervisor import Child, Supervisor, as_environment
+from asyncflow.urls import address
 
 READY_POLL_SECONDS = 0.05
 ROLES = ("api", "worker", "maintenance")
@@ -195,8 +196,7 @@ def _reachable(host: str) -> str:
 
 
 def _print_banner(settings: Settings) -> None:
-    host = _reachable(settings.api_host)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.api_port}"
+    url = f"http://{address(_reachable(settings.api_host), settings.api_port)}"
     submit = f"{url}/tasks -H 'Content-Type: application/json' -d '{{\"name\": \"sample-task\"}}'"
     facts = {
         "API": url,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from asyncflow.errors import InvalidSettings
-from asyncflow.urls import UnclearUrl, split_url
+from asyncflow.urls import UnclearUrl, address, split_url
 
 _MISTAKE: Final = (
     "The broker URL is not of the form amqp://user:password@host:port/vhost; "
@@ -33,7 +33,7 @@ class Address:
     tls: ssl.SSLContext | None
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
+        return address(self.host, self.port)
 
 
 def parse_url(url: str) -> Address:

@@ -1,0 +1,158 @@
+"""
+What browsers are told about pages of other origins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from asyncflow.api.cors import with_cors
+from asyncflow.settings import Settings
+
+PAGE = "https://app.example.com"
+FOREIGN = "https://evil.example"
+NOBODY = "00000000-0000-7000-8000-000000000000"
+ROUTES = [
+    ("GET", "/tasks", 200),
+    ("POST", "/tasks", 202),
+    ("POST", "/tasks/batch", 422),
+    ("GET", f"/tasks/{NOBODY}", 404),
+    ("POST", f"/tasks/{NOBODY}/cancel", 404),
+    ("POST", f"/tasks/{NOBODY}/redrive", 404),
+    ("GET", "/health/ready", 200),
+    ("GET", "/openapi.json", 200),
+    ("GET", "/nothing", 404),
+    ("PUT", "/tasks", 405),
+]
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """
+    Pages of two origins may use the API.
+    """
+    return replace(settings, api_cors_origins=(PAGE, "http://localhost:5173"))
+
+
+@pytest.fixture
+async def browser(app: FastAPI, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    """
+    A client of the application as such pages use it.
+    """
+    allowing = with_cors(app, settings.api_cors_origins)
+    transport = httpx.ASGITransport(app=allowing)
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        yield client
+
+
+async def asked(
+    browser: httpx.AsyncClient, method: str, path: str, origin: str | None
+) -> httpx.Response:
+    """
+    The answer to a page, or to somebody else if there is no origin.
+    """
+    headers = {"Origin": origin} if origin else {}
+    return await browser.request(method, path, json={"name": "x"}, headers=headers)
+
+
+def told(answer: httpx.Response) -> dict[str, str]:
+    """
+    What concerns a browser.
+    """
+    return {
+        name.removeprefix("access-control-"): value
+        for name, value in answer.headers.items()
+        if name.startswith("access-control-") or name == "vary"
+    }
+
+
+@pytest.mark.parametrize(("method", "path", "status"), ROUTES)
+async def test_a_page_of_an_allowed_origin_may_read_every_answer(
+    browser: httpx.AsyncClient, method: str, path: str, status: int
+) -> None:
+    """
+    Problems included, and `Location` of what it submitted.
+    """
+    answer = await asked(browser, method, path, PAGE)
+
+    assert status == answer.status_code
+    assert told(answer) == {
+        "allow-origin": PAGE,
+        "expose-headers": "allow, location, retry-after",
+        "vary": "Origin",
+    }
+
+
+@pytest.mark.parametrize("origin", [FOREIGN, "null", f"{PAGE}.evil.example", f"{PAGE}:8443", None])
+async def test_others_are_told_nothing_but_that_answers_differ(
+    browser: httpx.AsyncClient, origin: str | None
+) -> None:
+    """
+    So that no cache gives one page's answer to another.
+    """
+    answers = [await asked(browser, "GET", path, origin) for path in ("/tasks", "/nothing")]
+
+    assert [{"vary": "Origin"}] * 2 == [told(answer) for answer in answers]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), ROUTES[:-2])
+async def test_a_browser_that_asks_beforehand_is_told_what_it_may_send(
+    browser: httpx.AsyncClient, method: str, path: str, status: int
+) -> None:
+    """
+    On every path, with every header that the page wants to send.
+    """
+    answer = await browser.options(
+        path,
+        headers={
+            "Origin": PAGE,
+            "Access-Control-Request-Method": method,
+            "Access-Control-Request-Headers": "content-type,traceparent",
+        },
+    )
+
+    assert answer.status_code == 204
+    assert method in answer.headers["allow"]
+    assert told(answer) == {
+        "allow-origin": PAGE,
+        "allow-methods": "GET, HEAD, POST",
+        "allow-headers": "content-type,traceparent",
+        "max-age": "600",
+        "expose-headers": "allow, location, retry-after",
+        "vary": "Origin, Access-Control-Request-Headers",
+    }
+
+
+async def test_a_browser_that_asks_for_a_foreign_page_is_told_nothing(
+    browser: httpx.AsyncClient,
+) -> None:
+    """
+    Then it sends nothing.
+    """
+    headers = {"Origin": FOREIGN, "Access-Control-Request-Method": "POST"}
+    answer = await browser.options("/tasks", headers=headers)
+
+    assert {"vary": "Origin"} == told(answer)
+
+
+async def test_an_asterisk_allows_every_origin(app: FastAPI) -> None:
+    """
+    Answers do not differ then, so caches need not know.
+    """
+    transport = httpx.ASGITransport(app=with_cors(app, ("*",)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        answer = await asked(client, "GET", "/tasks", FOREIGN)
+
+    assert {"allow-origin": "*", "expose-headers": "allow, location, retry-after"} == told(answer)
+
+
+async def test_without_origins_nothing_is_added_or_run(app: FastAPI) -> None:
+    """
+    It costs a submission nothing.
+    """
+    assert app is with_cors(app, ())

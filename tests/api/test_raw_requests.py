@@ -1,0 +1,278 @@
+"""
+Raw requests: one request, one answer, never a fault of ours, and nothing that was sent as a body
+is ever run as a request.
+
+To a live API over a socket; and to the protocol alone, where every way to cut them into packets can
+be tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from api.live import PATIENCE_SECONDS, LiveApi, live_api
+from api.raw_requests import Sent, cancelling, corpus, get, length, post
+from asyncflow.api.protocol import BoundedProtocol
+from services.postgres import PostgresServer
+
+NOBODY = "00000000-0000-7000-8000-000000000000"
+WHATS = [sent.what for sent in corpus(cancelling(NOBODY))]
+PROBE = b"GET /probe HTTP/1.1\r\nHost: api\r\nConnection: close\r\n\r\n"
+
+
+class Answer(NamedTuple):
+    """
+    One answer, as a client reads it that believes its lengths.
+    """
+
+    status: int
+    headers: dict[str, str]
+    content: bytes
+
+    @property
+    def problem(self) -> str:
+        """
+        Which problem it tells of; empty if it is none.
+        """
+        if self.headers.get("content-type") != "application/problem+json":
+            return ""
+        return str(json.loads(self.content)["type"])
+
+
+def answers_in(received: bytes, *, with_bodies: bool = True) -> Iterator[Answer]:
+    """
+    Read what a server sent; interim answers (1xx) do not count.
+    """
+    while received:
+        head, end, received = received.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        version, status, _ = first.split(" ", 2)
+        assert end and version == "HTTP/1.1"
+        headers = {name.lower(): value for name, value in (x.split(": ", 1) for x in lines)}
+        assert "transfer-encoding" not in headers
+        size = int(headers.get("content-length", 0)) if with_bodies else 0
+        assert size <= len(received)
+        if status != "100":
+            yield Answer(int(status), headers, received[:size])
+        received = received[size:]
+
+
+class Watched(NamedTuple):
+    """
+    A live API, and a task that nobody may cancel.
+    """
+
+    api: LiveApi
+    task_id: str
+    corpus: dict[str, Sent]
+
+
+@pytest.fixture(scope="module")
+def watched(
+    postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
+    """
+    One API for all of them, which ends without having logged an error.
+    """
+    database_url = postgres_server.create_database()
+    with live_api(database_url, tmp_path_factory.mktemp("raw")) as api:
+        task_id = api.send("POST", "/tasks", b'{"name":"canary"}').json["id"]
+        sents = corpus(cancelling(task_id))
+        yield Watched(api, task_id, {sent.what: sent for sent in sents})
+        assert not api.noise
+    postgres_server.drop_database(database_url)
+
+
+def test_the_corpus_is_large_and_says_each_thing_once() -> None:
+    """
+    Under names of their own.
+    """
+    sents = list(corpus(cancelling(NOBODY)))
+
+    assert len(sents) >= 200
+    assert len(sents) == len({sent.what for sent in sents})
+    assert len(sents) == len({(sent.bytes, sent.leaves) for sent in sents})
+    assert sum(cancelling(NOBODY) in sent.bytes for sent in sents) >= 200
+
+
+@pytest.mark.parametrize("what", WHATS, ids=lambda what: ascii(what)[1:-1])
+def test_every_request_gets_one_answer_and_no_body_is_run(watched: Watched, what: str) -> None:
+    """
+    Each is followed by a question that only a connection which was read rightly answers rightly.
+    """
+    sent = watched.corpus[what]
+
+    received = watched.api.exchange(
+        sent.bytes if sent.leaves else sent.bytes + PROBE, then_close=sent.leaves
+    )
+
+    answers = list(answers_in(received))
+    if sent.stays:
+        probed = answers.pop()
+        assert (probed.status, json.loads(probed.content)["instance"]) == (404, "/probe")
+    assert list(sent.answers) == [answer.status for answer in answers], received
+    for answer in answers:
+        assert (answer.status >= 400) == answer.problem.startswith("/problems/")
+        assert answer.headers["cache-control"] == "no-store"
+    assert "PENDING" == watched.api.send("GET", f"/tasks/{watched.task_id}").json["status"]
+
+
+@pytest.mark.parametrize("method", [b"HEAD", b"head"])
+def test_an_answer_to_head_has_no_body_and_what_was_sent_with_it_is_one(
+    watched: Watched, method: bytes
+) -> None:
+    """
+    Also if it is refused by the parser, which may not know yet what it refuses.
+    """
+    canary = cancelling(watched.task_id)
+
+    received = watched.api.exchange(
+        get(length(canary), b"Connection: close\r\n", method=method, body=canary)
+    )
+
+    (answer,) = answers_in(received, with_bodies=method != b"HEAD")
+    assert answer.status == (200 if method == b"HEAD" else 400)
+    assert "PENDING" == watched.api.send("GET", f"/tasks/{watched.task_id}").json["status"]
+
+
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket", b"TLS/1.2"])
+def test_an_offer_to_upgrade_is_ignored_when_the_body_comes_later(
+    watched: Watched, offer: bytes
+) -> None:
+    """
+    The API has read the head alone: it asks for the body, as the client wants it to.
+    """
+    body = cancelling(watched.task_id)
+    head = post(
+        b"Connection: Upgrade, close\r\nUpgrade: %b\r\nExpect: 100-continue\r\n" % offer,
+        length(body),
+        body=b"",
+    )
+
+    address = ("127.0.0.1", watched.api.port)
+    with socket.create_connection(address, timeout=PATIENCE_SECONDS) as connection:
+        connection.sendall(head)
+        asked = connection.recv(1_000)
+        connection.sendall(body)
+        with connection.makefile("rb") as rest:
+            (answer,) = answers_in(rest.read())
+
+    assert asked == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert (answer.status, answer.problem) == (400, "/problems/malformed-json")
+    assert "PENDING" == watched.api.send("GET", f"/tasks/{watched.task_id}").json["status"]
+
+
+class Far(asyncio.Transport):
+    """
+    The far side of one connection, in memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received = b""
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """
+        Read an answer.
+        """
+        self.received += data
+
+    def is_closing(self) -> bool:
+        """
+        Whether the server has ended it.
+        """
+        return self.closed
+
+    def close(self) -> None:
+        """
+        See it end.
+        """
+        self.closed = True
+
+    def write_eof(self) -> None:
+        """
+        See it end, for reading.
+        """
+        self.closed = True
+
+    def get_write_buffer_size(self) -> int:
+        """
+        Everything is read at once.
+        """
+        return 0
+
+    def pause_reading(self) -> None:
+        """
+        Nothing is sent before it is read.
+        """
+
+    resume_reading = pause_reading
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """
+    Answer a request with what it was.
+    """
+    body = b""
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    told = repr((scope["method"], scope["raw_path"], scope["headers"], body)).encode()
+    headers = [(b"content-length", b"%d" % len(told))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": told})
+
+
+ECHOING = uvicorn.Config(echo, ws="none", lifespan="off", log_config=None)
+# Offers differ in their words only.
+SHORT = [
+    sent
+    for sent in corpus(b"POST /c HTTP/1.1\r\n\r\n")
+    if len(sent.bytes) < 150 and not re.match("upgrade (?!h2c,)", sent.what)
+]
+
+
+async def answered(*packets: bytes) -> tuple[bytes, bool]:
+    """
+    All that one connection receives, and whether it is over then.
+    """
+    state, far = ServerState(), Far()
+    protocol = BoundedProtocol(ECHOING, state, {})
+    protocol.connection_made(far)
+    for packet in packets:
+        protocol.data_received(packet)
+    unchanged, seen = 0, far.received
+    while state.tasks and unchanged < 10:  # Else it waits for a body that ends too early.
+        await asyncio.sleep(0)
+        unchanged, seen = (unchanged + 1 if seen == far.received else 0), far.received
+    await asyncio.sleep(0)  # The turn in which the last answer leaves.
+    closed = far.closed
+    protocol.connection_lost(ConnectionResetError())
+    await asyncio.gather(*state.tasks)
+    return far.received, closed
+
+
+async def test_packets_make_no_difference() -> None:
+    """
+    Cut in two anywhere, or a byte at a time: the application sees the same requests.
+    """
+    for sent in SHORT:
+        whole = await answered(sent.bytes)
+        for at in range(1, len(sent.bytes)):
+            assert whole == await answered(sent.bytes[:at], sent.bytes[at:]), (sent.what, at)
+        assert whole == await answered(*[bytes([byte]) for byte in sent.bytes]), sent.what
