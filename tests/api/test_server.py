@@ -123,10 +123,10 @@ async def test_a_task_can_be_submitted_over_a_socket(port: int, db: Database) ->
 @pytest.mark.parametrize(
     ("header", "status"),
     [
-        (b"hOST: attacker.example", 421),  # in place of the usual one
-        (b"ORIGIN: http://attacker.example", 403),
-        (b"iDEMPOTENCY-kEY: 1\r\nIdempotency-Key: 1", 501),
-        (b"Origin: http://api", 202),
+        (b"hOST: attacker.example", 421),
+        (b"hOST: api\r\nORIGIN: http://attacker.example", 403),
+        (b"hOST: api\r\niDEMPOTENCY-kEY: 1\r\nIdempotency-Key: 1", 501),
+        (b"hOST: api\r\nOrigin: http://api", 202),
     ],
 )
 async def test_the_gate_knows_headers_in_any_case(
@@ -135,10 +135,8 @@ async def test_the_gate_knows_headers_in_any_case(
     """
     As they come over a socket, twice even.
     """
-    sent = post(b'{"name":"x"}', header, b"Connection: close")
-    if header.lower().startswith(b"host:"):
-        sent = sent.replace(b"Host: api\r\n", b"", 1)
-    answer = await exchange(port, sent)
+    request = post(b'{"name":"x"}', b"Connection: close").replace(b"Host: api", header)
+    answer = await exchange(port, request)
 
     assert status_of(answer) == status
     assert await rows(db) == (1 if status == 202 else 0)

@@ -92,6 +92,12 @@ KINDS = {
         "Unsupported media type",
         "Bodies must be uncompressed JSON in UTF-8, sent as application/json.",
     ),
+    "misdirected": Kind(
+        421,
+        "Misdirected request",
+        "The Host header does not name this server: neither this machine, nor the address it "
+        "listens on, nor a name listed in ASYNCFLOW_API_HOSTS. Nothing was done.",
+    ),
     "invalid-task": Kind(
         422,
         "Invalid task",
@@ -107,12 +113,6 @@ KINDS = {
     ),
     "invalid-query": Kind(
         422, "Invalid query", "The member `errors` names each wrong query parameter."
-    ),
-    "misdirected": Kind(
-        421,
-        "Misdirected request",
-        "The Host header does not name this server: neither this machine, nor the address it "
-        "listens on, nor a name listed in ASYNCFLOW_API_HOSTS. Nothing was done.",
     ),
     "head-too-large": Kind(
         431, "Head too large", "The request's headers are larger than the server takes."

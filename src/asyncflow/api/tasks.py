@@ -139,7 +139,7 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
     async def redrive_task(task_id: TaskIdText) -> Response:
         """
         Give a failed or cancelled task a new generation: due now, with all its attempts
-        before it again.
+        before it again. To start a waiting task early, use `run-now`.
         """
         task = await store.redrive(db, DEFAULT_TENANT_ID, _task_id(task_id))
         waker.wake()
