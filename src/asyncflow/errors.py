@@ -144,10 +144,22 @@ class SchemaMismatch(AsyncFlowError):
 
 class StoreUnavailable(AsyncFlowError):
     """
-    PostgreSQL cannot serve the call now: down, starting, read-only, full or out of connections.
+    PostgreSQL cannot serve the call now: down, starting, read-only, full, out of connections, or
+    without a right or a table that the call needs.
 
     The call changed nothing that the caller may rely on; the same call may work later.
+
+    Attributes:
+        sqlstate: What PostgreSQL said; None if it could not be reached or did not answer.
+        session_lives: It answered and refused, and the connection is as good as before.
     """
+
+    def __init__(
+        self, fact: str, *, sqlstate: str | None = None, session_lives: bool = False
+    ) -> None:
+        self.sqlstate = sqlstate
+        self.session_lives = session_lives
+        super().__init__(fact)
 
 
 class StatementRefused(AsyncFlowError):

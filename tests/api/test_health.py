@@ -5,6 +5,7 @@ The probes: live looks at nothing, ready at what taking a task needs.
 from __future__ import annotations
 
 import httpx
+import pytest
 from fastapi import FastAPI
 
 from asyncflow.api.app import create_app
@@ -13,6 +14,8 @@ from asyncflow.settings import Settings
 from asyncflow.store.database import Database
 from asyncflow.store.schema import SCHEMA_VERSION
 from asyncflow.store.wakeups import Waker
+from services.postgres import PostgresServer
+from services.roles import administrator
 
 
 async def test_a_process_without_a_database_is_live(offline_client: httpx.AsyncClient) -> None:
@@ -57,6 +60,32 @@ async def test_a_database_that_takes_no_writes_is_not_ready(
 
     assert answer.status_code == 503
     assert answer.json()["type"] == "/problems/unavailable"
+
+
+@pytest.mark.parametrize("right", ["INSERT ON asyncflow.tasks", "USAGE ON SCHEMA asyncflow"])
+async def test_a_database_that_would_refuse_a_submission_is_not_ready(
+    right: str, postgres_server: PostgresServer, database_url: str, settings: Settings
+) -> None:
+    """
+    Whatever right it needs; a write to another table proves nothing.
+    """
+    async with (
+        administrator(postgres_server, database_url) as admin,
+        Database(admin.url) as db,
+    ):
+        waker = Waker(db)
+        app = create_app(db, settings, catalogue=Catalogue(db), waker=waker, version="1")
+        before = await _ready(app)
+        await admin.execute(f"REVOKE {right} FROM {{role}}")
+        without = await _ready(app)
+        await admin.execute(f"GRANT {right} TO {{role}}")
+        again = await _ready(app)
+        await waker.close()
+        rows = await db.fetchval("SELECT count(*) FROM asyncflow.tasks")
+
+    assert [200, 503, 200] == [a.status_code for a in (before, without, again)]
+    assert "/problems/unavailable" == without.json()["type"]
+    assert 0 == rows
 
 
 async def test_a_wrong_schema_is_not_ready(client: httpx.AsyncClient, db: Database) -> None:

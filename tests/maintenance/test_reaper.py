@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -18,6 +18,7 @@ from asyncflow.store.database import Database
 from asyncflow.store.tasks import Task
 from asyncflow.store.workers import Registration
 from services.postgres import PostgresServer
+from services.roles import administrator
 from transport.tasks import a_worker, claim, complete, states, submit, until
 
 
@@ -243,6 +244,54 @@ async def test_after_an_outage_of_its_own_the_reaper_gives_up_nobody(db: Databas
         return bool(await db.fetchval("SELECT lost_at IS NOT NULL FROM asyncflow.workers"))
 
     await until(gave_it_up)
+
+
+async def test_a_lease_of_an_unknown_worker_is_released_and_charged_to_nobody(
+    db: Database,
+) -> None:
+    """
+    It was restored from a backup without its worker. After an outage it waits: the row of the
+    worker may just not have been restored yet.
+    """
+    [task_id] = await submit(db)
+    await claim(db, uuid4())
+    reaper = Reaper(grace_seconds=3_600)
+    async with Database("postgresql://nobody@127.0.0.1:1/nowhere") as unreachable:
+        with pytest.raises(StoreUnavailable):
+            await reaper.reap(unreachable)
+
+    assert 0 == await reaper.reap(db)
+    assert 1 == await Reaper().reap(db)
+
+    task = await read(db, task_id)
+    assert ("PENDING", 0, ["released"]) == (
+        task.status,
+        task.failures,
+        [attempt.outcome for attempt in task.attempts],
+    )
+
+
+async def test_workers_that_a_missing_right_kept_away_get_time_to_come_back(
+    db: Database, postgres_server: PostgresServer, database_url: str
+) -> None:
+    """
+    The reaper was kept away too, so it knows.
+    """
+    worker = await a_worker(db, lease_seconds=5)
+    async with (
+        administrator(postgres_server, database_url) as admin,
+        Database(admin.url) as own,
+    ):
+        reaper = Reaper(grace_seconds=3_600)
+        await admin.execute("REVOKE USAGE ON SCHEMA asyncflow FROM {role}")
+        with pytest.raises(StoreUnavailable):
+            await reaper.reap(own)
+        await admin.execute("GRANT USAGE ON SCHEMA asyncflow TO {role}")
+        await age_heartbeat(db, worker.id, 6)
+
+        await reaper.reap(own)
+
+    assert await workers.heartbeat(db, worker.id)
 
 
 async def test_a_worker_that_was_back_after_an_outage_is_given_up_like_any_other(

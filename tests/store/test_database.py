@@ -5,7 +5,10 @@ The pool: bounded, honest about what failed, and whole again after every outage.
 from __future__ import annotations
 
 import asyncio
+import socket
+import time
 from collections.abc import AsyncIterator
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -14,8 +17,11 @@ from asyncflow.domain.states import Event, State
 from asyncflow.errors import InvalidSettings, StatementRefused, StoreUnavailable
 from asyncflow.store import tasks, upkeep
 from asyncflow.store.database import Database, check_url
+from asyncflow.store.migrations import migrate
 from builders import SETTLEMENTS, a_task, claimed, new_task, settled, state_of
+from faults.wire import laid
 from services.postgres import PostgresServer
+from services.roles import GRANTS, administrator
 from store.waiting import until, until_someone_waits_for_a_lock
 
 
@@ -220,6 +226,206 @@ async def test_a_pool_comes_back_after_every_way_a_server_can_end(
 
             assert [StoreUnavailable] * 2 == [type(error) for error in broken]
             assert State.PENDING == await state_of(db, before.id)
+
+
+MISSING = (
+    (
+        "REVOKE USAGE ON SCHEMA asyncflow FROM {role}",
+        GRANTS,
+        "permission denied for schema asyncflow",
+    ),
+    (
+        "REVOKE INSERT ON asyncflow.tasks FROM {role}",
+        GRANTS,
+        "permission denied for table tasks",
+    ),
+    (
+        "ALTER TABLE asyncflow.tasks RENAME TO away",
+        "ALTER TABLE asyncflow.away RENAME TO tasks",
+        'relation "asyncflow.tasks" does not exist',
+    ),
+    (
+        "ALTER SCHEMA asyncflow RENAME TO away",
+        "ALTER SCHEMA away RENAME TO asyncflow",
+        'relation "asyncflow.tasks" does not exist',
+    ),
+    (
+        "ALTER TABLE asyncflow.tasks RENAME queue TO away",
+        "ALTER TABLE asyncflow.tasks RENAME away TO queue",
+        'column "queue" of relation "tasks" does not exist',
+    ),
+    (
+        "ALTER TABLE asyncflow.tasks DETACH PARTITION asyncflow.tasks_live",
+        """
+        ALTER TABLE asyncflow.tasks ATTACH PARTITION asyncflow.tasks_live
+        FOR VALUES IN ('pending', 'queued', 'running')
+        """,
+        'no partition of relation "tasks" found for row',
+    ),
+)
+"""How an administrator takes something away, how it comes back, and what a submission hears."""
+
+
+async def test_what_is_missing_is_named_and_waited_out(
+    postgres_server: PostgresServer, database_url: str
+) -> None:
+    """
+    A right, a table, a column: the sentence says which, and the same connection serves once it is
+    back.
+    """
+    async with (
+        administrator(postgres_server, database_url) as admin,
+        Database(admin.url, size=1) as db,
+    ):
+        session = await db.fetchval("SELECT pg_backend_pid()")
+        for take, give, words in MISSING:
+            await tasks.submit(db, [new_task()])
+            await admin.execute(take)
+            with pytest.raises(StoreUnavailable) as unavailable:
+                await tasks.submit(db, [new_task()])
+            await admin.execute(give)
+            await tasks.submit(db, [new_task()])
+
+            assert words in str(unavailable.value)
+            assert unavailable.value.session_lives
+        assert session == await db.fetchval("SELECT pg_backend_pid()")
+        assert 2 * len(MISSING) == await db.fetchval("SELECT count(*) FROM asyncflow.tasks")
+
+
+async def test_a_pool_serves_a_schema_that_was_dropped_and_made_again(
+    fresh_db: Database, database_url: str
+) -> None:
+    """
+    Every table has another OID then; statements prepared before are no obstacle.
+    """
+    await tasks.submit(fresh_db, [new_task()])
+    await fresh_db.execute("DROP SCHEMA asyncflow CASCADE")
+    with pytest.raises(StoreUnavailable):
+        await tasks.submit(fresh_db, [new_task()])
+    await migrate(database_url)
+
+    await tasks.submit(fresh_db, [new_task()])
+
+    assert 1 == await fresh_db.fetchval("SELECT count(*) FROM asyncflow.tasks")
+
+
+async def test_a_plan_that_is_out_of_date_is_made_again(
+    fresh_db: Database,
+) -> None:
+    """
+    PostgreSQL refuses a cached plan whose columns have changed type since.
+    """
+    await fresh_db.execute("CREATE TABLE asyncflow.changing AS SELECT 1 AS what")
+    read = "SELECT what FROM asyncflow.changing"
+    assert 1 == await fresh_db.fetchval(read)
+
+    await fresh_db.execute("ALTER TABLE asyncflow.changing ALTER what TYPE text")
+
+    assert "1" == await fresh_db.fetchval(read)
+
+
+@pytest.mark.any_postgres
+async def test_connections_that_a_firewall_forgot_cost_one_timeout(
+    shared_database_url: str,
+) -> None:
+    """
+    Whoever meets the first one hears of it within the timeout; all others are replaced with it.
+    """
+    seconds = 3.0
+    async with (
+        laid({"postgres": shared_database_url}) as wires,
+        Database(wires["postgres"].url, size=4, timeout_seconds=seconds, name="forgotten") as db,
+    ):
+        await asyncio.gather(*(db.fetchval("SELECT pg_sleep(0.1)") for _ in range(4)))
+        assert 4 == wires["postgres"].forget()
+
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            await db.fetchval("SELECT 1")
+        took = time.monotonic() - began
+        answers = [await db.fetchval("SELECT 1") for _ in range(4)]
+
+        assert [1] * 4 == answers
+        assert took < 1.5 * seconds
+
+
+async def test_a_caller_that_gives_up_on_a_dead_connection_is_free_at_once(
+    shared_database_url: str,
+) -> None:
+    """
+    A probe of readiness, say: it does not wait for PostgreSQL to confirm what it never heard of.
+    """
+    async with (
+        laid({"postgres": shared_database_url}) as wires,
+        Database(wires["postgres"].url, size=2, timeout_seconds=60, name="forgotten") as db,
+    ):
+        db._cancel_seconds = 0.1
+        await asyncio.gather(*(db.fetchval("SELECT pg_sleep(0.1)") for _ in range(2)))
+        wires["postgres"].forget()
+
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await db.fetchval("SELECT 1")
+
+        assert 1 == await db.fetchval("SELECT 1")
+
+
+async def test_a_slow_statement_costs_no_other_connection(db: Database, small: Database) -> None:
+    """
+    PostgreSQL confirms its end, so nothing is wrong with the connections.
+    """
+    async with small.transaction() as one, small.transaction() as other:
+        before = {await c.fetchval("SELECT pg_backend_pid()") for c in (one, other)}
+
+    with pytest.raises(StoreUnavailable):
+        await small.fetchval("SELECT pg_sleep(60)")
+
+    async with small.transaction() as one, small.transaction() as other:
+        after = {await c.fetchval("SELECT pg_backend_pid()") for c in (one, other)}
+    assert before == after
+
+
+async def test_a_broken_connection_has_the_others_replaced(db: Database, small: Database) -> None:
+    """
+    They were opened before it broke, and most likely went the same way.
+    """
+    async with small.transaction() as one, small.transaction() as other:
+        before = {await c.fetchval("SELECT pg_backend_pid()") for c in (one, other)}
+    broken = asyncio.ensure_future(small.fetchval("SELECT pg_sleep(60), 'broken'"))
+    await until(
+        lambda: db.fetchval(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE query LIKE '%pg_sleep(60), ''broken''%' AND pid <> pg_backend_pid()"
+        )
+    )
+    with pytest.raises(StoreUnavailable):
+        await broken
+
+    async with small.transaction() as one, small.transaction() as other:
+        after = {await c.fetchval("SELECT pg_backend_pid()") for c in (one, other)}
+    assert set() == before & after
+
+
+async def test_the_kernel_looks_after_connections_that_say_nothing(
+    shared_database_url: str,
+) -> None:
+    """
+    Keepalives keep a firewall from forgetting, and end a connection whose other end has gone.
+    """
+    async with (
+        laid({"postgres": shared_database_url}) as wires,
+        Database(wires["postgres"].url, timeout_seconds=7) as db,
+        db.transaction() as pooled,
+    ):
+        single = await db.connect("single")
+        connections: list[Any] = [single, pooled]
+        for connection in connections:
+            sock = connection._transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                assert 7_000 == sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+                assert 60 > sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+        single.terminate()
 
 
 async def test_a_refusal_names_the_constraint_and_no_value(db: Database) -> None:

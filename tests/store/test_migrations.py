@@ -160,5 +160,5 @@ async def test_the_schema_knows_no_other_states(db: Database) -> None:
     """
     await tasks.submit(db, [new_task()])
 
-    with pytest.raises(StatementRefused):
+    with pytest.raises(StoreUnavailable, match="no partition"):
         await db.execute("UPDATE asyncflow.tasks SET state = 'lost'")

@@ -10,11 +10,12 @@ import ctypes
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from structlog.testing import capture_logs
 
 from asyncflow import Context, Reject, Retry
 from asyncflow.domain.retry import Backoff
@@ -31,6 +32,7 @@ from asyncflow.worker.lease import STALLED_EXIT_STATUS
 from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 from faults.wire import Wire, laid
 from services.postgres import PostgresServer
+from services.roles import GRANTS, administrator
 from transport.tasks import (
     PATIENCE_SECONDS,
     QUEUE,
@@ -633,6 +635,85 @@ async def test_a_table_that_is_locked_for_long_costs_no_worker_its_session(db: D
 
             assert before == await sessions()
         await migration.close()
+
+
+async def refused_beats(logs: Sequence[Mapping[str, Any]], count: int) -> None:
+    """
+    Wait until so many more heartbeats were refused.
+    """
+    before = len(logs)
+
+    async def are_refused() -> bool:
+        failed = [line for line in logs[before:] if line["event"] == "heartbeat.failed"]
+        return len(failed) >= count
+
+    await until(are_refused)
+
+
+async def test_a_missing_right_costs_a_worker_neither_its_lock_nor_its_attempts(
+    db: Database, postgres_server: PostgresServer, database_url: str
+) -> None:
+    """
+    Were the session given up, its lock would be free and its heartbeat overdue, and a reaper that
+    has the right would take the worker for dead.
+    """
+    gate = Gate()
+    [task_id] = await submit(db)
+    with capture_logs() as logs:
+        async with (
+            administrator(postgres_server, database_url) as admin,
+            Database(admin.url) as own,
+            a_running_worker(own, gate.handler),
+        ):
+            await soon(gate.entered)
+            await until(lambda: holders(db))
+            before = await holders(db)
+            await admin.execute("REVOKE ALL ON asyncflow.workers, asyncflow.tasks FROM {role}")
+            # A heartbeat is overdue after this.
+            await refused_beats(logs, 10)
+            gate.open.set()
+            await soon(gate.returned)
+            await Reaper(grace_seconds=0).reap(db)
+            during = await holders(db)
+            await admin.execute(GRANTS)
+            await until_completed(db, task_id)
+
+    assert before == during
+    task = await read(db, task_id)
+    assert (1, 0) == (task.attempt, task.failures)
+    assert {"worker.lost", "worker.fenced"}.isdisjoint(line["event"] for line in logs)
+
+
+async def test_a_worker_whose_row_is_gone_for_a_moment_goes_on(db: Database) -> None:
+    """
+    As while the database is restored: tables come one after the other.
+    """
+    gate = Gate()
+    [task_id] = await submit(db)
+    with capture_logs() as logs:
+        async with a_running_worker(db, gate.handler):
+            await soon(gate.entered)
+            await db.execute("CREATE TABLE asyncflow.kept AS SELECT * FROM asyncflow.workers")
+            await db.execute("DELETE FROM asyncflow.workers")
+            await refused_beats(logs, 3)
+            await db.execute("INSERT INTO asyncflow.workers SELECT * FROM asyncflow.kept")
+            await heartbeat_follows(db)
+            gate.open.set()
+            await until_completed(db, task_id)
+
+    assert 1 == (await read(db, task_id)).attempt
+
+
+async def test_a_worker_that_nobody_knows_any_more_comes_back_as_another(db: Database) -> None:
+    """
+    The database was restored from a backup that is older than the worker.
+    """
+    async with a_running_worker(db, idle, lease_seconds=1.0) as running:
+        await until(lambda: holders(db))
+        await db.execute("DELETE FROM asyncflow.workers")
+
+        with pytest.raises(WorkerLost):
+            await running.end()
 
 
 async def test_a_late_settle_of_a_lost_lease_is_void(db: Database) -> None:

@@ -1,8 +1,8 @@
 """
 Health: `live` says that the process answers, `ready` that it can take tasks.
 
-Ready takes a real write and the right schema. RabbitMQ is reported but never makes the API
-unready: tasks are accepted without it.
+Ready takes a real write, the right schema, and every right that a submission needs. RabbitMQ is
+reported but never makes the API unready: tasks are accepted without it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from asyncflow.api.openapi import problems
 from asyncflow.errors import StoreUnavailable
 from asyncflow.store.database import Executor
 from asyncflow.store.schema import SCHEMA_VERSION, check_schema
+from asyncflow.store.tasks import submit_nothing
 from asyncflow.store.upkeep import probe
 from asyncflow.wire import Live, Ready
 
@@ -52,7 +53,8 @@ def add_health_routes(app: FastAPI, db: Executor, broker_state: Callable[[], str
     )
     async def ready() -> Response:
         """
-        Writes to the database and checks its schema: send no requests here if it fails.
+        Writes to the database, checks its schema and whether it would take a task: send no
+        requests here if it fails.
         """
         await _check(db)
         broker = broker_state() or "not used"
@@ -64,6 +66,7 @@ async def _check(db: Executor) -> None:
         async with asyncio.timeout(PROBE_SECONDS_MAX):
             await check_schema(db)
             await probe(db)
+            await submit_nothing(db)
     except TimeoutError:
         raise StoreUnavailable(
             f"The database did not take a write within {PROBE_SECONDS_MAX:g} seconds."

@@ -12,7 +12,7 @@ import math
 import random
 import time
 
-from asyncflow.domain.outcome import Cancelled, Crashed, Failure, Outcome, decide
+from asyncflow.domain.outcome import Cancelled, Crashed, Failure, Outcome, Released, decide
 from asyncflow.domain.retry import Backoff
 from asyncflow.errors import StoreUnavailable
 from asyncflow.store import claims, upkeep, workers
@@ -28,9 +28,12 @@ class Reaper:
     """
     Reaps again and again, and is slow to give up on workers that an outage kept away.
 
-    When PostgreSQL restarts its backends or another server takes over, every lock is free
-    and every heartbeat overdue for a moment, and nothing in the database tells. Whoever
-    could not reach it knows.
+    When PostgreSQL restarts its backends, another server takes over, a right is taken away for
+    a while or the schema is restored, every heartbeat is overdue for a moment, and nothing in the
+    database tells. Whoever could not use it knows.
+
+    A lease whose worker has no row was restored from a backup, maybe the row will be, too. It is
+    released, after the same time, and charged to nobody.
 
     Args:
         grace_seconds: How long after an outage, or a start of PostgreSQL, living workers
@@ -50,28 +53,33 @@ class Reaper:
         """
         try:
             await self._declare_lost(db)
-            return await _settle_lost(db)
+            return await self._settle_lost(db)
         except StoreUnavailable:
             self._outage_at = time.monotonic()
             raise
 
     async def _declare_lost(self, db: Executor) -> None:
         lost = await workers.mark_lost(
-            db,
-            grace_seconds=self._grace_seconds,
-            outage_seconds_ago=time.monotonic() - self._outage_at,
+            db, grace_seconds=self._grace_seconds, outage_seconds_ago=self._outage_seconds_ago
         )
         for worker_id, name in lost:
             events.worker_declared_lost(worker_id=worker_id, name=name)
 
+    async def _settle_lost(self, db: Executor) -> int:
+        lost = await upkeep.lost_leases(
+            db,
+            limit=BATCH,
+            of_unknown_workers=self._outage_seconds_ago > self._grace_seconds,
+        )
+        if not lost:
+            return 0
+        written = await claims.settle(db, [_settling(lease) for lease in lost])
+        events.leases_reaped(count=sum(written))
+        return sum(written)
 
-async def _settle_lost(db: Executor) -> int:
-    lost = await upkeep.lost_leases(db, limit=BATCH)
-    if not lost:
-        return 0
-    written = await claims.settle(db, [_settling(lease) for lease in lost])
-    events.leases_reaped(count=sum(written))
-    return sum(written)
+    @property
+    def _outage_seconds_ago(self) -> float:
+        return time.monotonic() - self._outage_at
 
 
 def _settling(lease: LostLease) -> Settling:
@@ -88,4 +96,6 @@ def _settling(lease: LostLease) -> Settling:
 def _outcome(lease: LostLease) -> Outcome:
     if lease.cancel_requested:
         return Cancelled(Failure("Cancelled", "Cancelled; its worker was gone by then."))
+    if not lease.worker_known:
+        return Released()
     return Crashed(Failure("WorkerLost", f"Worker {lease.worker_id} died or was cut off."))

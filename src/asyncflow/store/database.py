@@ -3,14 +3,19 @@ One bounded connection pool per process, with honest errors.
 
 `Database` runs single statements and short transactions. It retries what PostgreSQL rolled
 back for us (deadlocks, serialization failures) and turns every "cannot serve now" into
-`StoreUnavailable`, so that callers handle one name. It does not repeat a statement whose
-outcome is unknown: that is the caller's decision.
+`StoreUnavailable`, so that callers handle one name; `sqlstates` says what that is. It does not
+repeat a statement whose outcome is unknown: that is the caller's decision.
+
+A firewall or a NAT may forget a connection without a word. So connections have TCP keepalives,
+which keep it from forgetting and find out soon if it does. And where one connection turns out to
+be dead, all that were open then are replaced: they went the same way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
@@ -19,35 +24,23 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from asyncflow.errors import InvalidSettings, StatementRefused, StoreUnavailable
-
-ROLLED_BACK = (
-    asyncpg.DeadlockDetectedError,
-    asyncpg.SerializationError,
-    asyncpg.LockNotAvailableError,
-)
-"""PostgreSQL undid the statement; running it again is safe whatever it does."""
-
-CANNOT_SERVE = (
-    asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,  # the server's farewell is still being read
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.PostgresSystemError,
-    asyncpg.ReadOnlySQLTransactionError,
-    asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.InvalidCatalogNameError,
-    OSError,
-    TimeoutError,
-)
-"""Down, starting, stopping, full, out of connections, read-only or refusing us."""
-
-REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
-"""The values are at fault; asyncpg's messages quote them."""
+from asyncflow.store.sqlstates import MISSING, NO_RIGHT, Kind, kind_of, kind_of_state
 
 TRIES_MAX = 5
 ACQUIRE_SECONDS_MAX = 3.0
 """A request that has waited this long for a connection is better told to come back."""
+
+CANCEL_SHARE, CANCEL_SECONDS_MIN = 0.1, 0.5
+"""How much of its time a statement that takes too long leaves to PostgreSQL for ending it. A
+connection on which that is not confirmed is dead."""
+
+KEEPALIVE = {
+    "TCP_KEEPIDLE": 15,
+    "TCP_KEEPALIVE": 15,  # The same on macOS.
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+}
+"""In seconds; less than any firewall waits before it forgets a connection."""
 
 PLANNER = {
     "enable_seqscan": "off",
@@ -93,7 +86,8 @@ class Database:
     Args:
         url: A `postgresql://` DSN of the primary.
         size: Most connections at once.
-        timeout_seconds: Bound on waiting for a connection, and again on each statement.
+        timeout_seconds: Bound on waiting for a connection, and again on each statement, with
+            what it takes to end one that is too slow.
         pooler: True when the DSN leads to PgBouncer in transaction mode: no prepared
             statements, no session settings.
         name: Shown in `pg_stat_activity`.
@@ -113,13 +107,16 @@ class Database:
         self._url = url
         self._name = name
         self._timeout_seconds = timeout_seconds
+        self._cancel_seconds = max(CANCEL_SECONDS_MIN, CANCEL_SHARE * timeout_seconds)
+        self._generation = 0
         self._pool = asyncpg.create_pool(
             url,
             min_size=0,
             max_size=size,
             timeout=timeout_seconds,
-            command_timeout=timeout_seconds,
+            command_timeout=max(timeout_seconds - self._cancel_seconds, timeout_seconds / 2),
             max_inactive_connection_lifetime=300,
+            init=self._notice_silence,
             # Our statements leave no session state; the default reset costs a round trip.
             reset=_nothing_to_reset,
             **self._session(name),
@@ -160,9 +157,9 @@ class Database:
             try:
                 async with self._connection() as connection:
                     return list(await connection.fetch(query, *args))
-            except ROLLED_BACK as error:
-                if not tries_left:
-                    raise StoreUnavailable(f"PostgreSQL kept refusing: {error}") from error
+            except StoreUnavailable as error:
+                if kind_of_state(error.sqlstate) is not Kind.ROLLED_BACK or not tries_left:
+                    raise
                 await asyncio.sleep(random.uniform(0.005, 0.1))
         raise AssertionError("unreachable")
 
@@ -214,12 +211,14 @@ class Database:
         """
         seconds = timeout_seconds or self._timeout_seconds
         with translated_errors():
-            return await asyncpg.connect(
+            connection: asyncpg.Connection[Record] = await asyncpg.connect(
                 self._url,
                 timeout=seconds,
                 command_timeout=seconds,
                 **self._session(f"{self._name} {purpose}"),
             )
+        await self._notice_silence(connection)
+        return connection
 
     def _session(self, name: str) -> dict[str, Any]:
         if self.pooler:
@@ -232,34 +231,82 @@ class Database:
         with translated_errors():
             seconds = min(self._timeout_seconds, ACQUIRE_SECONDS_MAX)
             connection = await self._pool.acquire(timeout=seconds)
+            generation = self._generation
             try:
                 yield connection
-            except asyncpg.ReadOnlySQLTransactionError:
-                # This server was demoted; every pooled connection leads to it. New ones
-                # follow the DSN to the new primary.
-                await self._pool.expire_connections()
+            except Exception as error:
+                if kind_of(error) is Kind.RECONNECT and not isinstance(error, TimeoutError):
+                    # Broken, or the server was demoted. New ones follow the DSN to wherever
+                    # it leads now.
+                    await self._expire(generation)
                 raise
             finally:
-                await self._pool.release(connection, timeout=self._timeout_seconds)
+                try:
+                    await self._pool.release(connection, timeout=self._cancel_seconds)
+                except TimeoutError:
+                    # A statement took too long, and PostgreSQL does not confirm its end.
+                    await self._expire(generation)
+
+    async def _expire(self, generation: int) -> None:
+        """
+        Replace every connection as old as one that failed, unless somebody did already.
+        """
+        if generation == self._generation:
+            self._generation += 1
+            await self._pool.expire_connections()
+
+    async def _notice_silence(self, connection: Any) -> None:
+        """
+        Have the kernel end this connection soon after the other end has gone without a word.
+        """
+        sock = connection._transport.get_extra_info("socket")
+        if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        options = {**KEEPALIVE, "TCP_USER_TIMEOUT": int(1000 * self._timeout_seconds)}
+        for name, value in options.items():
+            if (option := getattr(socket, name, None)) is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
     """
     Raise `StoreUnavailable` in place of the many ways in which PostgreSQL cannot serve, and
-    `StatementRefused` in place of errors that quote values.
+    `StatementRefused` in place of errors that quote values; see `sqlstates`.
     """
     try:
         yield
-    except CANNOT_SERVE as error:
-        fact = str(error) or type(error).__name__
-        if "unsupported startup parameter" in fact:
-            # So PgBouncer refuses the settings that a connection of ours brings along.
-            fact += " (behind PgBouncer, see ASYNCFLOW_DATABASE_POOLER)"
-        raise StoreUnavailable(f"PostgreSQL cannot serve now: {fact}") from error
-    except REFUSED as error:
-        constraint = getattr(error, "constraint_name", None)
-        raise StatementRefused(type(error).__name__, constraint=constraint) from None
+    except Exception as error:
+        kind = kind_of(error)
+        if kind is None or kind is Kind.BUG:
+            raise
+        if kind is Kind.REFUSED:
+            constraint = getattr(error, "constraint_name", None)
+            raise StatementRefused(type(error).__name__, constraint=constraint) from None
+        raise _unavailable(error, kind) from error
+
+
+def _unavailable(error: Exception, kind: Kind) -> StoreUnavailable:
+    if not isinstance(error, asyncpg.PostgresError):
+        return StoreUnavailable(
+            f"PostgreSQL cannot serve now: {str(error) or type(error).__name__}"
+        )
+    # Without DETAIL, which may quote values.
+    fact = str(error.args[0]) if error.args else type(error).__name__
+    if "unsupported startup parameter" in fact:
+        # So PgBouncer refuses the settings that a connection of ours brings along.
+        fact += " (behind PgBouncer, see ASYNCFLOW_DATABASE_POOLER)"
+    elif error.sqlstate == NO_RIGHT:
+        fact += "; the role of ASYNCFLOW_DATABASE_URL must be allowed that"
+    elif error.sqlstate in MISSING:
+        fact += "; restore it, or run `asyncflow migrate`"
+    is_fatal = (error.severity_en or error.severity) in ("FATAL", "PANIC")
+    return StoreUnavailable(
+        f"PostgreSQL cannot serve now: {fact}",
+        sqlstate=error.sqlstate,
+        session_lives=kind is not Kind.RECONNECT and not is_fatal,
+    )
 
 
 def check_url(url: str) -> None:

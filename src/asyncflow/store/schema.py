@@ -4,10 +4,9 @@ Which schema this version of AsyncFlow runs on, and the check every process make
 
 from __future__ import annotations
 
-import asyncpg
-
-from asyncflow.errors import SchemaMismatch
-from asyncflow.store.database import Executor
+from asyncflow.errors import SchemaMismatch, StoreUnavailable
+from asyncflow.store.database import Executor, translated_errors
+from asyncflow.store.sqlstates import MISSING
 
 SCHEMA_VERSION = "0001"
 """The newest migration under `migrations/versions`."""
@@ -23,8 +22,11 @@ async def schema_version(db: Executor) -> str | None:
     The schema version the database has; None if AsyncFlow was never migrated into it.
     """
     try:
-        version: str | None = await db.fetchval(READ_VERSION)
-    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+        with translated_errors():
+            version: str | None = await db.fetchval(READ_VERSION)
+    except StoreUnavailable as error:
+        if error.sqlstate not in MISSING:
+            raise
         return None
     return version
 

@@ -118,6 +118,8 @@ SUBMIT = """
     SELECT now()
 """
 
+SUBMIT_PARAMETERS = 11
+
 
 async def submit(db: Executor, tasks: Sequence[NewTask]) -> list[Submitted]:
     """
@@ -156,6 +158,16 @@ async def submit(db: Executor, tasks: Sequence[NewTask]) -> list[Submitted]:
         else due_at_once
         for task in tasks
     ]
+
+
+async def submit_nothing(db: Executor) -> None:
+    """
+    Prove that PostgreSQL would take a submission: it checks every right that one needs.
+
+    Raises:
+        StoreUnavailable: It would not.
+    """
+    await db.fetchval(SUBMIT, *[()] * SUBMIT_PARAMETERS)
 
 
 def _unless_all_none(column: Sequence[Any]) -> Sequence[Any]:

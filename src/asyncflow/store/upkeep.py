@@ -13,6 +13,10 @@ from asyncflow.store.database import Executor
 class LostLease(NamedTuple):
     """
     A task that is running on paper only: its worker is lost, stopped or unknown.
+
+    Attributes:
+        worker_known: False if there is no row of its worker, so that nobody can tell what became
+            of it: the database was restored from a backup, or is being restored.
     """
 
     task_id: UUID
@@ -21,27 +25,28 @@ class LostLease(NamedTuple):
     failures: int
     max_attempts: int
     cancel_requested: bool
+    worker_known: bool
 
 
 LOST_LEASES = """
     SELECT t.id, t.lease_id, t.worker_id, t.failures, t.max_attempts,
-           t.cancel_requested_at IS NOT NULL AS cancel_requested
+           t.cancel_requested_at IS NOT NULL AS cancel_requested,
+           w.id IS NOT NULL AS worker_known
       FROM asyncflow.tasks_live t
+      LEFT JOIN asyncflow.workers w ON w.id = t.worker_id
      WHERE t.worker_id IS NOT NULL                      -- running; index tasks_running
-       AND NOT EXISTS (SELECT
-                         FROM asyncflow.workers w
-                        WHERE w.id = t.worker_id
-                          AND w.stopped_at IS NULL
-                          AND w.lost_at IS NULL)
+       AND (w.stopped_at IS NOT NULL OR w.lost_at IS NOT NULL OR (w.id IS NULL AND $2))
      LIMIT $1
 """
 
 
-async def lost_leases(db: Executor, *, limit: int) -> list[LostLease]:
+async def lost_leases(
+    db: Executor, *, limit: int, of_unknown_workers: bool = True
+) -> list[LostLease]:
     """
     Leases whose worker is gone, at most `limit`. Settle them by their `lease_id`.
     """
-    return [LostLease(*row) for row in await db.fetch(LOST_LEASES, limit)]
+    return [LostLease(*row) for row in await db.fetch(LOST_LEASES, limit, of_unknown_workers)]
 
 
 EXPIRE = """

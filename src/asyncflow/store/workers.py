@@ -103,9 +103,22 @@ HEARTBEAT = """
 
 async def heartbeat(db: Executor, worker_id: UUID) -> bool:
     """
-    Keep every lease of this worker; False if it was given up for lost and must start anew.
+    Keep every lease of this worker; False if it was given up for lost and must start anew, or if
+    it is not known at all.
     """
     return await db.fetchval(HEARTBEAT, worker_id) is not None
+
+
+IS_KNOWN = """
+    SELECT EXISTS (SELECT FROM asyncflow.workers WHERE id = $1)
+"""
+
+
+async def is_known(db: Executor, worker_id: UUID) -> bool:
+    """
+    Whether there is a row of this worker. There is none while the database is being restored.
+    """
+    return bool(await db.fetchval(IS_KNOWN, worker_id))
 
 
 class Held(NamedTuple):

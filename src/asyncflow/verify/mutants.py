@@ -145,8 +145,8 @@ def _stall_unnoticed() -> None:
 def _reaper_by_id() -> None:
     original = upkeep.lost_leases
 
-    async def lost_leases(db: Executor, *, limit: int) -> Any:
-        lost = await original(db, limit=limit)
+    async def lost_leases(db: Executor, **more: Any) -> Any:
+        lost = await original(db, **more)
         if lost:
             await asyncio.sleep(1.5)
         return lost

@@ -1,5 +1,5 @@
 """
-A wire between one process and one server, that can be cut and held.
+A wire between one process and one server, that can be cut and held, and can forget.
 
 Every process has wires of its own, so that "this worker has lost PostgreSQL while RabbitMQ and
 everybody else are fine" is one call.
@@ -43,12 +43,14 @@ class Proxy:
         port: Where it listens, once started.
         held_bytes: How many bytes arrived while the wire was held, ever.
         lost_bytes: How many were thrown away by `lose`, ever.
+        forgotten_bytes: How many were sent over connections after `forget`, ever.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self.port = 0
         self.held_bytes = 0
         self.lost_bytes = 0
+        self.forgotten_bytes = 0
         self._host, self._server_port = host, port
         self._flowing = asyncio.Event()
         self._flowing.set()
@@ -57,13 +59,14 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._losing: set[asyncio.Task[None]] = set()
         self._loses_answers = False
+        self._forgotten: set[asyncio.Task[None]] = set()
 
     @property
     def connections(self) -> int:
         """
         How many there are now.
         """
-        return len(self._relays)
+        return len(self._relays - self._forgotten)
 
     async def start(self) -> None:
         """
@@ -123,6 +126,22 @@ class Proxy:
         """
         self._losing = set()
 
+    def forget(self) -> int:
+        """
+        Carry nothing any more over the connections that are open now, without a word to either
+        side, as a firewall does that has no entry of them; new ones work. Return how many.
+        """
+        before = len(self._forgotten)
+        self._forgotten |= self._relays
+        return len(self._forgotten) - before
+
+    def break_forgotten(self) -> None:
+        """
+        End what `forget` left: the server's side of it stays open until then.
+        """
+        for relay in self._forgotten:
+            relay.cancel()
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         relay = asyncio.current_task()
         assert relay is not None
@@ -144,6 +163,7 @@ class Proxy:
         finally:
             self._relays.discard(relay)
             self._losing.discard(relay)
+            self._forgotten.discard(relay)
             for end in (writer, upstream):
                 if end is not None:
                     self._writers.discard(end)
@@ -153,10 +173,20 @@ class Proxy:
         return await asyncio.open_connection(self._host, self._server_port)
 
     async def _carry(self, way: Way) -> None:
-        while data := await way.reader.read(CHUNK_BYTES):
-            await self._meet(way, data)
-            way.writer.write(data)
-            await way.writer.drain()
+        try:
+            while data := await way.reader.read(CHUNK_BYTES):
+                if way.relay in self._forgotten:
+                    self.forgotten_bytes += len(data)
+                    continue
+                await self._meet(way, data)
+                way.writer.write(data)
+                await way.writer.drain()
+        except OSError:
+            if way.relay not in self._forgotten:
+                raise
+        if way.relay in self._forgotten:
+            # The other side does not hear of this side's end either.
+            await asyncio.Event().wait()
         raise EOFError
 
     async def _meet(self, way: Way, data: bytes) -> None:

@@ -9,7 +9,9 @@ Five things can happen to a lease, and each has one answer:
 
 - The beat fails for a while, whatever the reason. Nobody knows whether the leases still hold, so at
   `FENCE_SHARE` of their length the worker stops what it runs (it *fences* itself) before
-  anyone else may start the same tasks.
+  anyone else may start the same tasks. If PostgreSQL answered and merely refused, because a right
+  or a table is missing, the connection is kept, and with it the lock that shows that this worker
+  lives. If it does not know the worker at all, it is being restored, and the row may come back.
 - The reaper declared this worker lost. It ends and comes back under a new id.
 - The whole process stood still past the fence: it was frozen, or a handler held the
   interpreter's lock. It gives itself up for lost. The reaper charges its attempts as crashes;
@@ -110,6 +112,7 @@ class LeaseKeeper:
         self._fenced = True  # Until the first beat there is no lease to trust.
         self._lost = False
         self._said_goodbye = False
+        self._is_registered = False
         self._is_locked = False
         self._unanswered = 0
         self._stopping = threading.Event()
@@ -171,7 +174,9 @@ class LeaseKeeper:
 
     async def _keep_on_one_connection(self, woken: asyncio.Event) -> None:
         async with self._connection() as connection:
-            await workers.register(connection, self._registration)
+            if not self._is_registered:
+                await workers.register(connection, self._registration)
+                self._is_registered = True
             self._is_locked = not self._registration.holds_lock
             if self._published is not None:
                 await workers.publish_handlers(connection, self._published)
@@ -179,7 +184,7 @@ class LeaseKeeper:
             # Only now will the relay let tasks go that nobody but this worker runs.
             await send_wakeup(connection)
             while not (self._stopping.is_set() or self._lost):
-                await self._beat(connection)
+                await self._beat_unless_refused(connection)
                 await _wait(woken, self._registration.heartbeat_seconds)
             if not self._lost:
                 await self._say_goodbye(connection)
@@ -198,11 +203,20 @@ class LeaseKeeper:
         await workers.stop(connection, self._registration.id)
         self._said_goodbye = True
 
+    async def _beat_unless_refused(self, connection: Executor) -> None:
+        try:
+            with translated_errors():
+                await self._beat(connection)
+        except StoreUnavailable as error:
+            if not error.session_lives:
+                raise
+            # A new connection would be refused the same, and this one has the lock.
+            events.heartbeat_failed(reason=str(error))
+
     async def _beat(self, connection: Executor) -> None:
         began = time.monotonic()
         if not await workers.heartbeat(connection, self._registration.id):
-            self._lost = True
-            self._tell(self._holder.on_lost)
+            await self._find_out_why_not(connection)
             return
         self._kept_at = began
         if not self._is_locked:
@@ -212,6 +226,13 @@ class LeaseKeeper:
             self._fenced = False
             self._tell(self._holder.on_kept)
         await self._read_back(connection)
+
+    async def _find_out_why_not(self, connection: Executor) -> None:
+        if not (self._fenced or await workers.is_known(connection, self._registration.id)):
+            events.heartbeat_failed(reason="the database does not know this worker")
+            return
+        self._lost = True
+        self._tell(self._holder.on_lost)
 
     async def _read_back(self, connection: Executor) -> None:
         try:

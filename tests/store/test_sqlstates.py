@@ -1,0 +1,160 @@
+"""
+The table of SQLSTATEs: nothing is left out, and what a server of others does is waited out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import asyncpg
+import pytest
+
+from asyncflow.errors import StatementRefused, StoreUnavailable
+from asyncflow.store.database import translated_errors
+from asyncflow.store.sqlstates import KINDS, Kind, kind_of, kind_of_state
+
+PASSES_BY_ITSELF = {
+    "42501": "a right is missing, or row-level security refuses",
+    "42P01": "undefined_table",
+    "3F000": "invalid_schema_name",
+    "42703": "undefined_column",
+    "42883": "undefined_function",
+    "42P10": "a primary key that ON CONFLICT needs is still being restored",
+    "42804": "a column has another type",
+    "42809": "a table is a view now",
+    "0A000": "cached plan must not change result type",
+    "25006": "read_only_sql_transaction",
+    "25P03": "idle_in_transaction_session_timeout",
+    "25P04": "transaction_timeout",
+    "26000": "prepared on another connection of a pooler",
+    "42P05": "prepared already on another connection of a pooler",
+    "28000": "a role that may not log in",
+    "28P01": "invalid_password",
+    "3D000": "invalid_catalog_name",
+    "53100": "disk_full",
+    "53200": "out_of_memory",
+    "53300": "too_many_connections",
+    "53400": "configuration_limit_exceeded",
+    "55006": "object_in_use",
+    "55P03": "lock_timeout",
+    "57014": "statement_timeout",
+    "57P01": "admin_shutdown",
+    "57P02": "crash_shutdown",
+    "57P03": "cannot_connect_now",
+    "57P05": "idle_session_timeout",
+    "58030": "io_error",
+    "08006": "connection_failure",
+    "08P01": "protocol_violation, as poolers say it",
+    "XX000": "internal_error",
+    "XX001": "data_corrupted",
+    "ZZ999": "a state that nobody has heard of",
+}
+EXPECTED = {
+    "22P02": Kind.REFUSED,
+    "23505": Kind.REFUSED,
+    "54001": Kind.REFUSED,
+    "P0001": Kind.REFUSED,
+    "40001": Kind.ROLLED_BACK,
+    "40P01": Kind.ROLLED_BACK,
+    "42601": Kind.BUG,
+    "42P02": Kind.BUG,
+}
+
+
+def errors(base: type[Exception]) -> Iterator[type[Exception]]:
+    """
+    This class and all below it.
+    """
+    yield base
+    for child in base.__subclasses__():
+        yield from errors(child)
+
+
+def test_every_error_that_the_client_knows_has_a_kind() -> None:
+    """
+    By its own SQLSTATE or by its class, not by default.
+    """
+    known = [getattr(error, "sqlstate", None) for error in errors(asyncpg.PostgresError)]
+    states = {state for state in known if state is not None}
+
+    assert len(states) > 200
+    assert [] == sorted(s for s in states if s not in KINDS and s[:2] not in KINDS)
+
+
+def test_the_table_has_no_state_that_does_not_exist() -> None:
+    """
+    A slip of the pen would leave an entry that never applies.
+    """
+    states = {str(getattr(error, "sqlstate", "")) for error in errors(asyncpg.PostgresError)}
+    states |= {f"{state[:2]}" for state in states}
+
+    assert set() == KINDS.keys() - states
+
+
+def test_an_error_of_the_connection_asks_for_another_one() -> None:
+    """
+    Whatever class of the client's or of the system's it is.
+    """
+    for base in (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
+        for error in errors(base):
+            assert Kind.RECONNECT is kind_of(error.__new__(error))
+    assert None is kind_of(KeyError())
+
+
+@pytest.mark.parametrize("state", PASSES_BY_ITSELF)
+def test_what_passes_by_itself_is_waited_out(state: str) -> None:
+    """
+    As StoreUnavailable, in PostgreSQL's words but for its DETAIL, which may quote values.
+    """
+    error = asyncpg.PostgresError.new(
+        {"C": state, "M": "words of the server", "D": "Key (payload)=(4111) exists."}
+    )
+
+    with pytest.raises(StoreUnavailable, match="words of the server") as unavailable:
+        with translated_errors():
+            raise error
+
+    assert "4111" not in str(unavailable.value)
+    assert state == unavailable.value.sqlstate
+    assert unavailable.value.session_lives is (kind_of(error) is Kind.WAIT)
+
+
+@pytest.mark.parametrize("state", EXPECTED)
+def test_what_does_not_pass_is_told_apart(state: str) -> None:
+    """
+    Values that cannot be stored, what can be repeated at once, and mistakes of ours.
+    """
+    assert EXPECTED[state] is kind_of_state(state)
+
+
+def test_an_error_that_ends_the_session_does_not_leave_it_alive() -> None:
+    """
+    PostgreSQL calls it fatal, whatever its state.
+    """
+    error = asyncpg.PostgresError.new({"C": "42501", "M": "no", "S": "FATAL", "V": "FATAL"})
+
+    with pytest.raises(StoreUnavailable) as unavailable:
+        with translated_errors():
+            raise error
+
+    assert not unavailable.value.session_lives
+
+
+def test_a_row_without_a_partition_is_not_the_fault_of_its_values() -> None:
+    """
+    PostgreSQL calls it a check violation, but no constraint refuses it: a partition is missing.
+    """
+    without = asyncpg.PostgresError.new({"C": "23514", "M": "no partition"})
+    by_constraint = asyncpg.PostgresError.new({"C": "23514", "M": "no", "n": "tasks_check"})
+
+    assert Kind.WAIT is kind_of(without)
+    with pytest.raises(StatementRefused, match="tasks_check"), translated_errors():
+        raise by_constraint
+
+
+def test_a_mistake_of_ours_stays_what_it_is() -> None:
+    """
+    Waiting would hide it.
+    """
+    with pytest.raises(asyncpg.PostgresSyntaxError), translated_errors():
+        raise asyncpg.PostgresSyntaxError("syntax error")
