@@ -3,8 +3,9 @@ Which tests run on which versions of the servers: a plugin of pytest.
 
 By default a test runs on the newest PostgreSQL and the oldest RabbitMQ that are
 supported. Tests under tests/store run on the oldest PostgreSQL too, but for those marked
-`any_postgres`; tests marked `every_rabbitmq` on the newest RabbitMQ too, but for those of such a
-module that are marked `any_rabbitmq`. The last lines of a run say what was not run.
+`any_postgres`, and those marked `oldest_postgres` on nothing else; tests marked `every_rabbitmq`
+run on the newest RabbitMQ too, but for those of such a module that are marked `any_rabbitmq`. The
+last lines of a run say what was not run.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "oldest_postgres: run on the oldest supported version")
     config.addinivalue_line("markers", "every_rabbitmq: run on each supported version of RabbitMQ")
     config.addinivalue_line("markers", "any_rabbitmq: one version of RabbitMQ is enough")
     config.addinivalue_line("markers", "any_postgres: one version of PostgreSQL is enough")
@@ -52,7 +54,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "postgres_server" in metafunc.fixturenames:
         on_every = metafunc.definition.path.is_relative_to(ON_EVERY_POSTGRES)
         on_every = on_every and not is_marked("any_postgres")
-        default = "both" if on_every else postgres.EMBEDDED
+        one = postgres.OLDEST if is_marked("oldest_postgres") else postgres.EMBEDDED
+        default = "both" if on_every else one
         chosen = metafunc.config.getoption("--postgres") or default
         _parametrize(metafunc, "postgres_server", postgres.MAJORS, chosen)
     if "broker" in metafunc.fixturenames:

@@ -20,6 +20,7 @@ import asyncpg
 import pytest
 
 from asyncflow.embedded import Cluster
+from asyncflow.embedded.cluster import _package_bin_folder
 from services import scratch
 
 # Newest first: the embedded one, and the oldest that is supported.
@@ -75,6 +76,14 @@ class PostgresServer:
         Remove a database, also from under clients that forgot to disconnect.
         """
         self._run(f"DROP DATABASE {urlsplit(url).path[1:]} WITH (FORCE)")
+
+    def program(self, name: str) -> Path:
+        """
+        A program of this version, such as `pg_dump`.
+        """
+        folder = _oldest_bin_folder() if self.major == OLDEST else _package_bin_folder()
+        assert folder is not None
+        return folder / name
 
     def _create(self, template: str) -> str:
         name = f"test_{next(self._numbers)}"

@@ -5,6 +5,7 @@ that administrator, who takes things away and gives them back.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 from collections.abc import AsyncIterator
@@ -31,10 +32,12 @@ class Administrator:
     Attributes:
         role: Its name.
         url: The DSN for AsyncFlow.
+        own_url: The superuser's.
     """
 
     def __init__(self, server: PostgresServer, database_url: str, db: asyncpg.Connection) -> None:
         self.role = f"app_{os.getpid()}_{next(_numbers)}"
+        self.own_url = database_url
         self.database = urlsplit(database_url).path[1:]
         parts = urlsplit(database_url)
         socket_or_host = parts.netloc.rpartition("@")[2]
@@ -48,16 +51,24 @@ class Administrator:
         """
         await self._db.execute(statements.format(role=self.role, database=self.database))
 
-    async def end_sessions(self) -> int:
+    async def count(self, query: str) -> int:
         """
-        End every session of the role; return how many there were when all are gone.
+        Ask for a number.
         """
-        ended = await self._db.fetchval(
-            "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity"
-            " WHERE usename = $1",
-            self.role,
-        )
-        return int(ended)
+        return int(await self._db.fetchval(query))
+
+    async def end_sessions(self) -> None:
+        """
+        End every session that the role has now; return when all are gone.
+        """
+        theirs = "SELECT pid FROM pg_stat_activity WHERE usename = $1"
+        ended = [row["pid"] for row in await self._db.fetch(theirs, self.role)]
+        await self._db.fetch("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) pid", ended)
+        alive = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ANY ($1))"
+        while True:
+            if not await self._db.fetchval(alive, ended):
+                return
+            await asyncio.sleep(0.005)
 
     async def waits_for_a_lock(self) -> bool:
         """

@@ -1,5 +1,5 @@
 """
-Workers that run inside a test, on the real store and without a broker.
+Workers that run inside a test, on the real store.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from asyncflow.store.tasks import Task
 from asyncflow.store.workers import Registration
 from asyncflow.transport import Claimant, Transport
 from asyncflow.transport.postgres import PostgresTransport
+from asyncflow.transport.rabbitmq import RabbitTransport
 from asyncflow.worker.isolation import Isolation
 from asyncflow.worker.worker import Times, Worker, WorkerExhausted, WorkerLost
 from transport.tasks import NAME, PATIENCE_SECONDS, a_registration
@@ -58,11 +59,12 @@ async def a_running_worker(
     lease_seconds: float = 10.0,
     cancel_grace_seconds: float = 0.5,
     registry: Registry | None = None,
+    broker_url: str | None = None,
     **policy: Any,
 ) -> AsyncIterator[Running]:
     """
     A worker that offers `functions`, the first under the name `work`, or what a `registry`
-    has; hurried at the end.
+    has; hurried at the end. Without a `broker_url` it claims from PostgreSQL alone.
     """
     registry = registry or registry_of(*functions, **policy)
     registration = a_registration(
@@ -72,7 +74,12 @@ async def a_running_worker(
         lease_seconds=lease_seconds,
     )
     offers = [Offer(h.name, h.policy.max_attempts, h.policy.timeout_seconds) for h in registry]
-    transport = PostgresTransport(db, Claimant(registration.id, registration.queues, offers))
+    claimant = Claimant(registration.id, registration.queues, offers)
+    transport = (
+        PostgresTransport(db, claimant)
+        if broker_url is None
+        else RabbitTransport(db, claimant, broker_url=broker_url)
+    )
     await transport.open()
     worker = Worker(
         db,

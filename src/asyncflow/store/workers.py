@@ -109,16 +109,20 @@ async def heartbeat(db: Executor, worker_id: UUID) -> bool:
     return await db.fetchval(HEARTBEAT, worker_id) is not None
 
 
-IS_KNOWN = """
-    SELECT EXISTS (SELECT FROM asyncflow.workers WHERE id = $1)
+IS_OVER = """
+    SELECT EXISTS (SELECT
+                     FROM asyncflow.workers
+                    WHERE id = $1
+                      AND (stopped_at IS NOT NULL OR lost_at IS NOT NULL))
 """
 
 
-async def is_known(db: Executor, worker_id: UUID) -> bool:
+async def is_over(db: Executor, worker_id: UUID) -> bool:
     """
-    Whether there is a row of this worker. There is none while the database is being restored.
+    Whether this worker was given up for lost, or stopped. It is not over if there is no row of
+    it, as while the database is being restored.
     """
-    return bool(await db.fetchval(IS_KNOWN, worker_id))
+    return bool(await db.fetchval(IS_OVER, worker_id))
 
 
 class Held(NamedTuple):

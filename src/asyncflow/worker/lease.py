@@ -228,7 +228,7 @@ class LeaseKeeper:
         await self._read_back(connection)
 
     async def _find_out_why_not(self, connection: Executor) -> None:
-        if not (self._fenced or await workers.is_known(connection, self._registration.id)):
+        if not (self._fenced or await workers.is_over(connection, self._registration.id)):
             events.heartbeat_failed(reason="the database does not know this worker")
             return
         self._lost = True
