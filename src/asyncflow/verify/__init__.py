@@ -11,7 +11,8 @@ that knows nothing of AsyncFlow's code holds these histories against each other.
     workload   what is submitted, by seed; `handlers` is what then runs
     client     submits, cancels, redrives and reads over HTTP
     record     the database's own record of transitions
-    proxy      a wire between one process and one server that can be cut or held
+    role       what the processes may do in PostgreSQL, and how that is taken from them
+    proxy      a wire between one process and one server that can be cut or held, and can forget
     fleet      the processes, started again when they end
     broker     a RabbitMQ, ours or given
     clock      a time of day that can be made wrong

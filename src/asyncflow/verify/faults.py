@@ -20,6 +20,7 @@ import asyncpg
 import psutil
 
 from asyncflow.embedded import Cluster
+from asyncflow.verify import role
 from asyncflow.verify.broker import Broker, OwnBroker
 from asyncflow.verify.fleet import Fleet, Member
 from asyncflow.verify.process import STAND_STILL
@@ -34,6 +35,10 @@ HINTS_WAIT_SECONDS = 1.5
 JUMP_SECONDS = (60.0, 600.0)
 READING_SECONDS_MAX = 5.0
 LOSING_SECONDS = 1.0
+NOTICED_SECONDS = 12.0
+"""Longer than a statement may take by default."""
+
+DENIED = b"permission denied"
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +255,20 @@ async def lose_answers(stage: Stage, victim: Member, chance: random.Random) -> B
     return await _lose(victim, answers=True)
 
 
+@_fault("forget", "worker", "api", "maintenance")
+async def forget(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    A firewall forgets its connections to PostgreSQL, all that are open: what is sent over them
+    arrives nowhere, and nobody is told. New ones work.
+    """
+    await _up(victim)
+    proxy = victim.wires["postgres"]
+    before, count = proxy.forgotten_bytes, proxy.forget()
+    await asyncio.sleep(NOTICED_SECONDS)
+    sent = proxy.forgotten_bytes - before
+    return Bite(sent, f"{sent} bytes over {count} connections to postgres went nowhere")
+
+
 @_fault("reset-broker", "worker", "maintenance", needs="broker")
 async def reset_broker(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
@@ -301,6 +320,24 @@ async def terminate_backends(stage: Stage, victim: Member, chance: random.Random
     finally:
         await connection.close()
     return Bite(count, f"{count} sessions terminated")
+
+
+@_fault("revoke")
+async def revoke(stage: Stage, victim: Member, chance: random.Random) -> Bite:
+    """
+    An administrator takes a right from the role of all processes and gives it back, sooner or later
+    than leases end.
+    """
+    log = stage.cluster.log_file
+    right = chance.choice(role.RIGHTS)
+    before = log.read_bytes().count(DENIED)
+    await role.take_away(stage.cluster.url, right)
+    try:
+        await asyncio.sleep(stage.lease_seconds * chance.uniform(0.3, 1.5))
+    finally:
+        await role.give_back(stage.cluster.url)
+    refused = log.read_bytes().count(DENIED) - before
+    return Bite(refused, f"without {right} {refused} statements were refused")
 
 
 # On RabbitMQ

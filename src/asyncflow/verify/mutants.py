@@ -21,7 +21,7 @@ from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
 from asyncflow.maintenance import reaper
 from asyncflow.maintenance.relay import Relay
-from asyncflow.store import admission, claims, database, upkeep, workers
+from asyncflow.store import admission, claims, database, sqlstates, upkeep, workers
 from asyncflow.store import tasks as store_tasks
 from asyncflow.store.admission import Admitted
 from asyncflow.store.claims import Settling
@@ -214,6 +214,29 @@ def _ack_before_settle() -> None:
 
     execute.Attempt._settle = settle  # type: ignore[method-assign]
     execute.Attempt._on_settled = on_settled  # type: ignore[method-assign]
+
+
+@_mutant(
+    "A missing right is taken for the fault of the values.",
+    faults=("revoke",),
+    seconds=12.0,
+)
+def _right_missing_refused() -> None:
+    sqlstates.KINDS[sqlstates.NO_RIGHT] = sqlstates.Kind.REFUSED
+
+
+@_mutant(
+    "A statement that is not answered is waited for without end.",
+    faults=("forget",),
+    seconds=20.0,
+)
+def _silence_trusted() -> None:
+    original = database.Database.__init__
+
+    def without_limit(self: database.Database, url: str, **more: Any) -> None:
+        original(self, url, **more | {"timeout_seconds": 3_600.0})
+
+    database.Database.__init__ = without_limit  # type: ignore[method-assign]
 
 
 @_mutant("A claim begins to count its attempts anew.", seconds=4.0)

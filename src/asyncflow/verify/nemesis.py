@@ -14,6 +14,7 @@ from asyncflow.verify.broker import Broker
 from asyncflow.verify.faults import FAULTS, Bite, Fault, Stage
 from asyncflow.verify.fleet import Member
 from asyncflow.verify.history import History
+from asyncflow.verify.role import give_back
 
 PAIRED_SHARE = 0.25
 
@@ -89,6 +90,7 @@ class Nemesis:
             for wire in member.wires.values():
                 wire.release()
         await asyncio.to_thread(self._stage.cluster.start)
+        await give_back(self._stage.cluster.url)
         if self._stage.broker is not None:
             await self._stage.broker.start()
 

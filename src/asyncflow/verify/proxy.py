@@ -130,17 +130,14 @@ class Proxy:
         """
         Carry nothing any more over the connections that are open now, without a word to either
         side, as a firewall does that has no entry of them; new ones work. Return how many.
-        """
-        before = len(self._forgotten)
-        self._forgotten |= self._relays
-        return len(self._forgotten) - before
 
-    def break_forgotten(self) -> None:
-        """
-        End what `forget` left: the server's side of it stays open until then.
+        The server keeps its side of them until the next time.
         """
         for relay in self._forgotten:
             relay.cancel()
+        forgotten = self._relays - self._forgotten
+        self._forgotten |= forgotten
+        return len(forgotten)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         relay = asyncio.current_task()

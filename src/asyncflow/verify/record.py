@@ -5,7 +5,8 @@ Triggers write it in the transaction that changes the row, so it cannot tell ano
 the rows do. Lines of one task are in order: their numbers are drawn while its row is locked.
 
 What is recorded costs PostgreSQL about as much as the change itself. So triggers only copy
-columns; JSON is made of them when everything is over.
+columns; JSON is made of them when everything is over. They run with the rights of whoever
+installed them: the processes of a run have none here.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ INSTALL = """
         heartbeat_seconds float8 NOT NULL
     );
 
-    CREATE FUNCTION asyncflow_verify.on_submit() RETURNS trigger LANGUAGE plpgsql AS $$
+    CREATE FUNCTION asyncflow_verify.on_submit() RETURNS trigger LANGUAGE plpgsql
+    SECURITY DEFINER AS $$
     BEGIN
         INSERT INTO asyncflow_verify.transitions
                (task, new, attempt, generation, failures, run_at, expires_at)
@@ -68,7 +70,8 @@ INSTALL = """
         RETURN NEW;
     END $$;
 
-    CREATE FUNCTION asyncflow_verify.on_move() RETURNS trigger LANGUAGE plpgsql AS $$
+    CREATE FUNCTION asyncflow_verify.on_move() RETURNS trigger LANGUAGE plpgsql
+    SECURITY DEFINER AS $$
     BEGIN
         INSERT INTO asyncflow_verify.transitions
                (task, old, new, old_lease, lease, old_worker, worker, old_attempt, attempt,
@@ -82,7 +85,8 @@ INSTALL = """
         RETURN NEW;
     END $$;
 
-    CREATE FUNCTION asyncflow_verify.on_worker() RETURNS trigger LANGUAGE plpgsql AS $$
+    CREATE FUNCTION asyncflow_verify.on_worker() RETURNS trigger LANGUAGE plpgsql
+    SECURITY DEFINER AS $$
     BEGIN
         INSERT INTO asyncflow_verify.workers
                (what, worker, name, silent, lease_seconds, heartbeat_seconds)

@@ -30,6 +30,7 @@ from asyncflow.verify.fleet import HANDLERS, Fleet
 from asyncflow.verify.history import History
 from asyncflow.verify.nemesis import Nemesis, planned
 from asyncflow.verify.proxy import Proxy
+from asyncflow.verify.role import make_role
 from asyncflow.verify.workload import Workload
 
 LEASE_SECONDS, HEARTBEAT_SECONDS = 2.0, 0.4
@@ -44,7 +45,7 @@ CALM_SECONDS = 2.0
 
 REST_SECONDS = (0.5, 2.5)
 # Little to replay, so that an outage is as long as its fault and not as long as the log.
-SETTINGS = {"max_connections": "150", "max_wal_size": "256MB"}
+SETTINGS = {"max_connections": "250", "max_wal_size": "256MB"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,8 @@ async def run(plan: Plan, *, say: Callable[[str], None]) -> None:
         await asyncio.to_thread(cluster.start)
         await migrate(cluster.url)
         await record.install(cluster.url)
-        await _perform(plan, cluster, broker, history, say)
+        login = await make_role(cluster.url)
+        await _perform(plan, cluster, broker, history, say, login)
     finally:
         history.close()
         await asyncio.to_thread(cluster.stop)
@@ -124,8 +126,9 @@ async def _perform(
     broker: Broker | None,
     history: History,
     say: Callable[[str], None],
+    login: str,
 ) -> None:
-    fleet = await _fleet(plan, cluster, broker, history)
+    fleet = await _fleet(plan, cluster, broker, history, login)
     ports = [int(member.environment["ASYNCFLOW_API_PORT"]) for member in fleet.of("api")]
     clients = Clients(
         ports,
@@ -165,7 +168,9 @@ async def _perform(
     await record.export(cluster.url, plan.folder / "history")
 
 
-async def _fleet(plan: Plan, cluster: Cluster, broker: Broker | None, history: History) -> Fleet:
+async def _fleet(
+    plan: Plan, cluster: Cluster, broker: Broker | None, history: History, login: str
+) -> Fleet:
     fleet = Fleet(
         plan.folder,
         history,
@@ -189,7 +194,6 @@ async def _fleet(plan: Plan, cluster: Cluster, broker: Broker | None, history: H
             wires["broker"] = Proxy(*broker.address)
         for wire in wires.values():
             await wire.start()
-        login = url.netloc.rpartition("@")[0]
         mine = url._replace(netloc=f"{login}@127.0.0.1:{wires['postgres'].port}").geturl()
         if broker is not None:
             settings["broker_url"] = broker.url(port=wires["broker"].port)
