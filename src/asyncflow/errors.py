@@ -11,8 +11,9 @@ Every error AsyncFlow raises on purpose, as one tree.
     ├── IllegalTransition       the task's state does not allow the request
     ├── HandlerError            how handlers are declared or found
     ├── SchemaMismatch          the database's schema is not this version's
-    ├── StoreUnavailable        PostgreSQL cannot serve now; a retry may work
-    ├── StatementRefused        PostgreSQL will never take these values
+    ├── StoreError              what PostgreSQL said instead of doing it
+    │   ├── StoreUnavailable    it cannot serve now; a retry may work
+    │   └── StatementRefused    it will not take these values
     ├── TransportError          RabbitMQ, see `transport.amqp`
     ├── EmbeddedDatabaseError   the PostgreSQL under .asyncflow/
     └── HandlerSignal           raised *by* handlers to steer their own attempt
@@ -142,7 +143,14 @@ class SchemaMismatch(AsyncFlowError):
         super().__init__(f"{fact}; run `asyncflow migrate` with the version you are deploying.")
 
 
-class StoreUnavailable(AsyncFlowError):
+class StoreError(AsyncFlowError):
+    """
+    PostgreSQL did not do what it was asked. Who has no values of a user to blame waits and tries
+    again: even a refusal may come from somebody's trigger, and pass.
+    """
+
+
+class StoreUnavailable(StoreError):
     """
     PostgreSQL cannot serve the call now: down, starting, read-only, full, out of connections, or
     without a right or a table that the call needs.
@@ -162,7 +170,7 @@ class StoreUnavailable(AsyncFlowError):
         super().__init__(fact)
 
 
-class StatementRefused(AsyncFlowError):
+class StatementRefused(StoreError):
     """
     PostgreSQL will not take these values, now or ever; nothing was changed.
 

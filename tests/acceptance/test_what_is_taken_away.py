@@ -115,6 +115,17 @@ def things() -> Iterator[Thing]:
             f"ALTER TABLE asyncflow.{table} DISABLE ROW LEVEL SECURITY",
             refuses=table == "tasks",
         )
+    for table in ("tasks", "workers"):
+        yield Thing(
+            f"the peace of {table}, by somebody's trigger",
+            f"""
+            CREATE FUNCTION asyncflow.no() RETURNS trigger LANGUAGE plpgsql
+            AS $$ BEGIN RAISE 'not today'; END $$;
+            CREATE TRIGGER no BEFORE UPDATE ON asyncflow.{table}
+            FOR EACH ROW EXECUTE FUNCTION asyncflow.no()
+            """,
+            "DROP FUNCTION asyncflow.no CASCADE",
+        )
     yield Thing(
         "USAGE on the schema",
         "REVOKE USAGE ON SCHEMA asyncflow FROM {role}",

@@ -14,7 +14,7 @@ import time
 
 from asyncflow.domain.outcome import Cancelled, Crashed, Failure, Outcome, Released, decide
 from asyncflow.domain.retry import Backoff
-from asyncflow.errors import StoreUnavailable
+from asyncflow.errors import StoreError
 from asyncflow.store import claims, upkeep, workers
 from asyncflow.store.claims import Settling
 from asyncflow.store.database import Executor
@@ -49,12 +49,12 @@ class Reaper:
         Declare dead workers lost and settle what they ran; return how many attempts.
 
         Raises:
-            StoreUnavailable: Remembered as an outage.
+            StoreError: Remembered as an outage.
         """
         try:
             await self._declare_lost(db)
             return await self._settle_lost(db)
-        except StoreUnavailable:
+        except StoreError:
             self._outage_at = time.monotonic()
             raise
 

@@ -41,7 +41,7 @@ from contextlib import aclosing
 from datetime import datetime
 from uuid import UUID
 
-from asyncflow.errors import InvalidSettings, StoreUnavailable, TransportError
+from asyncflow.errors import InvalidSettings, StoreError, StoreUnavailable, TransportError
 from asyncflow.settings import masked
 from asyncflow.store import admission
 from asyncflow.store.admission import Admitted, OpenQueue
@@ -380,7 +380,7 @@ class Relay:
             for begin in range(0, len(sent), BATCH):
                 # Through the pool: a connection, such as the leader's, does one thing at a time.
                 await admission.mark_queued(self._db, sent[begin : begin + BATCH])
-        except StoreUnavailable:
+        except StoreError:
             self._unmarked[queue].put_back(sent)
             raise
 

@@ -9,7 +9,7 @@ import random
 import time
 from uuid import uuid4
 
-from asyncflow.errors import StoreUnavailable
+from asyncflow.errors import StoreError
 from asyncflow.store import claims
 from asyncflow.store.claims import Claim
 from asyncflow.store.database import Database
@@ -54,7 +54,7 @@ class PostgresTransport:
             self._woken.clear()
             try:
                 taken = await self._claim(slots)
-            except StoreUnavailable as error:
+            except StoreError as error:
                 events.database_unavailable(where="claim", reason=str(error))
                 await self._wait(random.uniform(*OUTAGE_SECONDS))
                 continue

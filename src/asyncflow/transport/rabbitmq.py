@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 from uuid import UUID, uuid4
 
-from asyncflow.errors import InvalidSettings, StoreUnavailable, TransportError
+from asyncflow.errors import InvalidSettings, StoreError, TransportError
 from asyncflow.settings import masked
 from asyncflow.store import admission, claims
 from asyncflow.store.claims import Claim
@@ -251,7 +251,7 @@ class RabbitTransport:
                 worker_id=self._claimant.worker_id,
                 offers=self._claimant.offers,
             )
-        except StoreUnavailable as error:
+        except StoreError as error:
             # This worker cannot now; another may, so ask the broker for nothing meanwhile.
             events.database_unavailable(where="claim", reason=str(error))
             _give_back(packs.values())
@@ -268,7 +268,7 @@ class RabbitTransport:
         # Finished, running elsewhere, not due, unknown: nothing to do. But a queued task of
         # a name we do not offer must not lose its turn. Should that fail, the relay finds
         # out that the hint is gone.
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreError):
             await admission.decline(
                 self._db, list(unclaimed), names=self._names, delay_seconds=DECLINE_SECONDS
             )

@@ -34,7 +34,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 from uuid import UUID
 
-from asyncflow.errors import StoreUnavailable
+from asyncflow.errors import StoreError, StoreUnavailable
 from asyncflow.store import workers
 from asyncflow.store.database import Database, Executor, translated_errors
 from asyncflow.store.wakeups import send_wakeup
@@ -168,7 +168,7 @@ class LeaseKeeper:
         if not (self._lost or self._said_goodbye):
             # Its connection broke, and the reaper would report a worker that is well as lost.
             # Once only: PostgreSQL may be away, and whoever stops does not wait for it.
-            with contextlib.suppress(StoreUnavailable):
+            with contextlib.suppress(StoreError):
                 async with self._connection() as connection:
                     await self._say_goodbye(connection)
 
@@ -207,8 +207,8 @@ class LeaseKeeper:
         try:
             with translated_errors():
                 await self._beat(connection)
-        except StoreUnavailable as error:
-            if not error.session_lives:
+        except StoreError as error:
+            if isinstance(error, StoreUnavailable) and not error.session_lives:
                 raise
             # A new connection would be refused the same, and this one has the lock.
             events.heartbeat_failed(reason=str(error))

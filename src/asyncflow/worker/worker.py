@@ -20,7 +20,7 @@ from uuid import UUID
 
 from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
-from asyncflow.errors import AsyncFlowError, StoreUnavailable
+from asyncflow.errors import AsyncFlowError, StoreError
 from asyncflow.handlers import Progress, Registry
 from asyncflow.store import claims
 from asyncflow.store.claims import Claim, Settling
@@ -320,7 +320,7 @@ class Worker:
         if not rows:
             return
         # Progress is news, not truth: if it cannot be written now, the next report can.
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreError):
             await claims.record_progress(self._db, rows)
 
     # What the keeper of the leases has to say
@@ -353,7 +353,7 @@ class Worker:
         if not orphans:
             return
         self._orphans.update((s.task_id, s.lease_id) for s in orphans)
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreError):
             written = await claims.settle(self._db, orphans)
             if any(written):
                 events.orphans_released(count=sum(written))
