@@ -2,6 +2,7 @@
 Every SQL statement of AsyncFlow, each beside the function that runs it.
 
     database    one pool per process: bounds, retries, error names
+    sqlstates   what each error of PostgreSQL means
     schema      which schema this version needs; `migrations/` makes it
     tasks       submit, read, list, cancel, redrive
     claims      claim, settle, progress: what a worker does under a lease

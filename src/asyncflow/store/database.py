@@ -298,7 +298,7 @@ def _unavailable(error: Exception, kind: Kind) -> StoreUnavailable:
         # So PgBouncer refuses the settings that a connection of ours brings along.
         fact += " (behind PgBouncer, see ASYNCFLOW_DATABASE_POOLER)"
     elif error.sqlstate == NO_RIGHT:
-        fact += "; the role of ASYNCFLOW_DATABASE_URL must be allowed that"
+        fact += "; `asyncflow grants` prints what a role needs"
     elif error.sqlstate in MISSING:
         fact += "; restore it, or run `asyncflow migrate`"
     is_fatal = (error.severity_en or error.severity) in ("FATAL", "PANIC")
