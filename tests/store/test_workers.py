@@ -283,3 +283,21 @@ async def test_a_handler_is_live_on_a_queue_while_a_worker_lives_that_declares_i
     assert {("a", "x"), ("a", "z"), ("b", "y")} == live(both)
     assert {("a", "z"), ("b", "y")} == live(later)
     assert ("a", "z") == later[0][:2]
+
+
+async def test_a_queue_that_a_handler_has_left_is_forgotten(db: Database) -> None:
+    """
+    A day after its last worker; the newest word on a name is kept for ever.
+    """
+    await a_worker(db, handlers=("b",), handler_queues=("old",))
+    for queue in ("old", "new"):
+        await workers.publish_handlers(db, [Published("a", queue, {}), Published("b", queue, {})])
+    await workers.publish_handlers(db, [Published("c", "old", {})])
+    await db.execute(
+        "UPDATE asyncflow.publications SET updated_at = updated_at - interval '25 hours'"
+    )
+
+    await workers.prune(db)
+
+    found = {(handler.name, handler.queue) for handler in await workers.published_handlers(db)}
+    assert {("a", "new"), ("b", "old"), ("b", "new"), ("c", "old")} == found

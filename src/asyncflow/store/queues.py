@@ -120,7 +120,7 @@ LIST_QUEUES = f"""
          UNION SELECT queue FROM queued WHERE queue IS NOT NULL
          UNION SELECT queue FROM running
          UNION SELECT queue FROM serving
-         UNION SELECT queue FROM asyncflow.handlers
+         UNION SELECT queue FROM asyncflow.publications
          UNION SELECT name FROM asyncflow.queues WHERE paused_at IS NOT NULL)
     -- in the order of `Queue`
     SELECT k.name,

@@ -275,11 +275,24 @@ PRUNE = """
 """
 
 
+PRUNE_PUBLICATIONS = """
+    DELETE FROM asyncflow.publications p
+     WHERE p.updated_at < now() - interval '1 day'
+       AND EXISTS (SELECT FROM asyncflow.publications newer
+                    WHERE newer.name = p.name AND newer.updated_at > p.updated_at)
+       AND NOT EXISTS (SELECT FROM asyncflow.workers w,
+                              unnest(w.handlers, w.handler_queues) AS h (name, queue)
+                        WHERE w.stopped_at IS NULL AND w.lost_at IS NULL
+                          AND (h.name, h.queue) = (p.name, p.queue))
+"""
+
+
 async def prune(db: Executor) -> None:
     """
-    Forget workers that ended more than a day ago.
+    Forget workers that ended more than a day ago, and the queues that handlers have left.
     """
     await db.execute(PRUNE)
+    await db.execute(PRUNE_PUBLICATIONS)
 
 
 PUBLISH_HANDLERS = """
