@@ -166,7 +166,7 @@ async def test_a_schema_that_was_made_for_the_role_is_enough(
     empty_database_url: str, role_url: str
 ) -> None:
     """
-    As administrators do it: the role owns the schema and may create nothing beside it.
+    As administrators do it: the role owns the schema and may create nothing else.
     """
     async with Database(empty_database_url) as db:
         await db.execute(f"CREATE SCHEMA asyncflow AUTHORIZATION {name_of(role_url)}")
@@ -276,7 +276,7 @@ async def test_a_database_that_cannot_hold_every_character_is_refused(
     postgres_server: PostgresServer, encoding: str
 ) -> None:
     """
-    At once, and not when the first payload has a € in it.
+    Immediately, not when the first payload contains a €.
     """
     url = await asyncio.to_thread(postgres_server.create_empty_database, encoding=encoding)
     try:
@@ -399,7 +399,7 @@ async def test_this_version_runs_on_the_next_schema_that_serves_it(
     next_migration: NextMigration, empty_database_url: str
 ) -> None:
     """
-    Whoever runs is ready and works, whoever starts is fit, and migrating again changes nothing.
+    Running processes stay ready, starting ones are fit, and migrating again changes nothing.
     """
     await migrate(empty_database_url)
     async with Database(empty_database_url) as db:
