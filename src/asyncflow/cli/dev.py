@@ -41,7 +41,7 @@ ROLES = ("api", "worker", "maintenance")
 
 class NotConfirmed(InvalidInput):
     """
-    A database that may be somebody else's was asked for, and there is no terminal to ask back.
+    The database of the settings was asked for, and there is no terminal to confirm it at.
     """
 
     def __init__(self, deed: str) -> None:

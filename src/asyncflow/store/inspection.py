@@ -25,7 +25,7 @@ from asyncflow.store.schema import Schema, mismatch, read_schema
 VERSION_MIN = 150_000
 CLOCK_SECONDS_MAX = 5.0
 IDLE_SESSION_MS_MIN = 10_000
-"""A listener that hears nothing looks after its connection every five seconds."""
+"""An idle listener tests its connection every five seconds."""
 
 POOLER_TRIES = 5
 DATABASE_URL = "ASYNCFLOW_DATABASE_URL"

@@ -73,7 +73,7 @@ async def migrate(
         say: Told for whom it waits.
 
     Raises:
-        MigrationRefused: A right is missing, or the schema is somebody else's.
+        MigrationRefused: A right is missing, or the schema belongs to another application.
         SchemaMismatch: The database's schema is newer, and does not serve this version.
         ServerUnfit: The server is too old, or the database cannot hold every character.
         StoreUnavailable: PostgreSQL cannot be reached, or the wait was too long.
@@ -294,7 +294,7 @@ def _state_compatibility(connection: Connection, scripts: ScriptDirectory) -> No
 
 class _Patience:
     """
-    Waits for others, says so now and then, and not for ever.
+    Waits for other sessions, reports it now and then, and stops at a deadline.
     """
 
     def __init__(self, seconds: float, say: Say) -> None:
