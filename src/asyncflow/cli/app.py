@@ -7,10 +7,10 @@ Options only override settings; what a setting means is in `settings` and `.env.
 from __future__ import annotations
 
 import asyncio
-import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
@@ -75,9 +75,9 @@ handlers_option = click.option(
 )
 
 
-def main() -> NoReturn:
+def run_command() -> int:
     """
-    Run the command that the arguments name, and exit.
+    Run the command that the arguments name; return the exit status.
 
     Everything AsyncFlow raises on purpose ends as its sentence on standard error: with exit
     status 1 if the same command may work later, with 3 if there is no such task or queue, and
@@ -87,13 +87,18 @@ def main() -> NoReturn:
         status = app.main(prog_name="asyncflow", standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except AsyncFlowError as error:
         click.echo(f"asyncflow: {_sentences(error)}", err=True)
-        sys.exit(_status(error))
+        return _status(error)
     except click.Abort:
-        sys.exit(INTERRUPTED)
-    sys.exit(status)
+        return INTERRUPTED
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return NOT_NOW
+    return int(status or 0)
 
 
 def _status(error: AsyncFlowError) -> int:
@@ -127,6 +132,7 @@ def dev(
     another database.
     """
     from asyncflow.cli.dev import develop
+    from asyncflow.processes import run
 
     settings = _settings(
         # The log's reader is whoever started this, also when it goes through `tee`.
@@ -137,7 +143,7 @@ def dev(
         worker_handlers=_names(handlers),
     )
     _configure_logs(settings, "dev")
-    sys.exit(asyncio.run(develop(settings)))
+    run(develop(settings))
 
 
 @app.command()
@@ -198,12 +204,9 @@ def worker(
         worker_handlers=_names(handlers),
     )
     _configure_logs(settings, "worker")
-    if settings.worker_processes > 1:
-        sys.exit(asyncio.run(_several_workers(settings)))
-
     from asyncflow.processes import run, work
 
-    run(work(settings))
+    run(_several_workers(settings) if settings.worker_processes > 1 else work(settings))
 
 
 @worker.command("list")

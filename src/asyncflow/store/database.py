@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from asyncflow.errors import InvalidSettings, StatementRefused, StoreUnavailable
+from asyncflow.forking import withhold
 
 ROLLED_BACK = (
     asyncpg.DeadlockDetectedError,
@@ -122,6 +123,7 @@ class Database:
             max_inactive_connection_lifetime=300,
             # Our statements leave no session state; the default reset costs a round trip.
             reset=_nothing_to_reset,
+            init=_withhold_from_forks,
             **self._session(name),
         )
         self._opened = False
@@ -214,12 +216,14 @@ class Database:
         """
         seconds = timeout_seconds or self._timeout_seconds
         with translated_errors():
-            return await asyncpg.connect(
+            connection: asyncpg.Connection[Record] = await asyncpg.connect(
                 self._url,
                 timeout=seconds,
                 command_timeout=seconds,
                 **self._session(f"{self._name} {purpose}"),
             )
+        await _withhold_from_forks(connection)
+        return connection
 
     def _session(self, name: str) -> dict[str, Any]:
         if self.pooler:
@@ -284,3 +288,8 @@ def check_url(url: str) -> None:
 
 async def _nothing_to_reset(connection: object) -> None:
     return None
+
+
+async def _withhold_from_forks(connection: Any) -> None:
+    socket = connection._transport.get_extra_info("socket")
+    withhold(connection, socket.fileno())

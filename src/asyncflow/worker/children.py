@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from asyncflow.domain.outcome import Crashed, Failed, Failure, Outcome
+from asyncflow.forking import withhold
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.registry import Handler
 from asyncflow.worker.child_protocol import Message, Reader, read_outcome, write, write_context
@@ -98,6 +99,7 @@ class Child(asyncio.Protocol):
             child = cls()
             child._process = process
             ours.setblocking(False)
+            withhold(child, ours.fileno())
             child._transport, _ = await loop.create_unix_connection(lambda: child, sock=ours)
         except BaseException:
             ours.close()
