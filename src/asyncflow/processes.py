@@ -3,8 +3,8 @@ The only place that assembles pieces: one function per kind of process, each a s
 from settings to a clean exit.
 
 Every process does the same at the edges: it waits for a reachable database, refuses one that
-cannot work, stops on SIGINT or SIGTERM in good order, hurries on the second signal, and leaves
-nothing open.
+cannot work, stops on SIGINT or SIGTERM in good order, hurries on the second signal, leaves
+nothing open, and ends, see `stopping`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import uuid4
 
 import uvloop
 
+from asyncflow import forking
 from asyncflow.domain.policy import DEFAULT_POLICY
 from asyncflow.errors import AsyncFlowError
 from asyncflow.findings import refuse_unfit
 from asyncflow.settings import Settings, required_database_url
+from asyncflow.stopping import Signals, end, end_on_signals, signals
 from asyncflow.store.database import Database
 from asyncflow.store.inspection import inspect
 from asyncflow.telemetry import events
@@ -45,8 +48,11 @@ if TYPE_CHECKING:
 DATABASE_RETRY_SECONDS = 1.0
 OTHER_CONNECTIONS = 2
 """Connections outside the pool, at most: one for the lease or the relay, one for wake-ups."""
+LEFT_SECONDS = 0.1
+"""How long what handlers left in the event loop may take to be cancelled."""
 
 EXHAUSTED_EXIT_STATUS = 70
+THREADS_MIN, THREADS_PER_SLOT = 64, 4
 BACKLOG = 2_048
 """Connections that may wait for the API to accept them."""
 
@@ -63,33 +69,61 @@ class AddressTaken(AsyncFlowError):
         )
 
 
-def run(process: Coroutine[Any, Any, None]) -> None:
+def run(begin: Callable[[], Coroutine[Any, Any, int | None]]) -> NoReturn:
     """
-    Run a process to its end on uvloop.
+    Run a process to its end on uvloop, and end with the exit status that it returns, or 0.
 
-    `sys.exit()` in an asyncio task or a callback that a handler started stops the loop, but is
-    no reason for the process to end: the exception is that task's, and whoever awaits it gets it.
+    Also in one whose handlers left something behind: threads, executors, tasks that take no
+    cancellation. Whatever the process raises is raised, for the caller to say and to `end`.
+
+    Args:
+        begin: Does what comes before there is an event loop, and returns the process.
     """
     # What was imported is here to stay. Beyond it, many short-lived objects are alive at any
     # time, and looking for cycles after every 700 new ones, Python's default, costs a worker
     # that runs short tasks a fifth of its time and finds nothing.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        loop = runner.get_loop()
-        main = loop.create_task(process)
-        while not main.done():
-            try:
-                loop.run_until_complete(main)
-            except (SystemExit, KeyboardInterrupt) as error:
-                if main.done() or _interrupts_by_signal():
-                    raise
-                events.loop_interrupted(reason=repr(error))
+    forking.free_children()
+    end_on_signals()
+    process = begin()
+    loop = _new_loop()
+    status = _run_on(loop, process)
+    end(status, lambda: loop.run_until_complete(_cancel_what_is_left()))
 
 
-def _interrupts_by_signal() -> bool:
-    # Until a process has handlers of its own for signals, Ctrl-C means what it always means.
-    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def _new_loop() -> asyncio.AbstractEventLoop:
+    others = forking.open_descriptors()
+    loop = uvloop.new_event_loop()
+    forking.withhold(loop, *(forking.open_descriptors() - others))
+    return loop
+
+
+def _run_on(loop: asyncio.AbstractEventLoop, process: Coroutine[Any, Any, int | None]) -> int:
+    """
+    Run to the end of `process`, whatever else tries to stop the loop.
+
+    `sys.exit()` in an asyncio task or a callback that a handler started, or `loop.stop()`, stops
+    the loop, but is no reason for the process to end: the exception is that task's, and whoever
+    awaits it gets it.
+    """
+    main = loop.create_task(process)
+    while not main.done():
+        try:
+            loop.run_until_complete(main)
+        except (SystemExit, KeyboardInterrupt, RuntimeError) as error:
+            if main.done() or loop.is_closed():
+                raise
+            events.loop_interrupted(reason=repr(error))
+    return main.result() or 0
+
+
+async def _cancel_what_is_left() -> None:
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=LEFT_SECONDS)
 
 
 async def serve_api(settings: Settings) -> None:
@@ -161,7 +195,7 @@ async def serve_api(settings: Settings) -> None:
     events.process_stopped()
 
 
-def work(settings: Settings) -> Coroutine[Any, Any, None]:
+def work(settings: Settings) -> Coroutine[Any, Any, int]:
     """
     Load the handlers, before there is an event loop, and return the work of a worker.
 
@@ -175,11 +209,13 @@ def work(settings: Settings) -> Coroutine[Any, Any, None]:
     return _work(settings, load_handlers(settings.worker_handlers))
 
 
-async def _work(settings: Settings, registry: Registry) -> None:
+async def _work(settings: Settings, registry: Registry) -> int:
     """
-    One worker, until a signal; declared lost, it starts again under a new id. If stuck
-    handlers hold all its slots it exits with status 70, to be started again by whoever
-    supervises it.
+    One worker, until a signal; declared lost, it starts again under a new id.
+
+    Returns:
+        The exit status: 0, or 70 if stuck handlers hold all its slots; then whoever supervises
+        it starts another.
 
     Raises:
         HandlerError: A module cannot be loaded for child processes.
@@ -187,6 +223,7 @@ async def _work(settings: Settings, registry: Registry) -> None:
     """
     from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 
+    asyncio.get_running_loop().set_default_executor(_executor(settings.worker_concurrency))
     async with (
         _database(settings, "asyncflow worker") as db,
         _signals() as stop,
@@ -202,6 +239,7 @@ async def _work(settings: Settings, registry: Registry) -> None:
         await _until_fit(db, settings, stop)
         while not stop.asked:
             worker = await _make_worker(db, settings, registry, nursery)
+            worker.ends_by = partial(stop.ends_by, settings.shutdown_grace_seconds)
             stop.on_first = worker.stop
             stop.on_second = worker.stop
             stop.running = partial(getattr, worker, "running")
@@ -210,8 +248,16 @@ async def _work(settings: Settings, registry: Registry) -> None:
             except WorkerLost:
                 continue
             except WorkerExhausted:
-                sys.exit(EXHAUSTED_EXIT_STATUS)
+                return EXHAUSTED_EXIT_STATUS
     events.process_stopped()
+    return 0
+
+
+def _executor(slots: int) -> ThreadPoolExecutor:
+    # For `asyncio.to_thread` and the like, which only handlers use. Python's default, four more
+    # than there are processors, is less than the slots of a worker: handlers would wait for one
+    # another, and time out without having begun. Threads are started when they are needed.
+    return ThreadPoolExecutor(max(THREADS_MIN, THREADS_PER_SLOT * slots), "asyncio")
 
 
 def _make_nursery(settings: Settings, registry: Registry) -> Nursery:
@@ -333,7 +379,10 @@ class Stop:
     Attributes:
         on_first, on_second: What the first signal asks for, and what every later one does.
         running: How many attempts are under way, for the log.
+        signals: Where they come from.
     """
+
+    signals: Signals
 
     def __init__(self) -> None:
         self.on_first: Callable[[], object] = lambda: None
@@ -347,6 +396,15 @@ class Stop:
         Whether a signal came.
         """
         return self._asked.is_set()
+
+    def ends_by(self, grace_seconds: float) -> float:
+        """
+        When the grace period is over, by `time.monotonic`; infinity while nobody asked to stop.
+
+        From any thread, and also while the event loop is blocked.
+        """
+        received_at = self.signals.received_at
+        return math.inf if received_at is None else received_at + grace_seconds
 
     async def wait(self) -> None:
         """
@@ -370,14 +428,8 @@ class Stop:
 @asynccontextmanager
 async def _signals() -> AsyncIterator[Stop]:
     stop = Stop()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.receive, number)
-    try:
+    with signals(stop.receive) as stop.signals:
         yield stop
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Self
 
 from asyncflow.settings import PREFIX, Settings
+from asyncflow.stopping import signals
 from asyncflow.telemetry import events
 
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.25, 10.0
@@ -72,12 +73,11 @@ class Supervisor:
     def __init__(self, *, grace_seconds: float) -> None:
         self.stopping = asyncio.Event()
         self._grace_seconds = grace_seconds
+        self._signals = contextlib.ExitStack()
         self._children: Sequence[Child] = ()
 
     def __enter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, self.stop)
+        self._signals.enter_context(signals(lambda _: self.stop(), numbers=STOP_SIGNALS))
         return self
 
     def __exit__(
@@ -86,9 +86,7 @@ class Supervisor:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        loop = asyncio.get_running_loop()
-        for number in STOP_SIGNALS:
-            loop.remove_signal_handler(number)
+        self._signals.close()
 
     def stop(self) -> None:
         """

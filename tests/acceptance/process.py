@@ -55,6 +55,7 @@ class Process:
         settings: Mapping[str, object],
         folder: Path,
         program: Sequence[str] = ("asyncflow",),
+        python: Path | None = None,
     ) -> Process:
         """
         Run `asyncflow` with `arguments` in `folder`.
@@ -62,12 +63,17 @@ class Process:
         Args:
             settings: Environment variables without their prefix `ASYNCFLOW_`, in any case.
             program: What to run in place of it: a module and its first arguments.
+            python: Another one than that of the tests.
         """
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("ASYNCFLOW_")}
         given = {f"ASYNCFLOW_{k.upper()}": str(v) for k, v in settings.items()}
         module, *first = program
         process, output = forked.start(
-            module, [*first, *arguments], environment={**inherited, **given}, folder=folder
+            module,
+            [*first, *arguments],
+            environment={**inherited, **given},
+            folder=folder,
+            python=python,
         )
         return cls(name, process, output)
 

@@ -95,7 +95,7 @@ class System:
             started[apis + workers :],
         )
 
-    async def start_api(self, *, port: int | None = None, **settings: object) -> Process:
+    async def start_api(self, *, port: int | None = None, **settings: Any) -> Process:
         """
         Start an API on a free port, or on the one that a former API had.
         """
@@ -114,20 +114,24 @@ class System:
             self._urls.append(url)
 
     async def start_worker(
-        self, *arguments: str, handlers: Sequence[Path] = (HANDLERS,), **settings: object
+        self,
+        *arguments: str,
+        handlers: Sequence[Path] = (HANDLERS,),
+        python: Path | None = None,
+        **settings: object,
     ) -> Process:
         """
         Start a worker; returns when the database knows it and RabbitMQ serves it.
         """
         options = itertools.chain.from_iterable(("--handlers", str(file)) for file in handlers)
-        process = await self.run("worker", *options, *arguments, **settings)
+        process = await self.run("worker", *options, *arguments, python=python, **settings)
         line = await process.log_event("process.started")
         await self.knows_worker(line["worker_id"])
         if self.broker_url is not None:
             await process.log_event("broker.connected")
         return process
 
-    async def start_maintenance(self, **settings: object) -> Process:
+    async def start_maintenance(self, **settings: Any) -> Process:
         """
         Start a maintenance process.
         """
@@ -135,7 +139,9 @@ class System:
         await process.log_event("process.started")
         return process
 
-    async def run(self, role: str, *arguments: str, **settings: object) -> Process:
+    async def run(
+        self, role: str, *arguments: str, python: Path | None = None, **settings: Any
+    ) -> Process:
         """
         Start any command; does not wait for it.
         """
@@ -146,6 +152,7 @@ class System:
             *arguments,
             settings={**self.settings, **settings},
             folder=self.folder,
+            python=python,
         )
         self.processes.append(process)
         return process

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from asyncflow.stopping import ECHO_SECONDS
+
 PATIENCE_SECONDS = 60.0
 
 
@@ -72,6 +74,17 @@ class Program:
         """
         self.family()
         self.process.send_signal(number)
+
+    def send_until(self, number: signal.Signals, pattern: str) -> None:
+        """
+        Send a signal again and again until a line matches: the first few may be taken for
+        echoes of a former one.
+        """
+        with self._more:
+            while not (self._ended or any(re.search(pattern, line) for line in self.lines)):
+                self.process.send_signal(number)
+                self._more.wait(ECHO_SECONDS)
+        self.until(pattern)
 
     def ended(self) -> int:
         """

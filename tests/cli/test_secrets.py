@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from asyncflow.cli.app import main
+from asyncflow.cli.app import run_command
 from asyncflow.errors import InvalidSettings
 from asyncflow.settings import load_settings
 from cli.programs import environment, finished
@@ -47,10 +47,9 @@ def said(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int,
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["asyncflow", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
+        status = run_command()
     shown = capsys.readouterr()
-    return int(end.value.code or 0), shown.out + shown.err
+    return status, shown.out + shown.err
 
 
 def shows_nothing_of(password: str, output: str) -> bool:
@@ -87,13 +86,12 @@ def test_a_command_shows_nothing_of_a_password(password: str, command: list[str]
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
-        pytest.raises(SystemExit) as end,
     ):
         patch.setenv("ASYNCFLOW_DATABASE_URL", URLS["database_url"].format(password))
         patch.setattr("sys.argv", ["asyncflow", *command])
-        main()
+        status = run_command()
 
-    assert end.value.code in (1, 2)
+    assert status in (1, 2)
     assert output.getvalue()
     assert shows_nothing_of(password, output.getvalue())
 

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import asyncflow
+
 LOADED = (
     "asyncflow.cli.app",
     "asyncflow.processes",
@@ -32,10 +34,18 @@ _forkserver.set_forkserver_preload(list(LOADED))
 
 
 def start(
-    module: str, arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path
+    module: str,
+    arguments: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    folder: Path,
+    python: Path | None = None,
 ) -> tuple[ForkServerProcess, Connection]:
     """
     Run `python -m module` with `arguments` in `folder`, as the leader of its own group.
+
+    Args:
+        python: Another one to run it, which loads the program itself.
 
     Returns:
         The process, and the end of a pipe at which all that it prints can be read.
@@ -44,7 +54,7 @@ def start(
     with theirs:
         process = _forkserver.Process(
             target=_become,
-            args=(module, list(arguments), dict(environment), folder, theirs),
+            args=(module, list(arguments), dict(environment), folder, theirs, python),
             daemon=True,
         )
         process.start()
@@ -57,6 +67,7 @@ def _become(
     environment: Mapping[str, str],
     folder: Path,
     output: Connection,
+    python: Path | None,
 ) -> None:
     # A preload that fails is passed over in silence.
     assert set(LOADED) <= set(sys.modules), "The fork server has not loaded the program."
@@ -69,6 +80,10 @@ def _become(
         os.dup2(nothing.fileno(), 0)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    if python is not None:
+        source = str(Path(asyncflow.__file__).parents[1])
+        os.environ["PYTHONPATH"] = source
+        os.execv(python, [str(python), "-m", module, *arguments])
     sys.path.insert(0, str(folder))
     sys.argv = [module, *arguments]
     try:

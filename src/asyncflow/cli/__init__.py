@@ -13,6 +13,23 @@ Commands import what they run when they run: a worker starts without the web fra
 migrations and Rich. No command decides anything; that is `processes`' and the store's.
 """
 
-from asyncflow.cli.app import main
+from typing import NoReturn
 
 __all__ = ["main"]
+
+
+def main() -> NoReturn:
+    """
+    Run the command that the arguments name, and end.
+    """
+    # Before the imports of the commands, which take longer than everything else here.
+    from asyncflow.cli.output import open_streams
+    from asyncflow.first_process import step_aside
+
+    open_streams()
+    step_aside()
+
+    from asyncflow.cli.app import run_command
+    from asyncflow.stopping import end
+
+    end(run_command())

@@ -7,11 +7,11 @@ Options only override settings; what a setting means is in `settings` and `.env.
 from __future__ import annotations
 
 import asyncio
-import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
@@ -82,9 +82,9 @@ handlers_option = click.option(
 )
 
 
-def main() -> NoReturn:
+def run_command() -> int:
     """
-    Run the command that the arguments name, and exit.
+    Run the command that the arguments name; return the exit status.
 
     Everything AsyncFlow raises on purpose ends as its sentence on standard error: with exit
     status 1 if the same command may work later, with 3 if there is no such task or queue, and
@@ -94,13 +94,18 @@ def main() -> NoReturn:
         status = app.main(prog_name="asyncflow", standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except AsyncFlowError as error:
         click.echo(f"asyncflow: {_sentences(error)}", err=True)
-        sys.exit(_status(error))
+        return _status(error)
     except click.Abort:
-        sys.exit(INTERRUPTED)
-    sys.exit(status)
+        return INTERRUPTED
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return NOT_NOW
+    return int(status or 0)
 
 
 def _status(error: AsyncFlowError) -> int:
@@ -155,6 +160,7 @@ def dev(
     ASYNCFLOW_BROKER_URL are not used unless an option says so.
     """
     from asyncflow.cli.dev import chosen_servers, develop
+    from asyncflow.processes import run
 
     settings = _settings(
         # The log's reader is whoever started this, also when it goes through `tee`.
@@ -168,7 +174,7 @@ def dev(
     )
     settings = chosen_servers(settings, database=database_url, broker=broker_url, confirmed=yes)
     _configure_logs(settings, "dev")
-    sys.exit(asyncio.run(develop(settings)))
+    run(partial(develop, settings))
 
 
 def _typed(url: str | None) -> str | None:
@@ -227,7 +233,7 @@ def api(host: str | None, port: int | None) -> None:
 
     settings = _settings(api_host=host, api_port=port)
     _configure_logs(settings, "api")
-    run(serve_api(settings))
+    run(partial(serve_api, settings))
 
 
 @app.group(invoke_without_command=True)
@@ -259,12 +265,9 @@ def worker(
         worker_handlers=_names(handlers),
     )
     _configure_logs(settings, "worker")
-    if settings.worker_processes > 1:
-        sys.exit(asyncio.run(_several_workers(settings)))
-
     from asyncflow.processes import run, work
 
-    run(work(settings))
+    run(partial(_several_workers if settings.worker_processes > 1 else work, settings))
 
 
 @worker.command("list")
@@ -292,7 +295,7 @@ def maintenance() -> None:
 
     settings = _settings()
     _configure_logs(settings, "maintenance")
-    run(maintain(settings))
+    run(partial(maintain, settings))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

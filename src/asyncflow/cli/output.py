@@ -1,11 +1,30 @@
 """
-Output that may lose its reader.
+Output that may have no reader, or lose it.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, TextIO
+
+STDERR = 2
+
+
+def open_streams() -> None:
+    """
+    Open on /dev/null what is closed of standard input, output and error.
+
+    Else their numbers are given to the next files and connections, and whoever writes to
+    standard error writes there.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        os.set_inheritable(number, True)
+    os.close(number)
+    # Python has none where it found the descriptor closed.
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(STDERR, "w", closefd=False)
 
 
 def outlive_readers() -> None:

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import asyncpg
 
 from asyncflow.errors import StatementRefused, StoreUnavailable
+from asyncflow.forking import withhold
 from asyncflow.store.dsn import connection_arguments
 from asyncflow.store.sqlstates import MISSING, NO_RIGHT, Kind, kind_of, kind_of_state
 
@@ -115,7 +116,7 @@ class Database:
             timeout=timeout_seconds,
             command_timeout=max(timeout_seconds - self._cancel_seconds, timeout_seconds / 2),
             max_inactive_connection_lifetime=300,
-            init=self._notice_silence,
+            init=self._prepare,
             # Our statements leave no session state; the default reset costs a round trip.
             reset=_nothing_to_reset,
             **self._session(name),
@@ -216,7 +217,7 @@ class Database:
                 command_timeout=seconds,
                 **self._session(f"{self._name} {purpose}"),
             )
-        await self._notice_silence(connection)
+        await self._prepare(connection)
         return connection
 
     def _session(self, name: str) -> dict[str, Any]:
@@ -254,12 +255,16 @@ class Database:
             self._generation += 1
             await self._pool.expire_connections()
 
-    async def _notice_silence(self, connection: Any) -> None:
+    async def _prepare(self, connection: Any) -> None:
         """
-        Have the kernel end this connection soon after the other end has gone without a word.
+        Keep this connection from forked children, and have the kernel end it soon after the other
+        end has gone without a word.
         """
         sock = connection._transport.get_extra_info("socket")
-        if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        if sock is None:
+            return
+        withhold(connection, sock.fileno())
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
             return
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         options = {**KEEPALIVE, "TCP_USER_TIMEOUT": int(1000 * self._timeout_seconds)}

@@ -46,6 +46,13 @@ def process_hurried(*, signal: str) -> None:
     log.warning("process.hurried", signal=signal)
 
 
+def signals_retaken(*, signals: str) -> None:
+    """
+    A handler or a library had replaced what the process does on these signals.
+    """
+    log.warning("process.signals_retaken", signals=signals)
+
+
 def process_stopped() -> None:
     """
     A process ended in good order.

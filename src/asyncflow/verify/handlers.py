@@ -8,6 +8,7 @@ Histories go to the folder `history` of the current one, where the run started i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import time
@@ -23,6 +24,7 @@ BACKOFF = Backoff(base_seconds=0.2, factor=2.0, cap_seconds=1.0, jitter=False)
 MAX_ATTEMPTS_OF_THE_DOOMED = 2
 
 _histories: dict[int, History] = {}
+_forked: list[int] = []
 
 
 class Planned(Exception):
@@ -148,6 +150,29 @@ def stubborn(context: Context, submission: int, pad: str = "", seconds: float = 
     """
     with _written_down(context, "process"):
         time.sleep(seconds)
+
+
+@handler("verify.fork", isolation="thread", backoff=BACKOFF)
+def fork(context: Context, submission: int, pad: str = "", seconds: float = 5.0) -> dict[str, Any]:
+    """
+    Leave a forked child behind, which must not keep its worker's locks and signals.
+    """
+    with _written_down(context, "thread"):
+        _reap_forked()
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(seconds)
+            os._exit(0)
+        _forked.append(pid)
+        return _result(context, submission, pad)
+
+
+def _reap_forked() -> None:
+    for pid in tuple(_forked):
+        # Another thread may do the same.
+        with contextlib.suppress(ChildProcessError, ValueError):
+            if os.waitpid(pid, os.WNOHANG) != (0, 0):
+                _forked.remove(pid)
 
 
 @handler("verify.big", backoff=BACKOFF)

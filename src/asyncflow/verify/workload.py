@@ -77,6 +77,7 @@ RECIPES = {
     "crunch": Recipe(1, "verify.crunch", ranges={"seconds": (0.05, 0.2)}),
     "exit": Recipe(0.7, "verify.exit"),
     "stubborn": Recipe(0.3, "verify.stubborn"),
+    "fork": Recipe(0.5, "verify.fork", ranges={"seconds": (1, 20)}),
     "big": Recipe(1, "verify.big"),
     "delayed": Recipe(6, "verify.sleep", 6, delay=(0.5, 5)),
     "expiring": Recipe(2, "verify.sleep", delay=(0, 1), expiry=(1.1, 3)),

@@ -24,6 +24,7 @@ from typing import Protocol, Self
 
 from asyncflow.domain.outcome import Crashed, Failed, Failure, Outcome
 from asyncflow.errors import AsyncFlowError, HandlerError
+from asyncflow.forking import withhold
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.registry import Handler
 from asyncflow.worker.child_protocol import Message, Reader, read_outcome, write, write_context
@@ -219,6 +220,7 @@ class Nursery:
                 start_new_session=True,
             )
         ours.setblocking(False)
+        withhold(self, ours.fileno())
         await loop.sock_sendall(ours, write(self._load()))
         loop.add_reader(ours, self._receive)
         loaded = await self._loaded
@@ -318,6 +320,7 @@ class Child(asyncio.Protocol):
         Speak to the process over our end of its connection.
         """
         ours.setblocking(False)
+        withhold(self, ours.fileno())
         loop = asyncio.get_running_loop()
         self._transport, _ = await loop.create_unix_connection(lambda: self, sock=ours)
 

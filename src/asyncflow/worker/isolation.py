@@ -28,6 +28,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 from asyncflow.domain.outcome import Cancelled, Completed, Failed, Failure, Outcome
+from asyncflow.forking import end_copy
 from asyncflow.handlers.calls import call_async, call_blocking, failed
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.encoding import RESULT_BYTES_MAX
@@ -36,7 +37,7 @@ from asyncflow.telemetry import events
 from asyncflow.worker.children import Child, ChildNotStarted, Children, Nursery
 from asyncflow.worker.shortage import Shortage
 
-INTERRUPT_SECONDS = 1.0
+INTERRUPT_SECONDS = 0.5
 """How long a handler may take to stop when the worker no longer wants its outcome."""
 
 OnEnd = Callable[[Outcome | None], None]
@@ -214,9 +215,9 @@ class Run:
         """
         Stop it without grace: the worker does not want its outcome any more.
 
-        A child is killed. The others get a second: nobody waits for the outcome, but the
+        A child is killed. The others get half a second: nobody waits for the outcome, but the
         task may soon run elsewhere, and the two should not overlap. What an unaware handler
-        returns in that second is whole and counts.
+        returns in that time is whole and counts.
         """
         if self._on_end is not None and not self._is_interrupted:
             self._is_interrupted = self.is_stopping = True
@@ -320,6 +321,7 @@ class LoopRun(Run):
             self.context,
             result_bytes_max=self.isolation.result_bytes_max,
         )
+        end_copy()
         self.end(outcome, stop_seen=True)
 
     def ask_to_stop(self) -> None:
@@ -359,6 +361,7 @@ class ThreadRun(Run):
             self.context,
             result_bytes_max=self.isolation.result_bytes_max,
         )
+        end_copy()
         try:
             loop.call_soon_threadsafe(self._end, outcome)
         except RuntimeError:

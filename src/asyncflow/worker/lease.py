@@ -17,7 +17,8 @@ Five things can happen to a lease, and each has one answer:
   interpreter's lock. It gives itself up for lost. The reaper charges its attempts as crashes;
   were they given back unpunished, such a handler would do the same again for ever.
 - The event loop that runs the handlers stands still. Beats would keep its leases for ever;
-  after `stall_seconds` the process kills itself instead, and its tasks run elsewhere.
+  after `stall_seconds` the process kills itself instead, and its tasks run elsewhere. Asked to
+  stop, it does so when its grace period is over.
 - The process dies. The advisory lock on this connection falls with it, and the reaper knows
   within a few beats.
 """
@@ -35,6 +36,7 @@ from typing import Protocol
 from uuid import UUID
 
 from asyncflow.errors import StoreError, StoreUnavailable
+from asyncflow.stopping import end_at_latest
 from asyncflow.store import workers
 from asyncflow.store.database import Database, Executor, translated_errors
 from asyncflow.store.wakeups import send_wakeup
@@ -48,6 +50,7 @@ GOODBYE_SECONDS = 5.0
 """How long a worker that stops waits for PostgreSQL to take note."""
 
 STALLED_EXIT_STATUS = 70
+OVERDUE_STALL_SECONDS = 0.4
 
 
 class Holder(Protocol):
@@ -78,6 +81,13 @@ class Holder(Protocol):
     def running_ids(self) -> Sequence[UUID]:
         """
         Tasks that run now. Called from the keeper's thread.
+        """
+        ...
+
+    def ends_by(self) -> float:
+        """
+        When a worker that was asked to stop ends what still runs, by `time.monotonic`; infinity
+        if it was not. Called from the keeper's thread.
         """
         ...
 
@@ -116,6 +126,7 @@ class LeaseKeeper:
         self._is_locked = False
         self._unanswered = 0
         self._stopping = threading.Event()
+        self._ended = asyncio.Event()  # The worker's loop's: its executor is for handlers.
         self._wake: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
 
@@ -138,10 +149,14 @@ class LeaseKeeper:
         self._stopping.set()
         with contextlib.suppress(RuntimeError):
             self._wake()  # Its loop is closed if the thread has ended by itself: worker lost.
-        await asyncio.to_thread(self._thread.join)
+        await self._ended.wait()
 
     def _run(self) -> None:
-        asyncio.run(self._keep())
+        try:
+            asyncio.run(self._keep())
+        finally:
+            with contextlib.suppress(RuntimeError):  # the worker's loop is closed
+                self._worker_loop.call_soon_threadsafe(self._ended.set)
 
     async def _keep(self) -> None:
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
@@ -272,10 +287,14 @@ class LeaseKeeper:
     def _check_stall(self) -> None:
         # Counted, not measured: if the whole process stood still, its loop is not to blame.
         stalled = self._unanswered * WATCH_SECONDS
-        if stalled > self._stall_seconds:
+        is_overdue = time.monotonic() > self._holder.ends_by()
+        if stalled > (OVERDUE_STALL_SECONDS if is_overdue else self._stall_seconds):
+            # The loop cannot be asked to stop, and finally-blocks would wait for it. Nor may a
+            # log that nobody reads keep the process.
+            status = 0 if is_overdue else STALLED_EXIT_STATUS
+            end_at_latest(status)
             events.worker_stalled(seconds=stalled, tasks=self._holder.running_ids())
-            # The loop cannot be asked to stop, and finally-blocks would wait for it.
-            os._exit(STALLED_EXIT_STATUS)
+            os._exit(status)
         self._unanswered += 1
         self._tell(self._answer)
 

@@ -16,6 +16,7 @@ from pamqp import base, commands
 from pamqp.common import FieldTable
 
 from asyncflow.errors import TransportError
+from asyncflow.forking import withhold
 from asyncflow.transport.amqp.calls import Calls, within
 from asyncflow.transport.amqp.channel import Channel
 from asyncflow.transport.amqp.errors import (
@@ -224,6 +225,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        withhold(self, transport.get_extra_info("socket").fileno())
 
     def data_received(self, data: bytes) -> None:
         if self._closed.is_set():

@@ -1,0 +1,91 @@
+"""
+A worker whose handler forked a child that stays: signals and sessions are the worker's alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from acceptance.system import HANDLERS, System
+from acceptance.test_shutdown import no_sessions
+
+HABITS_FILE = Path(__file__).with_name("habits.py")
+
+
+@pytest.mark.parametrize("where", ["loop", "thread"])
+async def test_a_signal_to_the_group_stops_a_worker_once(
+    database_url: str, tmp_path: Path, where: str
+) -> None:
+    """
+    As service managers and terminals signal: the worker finishes what it runs, and the child ends.
+    """
+    async with System(database_url=database_url, broker_url=None, folder=tmp_path) as system:
+        await system.start_api()
+        worker = await system.start_worker(handlers=(HANDLERS, HABITS_FILE), test_isolation=where)
+        await system.finishes(await system.submit(f"forks-and-stays.{where}"))
+        [child] = psutil.Process(worker.pid).children()
+        running = await system.submit("work", {"seconds": 1})
+        await system.journal.wait_for("start", running)
+
+        os.killpg(worker.pid, signal.SIGTERM)
+
+        assert 0 == await worker.exit_status()
+        task = await system.get(running)
+        assert ("COMPLETED", 1) == (task["status"], task["attempt"])
+        assert not worker.has_logged("process.hurried")
+        assert [child] == psutil.wait_procs([child], timeout=20)[0]
+
+
+async def test_a_signal_to_a_child_does_not_stop_its_worker(
+    database_url: str, tmp_path: Path
+) -> None:
+    """
+    It ends the child, whichever thread forked it.
+    """
+    async with System(database_url=database_url, broker_url=None, folder=tmp_path) as system:
+        await system.start_api()
+        worker = await system.start_worker(handlers=(HABITS_FILE,), test_isolation="thread")
+        await system.finishes(await system.submit("forks-and-stays.thread"))
+        [child] = psutil.Process(worker.pid).children()
+
+        child.send_signal(signal.SIGTERM)
+        await system.until(lambda: has_ended(child), "the child has ended")
+        after = await system.finishes(await system.submit("forks.thread"))
+
+        assert "COMPLETED" == after["status"]
+        assert not worker.has_logged("process.stopping")
+
+
+async def test_a_forked_child_does_not_keep_a_killed_workers_sessions(
+    database_url: str, tmp_path: Path
+) -> None:
+    """
+    Its advisory lock is what proves a worker dead: it falls although the child lives.
+    """
+    async with System(database_url=database_url, broker_url=None, folder=tmp_path) as system:
+        worker = await system.start_worker(handlers=(HABITS_FILE,), test_isolation="thread")
+        api = await system.start_api()
+        await system.finishes(await system.submit("forks-and-stays.thread"))
+        await api.kill()
+        [child] = psutil.Process(worker.pid).children()
+
+        await worker.kill()
+
+        await system.until(lambda: no_sessions(system), "no session is left")
+        assert child.is_running()
+        child.kill()
+
+
+async def has_ended(process: psutil.Process) -> bool:
+    """
+    Whether it does nothing any more, though its parent may not have asked how it ended.
+    """
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

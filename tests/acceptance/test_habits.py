@@ -1,0 +1,99 @@
+"""
+Handlers as people write them: everything in `habits`, in one worker per isolation, on the oldest
+and the newest Python. The worker lives, who runs beside is untouched, and a stop ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import pytest
+
+from acceptance.habits import HABITS, RESULT
+from acceptance.process import Process
+from acceptance.system import System
+from services import pythons
+
+HABITS_FILE = Path(__file__).with_name("habits.py")
+ISOLATIONS = ("loop", "thread", "process")
+GRACE_SECONDS = 1.0
+SLACK_SECONDS = 1.0
+
+
+@pytest.mark.timeout(400)  # It may install what another Python needs, once.
+@pytest.mark.parametrize("version", pythons.VERSIONS)
+async def test_a_worker_outlives_what_people_do_in_handlers(
+    database_url: str, tmp_path: Path, version: str
+) -> None:
+    """
+    Three workers, one per isolation: every habit comes to its result at the first attempt, and a
+    task beside them is not disturbed. Then, with all that they left behind and a handler that
+    does not stop, SIGTERM ends each with status 0 within its grace period and a second.
+    """
+    try:
+        python = await asyncio.to_thread(pythons.python, version)
+    except pythons.NoPython as error:
+        pytest.skip(str(error))
+    async with System(database_url=database_url, broker_url=None, folder=tmp_path) as system:
+        await system.start_api()
+        workers = dict(
+            zip(
+                ISOLATIONS,
+                await asyncio.gather(*(start(system, where, python) for where in ISOLATIONS)),
+                strict=True,
+            )
+        )
+        beside = [await system.submit(f"neighbour.{where}") for where in ISOLATIONS]
+        for task_id in beside:
+            await system.reaches(task_id, "RUNNING")
+
+        habits = {
+            f"{habit}.{where}": await system.submit(f"{habit}.{where}")
+            for habit in HABITS
+            for where in ISOLATIONS
+        }
+        ended = {name: await system.finishes(task_id) for name, task_id in habits.items()}
+
+        assert dict.fromkeys(habits, RESULT) == {
+            name: task["result"] or task["error"] for name, task in ended.items()
+        }
+        neighbours = [await system.get(task_id) for task_id in beside]
+        assert [("RUNNING", 1)] * 3 == [(task["status"], task["attempt"]) for task in neighbours]
+
+        for where in ISOLATIONS:
+            await system.reaches(await system.submit(f"stubborn.{where}"), "RUNNING")
+        stops = await asyncio.gather(*(stop(worker) for worker in workers.values()))
+
+    assert [0, 0, 0] == [status for status, _ in stops]
+    limit = GRACE_SECONDS + 1 + SLACK_SECONDS
+    assert all(seconds < limit for _, seconds in stops), stops
+
+
+async def start(system: System, where: str, python: Path) -> Process:
+    """
+    A worker whose handlers run there.
+    """
+    return await system.start_worker(
+        handlers=[HABITS_FILE],
+        python=python,
+        test_isolation=where,
+        worker_concurrency=8,
+        shutdown_grace_seconds=GRACE_SECONDS,
+    )
+
+
+async def stop(worker: Process) -> tuple[int, float]:
+    """
+    Stop it; return its exit status and how long it took.
+
+    In the time of a clock that stands still while this machine has no processor for us.
+    """
+    seconds = 0.0
+    worker.send(signal.SIGTERM)
+    ending = asyncio.create_task(worker.exit_status(timeout_seconds=60))
+    while not ending.done():
+        await asyncio.sleep(0.01)
+        seconds += 0.01
+    return await ending, seconds

@@ -1,0 +1,114 @@
+"""
+Signals: which of them count, and for whom.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import uvloop
+
+from asyncflow.stopping import ECHO_SECONDS, Signals, signals
+from transport.tasks import until
+
+NUMBER = signal.SIGUSR1
+
+
+@pytest.fixture(autouse=True)
+def former() -> Iterator[None]:
+    """
+    Leaves the signal as it was.
+    """
+    handler = signal.getsignal(NUMBER)
+    yield
+    signal.signal(NUMBER, handler)
+
+
+async def received(wishes: list[signal.Signals], count: int) -> None:
+    """
+    Wait until so many wishes arrived.
+    """
+
+    async def are_there() -> bool:
+        return len(wishes) >= count
+
+    await until(are_there)
+
+
+async def test_a_signal_that_follows_another_at_once_is_the_same_wish() -> None:
+    """
+    A service manager signals a whole group, and a parent in it passes on what it got.
+    """
+    now = 100.0
+    wishes: list[signal.Signals] = []
+    handled = Signals(wishes.append, numbers=[NUMBER], now=lambda: now)
+
+    handled.handle(signal.SIGTERM)
+    now += ECHO_SECONDS / 2
+    handled.handle(signal.SIGTERM)
+    await received(wishes, 1)
+    now += ECHO_SECONDS
+    handled.handle(signal.SIGINT)
+    await received(wishes, 2)
+
+    assert [signal.SIGTERM, signal.SIGINT] == wishes
+    assert 100.0 == handled.received_at
+
+
+def test_a_signal_counts_in_the_process_that_got_it() -> None:
+    """
+    A child that was forked past Python has our handlers and the descriptor that wakes our loop.
+    """
+    wishes: list[signal.Signals] = []
+
+    async def main() -> None:
+        with signals(wishes.append, numbers=[NUMBER]):
+            wakes = signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(wakes)
+            os.write(wakes, bytes([NUMBER]))  # so does such a child when it gets the signal
+            await asyncio.sleep(0.05)
+            assert [] == wishes
+
+            os.kill(os.getpid(), NUMBER)
+            await received(wishes, 1)
+
+    uvloop.run(main())
+
+    assert [NUMBER] == wishes
+
+
+async def test_signals_are_taken_back_from_whoever_takes_them() -> None:
+    """
+    A handler that ignores SIGTERM, in the one way or the other, does not make its worker deaf.
+    """
+    wishes: list[signal.Signals] = []
+    loop = asyncio.get_running_loop()
+    with signals(wishes.append, numbers=[NUMBER]) as handled:
+
+        async def are_ours() -> bool:
+            return signal.getsignal(NUMBER) == handled.handle
+
+        signal.signal(NUMBER, signal.SIG_IGN)
+        await until(are_ours)
+        loop.add_signal_handler(NUMBER, int)
+        await until(are_ours)
+        os.kill(os.getpid(), NUMBER)
+        await received(wishes, 1)
+
+    assert [NUMBER] == wishes
+
+
+async def test_signals_are_given_back_afterwards() -> None:
+    """
+    To who handled them before.
+    """
+    former = signal.getsignal(NUMBER)
+
+    with signals(lambda number: None, numbers=[NUMBER]):
+        assert signal.getsignal(NUMBER) != former
+
+    assert signal.getsignal(NUMBER) == former
