@@ -139,3 +139,22 @@ async def test_a_connection_that_lost_nothing_goes_on(proxy: Proxy, connect: Con
 
     assert b"done\n" == await client.ask(b"second\n")
     assert 0 == proxy.lost_bytes
+
+
+async def test_over_a_forgotten_connection_nothing_arrives_and_nobody_is_told(
+    server: Server, proxy: Proxy, connect: Connect
+) -> None:
+    """
+    The client waits; new connections work.
+    """
+    client = await connect()
+    assert 1 == proxy.forget()
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await client.ask(b"lost\n")
+    later = await connect()
+
+    assert b"done\n" == await later.ask(b"second\n")
+    assert b"lost\n" not in server.asked
+    assert (1, len(b"lost\n")) == (proxy.connections, proxy.forgotten_bytes)
