@@ -254,7 +254,12 @@ async def _make_worker(
     else:
         from asyncflow.transport.rabbitmq import RabbitTransport
 
-        transport = RabbitTransport(db, claimant, broker_url=settings.broker_url)
+        transport = RabbitTransport(
+            db,
+            claimant,
+            broker_url=settings.broker_url,
+            prefix=settings.broker_prefix,
+        )
     await transport.open()
     events.process_started(
         worker_id=str(registration.id),
@@ -302,7 +307,8 @@ async def maintain(settings: Settings) -> None:
         if settings.broker_url is not None:
             from asyncflow.maintenance.relay import Relay
 
-            duties.append(Relay(db, settings.broker_url).run())
+            relay = Relay(db, settings.broker_url, prefix=settings.broker_prefix)
+            duties.append(relay.run())
         events.process_started(broker="rabbitmq" if settings.broker_url else "none")
         await _until_stopped(duties, stop)
         await waker.close()

@@ -222,11 +222,15 @@ def broker_connected(*, role: str, url: str) -> None:
     log.info("broker.connected", role=role, url=url)
 
 
-def broker_unavailable(*, role: str, reason: str) -> None:
+def broker_unavailable(*, role: str, reason: str, may_pass: bool) -> None:
     """
-    RabbitMQ cannot be reached or broke off; tasks are accepted all the same.
+    RabbitMQ cannot be reached or broke off, or, an error, refuses us until a person changes
+    something; tasks are accepted all the same.
     """
-    log.warning("broker.unavailable", role=role, reason=reason)
+    if may_pass:
+        log.warning("broker.unavailable", role=role, reason=reason)
+    else:
+        log.error("broker.refused", role=role, reason=reason)
 
 
 def broker_queue_unusable(*, role: str, queue: str, reason: str) -> None:
@@ -250,11 +254,25 @@ def message_unreadable(*, queue: str, body_bytes: int) -> None:
     log.warning("message.unreadable", queue=queue, body_bytes=body_bytes)
 
 
-def hints_not_sent(*, queue: str, count: int) -> None:
+def hints_not_sent(*, queue: str, count: int, reason: str) -> None:
     """
     RabbitMQ did not take some hints; their tasks stay pending and go again.
     """
-    log.warning("hints.not_sent", queue=queue, count=count)
+    log.warning("hints.not_sent", queue=queue, count=count, reason=reason)
+
+
+def hints_dropped(*, queue: str, cause: str, count: int) -> None:
+    """
+    RabbitMQ itself took hints out of a queue, as a policy told it to; their tasks go again.
+    """
+    log.warning("hints.dropped", queue=queue, cause=cause, count=count)
+
+
+def hints_unknown(*, count: int) -> None:
+    """
+    Hints came for tasks that are not in this database; said at most once a minute.
+    """
+    log.warning("hints.unknown", count=count)
 
 
 def hints_lost(*, queue: str, count: int) -> None:
