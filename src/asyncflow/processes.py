@@ -109,6 +109,7 @@ async def serve_api(settings: Settings) -> None:
     from asyncflow.api.catalogue import Catalogue
     from asyncflow.api.cors import with_cors
     from asyncflow.api.protocol import BoundedProtocol
+    from asyncflow.maintenance.watch import MaintenanceWatch
     from asyncflow.store.wakeups import Waker
     from asyncflow.transport.watch import BrokerWatch
 
@@ -118,7 +119,11 @@ async def serve_api(settings: Settings) -> None:
         _signals() as stop,
     ):
         await _until_fit(db, settings, stop)
-        async with Catalogue(db) as catalogue, BrokerWatch(settings.broker_url) as broker:
+        async with (
+            Catalogue(db) as catalogue,
+            BrokerWatch(settings.broker_url) as broker,
+            MaintenanceWatch(db),
+        ):
             waker = Waker(db)
             app = create_app(
                 db=db,
@@ -185,12 +190,14 @@ async def _work(settings: Settings, registry: Registry) -> None:
         HandlerError: A module cannot be loaded for child processes.
         ServerUnfit: The database needs a migration, or another setting.
     """
+    from asyncflow.maintenance.watch import MaintenanceWatch
     from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 
     async with (
         _database(settings, "asyncflow worker") as db,
         _signals() as stop,
         _make_nursery(settings, registry) as nursery,
+        MaintenanceWatch(db),
     ):
         if any(handler.isolation == "process" for handler in registry):
             # Now, so that child processes run what was loaded with the rest.
@@ -300,15 +307,20 @@ async def maintain(settings: Settings) -> None:
     async with _database(settings, "asyncflow maintenance") as db, _signals() as stop:
         await _until_fit(db, settings, stop)
         waker = Waker(db)
-        listed = chores(
-            retention_days=settings.retention_days, has_broker=settings.broker_url is not None
-        )
-        duties = [run_chore(chore, db, waker) for chore in listed]
-        if settings.broker_url is not None:
+        duties: list[Coroutine[Any, Any, None]] = []
+        if settings.broker_url is None:
+            listed = chores(retention_days=settings.retention_days, has_broker=False)
+        else:
             from asyncflow.maintenance.relay import Relay
 
             relay = Relay(db, settings.broker_url, prefix=settings.broker_prefix)
             duties.append(relay.run())
+            listed = chores(
+                retention_days=settings.retention_days,
+                has_broker=True,
+                relay_trouble=lambda: relay.trouble,
+            )
+        duties += [run_chore(chore, db, waker) for chore in listed]
         events.process_started(broker="rabbitmq" if settings.broker_url else "none")
         await _until_stopped(duties, stop)
         await waker.close()

@@ -54,6 +54,7 @@ from builders import SETTLEMENTS, settled
 from services.broker import Broker
 from transport.tasks import (
     NAME,
+    PATIENCE_SECONDS,
     QUEUE,
     a_worker,
     complete,
@@ -304,16 +305,20 @@ async def test_hints_that_the_broker_refuses_stay_pending(
     await channel.purge_queue(broker_queue(QUEUE))
     await db.execute("UPDATE asyncflow.tasks SET state = 'pending', queued_at = NULL")
     broker.api("PUT", f"policies/{vhost}/limit", policy)
+    logs: Any = ()
 
     async def some_refused() -> bool:
-        await relay.run_once(db, channel)
+        # A queue over its limit refuses what comes next.
         await channel.purge_queue(broker_queue(QUEUE))
-        await submit(db, WINDOW_MIN)
+        over = [Message(broker_queue(QUEUE), b"")] * 2
+        await channel.publish(over, exchange="", timeout_seconds=PATIENCE_SECONDS)
         await relay.run_once(db, channel)
-        return (await states(db))["pending"] > 0
+        return any(event["event"] == "hints.not_sent" for event in logs)
 
-    with capture_logs() as logs:
+    with capture_logs() as captured:
+        logs = captured
         await until(some_refused)
+    assert (await states(db))["pending"] > 0
     broker.api("DELETE", f"policies/{vhost}/limit")
 
     async def all_sent() -> bool:

@@ -360,6 +360,8 @@ async def test_a_session_that_holds_a_table_is_named_and_passed(
 
 NextMigration = Callable[..., AbstractContextManager[None]]
 
+NEXT_VERSION = f"{int(SCHEMA_VERSION) + 1:04}"
+
 NEXT = """
 from alembic import op
 

@@ -320,6 +320,43 @@ def tasks_pruned(*, count: int) -> None:
     log.info("tasks.pruned", count=count)
 
 
+def tasks_unserved(
+    *, queue: str, name: str, count: int, is_more: bool, waiting_seconds: float
+) -> None:
+    """
+    No live worker offers this name on this queue, and `count` tasks wait for one; said once.
+    """
+    log.warning(
+        "tasks.unserved",
+        queue=queue,
+        task=name,
+        count=f"{count} or more" if is_more else count,
+        waiting_seconds=round(waiting_seconds, 1),
+    )
+
+
+def tasks_served(*, queue: str, name: str) -> None:
+    """
+    What was reported as unserved no longer is: a worker offers it, or it is gone.
+    """
+    log.info("tasks.served", queue=queue, task=name)
+
+
+def maintenance_gone(*, silent_seconds: float | None) -> None:
+    """
+    No maintenance process is at work, as an API or worker process sees it; said every ten minutes.
+    """
+    seconds = None if silent_seconds is None else round(silent_seconds, 1)
+    log.warning("maintenance.gone", silent_seconds=seconds)
+
+
+def maintenance_back() -> None:
+    """
+    Maintenance is at work again.
+    """
+    log.info("maintenance.back")
+
+
 def chore_failed(*, chore: str, reason: str) -> None:
     """
     A maintenance chore did not get through; it runs again at its next turn.
