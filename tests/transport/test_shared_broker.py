@@ -14,12 +14,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from asyncflow.errors import TransportError
-from asyncflow.findings import Finding
+from asyncflow.findings import Finding, Verdict
 from asyncflow.store.database import Database
 from asyncflow.store.installation import identity
 from asyncflow.transport import resting
 from asyncflow.transport.amqp import Message, connect
 from asyncflow.transport.diagnosis import explained
+from asyncflow.transport.inspection import _version, inspect
 from asyncflow.transport.topology import (
     broker_queue,
     declare_dead_letters,
@@ -83,6 +84,81 @@ async def refusal(url: str, *, queue: str = QUEUE) -> Finding:
     except TransportError as error:
         return explained(error)
     raise AssertionError("RabbitMQ refuses nothing.")
+
+
+async def verdicts(administrator: Administrator, **options: Any) -> dict[str, Finding]:
+    """
+    What `asyncflow doctor` finds, by what it looked at.
+    """
+    values = {"installation": "ours", "queues": [QUEUE], **options}
+    found = await inspect(administrator.url, **values)
+    return {finding.what: finding for finding in found}
+
+
+async def names_in(administrator: Administrator) -> set[str]:
+    """
+    The queues of the virtual host.
+    """
+    return {
+        queue["name"] for queue in await administrator.api("GET", f"queues/{administrator.vhost}")
+    }
+
+
+async def test_a_good_broker_is_found_good_and_left_as_it_was(
+    administrator: Administrator,
+) -> None:
+    """
+    Empty, and in use.
+    """
+    empty = await verdicts(administrator)
+    before = await names_in(administrator)
+    await declare_everything(administrator)
+    used = await verdicts(administrator)
+
+    assert {Verdict.OK} == {finding.verdict for finding in (*empty.values(), *used.values())}
+    assert {
+        "RabbitMQ connection",
+        "RabbitMQ version",
+        "RabbitMQ permissions",
+        "RabbitMQ sharing",
+        "RabbitMQ queues",
+    } == set(used)
+    assert (set(), {broker_queue(QUEUE), unreadable(), dropped()}) == (
+        before,
+        await names_in(administrator),
+    )
+
+
+async def test_an_inspection_finds_what_is_wrong(administrator: Administrator) -> None:
+    """
+    Each by itself, and all that can be looked at besides.
+    """
+    await declare_classic(administrator)
+    connection = await connect(administrator.url, name="test")
+    channel = await connection.channel()
+    await own(channel, installation="theirs", on_lost=channel.abandon)
+    await administrator.set_policy(**{"max-length": 3})
+    found = await verdicts(administrator)
+    await connection.close()
+    await administrator.permit(write=NOTHING)
+    unwritable = await verdicts(administrator)
+
+    wrong = {what: finding for what, finding in found.items() if finding.is_wrong}
+    assert {"RabbitMQ sharing", "RabbitMQ queues"} == set(wrong)
+    assert "belong to installation theirs; this is ours." in wrong["RabbitMQ sharing"].sentence
+    assert "was declared by others" in wrong["RabbitMQ queues"].sentence
+    assert found["RabbitMQ policies"].is_doubtful
+    assert "lacks the write permission" in unwritable["RabbitMQ permissions"].sentence
+
+
+@pytest.mark.parametrize(
+    ("server", "is_wrong"), [("RabbitMQ 3.13.7", True), ("RabbitMQ 4.0.5", False)]
+)
+def test_a_version_that_is_too_old_is_named(server: str, is_wrong: bool) -> None:
+    """
+    Quorum queues that give messages back without a limit came with 4.0.
+    """
+    assert is_wrong == _version(server).is_wrong
 
 
 async def declare_everything(administrator: Administrator, queue: str = QUEUE) -> None:

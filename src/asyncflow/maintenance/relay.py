@@ -293,6 +293,7 @@ class Relay:
         self._installation: str | None = None
         self._connection: Connection | None = None
         self._troubles: dict[str, str] = {}
+        self._limited = (-math.inf, "")
         self._dropped: list[tuple[Channel, Delivery]] = []
         self._seldom = Seldom()
         self._windows: defaultdict[str, Window] = defaultdict(Window)
@@ -311,7 +312,10 @@ class Relay:
         """
         if self._connection is not None and self._connection.blocked:
             return "RabbitMQ takes no messages: it has a memory or disk alarm."
-        return next(iter(self._troubles.values()), None)
+        limited_at, limit = self._limited
+        if self._troubles or time.monotonic() > limited_at + SHRUNK_SECONDS:
+            return next(iter(self._troubles.values()), None)
+        return limit
 
     async def run(self) -> None:
         """
@@ -488,15 +492,16 @@ class Relay:
         for channel, message in found:
             channel.ack(message.tag)
         for (queue, cause), count in causes.items():
-            self._report_dropped(queue, cause, count)
-        for queue in {queue for queue, _ in causes}:
-            self._windows[queue].shrink(now=time.monotonic())
+            sentence = POLICIES.get(cause, f"RabbitMQ dropped it ({cause}).")
+            self._shrink(queue, sentence)
+            if unsaid := self._seldom.count((queue, cause), count):
+                events.hints_dropped(queue=queue, cause=sentence, count=unsaid)
         return bool(found)
 
-    def _report_dropped(self, queue: str, cause: str, count: int) -> None:
-        if unsaid := self._seldom.count((queue, cause), count):
-            sentence = POLICIES.get(cause, f"RabbitMQ dropped it ({cause}).")
-            events.hints_dropped(queue=queue, cause=sentence, count=unsaid)
+    def _shrink(self, queue: str, reason: str) -> None:
+        now = time.monotonic()
+        self._windows[queue].shrink(now=now)
+        self._limited = now, reason
 
     async def _open_queues(self, db: Executor) -> list[OpenQueue]:
         now = time.monotonic()
@@ -610,7 +615,7 @@ class Relay:
     def _report_unsent(self, queue: str, results: Sequence[PublishResult], *, count: int) -> None:
         if PublishResult.REFUSED in results:
             reason = POLICIES["refused"]
-            self._windows[queue].shrink(now=time.monotonic())
+            self._shrink(queue, reason)
         else:
             reason = "The queue was deleted just now; it is declared again."
         if unsaid := self._seldom.count((queue, reason), count):
