@@ -73,23 +73,16 @@ async def _postgresql(settings: Settings) -> Sequence[Finding]:
 async def _rabbitmq(settings: Settings) -> Sequence[Finding]:
     if settings.broker_url is None:
         return []
-    from asyncflow.cli.database import database_url_of
+    from asyncflow.cli.database import opened
     from asyncflow.store import admission
-    from asyncflow.store.database import Database
     from asyncflow.store.installation import identity
     from asyncflow.transport.inspection import inspect
 
     queues: Sequence[str] = ()
     installation = None
-    async with Database(
-        database_url_of(settings),
-        size=2,
-        timeout_seconds=settings.database_timeout_seconds,
-        pooler=settings.database_pooler,
-        name="asyncflow doctor",
-    ) as db:
-        # What is wrong with PostgreSQL has been said.
-        with contextlib.suppress(Exception):
+    # What is wrong with PostgreSQL has been said.
+    with contextlib.suppress(Exception):
+        async with opened(settings) as db:
             installation = await identity(db)
             queues = [queue.name for queue in await admission.open_queues(db)]
     return await inspect(
