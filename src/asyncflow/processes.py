@@ -143,6 +143,7 @@ async def serve_api(settings: Settings) -> None:
     from asyncflow.api.catalogue import Catalogue
     from asyncflow.api.cors import with_cors
     from asyncflow.api.protocol import BoundedProtocol
+    from asyncflow.maintenance.watch import MaintenanceWatch
     from asyncflow.store.wakeups import Waker
     from asyncflow.transport.watch import BrokerWatch
 
@@ -152,7 +153,11 @@ async def serve_api(settings: Settings) -> None:
         _signals() as stop,
     ):
         await _until_fit(db, settings, stop)
-        async with Catalogue(db) as catalogue, BrokerWatch(settings.broker_url) as broker:
+        async with (
+            Catalogue(db) as catalogue,
+            BrokerWatch(settings.broker_url) as broker,
+            MaintenanceWatch(db),
+        ):
             waker = Waker(db)
             app = create_app(
                 db=db,
@@ -221,6 +226,7 @@ async def _work(settings: Settings, registry: Registry) -> int:
         HandlerError: A module cannot be loaded for child processes.
         ServerUnfit: The database needs a migration, or another setting.
     """
+    from asyncflow.maintenance.watch import MaintenanceWatch
     from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 
     asyncio.get_running_loop().set_default_executor(_executor(settings.worker_concurrency))
@@ -228,6 +234,7 @@ async def _work(settings: Settings, registry: Registry) -> int:
         _database(settings, "asyncflow worker") as db,
         _signals() as stop,
         _make_nursery(settings, registry) as nursery,
+        MaintenanceWatch(db),
     ):
         if any(handler.isolation == "process" for handler in registry):
             # Now, so that child processes run what was loaded with the rest.
@@ -300,7 +307,12 @@ async def _make_worker(
     else:
         from asyncflow.transport.rabbitmq import RabbitTransport
 
-        transport = RabbitTransport(db, claimant, broker_url=settings.broker_url)
+        transport = RabbitTransport(
+            db,
+            claimant,
+            broker_url=settings.broker_url,
+            prefix=settings.broker_prefix,
+        )
     await transport.open()
     events.process_started(
         worker_id=str(registration.id),
@@ -341,14 +353,20 @@ async def maintain(settings: Settings) -> None:
     async with _database(settings, "asyncflow maintenance") as db, _signals() as stop:
         await _until_fit(db, settings, stop)
         waker = Waker(db)
-        listed = chores(
-            retention_days=settings.retention_days, has_broker=settings.broker_url is not None
-        )
-        duties = [run_chore(chore, db, waker) for chore in listed]
-        if settings.broker_url is not None:
+        duties: list[Coroutine[Any, Any, None]] = []
+        if settings.broker_url is None:
+            listed = chores(retention_days=settings.retention_days, has_broker=False)
+        else:
             from asyncflow.maintenance.relay import Relay
 
-            duties.append(Relay(db, settings.broker_url).run())
+            relay = Relay(db, settings.broker_url, prefix=settings.broker_prefix)
+            duties.append(relay.run())
+            listed = chores(
+                retention_days=settings.retention_days,
+                has_broker=True,
+                relay_trouble=lambda: relay.trouble,
+            )
+        duties += [run_chore(chore, db, waker) for chore in listed]
         events.process_started(broker="rabbitmq" if settings.broker_url else "none")
         await _until_stopped(duties, stop)
         await waker.close()

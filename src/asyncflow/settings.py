@@ -31,6 +31,8 @@ NOT_SETTINGS = re.compile(
 )
 """Variables that begin like ours without being meant for a process, without the prefix."""
 
+PREFIX_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,32}")
+
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "console", "json"]
 
@@ -49,6 +51,7 @@ class Settings:
     database_timeout_seconds: Annotated[float, Range(0.1, 300)] = 10.0
     database_pooler: Annotated[bool, yes_or_no] = False
     broker_url: Annotated[str | None, Url("amqp", "amqps")] = None
+    broker_prefix: Annotated[str, prefix] = "asyncflow"
 
     api_host: Annotated[str, str] = "127.0.0.1"
     api_port: Annotated[int, Range(1, 65_535, int)] = 3000
@@ -333,6 +336,15 @@ def _is_ipv6(host: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def prefix(given: str) -> str:
+    """
+    Read what names of our own begin with.
+    """
+    if not PREFIX_PATTERN.fullmatch(given):
+        raise ValueError("use 1 to 32 of A-Z a-z 0-9 _ -")
+    return given
 
 
 def required_database_url(settings: Settings) -> str:

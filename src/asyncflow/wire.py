@@ -326,7 +326,8 @@ class TaskView(TaskSummary):
     """
 
     waiting_for: str | None = Field(
-        description="Why a due task does not start, if that will not pass by itself."
+        description="Why a due task does not start, or a running one does not end, if that will "
+        "not pass by itself."
     )
     attempts: list[AttemptView] = Field(description="Oldest first.")
     payload: dict[str, Any]
@@ -385,9 +386,15 @@ class Ready(BaseModel):
     The process can take tasks.
     """
 
-    status: Literal["ready"] = "ready"
+    status: Literal["ready", "degraded"] = Field(
+        description="`degraded`: tasks are accepted, but something keeps them from running."
+    )
     schema_version: str
     broker: str = Field(
-        description="The state of RabbitMQ as this process sees it, or `not used`. Tasks are "
-        "accepted whatever it is."
+        description="The state of RabbitMQ as this process and the relay see it, or `not used`. "
+        "Tasks are accepted whatever it is."
+    )
+    maintenance: str = Field(
+        description="`running`, or since when no maintenance process has been. Tasks are accepted "
+        "whatever it is."
     )

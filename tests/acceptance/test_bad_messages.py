@@ -21,11 +21,11 @@ from acceptance.system import System
 from asyncflow.transport.amqp import Connection, connect
 from asyncflow.transport.topology import (
     PACK_MAX,
-    UNREADABLE,
     broker_queue,
+    declare_dead_letters,
     declare_task_queue,
-    declare_unreadable,
     encode_hints,
+    unreadable,
 )
 
 pytestmark = pytest.mark.needs_rabbitmq
@@ -64,7 +64,7 @@ async def test_garbage_among_hints_is_put_aside_and_harms_no_task(system: System
 
         put_aside = WAVES * GARBAGE_PER_WAVE
         await system.until(lambda: holds(connection, QUEUE, 0), "the task queue is empty")
-        await system.until(lambda: holds(connection, UNREADABLE, put_aside), "all is put aside")
+        await system.until(lambda: holds(connection, unreadable(), put_aside), "all is put aside")
     finally:
         await connection.close()
 
@@ -186,7 +186,7 @@ async def publish(connection: Connection, messages: Sequence[bytes]) -> None:
     """
     channel = await connection.channel()
     assert channel.number == CHANNEL
-    await declare_unreadable(channel)
+    await declare_dead_letters(channel)
     connection.write(b"".join(messages))
     await declare_task_queue(channel, "default")
     await channel.close()

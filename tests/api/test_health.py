@@ -12,6 +12,7 @@ from asyncflow.api.app import create_app
 from asyncflow.api.catalogue import Catalogue
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
+from asyncflow.store.presence import sign
 from asyncflow.store.schema import SCHEMA_VERSION
 from asyncflow.store.wakeups import Waker
 from services.postgres import PostgresServer
@@ -31,6 +32,7 @@ async def test_ready_proves_a_write(client: httpx.AsyncClient, db: Database) -> 
     """
     200 with the schema's version and the broker's state, after a row was written.
     """
+    await sign(db, relay_trouble=None)
     before = await db.fetchval("SELECT written_at FROM asyncflow.probe")
     answer = await client.get("/health/ready")
 
@@ -39,6 +41,7 @@ async def test_ready_proves_a_write(client: httpx.AsyncClient, db: Database) -> 
         "status": "ready",
         "schema_version": SCHEMA_VERSION,
         "broker": "connected",
+        "maintenance": "running",
     }
     assert await db.fetchval("SELECT written_at FROM asyncflow.probe") > before
 
@@ -151,6 +154,45 @@ async def test_a_broken_broker_is_told_but_does_not_matter(
     await waker.close()
 
     assert (answer.status_code, answer.json()["broker"]) == (200, "unreachable")
+
+
+async def test_without_maintenance_ready_is_degraded(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    """
+    200, since tasks are accepted; but nobody must overlook it.
+    """
+    never = (await client.get("/health/ready")).json()
+    await sign(db, relay_trouble=None)
+    running = (await client.get("/health/ready")).json()
+    await db.execute("UPDATE asyncflow.maintenance SET seen_at = now() - interval '65 seconds'")
+    answer = await client.get("/health/ready")
+    gone = answer.json()
+
+    assert answer.status_code == 200
+    assert ["degraded", "ready", "degraded"] == [a["status"] for a in (never, running, gone)]
+    assert "not running, never seen" in never["maintenance"]
+    assert "running" == running["maintenance"]
+    assert "not running, last seen 65 seconds ago" in gone["maintenance"]
+
+
+async def test_what_the_relay_cannot_do_is_told_as_the_brokers_state(
+    db: Database, settings: Settings
+) -> None:
+    """
+    A connection of the API's own tells nothing about permissions.
+    """
+    waker = Waker(db)
+    app = create_app(
+        db, settings, catalogue=Catalogue(db), waker=waker, version="1", broker_state=lambda: "up"
+    )
+    await sign(db, relay_trouble="User 'a' lacks the write permission.")
+    answer = await _ready(app)
+    await waker.close()
+
+    assert answer.status_code == 200
+    assert "degraded" == answer.json()["status"]
+    assert "unusable: User 'a' lacks the write permission." == answer.json()["broker"]
 
 
 async def _ready(app: FastAPI) -> httpx.Response:

@@ -18,7 +18,9 @@ def test_a_good_server_is_told_to_be_good(database_url: str, tmp_path: Path) -> 
 
     assert ended.returncode == 0
     assert "ok        PostgreSQL encoding: " in ended.stdout
-    assert all(line.startswith("ok ") for line in ended.stdout.splitlines())
+    doubtful = [line for line in ended.stdout.splitlines() if line.startswith("doubtful ")]
+    assert "wrong" not in ended.stdout
+    assert ["doubtful  AsyncFlow maintenance: No maintenance process is running."] == doubtful
 
 
 def test_what_is_wrong_is_named_with_its_mend(empty_database_url: str, tmp_path: Path) -> None:
@@ -49,3 +51,21 @@ def test_a_server_that_is_away_is_wrong(tmp_path: Path) -> None:
     assert ended.stdout.startswith("wrong     PostgreSQL connection: ")
     assert "very-secret" not in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_rabbitmq_is_looked_at_where_it_is_set(
+    database_url: str, broker_url: str, tmp_path: Path
+) -> None:
+    """
+    With the database's own identity; a virtual host that is missing is named.
+    """
+    env = environment(database_url=database_url, broker_url=broker_url)
+    good = finished("doctor", folder=tmp_path, env=env)
+    env = environment(database_url=database_url, broker_url=f"{broker_url}-missing")
+    bad = finished("doctor", folder=tmp_path, env=env)
+
+    assert (good.returncode, bad.returncode) == (0, 2)
+    assert "ok        RabbitMQ permissions: " in good.stdout
+    assert "ok        RabbitMQ sharing: " in good.stdout
+    assert "wrong     RabbitMQ virtual host: " in bad.stdout
+    assert "rabbitmqctl add_vhost" in bad.stdout

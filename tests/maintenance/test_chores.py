@@ -40,7 +40,14 @@ def test_the_list_says_what_runs_and_how_often() -> None:
         for has in (True, False)
     )
 
-    assert {"reap": 1.0, "expire": 1.0, "move": 5.0, "prune": 60.0} == with_broker
+    assert {
+        "reap": 1.0,
+        "expire": 1.0,
+        "move": 5.0,
+        "be seen": 2.0,
+        "look for unserved": 10.0,
+        "prune": 60.0,
+    } == with_broker
     assert with_broker | {"unqueue": 2.0} == without
 
 

@@ -35,6 +35,7 @@ from asyncflow.store import admission, claims, leadership, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.store.lookback import Lookback
+from asyncflow.transport import resting
 from asyncflow.transport.amqp import (
     Channel,
     Delivery,
@@ -46,13 +47,14 @@ from asyncflow.transport.amqp import (
 from asyncflow.transport.topology import (
     PACK_MAX,
     broker_queue,
-    declare_unreadable,
+    declare_dead_letters,
     decode_hints,
 )
 from builders import SETTLEMENTS, settled
 from services.broker import Broker
 from transport.tasks import (
     NAME,
+    PATIENCE_SECONDS,
     QUEUE,
     a_worker,
     complete,
@@ -72,7 +74,7 @@ async def channel(broker_url: str) -> AsyncIterator[Channel]:
     """
     connection = await connect(broker_url, name="test")
     channel = await connection.channel()
-    await declare_unreadable(channel)
+    await declare_dead_letters(channel)
     await channel.confirm_select()
     yield channel
     await connection.close()
@@ -291,7 +293,8 @@ async def test_hints_that_the_broker_refuses_stay_pending(
     db: Database, channel: Channel, relay: Relay, broker: Broker, broker_url: str
 ) -> None:
     """
-    A queue with a limit takes what it takes; the rest goes when there is room again.
+    A queue with a limit takes what it takes; the rest goes when there is room again. The log names
+    the policy.
     """
     await a_worker(db)
     await submit(db, WINDOW_MIN)
@@ -302,15 +305,20 @@ async def test_hints_that_the_broker_refuses_stay_pending(
     await channel.purge_queue(broker_queue(QUEUE))
     await db.execute("UPDATE asyncflow.tasks SET state = 'pending', queued_at = NULL")
     broker.api("PUT", f"policies/{vhost}/limit", policy)
+    logs: Any = ()
 
     async def some_refused() -> bool:
-        await relay.run_once(db, channel)
+        # A queue over its limit refuses what comes next.
         await channel.purge_queue(broker_queue(QUEUE))
-        await submit(db, WINDOW_MIN)
+        over = [Message(broker_queue(QUEUE), b"")] * 2
+        await channel.publish(over, exchange="", timeout_seconds=PATIENCE_SECONDS)
         await relay.run_once(db, channel)
-        return (await states(db))["pending"] > 0
+        return any(event["event"] == "hints.not_sent" for event in logs)
 
-    await until(some_refused)
+    with capture_logs() as captured:
+        logs = captured
+        await until(some_refused)
+    assert (await states(db))["pending"] > 0
     broker.api("DELETE", f"policies/{vhost}/limit")
 
     async def all_sent() -> bool:
@@ -319,6 +327,8 @@ async def test_hints_that_the_broker_refuses_stay_pending(
         return not (await states(db))["pending"]
 
     await until(all_sent)
+    [refused] = [event for event in logs if event["event"] == "hints.not_sent"]
+    assert "overflow reject-publish" in refused["reason"]
 
 
 async def test_hints_that_no_queue_takes_stay_pending(
@@ -330,7 +340,7 @@ async def test_hints_that_no_queue_takes_stay_pending(
     await a_worker(db)
     await submit(db, 5)
 
-    async def vanished(channel: Channel, queue: str) -> QueueCounts:
+    async def vanished(channel: Channel, queue: str, *, prefix: str) -> QueueCounts:
         return QueueCounts(0, 0)
 
     with monkeypatch.context() as patched:
@@ -661,7 +671,7 @@ async def test_a_pack_that_no_queue_takes_leaves_all_its_tasks_pending(
     await submit(db, 12)
     await channel.delete_queue(broker_queue(QUEUE))
 
-    async def vanished(channel: Channel, queue: str) -> QueueCounts:
+    async def vanished(channel: Channel, queue: str, *, prefix: str) -> QueueCounts:
         return QueueCounts(0, 0)
 
     monkeypatch.setattr(relay_module, "declare_task_queue", vanished)
@@ -744,7 +754,7 @@ async def test_an_alarm_of_the_broker_is_sat_out(
     connection, rather than sending the same hints on ever new ones; afterwards it goes on.
     """
     monkeypatch.setattr(relay_module, "CALL_TIMEOUT_SECONDS", 0.2)
-    monkeypatch.setattr(relay_module, "RECONNECT_SECONDS", (0.0, 0.1))
+    monkeypatch.setattr(resting, "RECONNECT_SECONDS", (0.0, 0.1))
     await a_worker(db)
     await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0")
     with capture_logs() as logs:

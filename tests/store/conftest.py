@@ -12,7 +12,7 @@ import pytest
 from asyncflow.store.database import Database
 from services.postgres import PostgresServer
 
-TABLES = ("tasks", "attempts", "workers", "publications", "queues")
+TABLES = ("tasks", "attempts", "workers", "publications", "queues", "maintenance")
 
 
 @pytest.fixture(scope="session")

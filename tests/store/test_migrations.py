@@ -360,6 +360,8 @@ async def test_a_session_that_holds_a_table_is_named_and_passed(
 
 NextMigration = Callable[..., AbstractContextManager[None]]
 
+NEXT_VERSION = f"{int(SCHEMA_VERSION) + 1:04}"
+
 NEXT = """
 from alembic import op
 
@@ -510,6 +512,7 @@ async def test_what_workers_published_before_0002_is_known_after_it(
     The API goes on choosing queues and checking payloads before the first new worker has started.
     """
     for statement in (
+        "DROP TABLE asyncflow.maintenance",
         "DROP TABLE asyncflow.publications",
         "ALTER TABLE asyncflow.workers DROP COLUMN handler_queues",
         "UPDATE asyncflow.schema_version SET version_num = '0001'",

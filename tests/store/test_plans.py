@@ -20,7 +20,7 @@ import pytest
 
 from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
-from asyncflow.store import admission, claims, lookback, tasks, upkeep, workers
+from asyncflow.store import admission, claims, lookback, tasks, unserved, upkeep, workers
 from asyncflow.store.claims import Settling
 from asyncflow.store.database import Database
 from asyncflow.store.lookback import first_due
@@ -66,6 +66,16 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "UNQUEUE_LOST": (
         admission.UNQUEUE_LOST,
         {"tasks_live": (QUEUED, LIVE_BY_ID["tasks_live"])},
+    ),
+    "UNQUEUE_DROPPED": (admission.UNQUEUE_DROPPED, LIVE_BY_ID),
+    "COUNT_UNKNOWN": (
+        admission.COUNT_UNKNOWN,
+        LIVE_BY_ID | {"tasks_finished": ("tasks_finished_pkey", BY_ID)},
+    ),
+    "UNSERVED": (
+        unserved.UNSERVED,
+        # From queue to queue, the first from the beginning; then the oldest of each.
+        {"tasks_live": (("tasks_due", r"^$"), ("tasks_due", r"queue > "), DUE)},
     ),
     "LOST_LEASES": (upkeep.LOST_LEASES, {"tasks_live": ("tasks_running", "")}),
     "EXPIRE": (
@@ -225,7 +235,9 @@ async def test_a_plan_made_while_the_tables_were_empty_serves_full_ones(
         "MARK_QUEUED": [waiting, array(0, 0)],
         "UNQUEUE": [waiting, "0", array("other")],
         "HELD": [one(worker), "0"],
-        "GET": ["1", one(ids["completed"])],
+        "GET": ["1", one(ids["completed"]), "true"],
+        "UNQUEUE_DROPPED": [waiting],
+        "COUNT_UNKNOWN": [waiting],
         "CANCEL_WAITING": ["1", one(ids["pending"])],
         "REQUEST_CANCEL": ["1", one(ids["running"])],
         "RUN_NOW": ["1", one(ids["pending"])],

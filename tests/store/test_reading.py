@@ -13,7 +13,7 @@ import pytest
 
 from asyncflow.domain.states import Event, State
 from asyncflow.errors import InvalidTask, TaskNotFound
-from asyncflow.store import claims, queues, tasks, workers
+from asyncflow.store import claims, presence, queues, tasks, workers
 from asyncflow.store.claims import Settling
 from asyncflow.store.database import Database
 from builders import SETTLEMENTS, a_task, a_worker, backdate, claimed, settled, submitted
@@ -247,6 +247,55 @@ async def test_a_completed_task_is_shown_as_done(db: Database) -> None:
     shown = await tasks.get(db, 1, task.id)
 
     assert {"fraction": 1.0, "message": None} == shown.progress
+
+
+async def test_a_running_task_whose_worker_is_gone_waits_for_maintenance(db: Database) -> None:
+    """
+    Only where nobody is there to give it to another worker, and only once the worker is overdue.
+    """
+    worker = await a_worker(db)
+    task = await a_task(db)
+    [claim] = await claimed(db, task.id, worker_id=worker.id)
+
+    async def reason() -> str | None:
+        return (await tasks.get(db, 1, claim.task_id)).waiting_for
+
+    alive = await reason()
+    await db.execute("UPDATE asyncflow.workers SET heartbeat_at = now() - interval '16 seconds'")
+    unreaped = await reason()
+    await presence.sign(db, relay_trouble=None)
+    maintained = await reason()
+    await db.execute("UPDATE asyncflow.maintenance SET seen_at = now() - interval '31 seconds'")
+    silent = await reason()
+
+    assert (None, None) == (alive, maintained)
+    assert unreaped and "no maintenance process is running" in unreaped
+    assert unreaped == silent
+
+
+async def test_with_rabbitmq_a_due_task_waits_for_the_relay(db: Database) -> None:
+    """
+    It takes maintenance to send it, and RabbitMQ to let maintenance in.
+    """
+    await a_worker(db)
+    task = await a_task(db)
+
+    async def reason(*, through_relay: bool) -> str | None:
+        return (await tasks.get(db, 1, task.id, through_relay=through_relay)).waiting_for
+
+    by_itself = await reason(through_relay=False)
+    unsent = await reason(through_relay=True)
+    await presence.sign(db, relay_trouble="User 'a' lacks the write permission.")
+    refused = await reason(through_relay=True)
+    await presence.sign(db, relay_trouble=None)
+    sent = await reason(through_relay=True)
+    await db.execute("UPDATE asyncflow.workers SET heartbeat_at = now() - interval '16 seconds'")
+    unoffered = await reason(through_relay=True)
+
+    assert (None, None) == (by_itself, sent)
+    assert unsent and "No maintenance process is running" in unsent
+    assert refused and refused.endswith("User 'a' lacks the write permission.")
+    assert unoffered and "No live worker offers" in unoffered
 
 
 async def test_a_failure_and_progress_are_shown_as_they_were_recorded(db: Database) -> None:

@@ -31,6 +31,7 @@ from asyncflow.transport.amqp import (
     PublishResult,
     connect,
 )
+from asyncflow.transport.amqp.url import parse_url
 from services.broker import Broker
 from transport.wire import Wire
 
@@ -607,6 +608,8 @@ async def test_a_port_that_speaks_no_amqp_is_unreachable(greeting: bytes) -> Non
         "amqps://user:hunter2@host?verify",
         "amqps://user:hunter2@host?cafile=/no/such/file",
         "amqps://user:hunter2@host?verfiy=false",
+        "amqp://user:1?hunter2=a@host",
+        "amqps://user:hunter2@host?certfile=/no/such/file",
     ],
 )
 async def test_a_wrong_url_is_refused_without_repeating_the_password(url: str) -> None:
@@ -617,6 +620,46 @@ async def test_a_wrong_url_is_refused_without_repeating_the_password(url: str) -
         await connect(url, name="test")
 
     assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ("heartbeat=0", "heartbeat in the broker URL must be a whole number of seconds from 1"),
+        ("heartbeat=soon", "heartbeat in the broker URL must be a whole number of seconds"),
+        ("connection_timeout=1.5", "connection_timeout in the broker URL must be a whole number"),
+        ("connection_attempts=3", "unknown parameter connection_attempts; AsyncFlow knows "),
+        ("auth_mechanism=external", "auth_mechanism in the broker URL must be plain."),
+        ("cacertfile=x", "cacertfile in the broker URL needs a URL that begins with amqps://."),
+    ],
+)
+def test_a_parameter_that_cannot_be_honoured_is_refused_by_name(query: str, sentence: str) -> None:
+    """
+    Ignored, it would be missed on the day it matters.
+    """
+    with pytest.raises(InvalidSettings) as caught:
+        parse_url(f"amqp://user:hunter2@host/?{query}")
+
+    assert sentence in str(caught.value)
+    assert "hunter" not in str(caught.value)
+
+
+async def test_parameters_of_the_url_are_honoured(broker: Broker, broker_url: str) -> None:
+    """
+    Heartbeat, channels and frames are what the broker was told; a short patience is kept.
+    """
+    url = f"{broker_url}?heartbeat=30&channel_max=8&frame_max=8192"
+    async with connect_named(url, "with parameters") as connection:
+        told = await asyncio.to_thread(
+            broker.ctl, "list_connections", "timeout", "channel_max", "frame_max", "--silent"
+        )
+        channels = [await connection.channel() for _ in range(8)]
+        with pytest.raises(ChannelClosed):
+            await connection.channel()
+        assert len(channels) == 8
+
+    assert "30\t8\t8192" in told
+    assert 0.25 == parse_url("amqp://host/?connection_timeout=250").timeout_seconds
 
 
 async def test_a_killed_broker_is_noticed_within_a_second(broker: Broker, broker_url: str) -> None:
@@ -850,11 +893,20 @@ async def test_tls_is_verified_unless_told_otherwise(
         for wrong in ("", f"?cafile={theirs}"):
             with pytest.raises(BrokerUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
                 await connect(wire.url + wrong, name="test")
-        for right in (f"?cafile={ours}", "?verify=false"):
+        for right in (
+            f"?cafile={ours}",
+            f"?cacertfile={ours}&verify=verify_peer",
+            "?verify=false",
+            f"?verify=verify_none&certfile={ours}&keyfile={key}",
+        ):
             async with connected(wire.url + right) as connection:
                 assert connection.server.startswith("RabbitMQ")
         with pytest.raises(BrokerUnreachable, match=r"(?i)mismatch"):
             await connect(wire.url.replace("localhost", "127.0.0.1") + f"?cafile={ours}", name="t")
+        by_address = wire.url.replace("localhost", "127.0.0.1")
+        named = f"{by_address}?cafile={ours}&server_name_indication=localhost"
+        async with connected(named) as connection:
+            assert connection.server.startswith("RabbitMQ")
 
 
 async def test_the_brokers_tools_show_the_connections_name(broker: Broker, broker_url: str) -> None:

@@ -23,11 +23,11 @@ from asyncflow.transport.amqp import Channel, Delivery, Message, PublishResult, 
 from asyncflow.transport.rabbitmq import Consumer, RabbitTransport
 from asyncflow.transport.topology import (
     PACK_MAX,
-    UNREADABLE,
     broker_queue,
+    declare_dead_letters,
     declare_task_queue,
-    declare_unreadable,
     encode_hints,
+    unreadable,
 )
 from services.broker import Broker
 from services.postgres import PostgresServer
@@ -73,7 +73,7 @@ class Workshop:
         Make a task queue exist before any worker does.
         """
         async with self.channel() as channel:
-            await declare_unreadable(channel)
+            await declare_dead_letters(channel)
             await declare_task_queue(channel, queue)
 
     async def taker(
@@ -372,7 +372,7 @@ async def test_messages_that_are_no_ids_are_parked_and_cost_nothing_else(
         taken += [claim.task_id for claim in await take(taker, 4)]
 
     assert sorted(ids) == sorted(taken)
-    await workshop.until_ready(len(garbage), UNREADABLE)
+    await workshop.until_ready(len(garbage), unreadable())
 
 
 async def test_hints_of_tasks_that_do_not_exist_are_dropped(workshop: Workshop) -> None:

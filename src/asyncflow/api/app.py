@@ -74,7 +74,7 @@ def create_app(
     )
     app.serve_directly(Route("/tasks", submissions, methods=["POST"]), gate)
     app.add_route("/tasks/batch", submissions.submit_batch, ["POST"], include_in_schema=False)
-    add_task_routes(app, db, waker)
+    add_task_routes(app, db, waker, through_relay=settings.broker_url is not None)
     add_health_routes(app, db, broker_state)
     add_docs_routes(app)
     install_problems(app)

@@ -91,7 +91,12 @@ EXAMPLES = {
     "TaskSummary": TASK_SUMMARY,
     "TaskView": TASK_VIEW,
     "TaskPage": {"tasks": [TASK_SUMMARY], "next_cursor": None},
-    "Ready": {"status": "ready", "schema_version": "0002", "broker": "connected"},
+    "Ready": {
+        "status": "ready",
+        "schema_version": "0003",
+        "broker": "up",
+        "maintenance": "running",
+    },
     "Problem": PROBLEM,
 }
 """One answer for each shape of `wire` that the API gives, by the shape's name."""

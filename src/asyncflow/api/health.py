@@ -16,6 +16,7 @@ from starlette.responses import Response
 from asyncflow.api.openapi import problems
 from asyncflow.errors import StoreUnavailable
 from asyncflow.store.database import Executor
+from asyncflow.store.presence import Presence, presence
 from asyncflow.store.schema import Schema, check_schema
 from asyncflow.store.tasks import submit_nothing
 from asyncflow.store.upkeep import probe
@@ -55,20 +56,39 @@ def add_health_routes(app: FastAPI, db: Executor, broker_state: Callable[[], str
     async def ready() -> Response:
         """
         Writes to the database, checks its schema and whether it would take a task: send no
-        requests here if it fails.
+        requests here if it fails. What keeps tasks from running, but not from being taken, makes it
+        `degraded`.
         """
-        schema = await _check(db)
-        broker = broker_state() or "not used"
-        return _json(Ready(schema_version=schema.version, broker=broker))
+        schema, maintenance = await _check(db)
+        return _json(_ready(schema, maintenance, broker_state() or "not used"))
 
 
-async def _check(db: Executor) -> Schema:
+def _ready(schema: Schema, maintenance: Presence, broker: str) -> Ready:
+    if maintenance.is_gone:
+        seconds = maintenance.silent_seconds
+        seen = "never seen" if seconds is None else f"last seen {seconds:.0f} seconds ago"
+        state = f"not running, {seen}: tasks of dead workers wait"
+    else:
+        state = "running"
+        if maintenance.relay_trouble is not None and broker == "up":
+            # This process sees a connection, the relay what it cannot do with one.
+            broker = f"unusable: {maintenance.relay_trouble}"
+    is_well = state == "running" and maintenance.relay_trouble is None
+    return Ready(
+        status="ready" if is_well else "degraded",
+        schema_version=schema.version,
+        broker=broker,
+        maintenance=state,
+    )
+
+
+async def _check(db: Executor) -> tuple[Schema, Presence]:
     try:
         async with asyncio.timeout(PROBE_SECONDS_MAX):
             schema = await check_schema(db)
             await probe(db)
             await submit_nothing(db)
-            return schema
+            return schema, await presence(db)
     except TimeoutError:
         raise StoreUnavailable(
             f"The database did not take a write within {PROBE_SECONDS_MAX:g} seconds."

@@ -50,7 +50,7 @@ _COMMAND_PROBLEMS = (
 )
 
 
-def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
+def add_task_routes(app: FastAPI, db: Executor, waker: Waker, *, through_relay: bool) -> None:
     """
     Serve what can be done with tasks that exist.
     """
@@ -85,7 +85,10 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker) -> None:
         """
         if task_id == "batch":
             raise HTTPException(405)  # A path of its own, for POST.
-        return _json(task_json(await store.get(db, DEFAULT_TENANT_ID, _task_id(task_id))))
+        task = await store.get(
+            db, DEFAULT_TENANT_ID, _task_id(task_id), through_relay=through_relay
+        )
+        return _json(task_json(task))
 
     @app.post(
         "/tasks/{id}/cancel",

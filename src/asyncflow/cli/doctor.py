@@ -8,6 +8,7 @@ add one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -26,7 +27,7 @@ REFUSED = 2
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per check.")
 def doctor(as_json: bool) -> None:
     """
-    Check PostgreSQL and RabbitMQ: what is wrong, and what would mend it.
+    Check PostgreSQL, RabbitMQ and maintenance: what is wrong, and what would mend it.
 
     Exits with 2 if something is wrong. Changes nothing.
     """
@@ -69,7 +70,49 @@ async def _postgresql(settings: Settings) -> Sequence[Finding]:
         )
 
 
-INSPECTIONS = [_postgresql]
+async def _rabbitmq(settings: Settings) -> Sequence[Finding]:
+    if settings.broker_url is None:
+        return []
+    from asyncflow.cli.database import opened
+    from asyncflow.store import admission
+    from asyncflow.store.installation import identity
+    from asyncflow.transport.inspection import inspect
+
+    queues: Sequence[str] = ()
+    installation = None
+    # What is wrong with PostgreSQL has been said.
+    with contextlib.suppress(Exception):
+        async with opened(settings) as db:
+            installation = await identity(db)
+            queues = [queue.name for queue in await admission.open_queues(db)]
+    return await inspect(
+        settings.broker_url,
+        installation=installation,
+        queues=queues,
+        prefix=settings.broker_prefix,
+    )
+
+
+async def _maintenance(settings: Settings) -> Sequence[Finding]:
+    from asyncflow.cli.database import opened
+    from asyncflow.findings import doubtful, fine, wrong
+    from asyncflow.store.presence import presence
+
+    what = "AsyncFlow maintenance"
+    try:
+        async with opened(settings) as db:
+            found = await presence(db)
+    except Exception:
+        return []  # What is wrong with PostgreSQL has been said.
+    if found.is_gone:
+        remedy = "Start `asyncflow maintenance`."
+        return [doubtful(what, "No maintenance process is running.", remedy)]
+    if found.relay_trouble is not None:
+        return [wrong(what, "The relay cannot send tasks through RabbitMQ.", found.relay_trouble)]
+    return [fine(what, "It is running.")]
+
+
+INSPECTIONS = [_postgresql, _rabbitmq, _maintenance]
 
 
 def _as_text(finding: Finding) -> str:

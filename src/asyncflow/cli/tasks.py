@@ -39,9 +39,14 @@ def get(task_id: UUID, as_json: bool) -> None:
     """
     Show everything about one task.
     """
+    from asyncflow.settings import load_settings
     from asyncflow.store import tasks
 
-    _show(run_with_database(lambda db: tasks.get(db, _tenant_id(), task_id)), as_json)
+    through_relay = load_settings().broker_url is not None
+    task = run_with_database(
+        lambda db: tasks.get(db, _tenant_id(), task_id, through_relay=through_relay)
+    )
+    _show(task, as_json)
 
 
 @app.command("list")

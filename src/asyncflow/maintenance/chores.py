@@ -18,7 +18,9 @@ from asyncflow.maintenance.mover import move
 from asyncflow.maintenance.pruner import prune
 from asyncflow.maintenance.reaper import Reaper
 from asyncflow.maintenance.unqueuer import unqueue
+from asyncflow.maintenance.unserved import UnservedWatch
 from asyncflow.store.database import Executor
+from asyncflow.store.presence import sign
 from asyncflow.store.wakeups import Waker
 from asyncflow.telemetry import events
 
@@ -42,17 +44,30 @@ class Chore:
     wakes: bool = False
 
 
-def chores(*, retention_days: float, has_broker: bool) -> list[Chore]:
+def chores(
+    *,
+    retention_days: float,
+    has_broker: bool,
+    relay_trouble: Callable[[], str | None] = lambda: None,
+) -> list[Chore]:
     """
     The list.
 
     Args:
         has_broker: Whether a relay runs beside them, which looks after queued tasks.
+        relay_trouble: Why it cannot send hints, for those who ask the database.
     """
+
+    async def be_seen(db: Executor) -> int:
+        await sign(db, relay_trouble=relay_trouble())
+        return 0
+
     listed = [
         Chore("reap", Reaper().reap, period_seconds=1.0, wakes=True),
         Chore("expire", expire, period_seconds=1.0),
         Chore("move", move, period_seconds=5.0, wakes=True),
+        Chore("be seen", be_seen, period_seconds=2.0),
+        Chore("look for unserved", UnservedWatch().look, period_seconds=10.0),
         Chore("prune", partial(prune, retention_days=retention_days), period_seconds=60.0),
     ]
     if not has_broker:

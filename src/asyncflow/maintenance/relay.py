@@ -26,6 +26,10 @@ again follows from how much of it was used up since (`Window.rest_seconds`).
 Hints can get lost: a queue is purged or deleted, a disk dies. So each round also compares
 how many tasks have been queued for a while with how many hints the ready messages can hold;
 the surplus has no message any more and goes back to pending.
+
+An operator's policy may limit a queue's length or its messages' age. What RabbitMQ drops for it
+comes back through a queue of its own: its tasks are pending again immediately, and the window
+shrinks until it fits.
 """
 
 from __future__ import annotations
@@ -35,43 +39,53 @@ import contextlib
 import math
 import random
 import time
-from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from uuid import UUID
 
 from asyncflow.errors import InvalidSettings, StoreError, StoreUnavailable, TransportError
+from asyncflow.findings import Finding
 from asyncflow.settings import masked
 from asyncflow.store import admission
 from asyncflow.store.admission import Admitted, OpenQueue
 from asyncflow.store.database import Database, Executor
+from asyncflow.store.installation import identity
 from asyncflow.store.leadership import leadership
 from asyncflow.store.lookback import Lookback, Moments
 from asyncflow.store.wakeups import Listener
 from asyncflow.telemetry import events
+from asyncflow.telemetry.seldom import Seldom
 from asyncflow.transport.amqp import (
     BrokerTimeout,
     Channel,
     ChannelClosed,
     Connection,
+    Delivery,
+    MalformedFrame,
     Message,
     PublishResult,
     QueueCounts,
     connect,
 )
-from asyncflow.transport.resting import RestingQueues
+from asyncflow.transport.diagnosis import explained
+from asyncflow.transport.resting import QueueUnusable, Reconnecting, RestingQueues
 from asyncflow.transport.topology import (
     PACK_MAX,
+    PREFIX,
     broker_queue,
+    declare_dead_letters,
     declare_task_queue,
-    declare_unreadable,
+    decode_hints,
+    dropped,
     encode_hints,
+    own,
 )
 
 POLL_SECONDS = 0.5
 REFILL_SECONDS = 0.01
-RECONNECT_SECONDS = (0.3, 1.0)
+LEADERSHIP_SECONDS = (0.3, 1.0)
 CALL_TIMEOUT_SECONDS = 3.0
 """Less than the leader's session may idle, so that an alarm does not end it."""
 
@@ -86,6 +100,24 @@ LOST_BATCH = 5_000
 RECOUNT_SECONDS = 60.0
 PACKS_REMEMBERED_SECONDS = 60.0
 MARK_AFTER_SECONDS = 0.2
+
+DROPPED_MESSAGES_MAX = 100
+DROPPED_REST_SECONDS = 0.1
+SHRUNK_SECONDS = 60.0
+"""How long a window is kept as small as a queue's limits ask."""
+
+
+_LEAVE_OUT = "leave AsyncFlow's queues out of the policy or operator policy"
+POLICIES = {
+    "expired": f"A policy sets message-ttl, which these hints outlived; {_LEAVE_OUT}.",
+    "maxlen": f"A policy sets max-length or max-length-bytes; {_LEAVE_OUT}, or raise the limit.",
+    "delivery_limit": f"A policy sets delivery-limit; {_LEAVE_OUT}.",
+    "refused": (
+        "RabbitMQ refused them: a policy sets max-length and overflow reject-publish, or the queue "
+        f"has lost its majority; {_LEAVE_OUT}, or start the nodes that are missing."
+    ),
+}
+"""What takes hints out of a queue, by the reason that RabbitMQ gives, and the remedy."""
 
 
 class Window:
@@ -104,6 +136,8 @@ class Window:
         self._size = 0
         self._floor = WINDOW_MIN
         self._was_filled = False
+        self._size_max = WINDOW_MAX
+        self._shrunk_until = -math.inf
         # Of what a former leader sent only this is known.
         self._largest_pack = PACK_MAX
         self._largest_pack_at = time.monotonic()
@@ -125,6 +159,8 @@ class Window:
         elif ready > self._size // 2:
             self._size -= self._size // 16
         self._size = max(self._floor, self._size)
+        if now < self._shrunk_until:
+            self._size = min(self._size, self._size_max)
         room = max(0, self._size - ready)
         if self.pack > 1:
             self.rest_seconds = REFILL_SECONDS
@@ -141,7 +177,15 @@ class Window:
         """
         How many hints to put into one message: few enough that every slot gets messages.
         """
-        return min(PACK_MAX, self._size // self._floor)
+        return max(1, min(PACK_MAX, self._size // self._floor))
+
+    def shrink(self, *, now: float) -> None:
+        """
+        Halve it for a while: RabbitMQ did not keep all of what was sent.
+        """
+        size = min(self._size, self._size_max) if now < self._shrunk_until else self._size
+        self._size_max = max(1, size // 2)
+        self._shrunk_until = now + SHRUNK_SECONDS
 
     def note(self, *, is_full: bool) -> None:
         """
@@ -207,6 +251,13 @@ class Unmarked:
         """
         self._attempts = {task.task_id: task.attempt for task in pending if task in self}
 
+    def forget(self, task_ids: Sequence[UUID]) -> None:
+        """
+        Forget these, whose hints are gone.
+        """
+        for task_id in task_ids:
+            self._attempts.pop(task_id, None)
+
     def pop(self, *, before: float) -> list[Admitted]:
         """
         Take out what was sent earlier than `before`.
@@ -221,31 +272,50 @@ class Unmarked:
         return taken
 
 
-class QueueUnusable(TransportError):
-    """
-    One queue does not answer, or exists with other properties than ours.
-    """
-
-    def __init__(self, queue: str, cause: Exception) -> None:
-        self.queue = queue
-        super().__init__(f"Queue {queue!r}: {cause}")
-
-
 class Relay:
     """
     Sends hints while it is the leader.
+
+    Args:
+        prefix: What the names in RabbitMQ begin with.
     """
 
-    def __init__(self, db: Database, broker_url: str) -> None:
+    def __init__(
+        self,
+        db: Database,
+        broker_url: str,
+        *,
+        prefix: str = PREFIX,
+    ) -> None:
         self._db = db
         self._broker_url = broker_url
+        self._prefix = prefix
+        self._installation: str | None = None
+        self._connection: Connection | None = None
+        self._troubles: dict[str, str] = {}
+        self._limited = (-math.inf, "")
+        self._dropped: list[tuple[Channel, Delivery]] = []
+        self._seldom = Seldom()
         self._windows: defaultdict[str, Window] = defaultdict(Window)
         self._unmarked: defaultdict[str, Unmarked] = defaultdict(Unmarked)
         self._lookback = Lookback(db)
         self._queued_since: dict[str, datetime] = {}
         self._recounted_at = -math.inf
         self._resting = RestingQueues()
+        self._reconnecting = Reconnecting()
         self._woken = asyncio.Event()
+
+    @property
+    def trouble(self) -> str | None:
+        """
+        Why hints cannot be sent now, or not for some queue; None if all is well.
+        """
+        if self._connection is not None and self._connection.blocked:
+            return "RabbitMQ takes no messages: it has a memory or disk alarm."
+        limited_at, limit = self._limited
+        if self._troubles or time.monotonic() > limited_at + SHRUNK_SECONDS:
+            return next(iter(self._troubles.values()), None)
+        return limit
 
     async def run(self) -> None:
         """
@@ -253,17 +323,23 @@ class Relay:
         """
         async with Listener(self._db, self._woken.set), aclosing(self._lookback):
             while True:
+                may_pass = True
                 try:
                     await self._relay_on_one_connection()
+                except QueueUnusable:
+                    pass  # It was reported, and rests.
                 except (TransportError, InvalidSettings) as error:
                     # Settings were checked at the start; a certificate file may go later.
-                    events.broker_unavailable(role="relay", reason=str(error))
+                    finding = self._explained(error)
+                    may_pass = finding.may_pass
+                    self._troubles[""] = str(finding)
+                    events.broker_unavailable(role="relay", reason=str(finding), may_pass=may_pass)
                 except StoreUnavailable as error:
                     events.database_unavailable(where="relay", reason=str(error))
                 except Exception as error:
                     # Tasks wait as long as no relay runs.
                     events.chore_failed(chore="relay", reason=repr(error))
-                await asyncio.sleep(random.uniform(*RECONNECT_SECONDS))
+                await asyncio.sleep(self._reconnecting.wait_seconds(may_pass=may_pass))
 
     async def _relay_on_one_connection(self) -> None:
         connection = await connect(
@@ -273,25 +349,59 @@ class Relay:
             on_blocked=_report_blocked,
         )
         try:
+            self._connection = connection
             channel = await connection.channel()
-            await declare_unreadable(channel)
+            await self._own(connection, channel)
+            await declare_dead_letters(channel, prefix=self._prefix)
             await channel.confirm_select()
             events.broker_connected(role="relay", url=masked(self._broker_url))
+            self._reconnecting.worked()
+            self._troubles.pop("", None)
             while connection.is_open:
                 async with leadership(self._db, purpose="relay") as db:
                     if db is not None:
                         await self._lead(db, connection, channel)
-                await asyncio.sleep(random.uniform(*RECONNECT_SECONDS))
+                await asyncio.sleep(random.uniform(*LEADERSHIP_SECONDS))
         finally:
+            self._connection = None
             await connection.close()
 
+    async def _own(self, connection: Connection, channel: Channel) -> None:
+        """
+        Make sure that no other installation takes its hints where this one's are sent.
+        """
+        self._installation = self._installation or await identity(self._db)
+        if self._installation is not None:
+            await own(
+                channel,
+                installation=self._installation,
+                prefix=self._prefix,
+                on_lost=connection.abandon,
+            )
+
     async def _lead(self, db: Executor, connection: Connection, channel: Channel) -> None:
-        while connection.is_open:
-            self._woken.clear()
-            rest_seconds = await self._run_unless_blocked(db, connection, channel)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(rest_seconds):
-                    await self._woken.wait()
+        async with self._hearing_of_drops(connection) as hearing:
+            while connection.is_open and hearing.is_open:
+                self._woken.clear()
+                rest_seconds = await self._run_unless_blocked(db, connection, channel)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(rest_seconds):
+                        await self._woken.wait()
+
+    @contextlib.asynccontextmanager
+    async def _hearing_of_drops(self, connection: Connection) -> AsyncIterator[Channel]:
+        channel = await connection.channel()
+        try:
+            await channel.consume(
+                dropped(self._prefix),
+                prefetch=DROPPED_MESSAGES_MAX,
+                on_deliveries=lambda found: self._dropped.extend((channel, one) for one in found),
+                on_cancelled=channel.abandon,
+            )
+            yield channel
+        finally:
+            self._dropped.clear()
+            channel.abandon()
 
     async def _run_unless_blocked(
         self, db: Executor, connection: Connection, channel: Channel
@@ -312,8 +422,12 @@ class Relay:
             if connection.blocked:
                 return POLL_SECONDS
             self._resting.failed(error.queue, now=time.monotonic())
-            events.broker_queue_unusable(role="relay", queue=error.queue, reason=str(error))
+            reason = self._troubles[error.queue] = str(self._explained(error.cause))
+            events.broker_queue_unusable(role="relay", queue=error.queue, reason=reason)
             raise
+
+    def _explained(self, error: Exception) -> Finding:
+        return explained(error, prefix=self._prefix)
 
     async def run_once(self, db: Executor, channel: Channel) -> float:
         """
@@ -329,6 +443,7 @@ class Relay:
             TransportError, StoreUnavailable: Nothing is lost; begin again.
         """
         rest_seconds = POLL_SECONDS
+        has_dropped = await self._take_back_dropped()
         queues = await self._open_queues(db)
         since = self._lookback.since(
             queues=[queue.name for queue in queues],
@@ -341,7 +456,7 @@ class Relay:
             if self._resting.rests(queue.name, now=time.monotonic()):
                 continue
             try:
-                counts = await declare_task_queue(channel, queue.name)
+                counts = await declare_task_queue(channel, queue.name, prefix=self._prefix)
                 sent = queue.queued + len(self._unmarked[queue.name])
                 ready = self._windows[queue.name].hints_max(counts, queued=sent)
                 await self._find_lost(queue, ready=ready)
@@ -351,9 +466,42 @@ class Relay:
             except (BrokerTimeout, ChannelClosed, ValueError) as error:
                 raise QueueUnusable(queue.name, error) from error
             self._resting.worked(queue.name)
+            self._troubles.pop(queue.name, None)
         if any(self._unmarked.values()):
             rest_seconds = min(rest_seconds, MARK_AFTER_SECONDS)
-        return rest_seconds
+        # What is dropped as fast as it is sent must not keep everybody busy.
+        return max(rest_seconds, DROPPED_REST_SECONDS) if has_dropped else rest_seconds
+
+    async def _take_back_dropped(self) -> bool:
+        """
+        Let the tasks whose hints RabbitMQ dropped go again; return whether there were any.
+        """
+        found, self._dropped = self._dropped, []
+        causes: Counter[tuple[str, str]] = Counter()
+        for _, message in found:
+            queue = message.routing_key.removeprefix(broker_queue("", prefix=self._prefix))
+            task_ids = decode_hints(message.body)
+            if task_ids is None:
+                events.message_unreadable(
+                    queue=message.routing_key, body_bytes=len(message.body or b"")
+                )
+                continue
+            await admission.unqueue_dropped(self._db, task_ids)
+            self._unmarked[queue].forget(task_ids)
+            causes[queue, _cause_of_death(message)] += len(task_ids)
+        for channel, message in found:
+            channel.ack(message.tag)
+        for (queue, cause), count in causes.items():
+            sentence = POLICIES.get(cause, f"RabbitMQ dropped it ({cause}).")
+            self._shrink(queue, sentence)
+            if unsaid := self._seldom.count((queue, cause), count):
+                events.hints_dropped(queue=queue, cause=sentence, count=unsaid)
+        return bool(found)
+
+    def _shrink(self, queue: str, reason: str) -> None:
+        now = time.monotonic()
+        self._windows[queue].shrink(now=now)
+        self._limited = now, reason
 
     async def _open_queues(self, db: Executor) -> list[OpenQueue]:
         now = time.monotonic()
@@ -447,7 +595,7 @@ class Relay:
         window.note_pack(max(len(pack) for pack in packs))
         messages = [
             Message(
-                broker_queue(queue),
+                broker_queue(queue, prefix=self._prefix),
                 encode_hints([task.task_id for task in pack]),
                 priority=pack[0].priority,
             )
@@ -461,8 +609,17 @@ class Relay:
             for task in pack
         ]
         if len(confirmed) < len(admitted):
-            events.hints_not_sent(queue=queue, count=len(admitted) - len(confirmed))
+            self._report_unsent(queue, results, count=len(admitted) - len(confirmed))
         return confirmed
+
+    def _report_unsent(self, queue: str, results: Sequence[PublishResult], *, count: int) -> None:
+        if PublishResult.REFUSED in results:
+            reason = POLICIES["refused"]
+            self._shrink(queue, reason)
+        else:
+            reason = "The queue was deleted just now; it is declared again."
+        if unsaid := self._seldom.count((queue, reason), count):
+            events.hints_not_sent(queue=queue, count=unsaid, reason=reason)
 
     async def _find_lost(self, queue: OpenQueue, *, ready: int) -> None:
         if queue.queued <= ready:
@@ -490,6 +647,13 @@ def _packs(admitted: Sequence[Admitted], *, hints_max: int) -> list[list[Admitte
         else:
             packs.append([task])
     return packs
+
+
+def _cause_of_death(message: Delivery) -> str:
+    try:
+        return str(message.headers.get("x-last-death-reason"))
+    except MalformedFrame:
+        return "unknown"
 
 
 def _report_blocked(blocked: bool) -> None:

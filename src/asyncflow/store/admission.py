@@ -194,6 +194,20 @@ async def decline(
     await db.execute(UNQUEUE, list(task_ids), delay_seconds, list(names))
 
 
+COUNT_UNKNOWN = """
+    SELECT cardinality($1::uuid[]) - count(*)
+      FROM asyncflow.tasks t
+     WHERE t.id = ANY ($1)
+"""
+
+
+async def count_unknown(db: Executor, task_ids: Sequence[UUID]) -> int:
+    """
+    How many of these, all different, are no tasks of this database.
+    """
+    return int(await db.fetchval(COUNT_UNKNOWN, task_ids))
+
+
 _UNQUEUE_CHOSEN = """
     UPDATE asyncflow.tasks t
        SET state = 'pending',
@@ -245,6 +259,25 @@ async def unqueue_lost(
     """
     rows = await db.fetch(UNQUEUE_LOST, queue, older_than_seconds, ready, limit, since)
     return len(rows)
+
+
+UNQUEUE_DROPPED = f"""
+    WITH chosen AS MATERIALIZED (
+        SELECT t.id
+          FROM asyncflow.tasks t
+         WHERE t.id = ANY ($1)
+           AND t.state = 'queued'
+         ORDER BY t.id
+           FOR UPDATE SKIP LOCKED)
+    {_UNQUEUE_CHOSEN}
+"""
+
+
+async def unqueue_dropped(db: Executor, task_ids: Sequence[UUID]) -> int:
+    """
+    Put those of these tasks that are queued back to pending: their hints were dropped.
+    """
+    return len(await db.fetch(UNQUEUE_DROPPED, task_ids))
 
 
 UNQUEUE_STRANDED = f"""

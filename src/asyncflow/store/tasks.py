@@ -17,6 +17,7 @@ from asyncflow.domain.states import Event, State, display_status, sources
 from asyncflow.domain.task import NewTask
 from asyncflow.errors import Fault, IllegalTransition, InvalidTask, TaskNotFound
 from asyncflow.store.database import Executor, Record
+from asyncflow.store.presence import SILENT_SECONDS_MAX
 
 
 class Submitted(NamedTuple):
@@ -59,9 +60,10 @@ class Task:
         result: JSON text; None in lists and until completed.
         progress: `{fraction, message}` as the latest attempt reported it, complete once the task
             is; None if it reported none.
-        waiting_for: Why a due task has not started, when there is a reason that will not
-            pass by itself: no live worker offers its name on its queue, or the queue is
-            paused. None otherwise, and in lists.
+        waiting_for: Why a due task has not started, or a running one does not end, when there is a
+            reason that will not pass by itself: no live worker offers its name on its queue, the
+            queue is paused, no maintenance is running, RabbitMQ refuses us. None otherwise, and in
+            lists.
         attempts: Oldest first; empty in lists.
     """
 
@@ -197,36 +199,56 @@ LIST_COLUMNS = """
            t.failure, t.progress, now() AS now
 """
 
+# A worker whose heartbeat is overdue is as good as lost; only maintenance would say so.
+IS_LIVE = """w.stopped_at IS NULL AND w.lost_at IS NULL
+                                    AND w.heartbeat_at
+                                        > now() - w.lease_seconds * interval '1 second'"""
+
 GET = f"""
     SELECT {LIST_COLUMNS}, t.payload, t.result,
            (SELECT json_agg(a ORDER BY a.attempt)
               FROM asyncflow.attempts a
              WHERE a.task_id = t.id) AS attempts,
-           CASE WHEN t.state <> 'pending' OR t.run_at > now() THEN NULL
+           CASE WHEN t.state = 'running'
+                 AND m.is_here IS NOT TRUE
+                 AND NOT EXISTS (SELECT FROM asyncflow.workers w
+                                  WHERE w.id = t.worker_id AND {IS_LIVE})
+                THEN 'unreaped'
+                WHEN t.state NOT IN ('pending', 'queued') OR t.run_at > now() THEN NULL
                 WHEN EXISTS (SELECT FROM asyncflow.queues q
                               WHERE q.name = t.queue AND q.paused_at IS NOT NULL)
                 THEN 'paused'
                 WHEN NOT EXISTS (SELECT FROM asyncflow.workers w
-                                  WHERE w.stopped_at IS NULL AND w.lost_at IS NULL
+                                  WHERE {IS_LIVE}
                                     AND t.name = ANY (w.handlers)
                                     AND t.queue = ANY (w.queues))
                 THEN 'unoffered'
-           END AS waiting_for
+                WHEN NOT $3 OR t.state = 'queued' THEN NULL
+                WHEN m.is_here IS NOT TRUE THEN 'unrelayed'
+                WHEN m.relay_trouble IS NOT NULL THEN 'troubled'
+           END AS waiting_for,
+           m.relay_trouble
       FROM asyncflow.tasks t
+      LEFT JOIN (SELECT relay_trouble,
+                        seen_at > now() - interval '{SILENT_SECONDS_MAX} seconds' AS is_here
+                   FROM asyncflow.maintenance) AS m ON true
      WHERE t.id = $2
        -- Means `=`, but no index serves it: the one on tenant and name would be read whole.
        AND t.tenant_id IS NOT DISTINCT FROM $1
 """
 
 
-async def get(db: Executor, tenant_id: int, task_id: UUID) -> Task:
+async def get(db: Executor, tenant_id: int, task_id: UUID, *, through_relay: bool = False) -> Task:
     """
     Read one task with its payload, result and every attempt.
+
+    Args:
+        through_relay: Whether RabbitMQ carries hints, so that it takes maintenance to start a task.
 
     Raises:
         TaskNotFound: This tenant has no such task.
     """
-    row = await db.fetchrow(GET, tenant_id, task_id)
+    row = await db.fetchrow(GET, tenant_id, task_id, through_relay)
     if row is None:
         raise TaskNotFound(task_id)
     return _task(
@@ -523,6 +545,18 @@ def _waiting_for(row: Record) -> str | None:
                 f"No live worker offers {row['name']!r} on queue {row['queue']!r}; "
                 "it runs when one starts."
             )
+        case "unreaped":
+            return (
+                "Its worker is gone, and no maintenance process is running to give it to another; "
+                "start `asyncflow maintenance`."
+            )
+        case "unrelayed":
+            return (
+                "No maintenance process is running to send it through RabbitMQ; "
+                "start `asyncflow maintenance`."
+            )
+        case "troubled":
+            return f"It cannot be sent through RabbitMQ: {row['relay_trouble']}"
         case _:
             return None
 

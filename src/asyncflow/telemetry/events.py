@@ -229,11 +229,15 @@ def broker_connected(*, role: str, url: str) -> None:
     log.info("broker.connected", role=role, url=url)
 
 
-def broker_unavailable(*, role: str, reason: str) -> None:
+def broker_unavailable(*, role: str, reason: str, may_pass: bool) -> None:
     """
-    RabbitMQ cannot be reached or broke off; tasks are accepted all the same.
+    RabbitMQ cannot be reached or broke off, or, an error, refuses us until a person changes
+    something; tasks are accepted all the same.
     """
-    log.warning("broker.unavailable", role=role, reason=reason)
+    if may_pass:
+        log.warning("broker.unavailable", role=role, reason=reason)
+    else:
+        log.error("broker.refused", role=role, reason=reason)
 
 
 def broker_queue_unusable(*, role: str, queue: str, reason: str) -> None:
@@ -257,11 +261,25 @@ def message_unreadable(*, queue: str, body_bytes: int) -> None:
     log.warning("message.unreadable", queue=queue, body_bytes=body_bytes)
 
 
-def hints_not_sent(*, queue: str, count: int) -> None:
+def hints_not_sent(*, queue: str, count: int, reason: str) -> None:
     """
     RabbitMQ did not take some hints; their tasks stay pending and go again.
     """
-    log.warning("hints.not_sent", queue=queue, count=count)
+    log.warning("hints.not_sent", queue=queue, count=count, reason=reason)
+
+
+def hints_dropped(*, queue: str, cause: str, count: int) -> None:
+    """
+    RabbitMQ itself took hints out of a queue, as a policy told it to; their tasks go again.
+    """
+    log.warning("hints.dropped", queue=queue, cause=cause, count=count)
+
+
+def hints_unknown(*, count: int) -> None:
+    """
+    Hints came for tasks that are not in this database; said at most once a minute.
+    """
+    log.warning("hints.unknown", count=count)
 
 
 def hints_lost(*, queue: str, count: int) -> None:
@@ -307,6 +325,43 @@ def tasks_pruned(*, count: int) -> None:
     Finished tasks older than the retention were deleted.
     """
     log.info("tasks.pruned", count=count)
+
+
+def tasks_unserved(
+    *, queue: str, name: str, count: int, is_more: bool, waiting_seconds: float
+) -> None:
+    """
+    No live worker offers this name on this queue, and `count` tasks wait for one; said once.
+    """
+    log.warning(
+        "tasks.unserved",
+        queue=queue,
+        task=name,
+        count=f"{count} or more" if is_more else count,
+        waiting_seconds=round(waiting_seconds, 1),
+    )
+
+
+def tasks_served(*, queue: str, name: str) -> None:
+    """
+    What was reported as unserved no longer is: a worker offers it, or it is gone.
+    """
+    log.info("tasks.served", queue=queue, task=name)
+
+
+def maintenance_gone(*, silent_seconds: float | None) -> None:
+    """
+    No maintenance process is at work, as an API or worker process sees it; said every ten minutes.
+    """
+    seconds = None if silent_seconds is None else round(silent_seconds, 1)
+    log.warning("maintenance.gone", silent_seconds=seconds)
+
+
+def maintenance_back() -> None:
+    """
+    Maintenance is at work again.
+    """
+    log.info("maintenance.back")
 
 
 def chore_failed(*, chore: str, reason: str) -> None:

@@ -40,19 +40,21 @@ from asyncflow.settings import masked
 from asyncflow.store import admission, claims
 from asyncflow.store.claims import Claim
 from asyncflow.store.database import Database
+from asyncflow.store.installation import identity
 from asyncflow.telemetry import events
+from asyncflow.telemetry.seldom import Seldom
 from asyncflow.transport import Claimant
 from asyncflow.transport.amqp import BrokerTimeout, Channel, ChannelClosed, Delivery, connect
-from asyncflow.transport.resting import RestingQueues
+from asyncflow.transport.diagnosis import explained
+from asyncflow.transport.resting import QueueUnusable, Reconnecting, RestingQueues
 from asyncflow.transport.topology import (
+    PREFIX,
     broker_queue,
+    declare_dead_letters,
     declare_task_queue,
-    declare_unreadable,
     decode_hints,
+    own,
 )
-
-RECONNECT_SECONDS = (0.2, 1.5)
-"""A random wait between tries, so that workers do not return in step."""
 
 OUTAGE_SECONDS = (0.2, 1.0)
 """A random wait while PostgreSQL is away."""
@@ -151,12 +153,24 @@ class Consumer:
 class RabbitTransport:
     """
     Claims the tasks whose hints RabbitMQ delivers.
+
+    Args:
+        prefix: What the names in RabbitMQ begin with.
     """
 
-    def __init__(self, db: Database, claimant: Claimant, *, broker_url: str) -> None:
+    def __init__(
+        self,
+        db: Database,
+        claimant: Claimant,
+        *,
+        broker_url: str,
+        prefix: str = PREFIX,
+    ) -> None:
         self._db = db
         self._claimant = claimant
         self._broker_url = broker_url
+        self._prefix = prefix
+        self._installation: str | None = None
         self._names = [offer.name for offer in claimant.offers]
         self._inbox: deque[Hint] = deque()
         self._claimed: dict[tuple[UUID, UUID], Pack] = {}
@@ -171,6 +185,8 @@ class RabbitTransport:
         self._consumers: dict[str, Consumer] = {}
         self._queues: list[str] = []
         self._resting = RestingQueues()
+        self._reconnecting = Reconnecting()
+        self._unknown = Seldom()
         self._channel: Channel | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -272,6 +288,9 @@ class RabbitTransport:
             await admission.decline(
                 self._db, list(unclaimed), names=self._names, delay_seconds=DECLINE_SECONDS
             )
+            unknown = await admission.count_unknown(self._db, list(unclaimed))
+            if unknown and (count := self._unknown.count("unknown", unknown)):
+                events.hints_unknown(count=count)
         for pack in unclaimed.values():
             pack.settle_one()
 
@@ -279,31 +298,55 @@ class RabbitTransport:
 
     async def _supervise(self) -> None:
         while not self._stopped:
+            may_pass = True
             try:
                 await self._serve_one_connection()
+            except QueueUnusable:
+                pass  # It was reported, and rests.
+            except StoreError as error:
+                events.database_unavailable(where="broker", reason=str(error))
             except (TransportError, InvalidSettings) as error:
                 # Settings were checked at the start; a certificate file may go later.
-                events.broker_unavailable(role="worker", reason=str(error))
+                finding = explained(error, prefix=self._prefix)
+                may_pass = finding.may_pass
+                events.broker_unavailable(
+                    role="worker", reason=str(finding), may_pass=finding.may_pass
+                )
             finally:
                 self._forget_deliveries()
             if not self._stopped:
-                await asyncio.sleep(random.uniform(*RECONNECT_SECONDS))
+                await asyncio.sleep(self._reconnecting.wait_seconds(may_pass=may_pass))
 
     async def _serve_one_connection(self) -> None:
         connection = await connect(self._broker_url, name="asyncflow worker")
         try:
             channel = await connection.channel()
-            await declare_unreadable(channel)
+            await self._own(channel)
+            await declare_dead_letters(channel, prefix=self._prefix)
             self._queues = self._usable_queues()
             for queue in self._queues:
                 with self._resting_if_unusable(queue):
-                    await declare_task_queue(channel, queue)
+                    await declare_task_queue(channel, queue, prefix=self._prefix)
             events.broker_connected(role="worker", url=masked(self._broker_url))
+            self._reconnecting.worked()
             self._channel = channel
             await self._consume(channel)
         finally:
             self._channel = None
             await connection.close()
+
+    async def _own(self, channel: Channel) -> None:
+        """
+        Make sure that no other installation's hints are used up here.
+        """
+        self._installation = self._installation or await identity(self._db)
+        if self._installation is not None:
+            await own(
+                channel,
+                installation=self._installation,
+                prefix=self._prefix,
+                on_lost=channel.abandon,
+            )
 
     def _usable_queues(self) -> list[str]:
         now = time.monotonic()
@@ -316,8 +359,9 @@ class RabbitTransport:
         except (BrokerTimeout, ChannelClosed) as error:
             # The next connection does without it, so that the other queues are served.
             self._resting.failed(queue, now=time.monotonic())
-            events.broker_queue_unusable(role="worker", queue=queue, reason=str(error))
-            raise
+            reason = str(explained(error, prefix=self._prefix))
+            events.broker_queue_unusable(role="worker", queue=queue, reason=reason)
+            raise QueueUnusable(queue, error) from error
 
     async def _consume(self, channel: Channel) -> None:
         """
@@ -360,7 +404,7 @@ class RabbitTransport:
         if consumer.prefetch:
             with self._resting_if_unusable(queue):
                 consumer.tag = await channel.consume(
-                    broker_queue(queue),
+                    broker_queue(queue, prefix=self._prefix),
                     prefetch=consumer.prefetch,
                     on_deliveries=lambda deliveries: self._receive(channel, consumer, deliveries),
                     # A deaf consumer on a healthy channel is the nastiest outage.

@@ -1,21 +1,37 @@
 """
-Queues in RabbitMQ that cannot be used just now, and how long they are left alone.
+How long RabbitMQ, or one of its queues, is left alone after a failure.
 
-A queue may have been declared with other properties, or its leader may be gone; whoever asks
-for it loses the channel or waits for the answer. The queues beside it must not pay for that.
+A queue may have been declared with other properties, or its leader may be gone; asking
+for it costs the channel or a wait for the answer. The queues beside it must not pay for that.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
-REST_SECONDS_MAX = 60.0
+from asyncflow.errors import TransportError
+
+REST_SECONDS_MAX = 15.0
+RECONNECT_SECONDS = (0.2, 1.5)
+"""A random wait after an outage, so that processes do not return in step."""
+
+
+class QueueUnusable(TransportError):
+    """
+    One queue does not answer, or exists with other properties than ours.
+    """
+
+    def __init__(self, queue: str, cause: Exception) -> None:
+        self.queue = queue
+        self.cause = cause
+        super().__init__(f"Queue {queue!r}: {cause}")
 
 
 @dataclass(slots=True)
 class RestingQueues:
     """
-    Rests of 1 second, then 2, 4, … up to a minute, until the queue works again.
+    Rests of 1 second, then 2, 4, … up to fifteen, until the queue works again.
 
     Times are of one monotonic clock, in seconds.
     """
@@ -42,3 +58,28 @@ class RestingQueues:
         Whether to leave `queue` alone now.
         """
         return now < self._until.get(queue, 0.0)
+
+
+@dataclass(slots=True)
+class Reconnecting:
+    """
+    Waits between tries to connect: short after an outage, ever longer where a person has to
+    change something first.
+    """
+
+    _refusals: int = 0
+
+    def wait_seconds(self, *, may_pass: bool) -> float:
+        """
+        How long to wait before the next try, from what ended the last one.
+        """
+        if may_pass:
+            return random.uniform(*RECONNECT_SECONDS)
+        self._refusals = min(10, self._refusals + 1)
+        return min(REST_SECONDS_MAX, 2.0 ** (self._refusals - 1)) * random.uniform(0.5, 1.0)
+
+    def worked(self) -> None:
+        """
+        Begin anew: RabbitMQ served.
+        """
+        self._refusals = 0

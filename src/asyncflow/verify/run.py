@@ -21,7 +21,7 @@ import asyncpg
 from asyncflow import __version__
 from asyncflow.embedded import Cluster
 from asyncflow.store.migrations import migrate
-from asyncflow.transport.topology import UNREADABLE
+from asyncflow.transport.topology import unreadable
 from asyncflow.verify import handlers, record
 from asyncflow.verify.broker import Broker, OwnBroker, free_ports
 from asyncflow.verify.client import Clients, Unanswered, request
@@ -249,7 +249,7 @@ async def _empty_queues(broker: Broker, until: float) -> list[dict[str, object]]
             queues = [
                 {"name": q["name"], "messages": q.get("messages", 0)}
                 for q in await broker.queues()
-                if q["name"] != UNREADABLE
+                if q["name"] != unreadable()
             ]
             if is_late or not any(q["messages"] for q in queues):
                 return queues

@@ -104,6 +104,13 @@ class Channel:
         self._closed = asyncio.Event()
         self._released = asyncio.Event()
 
+    @property
+    def is_open(self) -> bool:
+        """
+        Whether nothing has ended it yet.
+        """
+        return not self._closed.is_set()
+
     async def publish(
         self, messages: Sequence[Message], *, exchange: str, timeout_seconds: float
     ) -> list[PublishResult]:
@@ -296,6 +303,16 @@ class Channel:
             arguments=dict(arguments or {}),
         )
         await self._call(bind, commands.Queue.BindOk)
+
+    async def bind_exchange(self, name: str, *, source: str, routing_key: str) -> None:
+        """
+        Have the exchange `source` send what has this routing key to the exchange `name` as well.
+
+        Raises:
+            ChannelClosed: 404: there is no such exchange.
+        """
+        bind = commands.Exchange.Bind(destination=name, source=source, routing_key=routing_key)
+        await self._call(bind, commands.Exchange.BindOk)
 
     async def delete_queue(self, name: str) -> int:
         """

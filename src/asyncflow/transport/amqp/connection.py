@@ -59,7 +59,8 @@ async def connect(
         url: `amqp://user:password@host:port/vhost`, or `amqps://` for TLS; user, password
             and vhost percent-encoded, no path means the vhost `/`. With TLS the broker's
             certificate and name are verified, against the system's authorities or those
-            in `?cafile=/path.pem`; `?verify=false` verifies nothing.
+            in `?cacertfile=/path.pem`; `?verify=verify_none` verifies nothing. What else may
+            stand there says `url`; it wins over the arguments.
         name: How the broker's own tools shall call this connection.
         heartbeat_seconds: 1 or more. A silent broker is given up after 2 to 2.5 of these.
         timeout_seconds: For connecting, and for each later call unless it says otherwise.
@@ -72,6 +73,8 @@ async def connect(
         BrokerRefused: Wrong user, password or vhost.
     """
     address = parse_url(url)
+    timeout_seconds = address.timeout_seconds or timeout_seconds
+    heartbeat_seconds = address.heartbeat_seconds or heartbeat_seconds
     connection = Connection(str(address), timeout_seconds=timeout_seconds, on_blocked=on_blocked)
     try:
         async with asyncio.timeout(timeout_seconds):
@@ -190,7 +193,11 @@ class Connection(asyncio.Protocol):
         For `connect`: make the TCP connection and log in.
         """
         await self._loop.create_connection(
-            lambda: self, address.host, address.port, ssl=address.tls
+            lambda: self,
+            address.host,
+            address.port,
+            ssl=address.tls,
+            server_hostname=address.tls_name if address.tls else None,
         )
         start_coming = self._calls.expect(commands.Connection.Start)
         self.write(PROTOCOL_HEADER)
@@ -198,7 +205,7 @@ class Connection(asyncio.Protocol):
         tune_coming = self._calls.expect(commands.Connection.Tune)
         self.write(encode_method(0, _start_ok(address, name)))
         tune = await tune_coming
-        tune_ok = _tune_ok(tune, heartbeat_seconds)
+        tune_ok = _tune_ok(tune, address, heartbeat_seconds)
         open_ok_coming = self._calls.expect(commands.Connection.OpenOk)
         self.write(encode_method(0, tune_ok))
         self.write(encode_method(0, commands.Connection.Open(address.vhost)))
@@ -356,13 +363,17 @@ def _start_ok(address: Address, name: str) -> commands.Connection.StartOk:
     )
 
 
-def _tune_ok(tune: commands.Connection.Tune, heartbeat_seconds: int) -> commands.Connection.TuneOk:
+def _tune_ok(
+    tune: commands.Connection.Tune, address: Address, heartbeat_seconds: int
+) -> commands.Connection.TuneOk:
     """
-    The smaller of each wish, where 0 is none.
+    The smallest of each wish, where 0 is none.
     """
+    channels_max = min(_CHANNELS_MAX, address.channels_max or _CHANNELS_MAX)
+    frame_bytes_max = min(FRAME_BYTES_MAX, address.frame_bytes_max or FRAME_BYTES_MAX)
     return commands.Connection.TuneOk(
-        channel_max=min(tune.channel_max or _CHANNELS_MAX, _CHANNELS_MAX),
-        frame_max=min(tune.frame_max or FRAME_BYTES_MAX, FRAME_BYTES_MAX),
+        channel_max=min(tune.channel_max or channels_max, channels_max),
+        frame_max=min(tune.frame_max or frame_bytes_max, frame_bytes_max),
         heartbeat=min(tune.heartbeat or heartbeat_seconds, heartbeat_seconds),
     )
 

@@ -1,0 +1,79 @@
+"""
+Tasks that are due and that no live worker offers: they wait until somebody starts one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asyncflow.store.database import Executor
+
+
+@dataclass(frozen=True, slots=True)
+class Unserved:
+    """
+    Tasks of one name on one queue that nobody runs.
+
+    Attributes:
+        count: How many, as far as was counted: the oldest `sample` per priority of a queue.
+        waiting_seconds: How long the oldest has been due.
+    """
+
+    queue: str
+    name: str
+    count: int
+    waiting_seconds: float
+
+
+QUEUES_MAX = 1_000
+
+# $1 how many of a queue's oldest tasks to look at, per priority; $2 due for how long. What nobody
+# runs stays in front of what is run, so a look at the oldest is enough.
+UNSERVED = f"""
+    WITH RECURSIVE waiting (queue) AS (
+        -- Each queue in one step by index tasks_due, however many tasks it holds.
+        (SELECT t.queue
+           FROM asyncflow.tasks_live t
+          WHERE t.queued_at IS NULL AND t.lease_id IS NULL
+          ORDER BY t.queue
+          LIMIT 1)
+         UNION ALL
+        SELECT (SELECT t.queue
+                  FROM asyncflow.tasks_live t
+                 WHERE t.queued_at IS NULL AND t.lease_id IS NULL
+                   AND t.queue > w.queue
+                 ORDER BY t.queue
+                 LIMIT 1)
+          FROM waiting w
+         WHERE w.queue IS NOT NULL)
+    SELECT oldest.queue, oldest.name, count(*)::int AS count,
+           extract(epoch FROM now() - min(oldest.run_at))::float8 AS waiting_seconds
+      FROM (SELECT queue FROM waiting WHERE queue IS NOT NULL LIMIT {QUEUES_MAX}) AS waiting
+     CROSS JOIN generate_series(9, 0, -1) AS level (priority)
+     CROSS JOIN LATERAL (
+           SELECT t.queue, t.name, t.run_at
+             FROM asyncflow.tasks_live t
+            WHERE t.queued_at IS NULL AND t.lease_id IS NULL
+              AND t.queue = waiting.queue
+              AND t.priority = level.priority
+              AND t.run_at <= now() - $2 * interval '1 second'
+            ORDER BY t.run_at, t.id
+            LIMIT $1) AS oldest
+     WHERE NOT EXISTS (SELECT FROM asyncflow.queues q
+                        WHERE q.name = oldest.queue AND q.paused_at IS NOT NULL)
+       AND NOT EXISTS (SELECT FROM asyncflow.workers w
+                        WHERE w.stopped_at IS NULL AND w.lost_at IS NULL
+                          AND oldest.name = ANY (w.handlers)
+                          AND oldest.queue = ANY (w.queues))
+     GROUP BY oldest.queue, oldest.name
+     ORDER BY count DESC, oldest.queue, oldest.name
+"""
+
+
+async def unserved(db: Executor, *, sample: int, due_for_seconds: float) -> list[Unserved]:
+    """
+    What has been due for a while and is offered by no live worker, the most first.
+
+    Paused queues are left out: somebody wants their tasks to wait.
+    """
+    return [Unserved(*row) for row in await db.fetch(UNSERVED, sample, due_for_seconds)]

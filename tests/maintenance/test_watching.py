@@ -1,0 +1,101 @@
+"""
+Nobody has to find out by himself that maintenance is gone, or that tasks wait for nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from structlog.testing import capture_logs
+
+from asyncflow.maintenance.chores import chores, run_chore
+from asyncflow.maintenance.unserved import NAMED_MAX, UnservedWatch
+from asyncflow.maintenance.watch import REPEAT_SECONDS, MaintenanceWatch
+from asyncflow.store.database import Database
+from asyncflow.store.presence import SILENT_SECONDS_MAX, presence
+from asyncflow.store.wakeups import Waker
+from transport.tasks import a_worker, submit, until
+
+
+async def test_maintenance_is_seen_with_what_its_relay_says(db: Database) -> None:
+    """
+    From its first seconds on.
+    """
+    assert (await presence(db)).is_gone
+    listed = chores(retention_days=7, has_broker=True, relay_trouble=lambda: "no permission")
+    [chore] = [chore for chore in listed if chore.name == "be seen"]
+    running = asyncio.create_task(run_chore(chore, db, Waker(db)))
+
+    async def is_seen() -> bool:
+        return not (await presence(db)).is_gone
+
+    await until(is_seen)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+    assert "no permission" == (await presence(db)).relay_trouble
+
+
+async def test_the_absence_of_maintenance_is_said_now_and_then(db: Database) -> None:
+    """
+    Not at a start, when it may be about to start itself; then every ten minutes, until it is back.
+    """
+    watch = MaintenanceWatch(db)
+    start = time.monotonic()
+
+    async def told(after_seconds: float) -> list[str]:
+        with capture_logs() as logs:
+            await watch.look(now=start + after_seconds)
+        return [event["event"] for event in logs]
+
+    late = SILENT_SECONDS_MAX + 1
+    assert [] == await told(SILENT_SECONDS_MAX - 1)
+    assert ["maintenance.gone"] == await told(late)
+    assert [] == await told(late + REPEAT_SECONDS - 1)
+    assert ["maintenance.gone"] == await told(late + REPEAT_SECONDS + 1)
+    await db.execute("INSERT INTO asyncflow.maintenance (seen_at) VALUES (now())")
+    assert ["maintenance.back"] == await told(late + REPEAT_SECONDS + 2)
+    assert [] == await told(late + REPEAT_SECONDS + 3)
+
+
+async def test_tasks_that_nobody_serves_are_named_once(db: Database) -> None:
+    """
+    With their queue and number, and again when they are served.
+    """
+    watch = UnservedWatch(due_for_seconds=0)
+
+    async def told() -> list[tuple[object, ...]]:
+        with capture_logs() as logs:
+            assert 0 == await watch.look(db)
+        return [
+            (event["event"], event["queue"], event["task"], event.get("count")) for event in logs
+        ]
+
+    await submit(db, 600, queue="nobody", name="work")
+    first, second = await told(), await told()
+    await submit(db, 1_000, queue="nobody", name="work")
+    worker = await a_worker(db, queues=("nobody",))
+    served = await told()
+    await db.execute("UPDATE asyncflow.workers SET stopped_at = now() WHERE id = $1", worker.id)
+    again = await told()
+
+    assert [("tasks.unserved", "nobody", "work", 600)] == first
+    assert [] == second
+    assert [("tasks.served", "nobody", "work", None)] == served
+    assert [("tasks.unserved", "nobody", "work", "1000 or more")] == again
+
+
+async def test_many_names_that_nobody_serves_do_not_fill_the_log(db: Database) -> None:
+    """
+    The largest are enough to see what is wrong.
+    """
+    watch = UnservedWatch(due_for_seconds=0)
+    for number in range(NAMED_MAX + 5):
+        await submit(db, name=f"made-up-{number}")
+
+    with capture_logs() as logs:
+        await watch.look(db)
+        await watch.look(db)
+
+    assert NAMED_MAX == len(logs)

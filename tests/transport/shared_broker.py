@@ -1,0 +1,218 @@
+"""
+A RabbitMQ that others administer: a user of its own in a virtual host, whose rights come and go,
+and a relay and a worker that log in as this user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from structlog.testing import capture_logs
+
+from asyncflow.maintenance.relay import Relay
+from asyncflow.store.claims import Offer
+from asyncflow.store.database import Database
+from asyncflow.transport import Claimant
+from asyncflow.transport.rabbitmq import RabbitTransport
+from asyncflow.transport.topology import PREFIX
+from services.broker import Broker
+from transport.tasks import NAME, QUEUE, a_worker, complete, until
+
+PASSWORD = "secret-of-a-test"
+EVERYTHING = ".*"
+NOTHING = "^$"
+
+
+class Administrator:
+    """
+    Who gives and takes rights in one virtual host.
+
+    Attributes:
+        url: For a client that logs in as the user.
+    """
+
+    def __init__(self, broker: Broker, broker_url: str) -> None:
+        parts = urlsplit(broker_url)
+        self.broker = broker
+        self.vhost = parts.path[1:]
+        self.user = f"user-of-{self.vhost}"
+        self.url = parts._replace(
+            netloc=f"{self.user}:{PASSWORD}@{parts.hostname}:{parts.port}"
+        ).geturl()
+
+    async def api(self, method: str, path: str, body: Any = None) -> Any:
+        """
+        Call the management API; what is missing already is fine.
+        """
+        return await asyncio.to_thread(self.broker.api, method, path, body, ignore_missing=True)
+
+    async def add_user(self, password: str = PASSWORD) -> None:
+        """
+        Make the user, or give it another password.
+        """
+        await self.api("PUT", f"users/{self.user}", {"password": password, "tags": ""})
+
+    async def delete_user(self) -> None:
+        """
+        Remove the user; its connections are closed.
+        """
+        await self.api("DELETE", f"users/{self.user}")
+
+    async def permit(
+        self, *, configure: str = EVERYTHING, write: str = EVERYTHING, read: str = EVERYTHING
+    ) -> None:
+        """
+        Give the user these permissions and no others, from its next connection on.
+        """
+        rights = {"configure": configure, "write": write, "read": read}
+        await self.api("PUT", f"permissions/{self.vhost}/{self.user}", rights)
+        await self.disconnect()
+
+    async def forbid(self) -> None:
+        """
+        Take the virtual host away from the user.
+        """
+        await self.api("DELETE", f"permissions/{self.vhost}/{self.user}")
+        await self.disconnect()
+
+    async def disconnect(self) -> None:
+        """
+        Close the user's connections, whose permissions RabbitMQ remembers.
+        """
+        await self.api("DELETE", f"connections/username/{self.user}")
+
+    async def make_vhost(self) -> None:
+        """
+        Make the virtual host anew, with all permissions.
+        """
+        await self.api("PUT", f"vhosts/{self.vhost}", {})
+        await self.permit()
+
+    async def delete_vhost(self) -> None:
+        """
+        Remove the virtual host with all that is in it.
+        """
+        await self.api("DELETE", f"vhosts/{self.vhost}")
+
+    async def set_policy(self, **definition: Any) -> None:
+        """
+        Limit all task queues, as an operator does who knows nothing of them.
+        """
+        body = {"pattern": ".*", "definition": definition, "apply-to": "queues"}
+        await self.api("PUT", f"policies/{self.vhost}/limits", body)
+
+    async def clear_policy(self) -> None:
+        """
+        Take the limits away.
+        """
+        await self.api("DELETE", f"policies/{self.vhost}/limits")
+
+
+@asynccontextmanager
+async def administered(broker: Broker, broker_url: str) -> AsyncIterator[Administrator]:
+    """
+    A user with all permissions, for one block.
+    """
+    administrator = Administrator(broker, broker_url)
+    await administrator.add_user()
+    await administrator.permit()
+    try:
+        yield administrator
+    finally:
+        await administrator.delete_user()
+
+
+class System:
+    """
+    A relay and a worker that runs whatever comes.
+
+    Attributes:
+        events: What they log.
+    """
+
+    def __init__(self, db: Database, relay: Relay, transport: RabbitTransport) -> None:
+        self.db = db
+        self.relay = relay
+        self.transport = transport
+        self.events: list[Any] = []
+
+    async def until_told(self, event: str, *words: str) -> None:
+        """
+        Wait until this event is logged by relay or worker, with these words in it.
+        """
+
+        async def is_told() -> bool:
+            return any(
+                logged["event"] == event and all(word in str(logged) for word in words)
+                for logged in self.events
+            )
+
+        try:
+            await until(is_told)
+        except TimeoutError:
+            raise AssertionError(f"no {event} with {words} in {self.events[-20:]}") from None
+
+    async def until_completed(self, task_ids: Sequence[Any]) -> None:
+        """
+        Wait until each of these tasks is completed.
+        """
+
+        async def are_completed() -> bool:
+            done = await self.db.fetchval(
+                "SELECT count(*) FROM asyncflow.tasks WHERE id = ANY ($1) AND state = 'completed'",
+                task_ids,
+            )
+            return bool(done == len(task_ids))
+
+        try:
+            await until(are_completed)
+        except TimeoutError:
+            raise AssertionError(f"not all completed; {self.events[-20:]}") from None
+
+    async def work(self, slots: int) -> None:
+        """
+        Complete what is claimed, until the transport is stopped.
+        """
+        while taken := await self.transport.take(slots, window=slots):
+            await complete(self.db, taken)
+            for claim in taken:
+                self.transport.finished(claim)
+
+
+@asynccontextmanager
+async def a_system(
+    db: Database,
+    url: str,
+    *,
+    prefix: str = PREFIX,
+    slots: int = 4,
+    works: bool = True,
+) -> AsyncIterator[System]:
+    """
+    A relay and a worker for one block; neither may end before it.
+
+    Args:
+        works: Whether the worker takes what comes; otherwise it is registered and no more.
+    """
+    worker = await a_worker(db, slots=slots)
+    claimant = Claimant(worker.id, (QUEUE,), [Offer(NAME, 5, 900.0)])
+    transport = RabbitTransport(db, claimant, broker_url=url, prefix=prefix)
+    system = System(db, Relay(db, url, prefix=prefix), transport)
+    with capture_logs() as system.events:
+        running = [asyncio.create_task(system.relay.run())]
+        if works:
+            await transport.open()
+            running.append(asyncio.create_task(system.work(slots)))
+        try:
+            yield system
+            assert not [task for task in running if task.done()]
+        finally:
+            await transport.stop()
+            await transport.close()
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
