@@ -19,8 +19,10 @@ import sys
 import threading
 import time
 import uuid
+from contextvars import ContextVar
 
 import pydantic
+import structlog
 
 from asyncflow.errors import Reject, Retry
 from asyncflow.handlers import Context, current_context, handler
@@ -589,3 +591,24 @@ def log_in_process(context: Context):
 def close_everything_in_process():
     os.closerange(3, 256)
     return "closed"
+
+
+# What an attempt leaves in its context, and what it finds there.
+
+TENANT: ContextVar[str] = ContextVar("tenant", default="nobody")
+REGION: ContextVar[str] = ContextVar("region", default="unset")
+REGION.set("set at import")
+
+
+def mark() -> None:
+    TENANT.set("mine")
+    REGION.set("mine")
+    structlog.contextvars.bind_contextvars(customer="mine")
+
+
+def look() -> list[object]:
+    return [TENANT.get(), REGION.get(), structlog.contextvars.get_contextvars()]
+
+
+declare("mark", mark)
+declare("look", look)

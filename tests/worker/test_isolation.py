@@ -22,7 +22,15 @@ import pytest
 import pytest_asyncio
 
 from asyncflow.domain.outcome import Cancelled, Completed, Crashed, Failed, Failure, Outcome
-from asyncflow.handlers import DEFAULT_REGISTRY, Context, Handler, Progress, Registry, handler
+from asyncflow.handlers import (
+    DEFAULT_REGISTRY,
+    Context,
+    Handler,
+    Progress,
+    Registry,
+    current_context,
+    handler,
+)
 from asyncflow.worker.isolation import Isolation, Run
 from worker import odd_handlers
 
@@ -155,6 +163,43 @@ def named(what: str, where: str) -> Handler:
     The handler that does `what`, in the isolation `where`.
     """
     return the(f"{what.replace(' ', '-')}.{where}")
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+@pytest.mark.parametrize("before", ISOLATIONS)
+async def test_an_attempt_finds_nothing_in_its_context_of_the_one_before(
+    isolation: Isolation, before: str, where: str
+) -> None:
+    """
+    It begins within the end of that one; what modules set when they are imported is there.
+    """
+    ended: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
+
+    def begin_next(_: Outcome | None) -> None:
+        isolation.start(named("look", where), "{}", a_context(), ended.set_result)
+
+    isolation.start(named("mark", before), "{}", a_context(), begin_next)
+
+    assert Completed('["nobody","set at import",{}]') == await asyncio.wait_for(ended, 30)
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+async def test_what_follows_an_attempt_runs_in_the_workers_context(
+    isolation: Isolation, where: str
+) -> None:
+    """
+    Its log lines, and the tasks that write its outcome together with those of others.
+    """
+    ended: asyncio.Future[list[object]] = asyncio.get_running_loop().create_future()
+
+    def look(_: Outcome | None) -> None:
+        with pytest.raises(LookupError):
+            current_context()
+        ended.set_result(odd_handlers.look())
+
+    isolation.start(named("mark", where), "{}", a_context(), look)
+
+    assert ["nobody", "set at import", {}] == await asyncio.wait_for(ended, 30)
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)

@@ -66,6 +66,8 @@ class Isolation:
         log_level: str | None = None,
         log_format: Format = "auto",
     ) -> None:
+        # As it is before any handler has run: with what modules of handlers set when imported.
+        self.own_context = contextvars.copy_context()
         self.cancel_grace_seconds = cancel_grace_seconds
         self.result_bytes_max = result_bytes_max
         self.alarm = Alarm()
@@ -213,6 +215,11 @@ class Run:
         """
         The handler has ended.
         """
+        # Its context variables end with it. What follows is the worker's: the settle, log lines,
+        # and above all the next attempt, which may begin within this end.
+        self.isolation.own_context.copy().run(self._end, outcome, stop_seen=stop_seen)
+
+    def _end(self, outcome: Outcome, *, stop_seen: bool) -> None:
         self.has_ended = True
         self.isolation.stuck_runs.discard(self)
         if self.is_stopping and (stop_seen or not isinstance(outcome, Completed)):
@@ -331,7 +338,7 @@ class ThreadRun(Run):
             self.isolation.threads.run(lambda: self._call(loop))
         except RuntimeError as error:
             failure = Failure("Crashed", f"No thread could be started: {error}.")
-            loop.call_soon(self._end, Crashed(failure))
+            loop.call_soon(self._returned, Crashed(failure))
 
     def _call(self, loop: asyncio.AbstractEventLoop) -> None:
         # In the handler's thread.
@@ -342,11 +349,11 @@ class ThreadRun(Run):
             result_bytes_max=self.isolation.result_bytes_max,
         )
         try:
-            loop.call_soon_threadsafe(self._end, outcome)
+            loop.call_soon_threadsafe(self._returned, outcome)
         except RuntimeError:
             pass  # the loop is closed: the worker has gone and nobody waits for this thread
 
-    def _end(self, outcome: Outcome) -> None:
+    def _returned(self, outcome: Outcome) -> None:
         self.end(outcome, stop_seen=self.context.stop_seen)
 
 
