@@ -205,6 +205,26 @@ RETURNS = {
     "backslash": (lambda: "\\u0000", '"\\\\u0000"'),
     "surrogate": (lambda: "a\ud800b\udc00", '"a\ufffdb\ufffd"'),
     "surrogates that belong together": (lambda: "\ud83d\ude00", '"😀"'),
+    "keys": (
+        lambda: {None: 1, True: 2, 1.5: 3, 4: 5, "caf\udce9.txt": 6},
+        '{"null":1,"true":2,"1.5":3,"4":5,"caf\ufffd.txt":6}',
+    ),
+    "keys beside what is not plain": (
+        lambda: {None: {1}, True: 2, 1.5: 3, 4: 5, "caf\udce9.txt": datetime.date(2026, 1, 2)},
+        '{"null":[1],"true":2,"1.5":3,"4":5,"caf\ufffd.txt":"2026-01-02"}',
+    ),
+    "keys in a dataclass": (
+        lambda: Point({None: 1, "caf\udce9": 2}, datetime.date(2026, 1, 2)),  # type: ignore[arg-type]
+        '{"x":{"null":1,"caf\ufffd":2},"at":"2026-01-02"}',
+    ),
+    "keys that are not plain": (
+        lambda: {uuid.UUID(int=1): 1, datetime.date(2026, 1, 2): {Colour.RED: (1, 2)}},
+        '{"00000000-0000-0000-0000-000000000001":1,"2026-01-02":{"red":[1,2]}}',
+    ),
+    "a generator among others": (
+        lambda: [{1}, (n for n in range(3)), (4, {"five": [{6}]})],
+        '[[1],[0,1,2],[4,{"five":[[6]]}]]',
+    ),
     "date": (lambda: datetime.date(2026, 1, 2), '"2026-01-02"'),
     "uuid": (lambda: uuid.UUID(int=1), '"00000000-0000-0000-0000-000000000001"'),
     "decimal": (lambda: decimal.Decimal("1.10"), '"1.10"'),
@@ -242,6 +262,10 @@ UNSTORABLE = {
     "a generator that fails": (stopping_half_way, "InvalidResult"),
     "an asynchronous generator": (items_to_await, "InvalidResult"),
     "a generator without end": (lambda: (n for n in itertools.count()), "ResultTooLarge"),
+    "an object with a generator without end": (
+        lambda: {"rows": (n for n in itertools.count())},
+        "ResultTooLarge",
+    ),
     "a serializer that quits": (Quitter, "InvalidResult"),
     "a type of an unstorable name": (OddlyNamed, "InvalidResult"),
     "too many digits": (lambda: 10**5000, "InvalidResult"),
@@ -393,7 +417,7 @@ async def exit_in_a_task_of_an_async_process():
 @handler("rows-without-end.process", isolation="process")
 def rows_without_end_in_process(context: Context):
     context.progress(message="begun")
-    return {"rows": (n for n in itertools.count())}
+    return {"rows": (n for n in itertools.count() if n < 0)}
 
 
 # What runs until it is stopped. Each tells by its progress that it has begun.
