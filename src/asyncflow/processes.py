@@ -159,6 +159,7 @@ async def work(settings: Settings) -> None:
     from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 
     registry = load_handlers(settings.worker_handlers)
+    gc.freeze()  # Modules stay, and a full collection need not go through them.
     async with _database(settings, "asyncflow worker") as db, _signals() as stop:
         await _until_schema_fits(db, stop)
         while not stop.asked:

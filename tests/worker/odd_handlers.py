@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import gc
 import itertools
 import os
 import signal
@@ -636,3 +637,30 @@ def look() -> list[object]:
 
 declare("mark", mark)
 declare("look", look)
+
+
+BALLAST_BYTES = 4 * MIB
+
+
+class Ballast:
+    alive = 0
+
+    def __init__(self):
+        self.content = b"x" * BALLAST_BYTES
+        Ballast.alive += 1
+
+    def __del__(self):
+        Ballast.alive -= 1
+
+
+def keep_its_error():
+    gc.set_threshold(20_000, 20, 20)  # as in a worker
+    ballast = Ballast()  # noqa: F841 - the traceback holds it
+    try:
+        raise ValueError("kept")
+    except ValueError as error:
+        kept = error  # noqa: F841 - it holds this frame, which holds it
+    return Ballast.alive
+
+
+declare("keep its error", keep_its_error)

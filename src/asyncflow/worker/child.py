@@ -40,6 +40,7 @@ from asyncflow.handlers.loading import load_module
 from asyncflow.handlers.registry import DEFAULT_REGISTRY, Handler
 from asyncflow.telemetry.logs import configure_logs
 from asyncflow.worker.child_protocol import Message, Reader, read_context, write, write_outcome
+from asyncflow.worker.garbage import Garbage
 
 LEAVE_SECONDS = 0.5
 """How long an idle server may take to exit when the worker has gone."""
@@ -81,6 +82,7 @@ class Server:
         self._stopping = threading.Lock()
         self._progress: Message | None = None
         self._has_progress = threading.Event()
+        self._garbage = Garbage()
 
     def serve(self) -> None:
         """
@@ -129,6 +131,7 @@ class Server:
                 "stop_seen": attempt.stop_seen,
             }
         )
+        self._garbage.look()
 
     def _listen(self) -> None:
         reader = Reader()

@@ -35,6 +35,7 @@ from asyncflow.handlers.registry import Handler, IsolationKind
 from asyncflow.telemetry import events
 from asyncflow.telemetry.logs import Format
 from asyncflow.worker.children import Child, Children
+from asyncflow.worker.garbage import Garbage
 
 INTERRUPT_SECONDS = 1.0
 """How long a handler may take to stop when the worker no longer wants its outcome."""
@@ -71,6 +72,7 @@ class Isolation:
         self.cancel_grace_seconds = cancel_grace_seconds
         self.result_bytes_max = result_bytes_max
         self.alarm = Alarm()
+        self.garbage = Garbage()
         self.stuck_runs: set[Run] = set()
         self.threads = Threads()
         logs = None if log_level is None else {"level": log_level, "log_format": log_format}
@@ -221,6 +223,7 @@ class Run:
 
     def _end(self, outcome: Outcome, *, stop_seen: bool) -> None:
         self.has_ended = True
+        self.isolation.garbage.look()
         self.isolation.stuck_runs.discard(self)
         if self.is_stopping and (stop_seen or not isinstance(outcome, Completed)):
             self._tell(self.stopped(outcome))

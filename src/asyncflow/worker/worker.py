@@ -295,6 +295,7 @@ class Worker:
                 self._pace.forget()
             self._start_waiting()
             await self._flush_progress()
+            self._isolation.garbage.look()  # Attempts that run for long leave some, too.
             self._may_take_more.set()  # A stuck handler may have ended.
             self._end_if_exhausted()
 
