@@ -332,7 +332,7 @@ asyncio.run(main())
         # A handler's fork that ends like any program.
         ("os.fork() and os.wait(); sys.exit(3)", ["process.started"]),
         (
-            "events.worker_stalled(seconds=1, tasks=[]); os._exit(70)",
+            "events.worker_stalled(seconds=1, blamed=[], running=0, stack=''); os._exit(70)",
             ["process.started", "worker.stalled"],
         ),
     ],

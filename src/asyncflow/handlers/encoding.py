@@ -120,6 +120,13 @@ def error_traceback(error: BaseException) -> str | None:
         text = "".join(lines.format())
     except BaseException:
         return None
+    return clip_traceback(text)
+
+
+def clip_traceback(text: str) -> str:
+    """
+    A traceback as PostgreSQL can store it, without its middle if it is longer than 16 KB.
+    """
     text = storable(text)
     data = text.encode()
     if len(data) <= TRACEBACK_BYTES_MAX:

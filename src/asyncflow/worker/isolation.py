@@ -213,6 +213,13 @@ class Run:
             self.context.ask_to_stop()
             self.stop_at_once()
 
+    def abandon(self) -> None:
+        """
+        Stop the handler if that is possible, and hear nothing of it. From any thread, while the
+        loop stands still and the process is about to end.
+        """
+        self.context.ask_to_stop()
+
     def end(self, outcome: Outcome, *, stop_seen: bool) -> None:
         """
         The handler has ended.
@@ -425,6 +432,11 @@ class ChildRun(Run):
             return self._end_unentered()
         self._is_killed = True
         self._child.kill()
+
+    def abandon(self) -> None:
+        child = self._child
+        if child is not None:
+            child.kill()
 
     def _let_go_of_child(self) -> None:
         child, self._child = self._child, None
