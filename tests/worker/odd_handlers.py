@@ -13,6 +13,7 @@ import decimal
 import enum
 import gc
 import itertools
+import logging
 import os
 import signal
 import subprocess
@@ -610,6 +611,9 @@ def print_in_process():
 @handler("log.process", isolation="process")
 def log_in_process(context: Context):
     context.logger.info("looked", at="stars")
+    logging.getLogger("astronomy").info("counted %d", 7, extra={"at": "moons"})
+    sys.stderr.close()
+    context.logger.info("looked again", at="stars")
 
 
 @handler("close.process", isolation="process")

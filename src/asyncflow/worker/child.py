@@ -39,6 +39,7 @@ from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.loading import load_module
 from asyncflow.handlers.registry import DEFAULT_REGISTRY, Handler
 from asyncflow.telemetry.logs import configure_logs
+from asyncflow.telemetry.streams import guard_standard_streams
 from asyncflow.worker.child_protocol import Message, Reader, read_context, write, write_outcome
 from asyncflow.worker.garbage import Garbage
 
@@ -238,6 +239,7 @@ class Attempt:
 
 def _prepare(request: Message) -> None:
     sys.path[:] = request["path"]
+    guard_standard_streams()
     if request["logs"] is not None:
         configure_logs(**request["logs"], process="child")
 
