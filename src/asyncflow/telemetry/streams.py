@@ -48,6 +48,7 @@ class Outlet(io.RawIOBase):
         self._has_reader = True
         is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
         self._write_bytes_max = sys.maxsize if is_file else WRITE_BYTES_MAX
+        self._may_hang = os.get_blocking(descriptor) and not is_file
 
     def write(self, data: ReadableBuffer, /) -> int:
         """
@@ -85,11 +86,13 @@ class Outlet(io.RawIOBase):
         """
 
     def _put(self, rest: memoryview) -> None:
-        try:
-            while rest and self._waits_for_room():
-                rest = rest[os.write(self._descriptor, rest[: self._write_bytes_max]) :]
-        except OSError:
-            pass  # no reader, no disk, no such descriptor, or another process took the room
+        with contextlib.suppress(OSError):  # no reader, no disk, no such descriptor
+            while rest and (not self._may_hang or self._waits_for_room()):
+                try:
+                    rest = rest[os.write(self._descriptor, rest[: self._write_bytes_max]) :]
+                except BlockingIOError:
+                    if not self._waits_for_room():
+                        break
         self._lost += bool(rest)
 
     def _waits_for_room(self) -> bool:
@@ -137,9 +140,12 @@ def _text(outlet: Outlet, *, encoding: str, errors: str | None) -> TextIO:
 
 def _descriptor_of(stream: TextIO | None) -> int | None:
     try:
-        return None if stream is None else stream.fileno()
+        descriptor = None if stream is None else stream.fileno()
+        if descriptor is not None:
+            os.fstat(descriptor)  # It may be closed.
     except (OSError, ValueError):
         return None
+    return descriptor
 
 
 def _own_descriptor(descriptor: int) -> int:
