@@ -22,6 +22,7 @@ from asyncflow.api.protocol import BoundedProtocol
 from asyncflow.processes import serve_api
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
+from services.ports import free_port
 
 
 class ImpatientProtocol(BoundedProtocol):
@@ -140,11 +141,9 @@ async def test_what_is_loaded_at_the_start_is_not_looked_through_again(
 
     monkeypatch.setattr(uvicorn.Server, "serve", serve)
     monkeypatch.setattr("importlib.metadata.version", lambda _: "1.2.3")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     gc.unfreeze()
     try:
-        await serve_api(Settings(database_url=database_url, api_port=port))
+        await serve_api(Settings(database_url=database_url, api_port=free_port()))
     finally:
         gc.unfreeze()
 
