@@ -211,7 +211,9 @@ def work(settings: Settings) -> Coroutine[Any, Any, int]:
     """
     from asyncflow.handlers import load_handlers
 
-    return _work(settings, load_handlers(settings.worker_handlers))
+    registry = load_handlers(settings.worker_handlers)
+    gc.freeze()  # Modules stay, and a full collection need not go through them.
+    return _work(settings, registry)
 
 
 async def _work(settings: Settings, registry: Registry) -> int:

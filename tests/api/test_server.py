@@ -196,11 +196,9 @@ async def test_what_is_loaded_at_the_start_is_not_looked_through_again(
 
     monkeypatch.setattr(uvicorn.Server, "serve", serve)
     monkeypatch.setattr("importlib.metadata.version", lambda _: "1.2.3")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     gc.unfreeze()
     try:
-        await serve_api(Settings(database_url=database_url, api_port=port))
+        await serve_api(Settings(database_url=database_url, api_port=free_port()))
     finally:
         gc.unfreeze()
 

@@ -209,9 +209,7 @@ def test_two_in_one_folder_do_not_share_a_database(env: dict[str, str], folder: 
     """
     with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            other_port = server.getsockname()[1]
-        ended = finished("dev", "--port", str(other_port), folder=folder, env=env)
+        ended = finished("dev", "--port", str(free_port()), folder=folder, env=env)
 
         assert ended.returncode == 2
         assert f"already in use by process {dev.process.pid}" in ended.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.programs import environment
+from services.ports import free_port
 
 SERVERS = {"fastapi", "starlette", "uvicorn"}
 MIGRATIONS = {"alembic", "sqlalchemy"}
@@ -32,7 +33,7 @@ def test_a_process_starts_without_what_others_need(
     """
     Memory and start-up time are paid per process, and there are many workers.
     """
-    env = environment(database_url=database_url, api_port=_any_port())
+    env = environment(database_url=database_url, api_port=free_port())
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "asyncflow", command],
         cwd=tmp_path,
@@ -50,11 +51,3 @@ def test_a_process_starts_without_what_others_need(
     process.communicate()
 
     assert set() == imported & HEAVY[command]
-
-
-def _any_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port

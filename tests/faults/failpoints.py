@@ -204,6 +204,14 @@ def ask(order: str) -> None:
             raise RuntimeError(f"The test could not {order!r}.")
 
 
+def has_fired() -> bool:
+    """
+    Whether the failpoint has fired, as far as this process can know. One that was started in the
+    place of another was started because of that.
+    """
+    return FIRED not in os.environ or os.path.exists(os.environ[FIRED])
+
+
 def plant_from_environment(*, in_child: bool) -> None:
     """
     Plant what `process` was told to, if this is the process that it is for.

@@ -11,19 +11,23 @@ from typing import Any
 
 from acceptance.handlers import QUICKLY, note
 from asyncflow import Context, handler
-from faults.failpoints import is_child, plant_from_environment
+from faults.failpoints import has_fired, is_child, plant_from_environment
 
 LINGER_SECONDS = 60.0
+POLL_SECONDS = 0.02
 
 
 @handler(backoff=QUICKLY, max_attempts=5)
 async def step_in_loop(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
     """
     Fail the first `failures` attempts; for the first one, take a minute if it `lingers`.
+    Begin to count `seconds` when the failpoint has fired if it is to run `until_fired`.
     """
     note(context, "start")
     if context.attempt <= payload.get("failures", 0):
         raise ConnectionError(f"attempt {context.attempt} failed")
+    while payload.get("until_fired") and not has_fired():  # noqa: ASYNC110 - another thread fires
+        await asyncio.sleep(POLL_SECONDS)
     lingers = payload.get("lingers", False) and context.attempt == 1
     await asyncio.sleep(LINGER_SECONDS if lingers else payload.get("seconds", 0))
     note(context, "end")

@@ -146,7 +146,7 @@ def just_now() -> datetime:
 STORIES = {
     "submission": Story(nothing, submit),
     "task": Story(stored()),
-    "a while": Story(stored(seconds=2)),
+    "a while": Story(stored(until_fired=True, seconds=1)),
     "failure": Story(stored(failures=1)),
     "shutdown": Story(stored(lingers=True), send_sigterm, {"shutdown_grace_seconds": 0}),
     "stop": Story(stored(lingers=True), cancel),

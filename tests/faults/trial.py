@@ -40,22 +40,26 @@ from services.broker import Broker
 from services.ports import free_port
 from services.postgres import PostgresServer
 
+# Leases hold even if a worker gets little of the machine: other cases run, and other programs.
 SETTINGS = {
     "worker_handlers": "faults.handlers",
     "worker_queues": builders.QUEUE,
-    "heartbeat_seconds": 0.6,
-    "lease_seconds": 3,
+    "heartbeat_seconds": 2,
+    "lease_seconds": 30,
     "shutdown_grace_seconds": 5,
     "cancel_grace_seconds": 1,
 }
 
-BITE_SECONDS = 30.0
+SLEEPER_SETTINGS = {"lease_seconds": 10}
+"""Of a process that is frozen: it sleeps until its lease has run out, and has to know that then."""
+
+BITE_SECONDS = 60.0
 """How long a process may take to get to its failpoint, its start included."""
 
-STEP_SECONDS = 30.0
+STEP_SECONDS = 60.0
 """How long any other step of a case may take."""
 
-CASE_SECONDS = 100.0
+CASE_SECONDS = 240.0
 POLL_SECONDS = 0.05
 KILLED = -signal.SIGKILL
 
@@ -203,6 +207,7 @@ class Trial:
         system = self._system
         given: dict[str, object] = {
             **system.settings,
+            **(SLEEPER_SETTINGS if self._case.action == "freeze" else {}),
             **self._story.settings,
             "database_url": self._wires["postgres"].url,
             "test_fired": self._fired_file,

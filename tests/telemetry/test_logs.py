@@ -8,19 +8,24 @@ import asyncio
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
 import pytest
 import structlog
 
+from asyncflow.handlers import context as context_module
+from asyncflow.handlers.context import CURRENT, Context
 from asyncflow.telemetry import events, logs
-from asyncflow.telemetry.lines import WRITE_BYTES_MAX
 from asyncflow.telemetry.logs import configure_logs
+from asyncflow.telemetry.streams import WRITE_BYTES_MAX
 
+PATIENCE_SECONDS = 30.0
 TASK_ID = UUID("0192f0c1-2345-7789-8abc-def012345678")
 
 
@@ -58,6 +63,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(logs, "log", logs.Log())
     monkeypatch.setattr(events, "log", logs.log)
+    monkeypatch.setattr(context_module, "log", logs.log)
     monkeypatch.setattr(logging.root, "handlers", [])
     structlog.reset_defaults()
     configure_logs(level="info", log_format="json", process="worker")
@@ -256,7 +262,7 @@ def test_libraries_speak_in_the_same_way(stream: Stream) -> None:
         logging.getLogger("asyncio").exception("Task %s died", 7)
 
     (line,) = stream.lines
-    assert ["event", "process", "level", "timestamp", "exception"] == list(line)
+    assert ["logger", "event", "process", "level", "timestamp", "exception"] == list(line)
     assert ("Task 7 died", "worker", "error") == (line["event"], line["process"], line["level"])
     assert line["exception"].endswith("ValueError: no")
 
@@ -271,10 +277,9 @@ async def test_a_handlers_line_leaves_at_once(stream: Stream) -> None:
     logger.debug("unheard")
 
     (line,) = stream.lines
-    assert {"task_id": "1", "order": 7, "at": "stars", "event": "looked", "level": "info"} == {
-        key: value for key, value in line.items() if key not in ("process", "timestamp")
-    }
-    assert "worker" == line["process"]
+    del line["timestamp"]
+    ours = {"event": "looked", "level": "info", "process": "worker"}
+    assert {"task_id": "1", "order": 7, "at": "stars", "process_": "mine", **ours} == line
 
 
 async def test_a_handlers_line_may_hold_anything_and_an_exception(stream: Stream) -> None:
@@ -309,6 +314,189 @@ def test_whoever_configured_structlog_keeps_it(stream: Stream) -> None:
     assert [] == stream.lines
 
 
+@contextmanager
+def an_attempt() -> Iterator[Context]:
+    """
+    What is logged here is logged by a handler, and heard by nobody but us.
+    """
+    ours = [each for each in logging.root.handlers if type(each).__module__ == logs.__name__]
+    logging.root.handlers[:] = ours  # Pytest's own cannot print everything.
+    context = Context(
+        task_id=TASK_ID,
+        name="count",
+        queue="default",
+        attempt=2,
+        max_attempts=5,
+        lease_id=TASK_ID,
+        tenant_id=1,
+        timeout_seconds=60,
+    )
+    token = CURRENT.set(context)
+    yield context
+    CURRENT.reset(token)
+
+
+OF_THE_ATTEMPT = {"task_id": str(TASK_ID), "task": "count", "attempt": 2}
+
+
+def test_a_handler_may_log_through_the_standard_module(stream: Stream) -> None:
+    """
+    From the level of the process on, with the task, the logger's name and what `extra` holds.
+    """
+    logger = logging.getLogger("billing.tasks")
+    with an_attempt():
+        logger.debug("unheard")
+        logger.info("counted %d rows", 3, extra={"shop": 7, "level": "high"})
+
+    (line,) = stream.lines
+    del line["timestamp"]
+    theirs = {"logger": "billing.tasks", "shop": 7, "level_": "high"}
+    ours = {"event": "counted 3 rows", "level": "info", "process": "worker"}
+    assert {**OF_THE_ATTEMPT, **theirs, **ours} == line
+
+
+def test_so_it_may_through_structlog(stream: Stream) -> None:
+    """
+    With a logger of its own.
+    """
+    logs.log.adopt_structlog()
+    with an_attempt():
+        structlog.get_logger().warning("low", stock=3)
+
+    (line,) = stream.lines
+    assert {**OF_THE_ATTEMPT, "stock": 3, "event": "low"}.items() <= line.items()
+
+
+def test_lines_of_libraries_outside_of_an_attempt_name_no_task(stream: Stream) -> None:
+    """
+    There is none.
+    """
+    logging.getLogger("library").info("loaded")
+
+    (line,) = stream.lines
+    assert ["logger", "event", "process", "level", "timestamp"] == list(line)
+
+
+def test_levels_of_ones_own_are_the_next_lower_of_ours(stream: Stream) -> None:
+    """
+    They have names that nobody else knows.
+    """
+    logging.getLogger("library").log(35, "loud")
+    logging.getLogger("library").log(99, "louder")
+
+    assert ["warning", "critical"] == [line["level"] for line in stream.lines]
+
+
+class Unprintable:
+    """
+    It has no `repr`, nor `str`.
+    """
+
+    def __repr__(self) -> str:
+        raise KeyboardInterrupt
+
+    __str__ = __repr__
+
+
+class UnprintableError(Exception):
+    """
+    An error without a text.
+    """
+
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+    __repr__ = __str__
+
+
+def circle() -> list[object]:
+    """
+    A list that holds itself.
+    """
+    found: list[object] = []
+    found.append(found)
+    return found
+
+
+ANYTHING: dict[str, object] = {
+    "a key that is a tuple": {("a", 1): 2},
+    "a circle": circle(),
+    "no repr": Unprintable(),
+    "no repr inside": {"a": [Unprintable()]},
+    "no number": float("nan"),
+    "a surrogate": "caf\udce9",
+    "bytes": b"\xff",
+}
+
+
+@pytest.fixture(params=["json", "console"])
+def any_stream(
+    request: pytest.FixtureRequest, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> Stream:
+    """
+    Lines of either format.
+    """
+    structlog.reset_defaults()
+    configure_logs(level="info", log_format=request.param, process="worker")
+    return stream
+
+
+@pytest.mark.parametrize("what", ANYTHING)
+def test_a_handler_may_log_anything(any_stream: Stream, what: str) -> None:
+    """
+    Logging fails no task; the other fields of the line are as they should be.
+    """
+    with an_attempt() as context:
+        context.logger.info("looked", at="stars", found=ANYTHING[what])
+        logging.getLogger("tasks").info("looked", extra={"at": "stars", "found": ANYTHING[what]})
+        logging.getLogger("tasks").info("looked at stars %s", ANYTHING[what])
+        logging.getLogger("tasks").info("looked at stars %d %d", ANYTHING[what])  # noqa: PLE1206
+
+    lines = "".join(any_stream.writes).splitlines()
+    assert 4 == len(lines)
+    assert all("looked" in line and "stars" in line and str(TASK_ID) in line for line in lines)
+
+
+def test_a_line_with_a_field_that_json_cannot_say_is_json(stream: Stream) -> None:
+    """
+    The field is text then.
+    """
+    with an_attempt() as context:
+        context.logger.info("counts", d={("a", 1): 2}, e=float("inf"), f=Unprintable(), g=7)
+
+    (line,) = stream.lines
+    assert ("{('a', 1): 2}", "inf", "(a Unprintable that cannot be printed)", 7) == (
+        *(line["d"], line["e"], line["f"], line["g"]),
+    )
+
+
+def test_an_error_that_cannot_be_printed_may_be_logged(any_stream: Stream) -> None:
+    """
+    By whatever logger.
+    """
+    with an_attempt() as context:
+        try:
+            raise UnprintableError
+        except UnprintableError:
+            context.logger.exception("failed")
+            logging.getLogger("tasks").exception("failed")
+
+    assert 2 == "".join(any_stream.writes).count("UnprintableError: ")
+
+
+def test_a_stream_that_raises_fails_nobody(any_stream: Stream) -> None:
+    """
+    Somebody put it in the place of standard error, and closed it.
+    """
+    any_stream.close()
+    any_stream.write = io.StringIO.write.__get__(any_stream)  # type: ignore[method-assign]
+
+    with an_attempt() as context:
+        context.logger.info("unheard")
+        logging.getLogger("tasks").warning("unheard")
+    events.process_stopped()
+
+
 PROGRAM = """
 import asyncio, os, sys
 from asyncflow.telemetry import events
@@ -332,7 +520,7 @@ asyncio.run(main())
         # A handler's fork that ends like any program.
         ("os.fork() and os.wait(); sys.exit(3)", ["process.started"]),
         (
-            "events.worker_stalled(seconds=1, tasks=[]); os._exit(70)",
+            "events.worker_stalled(seconds=1, blamed=[], running=0, stack=''); os._exit(70)",
             ["process.started", "worker.stalled"],
         ),
     ],
@@ -369,3 +557,88 @@ def test_a_process_that_runs_no_tasks_says_nothing_of_them(stream: Stream) -> No
 
     assert [None, 0] == [line.get("running") for line in stream.lines]
     assert "running" not in stream.lines[0]
+
+
+BROKEN_STREAMS = """
+import os, sys
+from asyncflow.telemetry import events
+from asyncflow.telemetry.logs import configure_logs
+from asyncflow.telemetry.streams import guard_standard_streams
+
+guard_standard_streams()
+configure_logs(level="info", log_format="{log_format}", process="worker")
+{deed}
+print("to standard output")
+print("to standard error", file=sys.stderr)
+events.process_started(number=1)
+events.process_stopping(signal="SIGTERM")
+"""
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "sys.stdout.close(); sys.stderr.close()",
+        "sys.stdout.buffer.close(); sys.stderr.buffer.close()",
+        "with sys.stdout, sys.stderr: pass",
+        "open(1, 'w', closefd=False).close()",
+    ],
+)
+def test_whoever_closes_a_stream_takes_it_from_nobody(deed: str) -> None:
+    """
+    Handlers share them with their neighbours.
+    """
+    program = BROKEN_STREAMS.format(deed=deed, log_format="json")
+
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert "to standard output\n" == ended.stdout
+    assert "to standard error" == ended.stderr.splitlines()[0]
+    assert ["process.started", "process.stopping"] == re.findall(r"process\.\w+", ended.stderr)
+    assert 0 == ended.returncode
+
+
+@pytest.mark.parametrize(
+    "deed", ["os.close(1); os.close(2)", "sys.stdout = sys.stderr = None", "os.closerange(1, 99)"]
+)
+def test_a_stream_that_is_gone_fails_nobody(deed: str) -> None:
+    """
+    What is written there is lost.
+    """
+    program = BROKEN_STREAMS.format(deed=deed, log_format="json")
+
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True)
+
+    assert 0 == ended.returncode
+
+
+def test_what_a_handler_printed_is_there_when_the_process_is_killed() -> None:
+    """
+    Line by line, also into a pipe.
+    """
+    deed = "print('half', end=' '); print('a line'); os.kill(os.getpid(), 9)"
+    program = BROKEN_STREAMS.format(deed=deed, log_format="json")
+
+    ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE)
+
+    assert b"half a line\n" == ended.stdout
+
+
+UNREAD = """
+for number in range(1000):
+    print("x" * 100)
+    events.process_started(text="x" * 100)
+"""
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_process_outlives_a_pipe_that_nobody_reads(log_format: str) -> None:
+    """
+    Its lines are lost once the pipe is full, and it waits no more than a second for room.
+    """
+    program = BROKEN_STREAMS.format(deed=UNREAD, log_format=log_format)
+
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert 0 == process.wait(PATIENCE_SECONDS)

@@ -11,7 +11,9 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import gc
 import itertools
+import logging
 import os
 import signal
 import subprocess
@@ -19,8 +21,10 @@ import sys
 import threading
 import time
 import uuid
+from contextvars import ContextVar
 
 import pydantic
+import structlog
 
 from asyncflow.errors import Reject, Retry
 from asyncflow.handlers import Context, current_context, handler
@@ -203,6 +207,26 @@ RETURNS = {
     "backslash": (lambda: "\\u0000", '"\\\\u0000"'),
     "surrogate": (lambda: "a\ud800b\udc00", '"a\ufffdb\ufffd"'),
     "surrogates that belong together": (lambda: "\ud83d\ude00", '"😀"'),
+    "keys": (
+        lambda: {None: 1, True: 2, 1.5: 3, 4: 5, "caf\udce9.txt": 6},
+        '{"null":1,"true":2,"1.5":3,"4":5,"caf\ufffd.txt":6}',
+    ),
+    "keys beside what is not plain": (
+        lambda: {None: {1}, True: 2, 1.5: 3, 4: 5, "caf\udce9.txt": datetime.date(2026, 1, 2)},
+        '{"null":[1],"true":2,"1.5":3,"4":5,"caf\ufffd.txt":"2026-01-02"}',
+    ),
+    "keys in a dataclass": (
+        lambda: Point({None: 1, "caf\udce9": 2}, datetime.date(2026, 1, 2)),  # type: ignore[arg-type]
+        '{"x":{"null":1,"caf\ufffd":2},"at":"2026-01-02"}',
+    ),
+    "keys that are not plain": (
+        lambda: {uuid.UUID(int=1): 1, datetime.date(2026, 1, 2): {Colour.RED: (1, 2)}},
+        '{"00000000-0000-0000-0000-000000000001":1,"2026-01-02":{"red":[1,2]}}',
+    ),
+    "a generator among others": (
+        lambda: [{1}, (n for n in range(3)), (4, {"five": [{6}]})],
+        '[[1],[0,1,2],[4,{"five":[[6]]}]]',
+    ),
     "date": (lambda: datetime.date(2026, 1, 2), '"2026-01-02"'),
     "uuid": (lambda: uuid.UUID(int=1), '"00000000-0000-0000-0000-000000000001"'),
     "decimal": (lambda: decimal.Decimal("1.10"), '"1.10"'),
@@ -240,6 +264,10 @@ UNSTORABLE = {
     "a generator that fails": (stopping_half_way, "InvalidResult"),
     "an asynchronous generator": (items_to_await, "InvalidResult"),
     "a generator without end": (lambda: (n for n in itertools.count()), "ResultTooLarge"),
+    "an object with a generator without end": (
+        lambda: {"rows": (n for n in itertools.count())},
+        "ResultTooLarge",
+    ),
     "a serializer that quits": (Quitter, "InvalidResult"),
     "a type of an unstorable name": (OddlyNamed, "InvalidResult"),
     "too many digits": (lambda: 10**5000, "InvalidResult"),
@@ -391,7 +419,7 @@ async def exit_in_a_task_of_an_async_process():
 @handler("rows-without-end.process", isolation="process")
 def rows_without_end_in_process(context: Context):
     context.progress(message="begun")
-    return {"rows": (n for n in itertools.count())}
+    return {"rows": (n for n in itertools.count() if n < 0)}
 
 
 # What runs until it is stopped. Each tells by its progress that it has begun.
@@ -583,9 +611,60 @@ def print_in_process():
 @handler("log.process", isolation="process")
 def log_in_process(context: Context):
     context.logger.info("looked", at="stars")
+    logging.getLogger("astronomy").info("counted %d", 7, extra={"at": "moons"})
+    sys.stderr.close()
+    context.logger.info("looked again", at="stars")
 
 
 @handler("close.process", isolation="process")
 def close_everything_in_process():
     os.closerange(3, 256)
     return "closed"
+
+
+# What an attempt leaves in its context, and what it finds there.
+
+TENANT: ContextVar[str] = ContextVar("tenant", default="nobody")
+REGION: ContextVar[str] = ContextVar("region", default="unset")
+REGION.set("set at import")
+
+
+def mark() -> None:
+    TENANT.set("mine")
+    REGION.set("mine")
+    structlog.contextvars.bind_contextvars(customer="mine")
+
+
+def look() -> list[object]:
+    return [TENANT.get(), REGION.get(), structlog.contextvars.get_contextvars()]
+
+
+declare("mark", mark)
+declare("look", look)
+
+
+BALLAST_BYTES = 4 * MIB
+
+
+class Ballast:
+    alive = 0
+
+    def __init__(self):
+        self.content = b"x" * BALLAST_BYTES
+        Ballast.alive += 1
+
+    def __del__(self):
+        Ballast.alive -= 1
+
+
+def keep_its_error():
+    gc.set_threshold(20_000, 20, 20)  # as in a worker
+    ballast = Ballast()  # noqa: F841 - the traceback holds it
+    try:
+        raise ValueError("kept")
+    except ValueError as error:
+        kept = error  # noqa: F841 - it holds this frame, which holds it
+    return Ballast.alive
+
+
+declare("keep its error", keep_its_error)

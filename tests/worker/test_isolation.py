@@ -22,7 +22,15 @@ import pytest
 import pytest_asyncio
 
 from asyncflow.domain.outcome import Cancelled, Completed, Crashed, Failed, Failure, Outcome
-from asyncflow.handlers import DEFAULT_REGISTRY, Context, Handler, Progress, Registry, handler
+from asyncflow.handlers import (
+    DEFAULT_REGISTRY,
+    Context,
+    Handler,
+    Progress,
+    Registry,
+    current_context,
+    handler,
+)
 from asyncflow.worker.children import Nursery
 from asyncflow.worker.isolation import Isolation, Run
 from worker import odd_handlers
@@ -168,6 +176,43 @@ def named(what: str, where: str) -> Handler:
     The handler that does `what`, in the isolation `where`.
     """
     return the(f"{what.replace(' ', '-')}.{where}")
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+@pytest.mark.parametrize("before", ISOLATIONS)
+async def test_an_attempt_finds_nothing_in_its_context_of_the_one_before(
+    isolation: Isolation, before: str, where: str
+) -> None:
+    """
+    It begins within the end of that one; what modules set when they are imported is there.
+    """
+    ended: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
+
+    def begin_next(_: Outcome | None) -> None:
+        isolation.start(named("look", where), "{}", a_context(), ended.set_result)
+
+    isolation.start(named("mark", before), "{}", a_context(), begin_next)
+
+    assert Completed('["nobody","set at import",{}]') == await asyncio.wait_for(ended, 30)
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+async def test_what_follows_an_attempt_runs_in_the_workers_context(
+    isolation: Isolation, where: str
+) -> None:
+    """
+    Its log lines, and the tasks that write its outcome together with those of others.
+    """
+    ended: asyncio.Future[list[object]] = asyncio.get_running_loop().create_future()
+
+    def look(_: Outcome | None) -> None:
+        with pytest.raises(LookupError):
+            current_context()
+        ended.set_result(odd_handlers.look())
+
+    isolation.start(named("mark", where), "{}", a_context(), look)
+
+    assert ["nobody", "set at import", {}] == await asyncio.wait_for(ended, 30)
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
@@ -654,21 +699,20 @@ async def test_standard_output_belongs_to_the_handler(capfd: pytest.CaptureFixtu
 
 async def test_a_child_logs_as_its_worker_does(capfd: pytest.CaptureFixture[str]) -> None:
     """
-    One line per event, which names the task and the attempt.
+    One line per event, which names the task and the attempt, whatever writes it.
     """
     async with Nursery(MODULES, logs={"level": "info", "log_format": "json"}) as nursery:
         isolation = Isolation(slots=1, nursery=nursery)
 
         await run(isolation, the("log.process"))
 
-        line = json.loads(capfd.readouterr().err)
+        lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
         await isolation.close()
-    assert ("looked", "stars", "odd", 1) == (
-        line["event"],
-        line["at"],
-        line["task"],
-        line["attempt"],
-    )
+    assert [
+        ("looked", "stars", "odd", 1),
+        ("counted 7", "moons", "odd", 1),
+        ("looked again", "stars", "odd", 1),
+    ] == [(line["event"], line["at"], line["task"], line["attempt"]) for line in lines]
 
 
 async def test_a_handler_that_closes_the_connection_is_a_crash(isolation: Isolation) -> None:

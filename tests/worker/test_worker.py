@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import json
 import subprocess
 import sys
 import threading
@@ -839,39 +840,94 @@ async def test_a_worker_whose_every_slot_is_stuck_ends(db: Database) -> None:
 
 
 STALLING = """
-import asyncio, sys, time
+import asyncio, sys, threading, time
+from asyncflow.telemetry.logs import configure_logs
 from transport.tasks import database, submit
 from worker.running import a_running_worker
 
+started = set()
+
 async def stall():
+    while len(started) < 2:
+        await asyncio.sleep(0.01)
+    {block}
+
+async def loop_neighbour():
+    started.add("loop")
+    await asyncio.sleep(600)
+
+def thread_neighbour():
+    started.add("thread")
     time.sleep(600)
 
 async def main(url):
+    configure_logs(level="info", log_format="json", process="worker")
     async with database(url) as db:
-        await submit(db)
-        async with a_running_worker(db, stall, stall_seconds=0.5) as running:
+        for name in ("work", "loop_neighbour", "thread_neighbour"):
+            await submit(db, name=name)
+        functions = (stall, loop_neighbour, thread_neighbour)
+        async with a_running_worker(db, *functions, stall_seconds=0.5) as running:
             await running.end()
 
 asyncio.run(main(sys.argv[1]))
 """
 
 
-async def test_a_worker_whose_loop_stands_still_ends_itself(
-    db: Database, database_url: str
-) -> None:
+async def stalled(block: str, database_url: str) -> subprocess.CompletedProcess[bytes]:
     """
-    A blocking `async def` handler would otherwise keep its leases for ever.
+    Run a worker to its end whose loop is blocked so, by one of three attempts.
     """
     ended = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-c", STALLING, database_url],
+        [sys.executable, "-c", STALLING.replace("{block}", block), database_url],
         env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         timeout=PATIENCE_SECONDS,
     )
-
     assert STALLED_EXIT_STATUS == ended.returncode, ended.stderr
-    assert {"running": 1} == await states(db)
+    return ended
+
+
+async def test_a_handler_that_blocks_the_loop_ends_its_worker_and_is_charged(
+    db: Database, database_url: str
+) -> None:
+    """
+    The failure says where it stood. Its neighbours are given back, charged with nothing.
+    """
+    ended = await stalled("time.sleep(600)", database_url)
+
+    rows = await db.fetch("SELECT id, name, state, failures FROM asyncflow.tasks")
+    assert {
+        "work": ("pending", 1),
+        "loop_neighbour": ("pending", 0),
+        "thread_neighbour": ("pending", 0),
+    } == {row["name"]: (row["state"], row["failures"]) for row in rows}
+    [blocker] = [row["id"] for row in rows if row["name"] == "work"]
+    [attempt] = (await read(db, blocker)).attempts
+    assert attempt.failure is not None
+    assert ("retried", "LoopBlocked") == (attempt.outcome, attempt.failure["kind"])
+    assert "in stall" in attempt.failure["traceback"].splitlines()[1]
+    assert await db.fetchval("SELECT bool_and(stopped_at IS NOT NULL) FROM asyncflow.workers")
+    [line] = [json.loads(line) for line in ended.stderr.splitlines() if b"worker.stalled" in line]
+    assert (str(blocker), "work", 3) == (line["task_id"], line["task"], line["running"])
+    assert "in stall" in line["stack"]
+
+
+async def test_if_nobody_can_tell_who_blocks_the_loop_those_who_might_are_charged(
+    db: Database, database_url: str
+) -> None:
+    """
+    Unpunished, the one that does it would stop one worker after another, for ever.
+    """
+    block = "asyncio.get_running_loop().call_soon(time.sleep, 600); await asyncio.sleep(600)"
+
+    ended = await stalled(block, database_url)
+
+    rows = await db.fetch("SELECT name, failures FROM asyncflow.tasks")
+    charged = {row["name"]: row["failures"] for row in rows}
+    assert {"work": 1, "loop_neighbour": 1, "thread_neighbour": 0} == charged
+    [line] = [json.loads(line) for line in ended.stderr.splitlines() if b"worker.stalled" in line]
+    assert {"work", "loop_neighbour"} == set(line["task"].split(","))
 
 
 async def test_an_idle_worker_stops_at_once(db: Database) -> None:

@@ -338,12 +338,12 @@ def _settings(**overrides: object) -> Settings:
 
 
 def _configure_logs(settings: Settings, process: str) -> None:
-    from asyncflow.cli.output import outlive_readers
     from asyncflow.settings import unknown_variables
     from asyncflow.telemetry import events
     from asyncflow.telemetry.logs import configure_logs
+    from asyncflow.telemetry.streams import guard_standard_streams
 
-    outlive_readers()
+    guard_standard_streams()
     configure_logs(level=settings.log_level, log_format=settings.log_format, process=process)
     is_child = click.get_current_context().find_root().params["supervised"]
     if not is_child and (unknown := unknown_variables()):

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from asyncflow.telemetry.logs import log
+from asyncflow.telemetry.logs import log, take_fields_from
 
 MESSAGE_LENGTH_MAX = 500
 """Longer progress messages are cut, in characters."""
@@ -152,10 +152,14 @@ class Context:
         """
         if self._logger is None:
             # Most attempts log nothing; they should not pay for the binding, nor for structlog.
-            self._logger = log.structlog().bind(
-                task_id=str(self.task_id), task=self.name, attempt=self.attempt
-            )
+            self._logger = log.structlog().bind(**self.log_fields())
         return self._logger
+
+    def log_fields(self) -> dict[str, Any]:
+        """
+        What every line of this attempt carries, whatever logs it.
+        """
+        return {"task_id": str(self.task_id), "task": self.name, "attempt": self.attempt}
 
     def progress(self, fraction: float | None = None, message: str | None = None) -> None:
         """
@@ -184,6 +188,14 @@ class Context:
 
 CURRENT: ContextVar[Context] = ContextVar("asyncflow_context")
 """Set around every call of a handler."""
+
+
+def _log_fields_here() -> dict[str, Any]:
+    context = CURRENT.get(None)
+    return {} if context is None else context.log_fields()
+
+
+take_fields_from(_log_fields_here)
 
 
 def current_context() -> Context:

@@ -8,6 +8,7 @@ follows from the text is decided in `handlers/calls`.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -48,9 +49,9 @@ def encode_result(value: Any, *, bytes_max: int = RESULT_BYTES_MAX) -> str:
     """
     Write what a handler returned as JSON text.
 
-    Plain JSON types cost one call of the standard encoder; Pydantic models, dataclasses,
-    datetimes, UUIDs, Decimals, enums, sets and UTF-8 bytes are written the way Pydantic
-    writes them.
+    Plain JSON types cost one call of the standard encoder. Beside them there may be dataclasses,
+    sets and generators, and whatever Pydantic can write: models, datetimes, UUIDs, Decimals, enums,
+    UTF-8 bytes. What one value becomes, a key above all, does not depend on its neighbours.
 
     Args:
         bytes_max: Most bytes of UTF-8 that the text may take.
@@ -119,6 +120,13 @@ def error_traceback(error: BaseException) -> str | None:
         text = "".join(lines.format())
     except BaseException:
         return None
+    return clip_traceback(text)
+
+
+def clip_traceback(text: str) -> str:
+    """
+    A traceback as PostgreSQL can store it, without its middle if it is longer than 16 KB.
+    """
     text = storable(text)
     data = text.encode()
     if len(data) <= TRACEBACK_BYTES_MAX:
@@ -149,24 +157,57 @@ def _encode_rich(value: Any, bytes_max: int) -> str:
     if inspect.iscoroutine(value):
         value.close()
         raise Unstorable("InvalidResult", LOST_COROUTINE)
+    try:
+        return _encode(_plain(value, items_max=bytes_max // 2 + 1))
+    except Exception as error:  # serialising may run the user's own code, which may raise anything
+        raise _not_json(value, error) from error
+
+
+def _plain(value: Any, *, items_max: int) -> Any:
+    """
+    `value` in plain JSON types; the standard encoder writes those, and keys of them, as ever.
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, dict):
+        return {_plain_key(k): _plain(v, items_max=items_max) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, items_max=items_max) for item in value]
+    if inspect.isgenerator(value):
+        # It may have no end. An item takes two bytes or more, so what is left out here could not
+        # be kept anyway.
+        return [_plain(item, items_max=items_max) for item in itertools.islice(value, items_max)]
+    if _is_plain_dataclass(value):
+        fields = dataclasses.fields(value)
+        return {f.name: _plain(getattr(value, f.name), items_max=items_max) for f in fields}
+    return _as_pydantic_writes(value)
+
+
+def _plain_key(key: Any) -> Any:
+    if key is None or isinstance(key, str | int | float):
+        return key
+    [written] = _as_pydantic_writes({key: None})
+    return written
+
+
+def _is_plain_dataclass(value: Any) -> bool:
+    if isinstance(value, type) or not dataclasses.is_dataclass(value):
+        return False
+    return not hasattr(value, "__pydantic_serializer__")
+
+
+def _as_pydantic_writes(value: Any) -> Any:
     # Importing pydantic costs 100 ms and 12 MB; only results that need it pay.
     from pydantic_core import to_jsonable_python
 
-    try:
-        if inspect.isgenerator(value):
-            # It may have no end. An item takes two bytes or more, so what is left out here could
-            # not be kept anyway.
-            value = list(itertools.islice(value, bytes_max // 2 + 1))
-        return _encode(to_jsonable_python(value))
-    except Exception as error:  # serialising may run the user's own code, which may raise anything
-        raise _not_json(value, error) from error
+    return to_jsonable_python(value)
 
 
 def _not_json(value: Any, error: BaseException) -> Unstorable:
     return Unstorable(
         "InvalidResult",
-        f"The handler returned a {type(value).__qualname__} that cannot be written as JSON: "
-        f"{error_message(error)}",
+        f"The handler returned a value of type {type(value).__qualname__} that cannot be "
+        f"written as JSON: {error_message(error)}",
     )
 
 

@@ -153,12 +153,21 @@ def worker_fenced(*, worker_id: UUID, reason: str, running: int) -> None:
     log.error("worker.fenced", worker_id=str(worker_id), reason=reason, running=running)
 
 
-def worker_stalled(*, seconds: float, tasks: Sequence[UUID]) -> None:
+def worker_stalled(
+    *, seconds: float, blamed: Sequence[tuple[UUID, str]], running: int, stack: str
+) -> None:
     """
     A handler blocks the event loop: every `async def` attempt of this worker stands still.
+
+    `blamed` has id and name of the task that does it, or of all that might; `stack` says where.
     """
     log.error(
-        "worker.stalled", seconds=round(seconds, 1), tasks=[str(task_id) for task_id in tasks]
+        "worker.stalled",
+        seconds=round(seconds, 1),
+        task_id=",".join(str(task_id) for task_id, _ in blamed),
+        task=",".join(dict.fromkeys(name for _, name in blamed)),
+        running=running,
+        stack=stack,
     )
 
 

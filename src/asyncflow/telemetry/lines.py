@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import threading
 from collections import deque
 from typing import TextIO
 
-WRITE_BYTES_MAX = 4096
-"""Larger writes may be torn apart in a pipe that several processes write to (PIPE_BUF)."""
+from asyncflow.telemetry.streams import WRITE_BYTES_MAX
 
 
 class Lines:
     """
-    Writes lines of ASCII to `stream`, from any thread.
+    Writes lines to `stream`, from any thread; never raises.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -54,8 +54,10 @@ class Lines:
             # First this: a line that is appended from now on plans a flush of its own.
             self._flusher = None
             while self._waiting:
-                self._stream.write(self._next_write())
-                self._stream.flush()
+                text = self._next_write()
+                with contextlib.suppress(Exception):  # a stream of somebody's own
+                    self._stream.write(text)
+                    self._stream.flush()
 
     def _next_write(self) -> str:
         lines = [self._waiting.popleft()]

@@ -8,16 +8,18 @@ a busy worker writes thousands of them a second, and a process that never needs 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal, NoReturn, TextIO
 
 from asyncflow.telemetry.lines import Lines
+from asyncflow.telemetry.streams import own_stream
 
 Format = Literal["auto", "console", "json"]
 Emit = Callable[[str, str, dict[str, Any]], None]
@@ -26,26 +28,54 @@ Emit = Callable[[str, str, dict[str, Any]], None]
 ENDS_MAX = 100
 """Different ends of lines to remember; the events of handlers may be of any number."""
 
+QUIET = ("asyncio", "asyncpg", "alembic", "pamqp", "uvicorn")
+"""Libraries of our own, which have nothing to say to anybody below a warning."""
+
+LEVELS = ("debug", "info", "warning", "error", "critical")
+OURS = ("event", "exception", "level", "process", "timestamp")
+"""What every line has; a field of a handler's with one of these names gets a `_` behind it."""
+
+PRINTED_LENGTH_MAX = 10_000
+"""Longer texts in place of what cannot be written are cut, in characters."""
+
 
 def configure_logs(*, level: str, log_format: Format, process: str) -> None:
     """
     Set up logging for this process; lines go to standard error.
+
+    The standard module's records are lines like all others, with those of libraries. Nothing that
+    is logged raises, whatever it holds, and wherever standard error leads.
 
     Args:
         level: `debug`, `info`, `warning` or `error`.
         log_format: `auto` is `console` when standard error is a terminal, else `json`.
         process: Which of AsyncFlow's processes this is; part of every line.
     """
-    handler: logging.Handler
-    if log_format == "console" or (log_format == "auto" and sys.stderr.isatty()):
-        handler = _configure_console(level, process, sys.stderr)
-        log.configure(level, emit=_through_structlog)
+    is_console = log_format == "console" or (
+        log_format == "auto" and sys.stderr is not None and sys.stderr.isatty()
+    )
+    if is_console:
+        _configure_console(level, process, own_stream(sys.stderr, _lost_in_words))
+        emit: Emit = _through_structlog
+        log.configure(level, emit=emit)
     else:
         lines = JsonLines(process, sys.stderr)
-        handler = _Records(lines.emit)
+        emit = lines.emit_now
         log.configure(level, emit=lines.emit, json_lines=lines)
-    # Libraries (uvicorn, asyncio) speak through the standard module: same look, warnings up.
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.basicConfig(handlers=[_Records(emit)], level=level.upper(), force=True)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.root.level))
+
+
+def take_fields_from(source: Callable[[], dict[str, Any]]) -> None:
+    """
+    Let `source` say whose code is logging, as fields of the line; empty if it is ours.
+    """
+    global _fields_here  # noqa: PLW0603 - there is one context, and one who knows it
+    _fields_here = source
+
+
+_fields_here: Callable[[], dict[str, Any]] = dict
 
 
 class Log:
@@ -119,13 +149,13 @@ class Log:
 
 class JsonLines:
     """
-    Writes an event as one line of JSON.
+    Writes an event as one line of JSON; never raises.
     """
 
     def __init__(self, process: str, stream: TextIO) -> None:
         self._process = process
-        self._lines = Lines(stream)
-        self._encode = json.JSONEncoder(default=repr).encode
+        self._lines = Lines(own_stream(stream, self._lost))
+        self._encode = json.JSONEncoder(default=repr, allow_nan=False).encode
         self._ends: dict[tuple[str, str], str] = {}
 
     def emit(
@@ -135,12 +165,23 @@ class JsonLines:
         Write it: by the end of this turn of the event loop if it is INFO and not urgent, else now.
         """
         error = fields.pop("exc_info", None)
-        start = self._encode(fields)[:-1] + ", " if fields else "{"
-        line = f"{start}{self._end(level, event)}"
+        try:
+            start = self._encode(fields)[1:-1]
+        except BaseException:
+            # A key or a value that JSON cannot say. It may not even be printed: code of others
+            # that raises anything, as a KeyboardInterrupt, is no reason for a task to fail.
+            start = ", ".join(self._member(key, value) for key, value in fields.items())
+        line = f"{{{start}, " if start else "{"
+        line += self._end(level, event)
         if error is not None:
-            text = "".join(traceback.format_exception(error)).rstrip("\n")
-            line += f', "exception": {self._encode(text)}'
+            line += f', "exception": {self._encode(_traceback(error))}'
         self._lines.write(line + "}", is_urgent=is_urgent or level != "info")
+
+    def emit_now(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        """
+        Write it now: whoever says what it does next may end the process by that.
+        """
+        self.emit(level, event, fields, is_urgent=True)
 
     def emit_encoded(self, event: str, fields: str) -> None:
         """
@@ -148,14 +189,46 @@ class JsonLines:
         """
         self._lines.write(f"{{{fields}, {self._end('info', event)}}}", is_urgent=False)
 
-    def _end(self, level: str, event: str) -> str:
+    def _lost(self, count: int) -> str:
+        return f'{{"count": {count}, {self._end("warning", "log.lost")}}}\n'
+
+    def _member(self, key: Any, value: Any) -> str:
+        try:
+            text = self._encode(value)
+        except BaseException:
+            text = self._encode(printed(value))
+        return f"{self._encode(printed(key))}: {text}"
+
+    def _end(self, level: str, event: Any) -> str:
         # Encoding it for every line anew would be a third of the whole cost.
-        end = self._ends.get((level, event))
+        end = self._ends.get((level, event)) if isinstance(event, str) else None
         if end is None:
+            event = event if isinstance(event, str) else printed(event)
             end = self._encode({"event": event, "process": self._process, "level": level})[1:-1]
             if len(self._ends) < ENDS_MAX:
                 self._ends[level, event] = end
         return f'{end}, "timestamp": "{_timestamp()}"'
+
+
+def printed(value: Any) -> str:
+    """
+    `value` as text, whatever it does when it is printed.
+    """
+    try:
+        return (value if isinstance(value, str) else repr(value))[:PRINTED_LENGTH_MAX]
+    except BaseException:
+        return f"(a {type(value).__name__} that cannot be printed)"
+
+
+def _traceback(error: Any) -> str:
+    try:
+        return "".join(traceback.format_exception(error)).rstrip("\n")
+    except BaseException:
+        return printed(error)
+
+
+def _lost_in_words(count: int) -> str:
+    return f"({count} writes to this log were lost: nobody read them)\n"
 
 
 def _timestamp() -> str:
@@ -171,7 +244,7 @@ def _second(second: int) -> str:
 
 class _Records(logging.Handler):
     """
-    Passes the standard module's records on.
+    Passes the standard module's records on, with what `extra` put into them.
     """
 
     def __init__(self, emit: Emit) -> None:
@@ -179,19 +252,36 @@ class _Records(logging.Handler):
         self._pass_on = emit
 
     def emit(self, record: logging.LogRecord) -> None:
+        extra = {k: v for k, v in record.__dict__.items() if k not in RECORD_FIELDS}
+        fields = {**_fields_here(), "logger": record.name, **_renamed(extra)}
+        if record.exc_info and record.exc_info[1] is not None:
+            fields["exc_info"] = record.exc_info[1]
+        if record.stack_info:
+            fields["stack"] = record.stack_info
         try:
-            fields: dict[str, Any] = {}
-            if record.exc_info:
-                fields["exc_info"] = record.exc_info[1]
-            self._pass_on(record.levelname.lower(), record.getMessage(), fields)
-        except Exception:
-            self.handleError(record)
+            event = record.getMessage()
+        except BaseException:  # arguments that do not fit, or cannot be printed
+            event = f"{printed(record.msg)} {printed(record.args)}"
+        level = LEVELS[min(max(record.levelno, logging.DEBUG), logging.CRITICAL) // 10 - 1]
+        with contextlib.suppress(Exception):  # structlog may be configured by somebody else
+            self._pass_on(level, event, fields)
+
+
+RECORD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+
+def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{name}_" if name in OURS else name: value for name, value in fields.items()}
 
 
 def _through_structlog(level: str, event: str, fields: dict[str, Any]) -> None:
     import structlog
 
     getattr(structlog.get_logger(), level)(event, **fields)
+
+
+def _add_fields_here(_: Any, __: str, event: Any) -> Any:
+    return {**_fields_here(), **event}
 
 
 def _adopt_structlog(level: str, lines: JsonLines) -> None:
@@ -203,39 +293,38 @@ def _adopt_structlog(level: str, lines: JsonLines) -> None:
     if structlog.is_configured():
         return
 
-    def pass_on(logger: Any, method: str, event: Any) -> NoReturn:
-        fields = dict(structlog.processors.format_exc_info(logger, method, event))
-        for ours in ("process", "timestamp"):
-            fields.pop(ours, None)
-        # At once: a handler may log what it does next because that may end the process.
-        lines.emit(fields.pop("level"), fields.pop("event"), fields, is_urgent=True)
+    def pass_on(_: Any, method: str, event: Any) -> NoReturn:
+        name = event.pop("event", "")
+        error = _error_of(event.pop("exc_info", None))
+        fields = _renamed(event) if error is None else {**_renamed(event), "exc_info": error}
+        lines.emit_now(method, name, fields)
         raise structlog.DropEvent
 
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            pass_on,
-        ],
+        processors=[structlog.contextvars.merge_contextvars, _add_fields_here, pass_on],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
 
 
-def _configure_console(level: str, process: str, stream: TextIO) -> logging.Handler:
+def _error_of(exc_info: Any) -> BaseException | None:
+    if isinstance(exc_info, tuple):
+        exc_info = exc_info[1]
+    if isinstance(exc_info, BaseException):
+        return exc_info
+    return sys.exc_info()[1] if exc_info else None
+
+
+def _configure_console(level: str, process: str, stream: TextIO) -> None:
     import structlog
 
     def add_process(_: Any, __: str, event: Any) -> Any:
-        event["logger"] = process  # The console shows it in front of the fields.
+        # The console shows it in front of the fields. By a processor, since context variables do
+        # not reach other threads.
+        logger = event.get("logger")
+        event["logger"] = f"{process} {logger}" if logger else process
         return event
 
-    shared: list[Any] = [
-        # By a processor, since context variables do not reach other threads.
-        add_process,
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-    ]
     render = structlog.dev.ConsoleRenderer(
         colors=stream.isatty(),
         pad_event_to=24,
@@ -243,20 +332,31 @@ def _configure_console(level: str, process: str, stream: TextIO) -> logging.Hand
         # Not the default, which prints local variables: payloads are among them.
         exception_formatter=structlog.dev.plain_traceback,
     )
+
+    lines = Lines(stream)
+
+    def write(logger: Any, method: str, event: Any) -> NoReturn:
+        try:
+            text = render(logger, method, dict(event))
+        except BaseException:
+            # A value, a key or an error that cannot be printed.
+            fields = {printed(key): printed(value) for key, value in event.items()}
+            text = render(logger, method, fields)
+        lines.write(str(text), is_urgent=True)
+        raise structlog.DropEvent
+
     structlog.configure(
-        processors=[*shared, render],
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            _add_fields_here,
+            add_process,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            write,
+        ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file=stream),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
-            foreign_pre_chain=shared,
-        )
-    )
-    return handler
 
 
 log = Log()

@@ -29,6 +29,7 @@ from asyncflow.handlers.calls import call_async, call_blocking, failed
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.registry import DEFAULT_REGISTRY, Handler
 from asyncflow.worker.child_protocol import Message, Reader, read_context, write, write_outcome
+from asyncflow.worker.garbage import Garbage
 
 PROGRESS_SECONDS = 0.05
 """Progress leaves at most this often; the latest report wins."""
@@ -52,6 +53,7 @@ class Server:
         self._stopping = threading.Lock()
         self._progress: Message | None = None
         self._has_progress = threading.Event()
+        self._garbage = Garbage()
 
     def serve(self) -> None:
         """
@@ -97,6 +99,7 @@ class Server:
                 "stop_seen": attempt.stop_seen,
             }
         )
+        self._garbage.look()
 
     def _listen(self) -> None:
         reader = Reader()

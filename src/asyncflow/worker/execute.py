@@ -37,7 +37,7 @@ from asyncflow.store import claims
 from asyncflow.store.claims import Claim, Settling
 from asyncflow.store.database import Database
 from asyncflow.telemetry import events
-from asyncflow.worker.isolation import Isolation, Run
+from asyncflow.worker.isolation import Isolation, LoopRun, Run
 
 SETTLE_RETRY_SECONDS = (0.1, 0.6)
 SETTLE_SIZE_MAX = 200
@@ -73,6 +73,7 @@ class Attempt:
 
     Attributes:
         taken_at: When it was claimed, by `time.monotonic`.
+        settlement: How it ended, while that is written; None before.
         void: Why the lease is lost; None while it holds.
     """
 
@@ -85,6 +86,7 @@ class Attempt:
         "_run_seconds",
         "_tools",
         "claim",
+        "settlement",
         "taken_at",
         "void",
     )
@@ -92,6 +94,7 @@ class Attempt:
     def __init__(self, claim: Claim, tools: Tools) -> None:
         self.claim = claim
         self.taken_at = self._began_at = time.monotonic()
+        self.settlement: Settlement | None = None
         self.void: str | None = None
         self._tools = tools
         self._run: Run | None = None
@@ -99,6 +102,13 @@ class Attempt:
         self._is_cancelled = False
         self._given_back = False
         self._refusals = 0
+
+    @property
+    def is_on_loop(self) -> bool:
+        """
+        Whether its handler runs on the event loop.
+        """
+        return isinstance(self._run, LoopRun)
 
     def begin(self) -> None:
         """
@@ -151,6 +161,25 @@ class Attempt:
         self.void = reason
         self._interrupt()
 
+    def abandon(self) -> None:
+        """
+        Have its handler stop if it can, since nobody will hear of it. From any thread, while the
+        loop stands still.
+        """
+        if self._run is not None:
+            self._run.abandon()
+
+    def decide(self, outcome: Outcome) -> Settlement:
+        """
+        How it would be settled with this outcome; never raises.
+        """
+        handler = self._tools.registry.get(self.claim.name)
+        try:
+            return self._follow(outcome, handler.policy.backoff if handler else Backoff())
+        except Exception as error:
+            # A backoff of somebody's own, or a mistake of ours.
+            return self._decide_anew(error)
+
     def _interrupt(self) -> None:
         # Never in the middle of a settle, whose outcome would be unknown then.
         if self._run is not None:
@@ -193,15 +222,7 @@ class Attempt:
             # whatever called us, unseen.
             fact = {"message": "A worker could not free a slot.", "exception": error}
             asyncio.get_running_loop().call_exception_handler(fact)
-        self._settle(self._decide(outcome))
-
-    def _decide(self, outcome: Outcome) -> Settlement:
-        handler = self._tools.registry.get(self.claim.name)
-        try:
-            return self._follow(outcome, handler.policy.backoff if handler else Backoff())
-        except Exception as error:
-            # A backoff of somebody's own, or a mistake of ours.
-            return self._decide_anew(error)
+        self._settle(self.decide(outcome))
 
     def _decide_anew(self, error: Exception) -> Settlement:
         fact = f"Its outcome could not be decided: {error_kind(error)}: {error_message(error)}"
@@ -225,6 +246,7 @@ class Attempt:
         if self.void is not None:
             return self._conclude(settlement, written=False)
         claim = self.claim
+        self.settlement = settlement
         settled = self._tools.settler.submit(Settling(claim.task_id, claim.lease_id, settlement))
         settled.add_done_callback(lambda settled: self._on_settled(settlement, settled))
 

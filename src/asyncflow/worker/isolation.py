@@ -35,6 +35,7 @@ from asyncflow.handlers.encoding import RESULT_BYTES_MAX
 from asyncflow.handlers.registry import Handler, IsolationKind
 from asyncflow.telemetry import events
 from asyncflow.worker.children import Child, ChildNotStarted, Children, Nursery
+from asyncflow.worker.garbage import Garbage
 from asyncflow.worker.shortage import Shortage
 
 INTERRUPT_SECONDS = 0.5
@@ -65,9 +66,12 @@ class Isolation:
         tasks_per_child_max: int = 1_000,
         nursery: Nursery | None = None,
     ) -> None:
+        # As it is before any handler has run: with what modules of handlers set when imported.
+        self.own_context = contextvars.copy_context()
         self.cancel_grace_seconds = cancel_grace_seconds
         self.result_bytes_max = result_bytes_max
         self.alarm = Alarm()
+        self.garbage = Garbage()
         self.stuck_runs: set[Run] = set()
         self.threads = Threads()
         self.shortage = Shortage()
@@ -225,11 +229,24 @@ class Run:
             self.context.ask_to_stop()
             self.stop_at_once()
 
+    def abandon(self) -> None:
+        """
+        Stop the handler if that is possible, and hear nothing of it. From any thread, while the
+        loop stands still and the process is about to end.
+        """
+        self.context.ask_to_stop()
+
     def end(self, outcome: Outcome, *, stop_seen: bool) -> None:
         """
         The handler has ended.
         """
+        # Its context variables end with it. What follows is the worker's: the settle, log lines,
+        # and above all the next attempt, which may begin within this end.
+        self.isolation.own_context.copy().run(self._end, outcome, stop_seen=stop_seen)
+
+    def _end(self, outcome: Outcome, *, stop_seen: bool) -> None:
         self.has_ended = True
+        self.isolation.garbage.look()
         self.isolation.stuck_runs.discard(self)
         if self.is_stopping and (stop_seen or not isinstance(outcome, Completed)):
             self._tell(self.stopped(outcome))
@@ -363,11 +380,11 @@ class ThreadRun(Run):
         )
         end_copy()
         try:
-            loop.call_soon_threadsafe(self._end, outcome)
+            loop.call_soon_threadsafe(self._returned, outcome)
         except RuntimeError:
             pass  # the loop is closed: the worker has gone and nobody waits for this thread
 
-    def _end(self, outcome: Outcome) -> None:
+    def _returned(self, outcome: Outcome) -> None:
         self.end(outcome, stop_seen=self.context.stop_seen)
 
 
@@ -439,6 +456,11 @@ class ChildRun(Run):
             return self._end_unentered()
         self._is_killed = True
         self._child.kill()
+
+    def abandon(self) -> None:
+        child = self._child
+        if child is not None:
+            child.kill()
 
     def _let_go_of_child(self) -> None:
         child, self._child = self._child, None

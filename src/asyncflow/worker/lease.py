@@ -17,8 +17,8 @@ Five things can happen to a lease, and each has one answer:
   interpreter's lock. It gives itself up for lost. The reaper charges its attempts as crashes;
   were they given back unpunished, such a handler would do the same again for ever.
 - The event loop that runs the handlers stands still. Beats would keep its leases for ever;
-  after `stall_seconds` the process kills itself instead, and its tasks run elsewhere. Asked to
-  stop, it does so when its grace period is over.
+  after `stall_seconds` the process ends itself instead; asked to stop, it does so when its grace
+  period is over. The attempt that blocks the loop has failed, the others are given back.
 - The process dies. The advisory lock on this connection falls with it, and the reaper knows
   within a few beats.
 """
@@ -33,11 +33,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
-from uuid import UUID
 
 from asyncflow.errors import StoreError, StoreUnavailable
 from asyncflow.stopping import end_at_latest
-from asyncflow.store import workers
+from asyncflow.store import claims, workers
+from asyncflow.store.claims import Settling
 from asyncflow.store.database import Database, Executor, translated_errors
 from asyncflow.store.wakeups import send_wakeup
 from asyncflow.store.workers import Held, Published, Registration
@@ -78,9 +78,10 @@ class Holder(Protocol):
         This worker was given up; it must not go on under this id.
         """
 
-    def running_ids(self) -> Sequence[UUID]:
+    def on_stalled(self, seconds: float) -> Callable[[Held], Settling]:
         """
-        Tasks that run now. Called from the keeper's thread.
+        The loop has stood still for so long, and the process is about to end: say how each lease
+        is to be settled. Called from the keeper's thread.
         """
         ...
 
@@ -125,6 +126,8 @@ class LeaseKeeper:
         self._is_registered = False
         self._is_locked = False
         self._unanswered = 0
+        self._ends_stalled = False
+        self._ending: asyncio.Task[None]
         self._stopping = threading.Event()
         self._ended = asyncio.Event()  # The worker's loop's: its executor is for handlers.
         self._wake: Callable[[], object] = lambda: None
@@ -140,7 +143,9 @@ class LeaseKeeper:
         """
         Whether the leases can be trusted at this moment. From any thread.
         """
-        return not self._fenced and time.monotonic() - self._kept_at <= self._fence_seconds
+        if self._fenced or self._ends_stalled:
+            return False
+        return time.monotonic() - self._kept_at <= self._fence_seconds
 
     async def stop(self) -> None:
         """
@@ -288,15 +293,31 @@ class LeaseKeeper:
         # Counted, not measured: if the whole process stood still, its loop is not to blame.
         stalled = self._unanswered * WATCH_SECONDS
         is_overdue = time.monotonic() > self._holder.ends_by()
-        if stalled > (OVERDUE_STALL_SECONDS if is_overdue else self._stall_seconds):
-            # The loop cannot be asked to stop, and finally-blocks would wait for it. Nor may a
-            # log that nobody reads keep the process.
+        bearable = OVERDUE_STALL_SECONDS if is_overdue else self._stall_seconds
+        if stalled > bearable and not self._ends_stalled:
+            self._ends_stalled = True
             status = 0 if is_overdue else STALLED_EXIT_STATUS
-            end_at_latest(status)
-            events.worker_stalled(seconds=stalled, tasks=self._holder.running_ids())
-            os._exit(status)
+            if is_overdue:
+                end_at_latest(status)
+            ending = self._end_stalled(stalled, status)
+            self._ending = asyncio.get_running_loop().create_task(ending)
         self._unanswered += 1
         self._tell(self._answer)
+
+    async def _end_stalled(self, seconds: float, status: int) -> None:
+        try:
+            settling = self._holder.on_stalled(seconds)
+            async with asyncio.timeout(GOODBYE_SECONDS), self._connection() as connection:
+                held = await workers.held(connection, self._registration.id, older_than_seconds=0)
+                await claims.settle(connection, [settling(lease) for lease in held])
+                await self._say_goodbye(connection)
+                await send_wakeup(connection)
+        except Exception as error:
+            # The reaper finds the leases, and charges them all.
+            events.heartbeat_failed(reason=str(error))
+        finally:
+            # The loop cannot be asked to stop, and finally-blocks would wait for it.
+            os._exit(status)
 
     def _answer(self) -> None:
         self._unanswered = 0

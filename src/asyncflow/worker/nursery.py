@@ -39,6 +39,7 @@ from asyncflow.errors import HandlerError
 from asyncflow.handlers.loading import load_handlers
 from asyncflow.handlers.registry import Registry
 from asyncflow.telemetry.logs import configure_logs
+from asyncflow.telemetry.streams import guard_standard_streams
 from asyncflow.worker.child import (
     Server,
     die_with_parent,
@@ -264,6 +265,7 @@ def _load(connection: socket.socket) -> Files:
     if request is None:
         sys.exit()
     sys.path[:] = request["path"]
+    guard_standard_streams()
     if request["logs"] is not None:
         configure_logs(**request["logs"], process="child")
 

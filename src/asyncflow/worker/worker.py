@@ -12,14 +12,15 @@ import asyncio
 import contextlib
 import json
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from asyncflow.domain.outcome import Settlement
+from asyncflow.domain.outcome import Failed, Failure, Settlement
 from asyncflow.domain.states import Event
 from asyncflow.errors import AsyncFlowError, StoreError
 from asyncflow.handlers import Progress, Registry
@@ -33,6 +34,7 @@ from asyncflow.worker.execute import Attempt, Tools, make_settler
 from asyncflow.worker.isolation import Isolation
 from asyncflow.worker.lease import LeaseKeeper
 from asyncflow.worker.pace import Pace
+from asyncflow.worker.stall import Stall, look_at
 
 TICK_SECONDS = 0.5
 WAIT_SECONDS_MAX = 1.0
@@ -88,6 +90,8 @@ class Worker:
     """
 
     _keeper: LeaseKeeper
+    _loop: asyncio.AbstractEventLoop
+    _loop_thread_id: int
 
     def __init__(
         self,
@@ -154,12 +158,13 @@ class Worker:
             WorkerLost: It must be replaced by a new worker.
             WorkerExhausted: It must be replaced by a new process.
         """
+        self._loop, self._loop_thread_id = asyncio.get_running_loop(), threading.get_ident()
         keeper = self._keeper = LeaseKeeper(
             self._db,
             self._registration,
             _published(self._registry),
             holder=self,
-            loop=asyncio.get_running_loop(),
+            loop=self._loop,
             stall_seconds=self._times.stall,
         )
         keeper.start()
@@ -300,6 +305,7 @@ class Worker:
                 self._pace.forget()
             self._start_waiting()
             await self._flush_progress()
+            self._isolation.garbage.look()  # Attempts that run for long leave some, too.
             self._may_take_more.set()  # A stuck handler may have ended.
             self._end_if_exhausted()
 
@@ -391,11 +397,57 @@ class Worker:
         task.add_done_callback(self._background.discard)
         return task
 
-    def running_ids(self) -> Sequence[UUID]:
+    def on_stalled(self, seconds: float) -> Callable[[Held], Settling]:
         """
         See `lease.Holder`.
         """
-        return [task_id for task_id, _ in tuple(self._attempts)]
+        stall = look_at(self._loop, self._loop_thread_id)
+        attempts = dict(self._attempts)
+        blamed = _blamed(stall, attempts)
+        events.worker_stalled(
+            seconds=seconds,
+            blamed=[(attempt.claim.task_id, attempt.claim.name) for attempt in blamed.values()],
+            running=len(attempts),
+            stack=stall.stack,
+        )
+        for attempt in attempts.values():
+            attempt.abandon()
+        failure = Failure("LoopBlocked", _what_it_did(seconds, len(blamed)), stall.stack)
+
+        def settling(lease: Held) -> Settling:
+            key = (lease.task_id, lease.lease_id)
+            if key in blamed:
+                settlement = blamed[key].decide(Failed(failure))
+            else:
+                # It has ended, and only the answer of PostgreSQL was not read; or it is not to
+                # blame. One that we do not know is a claim whose answer was not read.
+                attempt = attempts.get(key)
+                settlement = (attempt and attempt.settlement) or Settlement(Event.RELEASE)
+            return Settling(lease.task_id, lease.lease_id, settlement)
+
+        return settling
+
+
+def _blamed(
+    stall: Stall, attempts: Mapping[tuple[UUID, UUID], Attempt]
+) -> dict[tuple[UUID, UUID], Attempt]:
+    """
+    The one whose code blocks the loop. If nobody can tell, everyone whose code might: unpunished,
+    they might do so again, on one worker after another, for ever.
+    """
+    if stall.context is not None:
+        key = (stall.context.task_id, stall.context.lease_id)
+        return {key: attempts[key]} if key in attempts else {}
+    return {key: attempt for key, attempt in attempts.items() if attempt.is_on_loop}
+
+
+def _what_it_did(seconds: float, blamed: int) -> str:
+    who = "The handler" if blamed == 1 else f"One of {blamed} handlers, this or another,"
+    return (
+        f"{who} blocked the event loop of its worker for {seconds:.0f} s; the worker had to end. "
+        "Code that waits without `await`, or computes for long, belongs in a `def` handler or in "
+        'one with isolation="process".'
+    )
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

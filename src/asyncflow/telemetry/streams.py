@@ -1,0 +1,156 @@
+"""
+Standard output and error of a process that must go on whoever reads them.
+
+A terminal is closed, the program behind a pipe has ended or been stopped, a disk is full, a
+handler closes `sys.stderr`: an ordinary stream then raises, or waits for ever and the event loop
+with it. Here what cannot be written is lost, and counted. A reader that is slow gets time, since
+a full pipe is nothing unusual; one that uses it up gets none until it reads again.
+
+Lines leave when they are complete, so a process that is killed takes none along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import stat
+import sys
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING, TextIO, cast
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+ROOM_SECONDS = 1.0
+"""How long a reader may take to make room before what is written is lost."""
+
+WRITE_BYTES_MAX = 4096
+"""Larger writes may be torn apart in a pipe that several processes write to (PIPE_BUF), and may
+wait although there is room."""
+
+
+class Outlet(io.RawIOBase):
+    """
+    Writes to a file descriptor, in bounded time and without errors. Closing it does nothing: it
+    is shared by whoever runs in this process.
+
+    Args:
+        report: What to write, once that is possible again, of so many writes that were lost.
+    """
+
+    def __init__(self, descriptor: int, report: Callable[[int], str] | None = None) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._report = report
+        self._lost = 0
+        self._has_reader = True
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        self._write_bytes_max = sys.maxsize if is_file else WRITE_BYTES_MAX
+        self._may_hang = os.get_blocking(descriptor) and not is_file
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """
+        Write it all, or lose what is left of it.
+        """
+        whole = memoryview(data).cast("B")
+        if self._lost and self._waits_for_room():
+            lost, self._lost = self._lost, 0
+            if self._report is not None:
+                self._put(memoryview(self._report(lost).encode()))
+        self._put(whole)
+        return len(whole)
+
+    def writable(self) -> bool:
+        """
+        It always is.
+        """
+        return True
+
+    def fileno(self) -> int:
+        """
+        The descriptor, also for programs that are to write there.
+        """
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        """
+        Whether it is a terminal.
+        """
+        return os.isatty(self._descriptor)
+
+    def close(self) -> None:
+        """
+        Nothing: others write here, too.
+        """
+
+    def _put(self, rest: memoryview) -> None:
+        with contextlib.suppress(OSError):  # no reader, no disk, no such descriptor
+            while rest and (not self._may_hang or self._waits_for_room()):
+                try:
+                    rest = rest[os.write(self._descriptor, rest[: self._write_bytes_max]) :]
+                except BlockingIOError:
+                    if not self._waits_for_room():
+                        break
+        self._lost += bool(rest)
+
+    def _waits_for_room(self) -> bool:
+        room = select.poll()  # one for each call: threads must not share it
+        room.register(self._descriptor, select.POLLOUT)
+        self._has_reader = bool(room.poll(1000 * ROOM_SECONDS if self._has_reader else 0))
+        return self._has_reader
+
+
+def guard_standard_streams() -> None:
+    """
+    Let `print()` and everything else that writes to `sys.stdout` and `sys.stderr` neither fail nor
+    wait, and let nobody close them.
+    """
+    sys.stdout = _guarded(sys.stdout)
+    sys.stderr = _guarded(sys.stderr)
+
+
+def own_stream(stream: TextIO, report: Callable[[int], str]) -> TextIO:
+    """
+    A stream to where `stream` leads, which it shares with nobody: handlers may close or replace
+    what they find. `stream` itself if it does not lead to a file.
+
+    Args:
+        report: See `Outlet`.
+    """
+    descriptor = _descriptor_of(stream)
+    if descriptor is None:
+        return stream
+    outlet = Outlet(_own_descriptor(descriptor), report)
+    return _text(outlet, encoding="utf-8", errors="backslashreplace")
+
+
+def _guarded(stream: TextIO) -> TextIO:
+    descriptor = _descriptor_of(stream)
+    if descriptor is None:
+        return stream
+    return _text(Outlet(descriptor), encoding=stream.encoding, errors=stream.errors)
+
+
+def _text(outlet: Outlet, *, encoding: str, errors: str | None) -> TextIO:
+    buffer = cast("IO[bytes]", outlet)  # It has all that a text stream needs.
+    return io.TextIOWrapper(buffer, encoding=encoding, errors=errors, line_buffering=True)
+
+
+def _descriptor_of(stream: TextIO | None) -> int | None:
+    try:
+        descriptor = None if stream is None else stream.fileno()
+        if descriptor is not None:
+            os.fstat(descriptor)  # It may be closed.
+    except (OSError, ValueError):
+        return None
+    return descriptor
+
+
+def _own_descriptor(descriptor: int) -> int:
+    # A pipe that is opened anew does not make others wait less, who share the descriptor.
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        with contextlib.suppress(OSError):
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
+    return os.dup(descriptor)

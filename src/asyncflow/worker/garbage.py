@@ -1,0 +1,100 @@
+"""
+Looks for cyclic garbage when memory has grown, and not only when many objects are new.
+
+Python's collector counts objects and knows nothing of their size. An exception that its own
+handler keeps (`except ValueError as error: kept = error`) is a cycle of a few objects, which may
+hold megabytes of local variables: hundreds of them pile up before the count is full. So memory
+is looked at when attempts end, and what grew is answered by a collection.
+
+Most of what piles up is young, and a collection of the two young generations takes little time
+whatever the program holds. A full one takes time in proportion to all of it. It follows only if
+the young one was not enough, and only when memory has grown by a quarter since the last.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable
+
+GROWTH_BYTES = 32 << 20
+"""How much more memory than after the last collection is a reason for the next one."""
+
+LOOK_SECONDS = 0.02
+"""Looking costs some microseconds; attempts may end every ten."""
+
+COLLECT_SECONDS = 60.0
+"""Garbage may hold other things than memory, sockets above all; so it does not stay for longer."""
+
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_bytes() -> int:
+    """
+    How much memory this process holds.
+    """
+    if sys.platform == "linux":
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * PAGE_BYTES
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+class Garbage:
+    """
+    One process's look-out. Belongs to the thread that runs attempts, or settles them.
+
+    Args:
+        resident: How many bytes of memory are held.
+        collect: Collects a generation and those younger.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        resident: Callable[[], int] = resident_bytes,
+        collect: Callable[[int], object] = gc.collect,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._resident = resident
+        self._collect = collect
+        self._clock = clock
+        self._look_at = 0.0
+        self._collect_at = clock() + COLLECT_SECONDS
+        bytes_held = resident()
+        self._young_bytes_max = bytes_held + GROWTH_BYTES
+        self._bytes_max = bytes_held + _growth(bytes_held)
+
+    def look(self) -> None:
+        """
+        Collect if there is reason to. Call it often: most calls only read the clock.
+        """
+        now = self._clock()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
+        bytes_held = self._resident()
+        if bytes_held > self._young_bytes_max or now > self._collect_at:
+            bytes_held = self._collected()
+            self._collect_at = now + COLLECT_SECONDS
+            self._young_bytes_max = bytes_held + GROWTH_BYTES
+        # Memory that was given back need not be reached again before the next collection.
+        self._young_bytes_max = min(self._young_bytes_max, bytes_held + GROWTH_BYTES)
+        self._bytes_max = min(self._bytes_max, bytes_held + _growth(bytes_held))
+
+    def _collected(self) -> int:
+        self._collect(1)
+        bytes_held = self._resident()
+        if bytes_held > self._bytes_max:
+            self._collect(2)
+            bytes_held = self._resident()
+            self._bytes_max = bytes_held + _growth(bytes_held)
+        return bytes_held
+
+
+def _growth(bytes_held: int) -> int:
+    return max(GROWTH_BYTES, bytes_held // 4)

@@ -1,0 +1,154 @@
+"""
+Writing to a standard stream takes a bounded time and raises nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from asyncflow.telemetry import streams
+from asyncflow.telemetry.streams import WRITE_BYTES_MAX, Outlet, own_stream
+
+LINE = b"x" * 999 + b"\n"
+
+
+class Pipe:
+    """
+    A pipe, and what writes into it.
+    """
+
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe()
+        os.set_blocking(self.reading, False)
+
+    def read(self) -> bytes:
+        """
+        All that is in it.
+        """
+        found = b""
+        while True:
+            try:
+                data = os.read(self.reading, 1 << 16)
+            except BlockingIOError:
+                return found
+            found += data
+
+    def fill(self) -> None:
+        """
+        Leave no room.
+        """
+        os.set_blocking(self.writing, False)
+        try:
+            while True:
+                os.write(self.writing, LINE)
+        except BlockingIOError:
+            os.set_blocking(self.writing, True)
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe]:
+    """
+    A pipe whose reader gets little time.
+    """
+    monkeypatch.setattr(streams, "ROOM_SECONDS", 0.05)
+    pipe = Pipe()
+    yield pipe
+    os.close(pipe.reading)
+    os.close(pipe.writing)
+
+
+def report(lost: int) -> str:
+    """
+    Say how many writes were lost.
+    """
+    return f"{lost} lost\n"
+
+
+def test_what_is_written_arrives(pipe: Pipe) -> None:
+    """
+    Also more than fits into one write.
+    """
+    outlet = Outlet(pipe.writing)
+
+    assert 5 * WRITE_BYTES_MAX == outlet.write(b"y" * 5 * WRITE_BYTES_MAX)
+
+    assert b"y" * 5 * WRITE_BYTES_MAX == pipe.read()
+
+
+def test_what_nobody_reads_is_lost_and_counted(pipe: Pipe) -> None:
+    """
+    Once there is room again, the reader learns how much it missed.
+    """
+    outlet = Outlet(pipe.writing, report)
+    pipe.fill()
+
+    assert [len(LINE)] * 3 == [outlet.write(LINE) for _ in range(3)]
+    pipe.read()
+    outlet.write(b"heard\n")
+
+    assert b"3 lost\nheard\n" == pipe.read()
+
+
+def test_only_the_first_write_waits_for_a_reader(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Else a process that logs much would do nothing but wait.
+    """
+    waits: list[float] = []
+
+    class Poll:
+        def register(self, descriptor: int, events: int) -> None:
+            """
+            Nothing to note.
+            """
+
+        def poll(self, milliseconds: float) -> list[object]:
+            """
+            Nobody ever reads.
+            """
+            waits.append(milliseconds)
+            return []
+
+    monkeypatch.setattr("select.poll", Poll)
+    outlet = Outlet(pipe.writing)
+    for _ in range(3):
+        outlet.write(LINE)
+
+    assert [50] == [wait for wait in waits if wait]
+
+
+def test_a_pipe_without_a_reader_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    The program behind it has ended.
+    """
+    reading, writing = os.pipe()
+    outlet = Outlet(writing)
+    os.close(reading)
+
+    assert len(LINE) == outlet.write(LINE)
+    os.close(writing)
+    assert len(LINE) == outlet.write(LINE)
+
+
+def test_a_full_disk_raises_nothing() -> None:
+    """
+    Logs are worth less than the work.
+    """
+    with open("/dev/full", "wb", buffering=0) as full:
+        assert len(LINE) == Outlet(full.fileno()).write(LINE)
+
+
+def test_a_stream_of_ones_own_does_not_make_others_wait_less(pipe: Pipe) -> None:
+    """
+    A descriptor is shared with other processes, and so is whether its writes wait.
+    """
+    with os.fdopen(os.dup(pipe.writing), "w") as shared:
+        own = own_stream(shared, report)
+        own.write("a line\n")
+
+    assert os.get_blocking(pipe.writing)
+    assert b"a line\n" == pipe.read()

@@ -1,0 +1,142 @@
+"""
+Cyclic garbage is collected by what it holds, however few objects it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from asyncflow.domain.outcome import Completed, Outcome
+from asyncflow.handlers import DEFAULT_REGISTRY
+from asyncflow.worker.garbage import COLLECT_SECONDS, GROWTH_BYTES, LOOK_SECONDS, Garbage
+from asyncflow.worker.isolation import Isolation
+from worker import odd_handlers
+from worker.test_isolation import ISOLATIONS, a_context
+
+MIB = 1 << 20
+
+
+class Process:
+    """
+    A process whose memory and clock are set, and whose collections give back what is planned.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.bytes_held = 400 * MIB
+        self.gives_back: dict[int, int] = {}
+        self.collected: list[int] = []
+        self.garbage = Garbage(
+            resident=lambda: self.bytes_held, collect=self.collect, clock=lambda: self.now
+        )
+
+    def collect(self, generation: int) -> None:
+        """
+        Note it.
+        """
+        self.collected.append(generation)
+        self.bytes_held -= self.gives_back.get(generation, 0)
+
+    def grows(self, size: int, *, seconds: float = 2 * LOOK_SECONDS) -> list[int]:
+        """
+        Hold so much more, after so long; the generations that are collected for it.
+        """
+        self.collected.clear()
+        self.now += seconds
+        self.bytes_held += size
+        self.garbage.look()
+        return list(self.collected)
+
+
+def test_growth_is_answered_by_a_collection_of_what_is_young() -> None:
+    """
+    Only once it is worth the while, and again after as much more.
+    """
+    process = Process()
+    process.gives_back = {1: GROWTH_BYTES}
+
+    assert [] == process.grows(GROWTH_BYTES)
+    assert [1] == process.grows(1)
+    assert [] == process.grows(GROWTH_BYTES)
+    assert [1] == process.grows(1)
+
+
+def test_a_full_collection_follows_when_memory_has_grown_by_a_quarter() -> None:
+    """
+    It takes as long as the program is large, and what a program keeps is no garbage.
+    """
+    process = Process()
+
+    answers = [process.grows(GROWTH_BYTES + 1) for _ in range(8)]
+
+    assert [[1], [1], [1], [1, 2], [1], [1], [1], [1]] == answers
+
+
+def test_memory_that_was_given_back_is_not_room_for_garbage() -> None:
+    """
+    The next collection is due as far above the lowest point, not above the highest.
+    """
+    process = Process()
+    process.grows(1_000 * MIB)
+    process.grows(-1_100 * MIB)
+
+    assert [1, 2] == process.grows(100 * MIB)
+
+
+def test_garbage_does_not_stay_for_longer_than_a_minute() -> None:
+    """
+    It may hold sockets, which nobody sees in the memory.
+    """
+    process = Process()
+
+    assert [] == process.grows(0, seconds=COLLECT_SECONDS - 1)
+    assert [1] == process.grows(0, seconds=2)
+
+
+def test_looking_again_at_once_costs_nothing() -> None:
+    """
+    Thousands of attempts may end in a second.
+    """
+    process = Process()
+    process.grows(0)
+
+    assert [] == process.grows(GROWTH_BYTES + 1, seconds=LOOK_SECONDS / 2)
+
+
+@pytest.fixture
+def own_thresholds() -> Iterator[None]:
+    """
+    Python's own collector is as before afterwards: the handler makes it patient.
+    """
+    before = gc.get_threshold()
+    yield
+    gc.set_threshold(*before)
+
+
+@pytest.mark.parametrize("where", ISOLATIONS)
+async def test_exceptions_that_handlers_keep_do_not_pile_up(
+    where: str, own_thresholds: None
+) -> None:
+    """
+    Each holds the local variables of its handler; two hundred attempts would make 800 MiB.
+    """
+    found = DEFAULT_REGISTRY.get(f"keep-its-error.{where}")
+    assert found is not None
+    isolation = Isolation(slots=1)
+    kept = []
+    try:
+        for _ in range(200):
+            ended: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
+            isolation.start(found, "{}", a_context(), ended.set_result)
+            outcome = await ended
+            assert isinstance(outcome, Completed)
+            kept.append(json.loads(outcome.result))
+    finally:
+        await isolation.close()
+
+    assert odd_handlers.BALLAST_BYTES * max(kept) < 400 * MIB
