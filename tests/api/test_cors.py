@@ -5,12 +5,14 @@ What browsers are told about pages of other origins.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
 from asyncflow.api.cors import with_cors
+from asyncflow.settings import Settings
 
 PAGE = "https://app.example.com"
 FOREIGN = "https://evil.example"
@@ -30,11 +32,19 @@ ROUTES = [
 
 
 @pytest.fixture
-async def browser(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+def settings(settings: Settings) -> Settings:
     """
-    A client of the application as pages of two origins may use it.
+    Pages of two origins may use the API.
     """
-    allowing = with_cors(app, (PAGE, "http://localhost:5173"))
+    return replace(settings, api_cors_origins=(PAGE, "http://localhost:5173"))
+
+
+@pytest.fixture
+async def browser(app: FastAPI, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    """
+    A client of the application as `processes` serves it.
+    """
+    allowing = with_cors(app, settings.api_cors_origins)
     transport = httpx.ASGITransport(app=allowing)
     async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
         yield client
