@@ -175,6 +175,7 @@ async def serve_api(settings: Settings) -> None:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,  # Nobody asks where a request comes from.
                 server_header=False,
                 date_header=False,
                 timeout_keep_alive=settings.api_keep_alive_seconds,  # type: ignore[arg-type]

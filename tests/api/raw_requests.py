@@ -648,9 +648,10 @@ def bodies_nobody_needs(canary: bytes) -> Iterator[Sent]:
         (b"POST", nobody + b"/redrive", 415),
     ):
         what = f"{method.decode()} {target.decode()} with a canary"
-        sent = get(length(canary), method=method, target=target, body=canary)
+        json = JSON if status == 404 else b""
+        sent = get(json, length(canary), method=method, target=target, body=canary)
         yield Sent(what, sent, [status], True)
-        sent = get(CHUNKED, method=method, target=target, body=chunks(canary) + LAST)
+        sent = get(json, CHUNKED, method=method, target=target, body=chunks(canary) + LAST)
         yield Sent(what + " in a chunk", sent, [status], True)
 
 
@@ -688,7 +689,7 @@ def half_closed(canary: bytes) -> Iterator[Sent]:
     Clients that say they send nothing more. What is whole is answered, what is not changes nothing.
     """
     task = post(length(TASK))
-    cancel = canary.removesuffix(b"\r\n")
+    cancel = canary.removesuffix(b"\r\n") + JSON
     for what, sent, answers in (
         ("after nothing", b"", []),
         ("in a first line", b"GET /health/li", []),

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import pytest
 
 from api.live import PATIENCE_SECONDS, LiveApi, live_api
-from api.raw_requests import cancelling, corpus
-from api.test_raw_requests import NOBODY, Answer
+from api.raw_requests import cancelling, corpus, length, post
+from api.test_raw_requests import NOBODY, PROBE, Answer
 from services.proxies import PACKAGES, Proxy, running_proxy
 
 # Offers differ in their words only.
@@ -93,6 +93,32 @@ def test_a_proxy_and_the_api_read_the_same_requests(web_proxy: Proxy, api: LiveA
     assert sum(bool(e.answers) and e.answers[0].status == 202 for e in exchanged) >= 20
 
 
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket", b"TLS/1.2"])
+def test_a_proxy_may_pass_on_an_offer_long_before_the_body(
+    web_proxy: Proxy, api: LiveApi, offer: bytes
+) -> None:
+    """
+    The body comes when the client was asked for it, and stays a body: one that is not JSON.
+    """
+    task_id = api.send("POST", "/tasks", b'{"name":"canary"}').json["id"]
+    body = cancelling(task_id)
+    lines = b"Connection: Upgrade\r\nUpgrade: %b\r\nExpect: 100-continue\r\n" % offer
+    address = ("127.0.0.1", web_proxy.port)
+    with socket.create_connection(address, timeout=PATIENCE_SECONDS) as connection:
+        connection.sendall(post(lines, length(body), body=b""))
+        received = connection.recv(1_000)
+        connection.sendall(body + PROBE)
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := connection.recv(65_536):
+                received += chunk
+
+    answer, probed = _answers(received)
+    assert (answer.status, answer.problem) == (400, "/problems/malformed-json")
+    assert "line 1, column 1" in json.loads(answer.content)["detail"]
+    assert (probed.status, json.loads(probed.content)["instance"]) == (404, "/probe")
+    assert "PENDING" == api.send("GET", f"/tasks/{task_id}").json["status"]
+
+
 def _exchange_all(proxy: Proxy, api: LiveApi) -> Iterator[Exchanged]:
     task_id = ""
     for number, what in enumerate(WHATS):
@@ -101,8 +127,7 @@ def _exchange_all(proxy: Proxy, api: LiveApi) -> Iterator[Exchanged]:
         sent = {sent.what: sent for sent in corpus(cancelling(task_id))}[what]
         address = f"127.9.{number // 250}.{number % 250 + 1}"
         answers = list(_answers(_through(proxy, sent.bytes, source=address)))
-        probe = b"GET /probe HTTP/1.1\r\nHost: api\r\nConnection: close\r\n\r\n"
-        (probed,) = _answers(_through(proxy, probe, source="127.8.8.8"))
+        (probed,) = _answers(_through(proxy, PROBE, source="127.8.8.8"))
         cancelled = api.send("GET", f"/tasks/{task_id}").json["status"] != "PENDING"
         yield Exchanged(what, address, answers, probed, task_id if cancelled else "")
         if cancelled:

@@ -42,7 +42,7 @@ def settings(settings: Settings) -> Settings:
 @pytest.fixture
 async def browser(app: FastAPI, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """
-    A client of the application as such pages use it.
+    A client of the application as `processes` serves it.
     """
     allowing = with_cors(app, settings.api_cors_origins)
     transport = httpx.ASGITransport(app=allowing)

@@ -398,8 +398,8 @@ async def test_a_connection_that_says_nothing_is_given_up(port: int) -> None:
     ("request_bytes", "drop"),
     [
         (b"GET /health/live HTTP/1.1\r\nHost: api\r\n\r\n", b"\r\n"),
-        (b"GET /health/live HTTP/1.1\r\nContent-Length: 9999\r\n\r\n", b" "),
-        (b"POST /tasks HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        (b"GET /health/live HTTP/1.1\r\nHost: api\r\nContent-Length: 9999\r\n\r\n", b" "),
+        (b"POST /tasks HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
     ],
     ids=["line breaks", "a body nobody reads", "a body that was refused"],
 )

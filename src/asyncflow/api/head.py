@@ -50,7 +50,7 @@ def check_head(target: bytes, version: str, headers: Headers) -> bytes:
         raise malformed("there is no Host header")
     if b"transfer-encoding" in by_name:
         _check_coding(by_name[b"transfer-encoding"])
-    if target[:1] != b"/":
+    if not target.startswith(b"/"):
         target = _without_host(target, headers)
     if b"#" in target:
         raise malformed("its target has a fragment")

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any, cast
+from urllib.parse import unquote
 
 import httptools
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from asyncflow.api.guard import HEADERS
@@ -85,7 +86,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """
         if self._reads_no_more:
             return
-        self._unset_keepalive_if_required()
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
         self._read_bytes = len(data)
         try:
             at = self._feed(data)
@@ -162,7 +164,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if name in (b"connection", b"proxy-connection"):
                 raise malformed("there is a Connection header behind the body")
             return
-        value = value.rstrip(b" \t")
+        value = value.rstrip()
         if name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
         self.headers.append((name, value))
@@ -171,28 +173,59 @@ class BoundedProtocol(HttpToolsProtocol):
         """
         The last byte of a head.
         """
-        may_be_large = (
-            self._head_bytes > -self._read_bytes or self._read_bytes > self.head_bytes_max
-        )
-        if may_be_large and head_bytes(self.url, self.headers) > self.head_bytes_max:
-            raise self._too_large()
+        read = self._read_bytes
+        if self._head_bytes != -read or read > self.head_bytes_max:
+            # It came in several pieces or in a large one, so it may be large.
+            if head_bytes(self.url, self.headers) > self.head_bytes_max:
+                raise self._too_large()
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise Refusal("not-implemented", "This server is not a proxy: it has no CONNECT.")
             return
         version = self.parser.get_http_version()
         self.url = check_head(self.url, version, self.headers)
-        if version == "1.0":
-            self.expect_100_continue = False  # Its clients know no answer before the answer.
         self._head_ended()
-        super().on_headers_complete()
+        self._begin(version)
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        if cycle.waiting_for_100_continue:
-            app = self._ending_if_unasked(cycle, app)
-        super()._start_asgi_task(cycle, app)
+    def _begin(self, version: str) -> None:
+        # What uvicorn's own does after a head, but for what we have no use for.
+        scope = self.scope
+        scope["method"] = self.parser.get_method().decode("ascii")
+        if version != "1.1":
+            scope["http_version"] = version
+            self.expect_100_continue = False  # Its clients know no answer before the answer.
+        url = httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"] = url.path
+        scope["query_string"] = url.query or b""
+        keeps_alive = version == "1.1" and self.parser.should_keep_alive()
+        earlier, self.cycle = self.cycle, self._cycle(scope, keeps_alive=keeps_alive)
+        app = self.app
+        if self.expect_100_continue:
+            app = self._ending_if_unasked(self.cycle, app)
+        if earlier is None or earlier.response_complete:
+            self._start_asgi_task(self.cycle, app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, app))
 
-    def _ending_if_unasked(self, cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
+    def _cycle(self, scope: Any, *, keeps_alive: bool) -> RequestResponseCycle:
+        return RequestResponseCycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=keeps_alive,
+            on_response=self.on_response_complete,
+        )
+
+    def _ending_if_unasked(self, cycle: RequestResponseCycle, app: Any) -> Any:
         # Who is answered without having been asked for its body may send it or leave it. Only the
         # end of the connection tells what comes next.
         async def asking(scope: Scope, receive: Receive, send: Send) -> None:
@@ -298,29 +331,14 @@ class BoundedProtocol(HttpToolsProtocol):
             earlier = bool(self.pipeline) and self.pipeline[0][0] is self.cycle
             if earlier:
                 self.pipeline.popleft()
-        self.cycle = self._last_cycle()
+        method = self.parser.get_method().decode() if self.url else "GET"
+        self.expect_100_continue = False
+        self.cycle = self._cycle({"type": "http", "method": method}, keeps_alive=False)
+        self.cycle.more_body = False
         if earlier:
             self.pipeline.appendleft((self.cycle, self._answer(refusal)))
         else:
             self._start_asgi_task(self.cycle, self._answer(refusal))
-
-    def _last_cycle(self) -> RequestResponseCycle:
-        method = self.parser.get_method().decode() if self.url else "GET"
-        cycle = RequestResponseCycle(
-            scope={"type": "http", "method": method},  # type: ignore[typeddict-item]
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=False,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=False,
-            keep_alive=False,
-            on_response=self.on_response_complete,
-        )
-        cycle.more_body = False
-        return cycle
 
     @staticmethod
     def _answer(refusal: Refusal) -> Any:
