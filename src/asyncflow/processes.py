@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import math
 import os
 import signal
 import socket
@@ -29,7 +28,7 @@ from asyncflow import forking
 from asyncflow.domain.policy import DEFAULT_POLICY
 from asyncflow.errors import AsyncFlowError, StoreUnavailable
 from asyncflow.settings import Settings, required_database_url
-from asyncflow.stopping import Signals, end, end_on_signals, signals
+from asyncflow.stopping import end, end_on_signals, signals
 from asyncflow.store.database import Database
 from asyncflow.store.schema import check_schema
 from asyncflow.telemetry import events
@@ -136,7 +135,7 @@ async def serve_api(settings: Settings) -> None:
     from asyncflow.transport.watch import BrokerWatch
 
     listening = listen(settings.api_host, settings.api_port)
-    async with _database(settings, "asyncflow api") as db, _signals() as stop:
+    async with _database(settings, "asyncflow api") as db, _signals(settings) as stop:
         await _until_schema_fits(db, stop)
         async with Catalogue(db) as catalogue, BrokerWatch(settings.broker_url) as broker:
             waker = Waker(db)
@@ -193,11 +192,10 @@ async def work(settings: Settings) -> int:
 
     registry = load_handlers(settings.worker_handlers)
     asyncio.get_running_loop().set_default_executor(_executor(settings.worker_concurrency))
-    async with _database(settings, "asyncflow worker") as db, _signals() as stop:
+    async with _database(settings, "asyncflow worker") as db, _signals(settings) as stop:
         await _until_schema_fits(db, stop)
         while not stop.asked:
             worker = await _make_worker(db, settings, registry)
-            worker.ends_by = partial(stop.ends_by, settings.shutdown_grace_seconds)
             stop.on_first = worker.stop
             stop.on_second = worker.stop
             stop.running = partial(getattr, worker, "running")
@@ -279,7 +277,7 @@ async def maintain(settings: Settings) -> None:
     from asyncflow.maintenance.chores import chores, run_chore
     from asyncflow.store.wakeups import Waker
 
-    async with _database(settings, "asyncflow maintenance") as db, _signals() as stop:
+    async with _database(settings, "asyncflow maintenance") as db, _signals(settings) as stop:
         await _until_schema_fits(db, stop)
         waker = Waker(db)
         listed = chores(
@@ -320,10 +318,7 @@ class Stop:
     Attributes:
         on_first, on_second: What the first signal asks for, and what every later one does.
         running: How many attempts are under way, for the log.
-        signals: Where they come from.
     """
-
-    signals: Signals
 
     def __init__(self) -> None:
         self.on_first: Callable[[], object] = lambda: None
@@ -337,15 +332,6 @@ class Stop:
         Whether a signal came.
         """
         return self._asked.is_set()
-
-    def ends_by(self, grace_seconds: float) -> float:
-        """
-        When the grace period is over, by `time.monotonic`; infinity while nobody asked to stop.
-
-        From any thread, and also while the event loop is blocked.
-        """
-        received_at = self.signals.received_at
-        return math.inf if received_at is None else received_at + grace_seconds
 
     async def wait(self) -> None:
         """
@@ -367,9 +353,9 @@ class Stop:
 
 
 @asynccontextmanager
-async def _signals() -> AsyncIterator[Stop]:
+async def _signals(settings: Settings) -> AsyncIterator[Stop]:
     stop = Stop()
-    with signals(stop.receive) as stop.signals:
+    with signals(stop.receive, grace_seconds=settings.shutdown_grace_seconds):
         yield stop
 
 

@@ -15,8 +15,7 @@ Five things can happen to a lease, and each has one answer:
   interpreter's lock. It gives itself up for lost. The reaper charges its attempts as crashes;
   were they given back unpunished, such a handler would do the same again for ever.
 - The event loop that runs the handlers stands still. Beats would keep its leases for ever;
-  after `stall_seconds` the process kills itself instead, and its tasks run elsewhere. Asked to
-  stop, it does so when its grace period is over.
+  after `stall_seconds` the process kills itself instead, and its tasks run elsewhere.
 - The process dies. The advisory lock on this connection falls with it, and the reaper knows
   within a few beats.
 """
@@ -48,7 +47,6 @@ GOODBYE_SECONDS = 5.0
 """How long a worker that stops waits for PostgreSQL to take note."""
 
 STALLED_EXIT_STATUS = 70
-OVERDUE_STALL_SECONDS = 0.4
 
 
 class Holder(Protocol):
@@ -79,13 +77,6 @@ class Holder(Protocol):
     def running_ids(self) -> Sequence[UUID]:
         """
         Tasks that run now. Called from the keeper's thread.
-        """
-        ...
-
-    def ends_by(self) -> float:
-        """
-        When a worker that was asked to stop ends what still runs, by `time.monotonic`; infinity
-        if it was not. Called from the keeper's thread.
         """
         ...
 
@@ -266,14 +257,12 @@ class LeaseKeeper:
     def _check_stall(self) -> None:
         # Counted, not measured: if the whole process stood still, its loop is not to blame.
         stalled = self._unanswered * WATCH_SECONDS
-        is_overdue = time.monotonic() > self._holder.ends_by()
-        if stalled > (OVERDUE_STALL_SECONDS if is_overdue else self._stall_seconds):
+        if stalled > self._stall_seconds:
             # The loop cannot be asked to stop, and finally-blocks would wait for it. Nor may a
             # log that nobody reads keep the process.
-            status = 0 if is_overdue else STALLED_EXIT_STATUS
-            end_at_latest(status)
+            end_at_latest(STALLED_EXIT_STATUS)
             events.worker_stalled(seconds=stalled, tasks=self._holder.running_ids())
-            os._exit(status)
+            os._exit(STALLED_EXIT_STATUS)
         self._unanswered += 1
         self._tell(self._answer)
 

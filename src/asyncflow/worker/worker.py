@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -82,9 +81,6 @@ class Times:
 class Worker:
     """
     One worker process's work. Made by `processes`, run once.
-
-    Attributes:
-        ends_by: See `lease.Holder`.
     """
 
     _keeper: LeaseKeeper
@@ -99,7 +95,6 @@ class Worker:
         isolation: Isolation,
         times: Times,
     ) -> None:
-        self.ends_by: Callable[[], float] = lambda: math.inf
         self._db = db
         self._transport = transport
         self._registration = registration
