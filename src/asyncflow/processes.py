@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import math
 import os
 import signal
 import socket
@@ -30,7 +29,7 @@ from asyncflow.domain.policy import DEFAULT_POLICY
 from asyncflow.errors import AsyncFlowError
 from asyncflow.findings import refuse_unfit
 from asyncflow.settings import Settings, required_database_url
-from asyncflow.stopping import Signals, end, end_on_signals, signals
+from asyncflow.stopping import end, end_on_signals, signals
 from asyncflow.store.database import Database
 from asyncflow.store.inspection import inspect
 from asyncflow.telemetry import events
@@ -150,7 +149,7 @@ async def serve_api(settings: Settings) -> None:
     async with (
         _bound(settings) as listening,
         _database(settings, "asyncflow api") as db,
-        _signals() as stop,
+        _signals(settings) as stop,
     ):
         await _until_fit(db, settings, stop)
         async with (
@@ -235,7 +234,7 @@ async def _work(settings: Settings, registry: Registry) -> int:
     asyncio.get_running_loop().set_default_executor(_executor(settings.worker_concurrency))
     async with (
         _database(settings, "asyncflow worker") as db,
-        _signals() as stop,
+        _signals(settings) as stop,
         _make_nursery(settings, registry) as nursery,
         MaintenanceWatch(db),
     ):
@@ -249,7 +248,6 @@ async def _work(settings: Settings, registry: Registry) -> int:
         await _until_fit(db, settings, stop)
         while not stop.asked:
             worker = await _make_worker(db, settings, registry, nursery)
-            worker.ends_by = partial(stop.ends_by, settings.shutdown_grace_seconds)
             stop.on_first = worker.stop
             stop.on_second = worker.stop
             stop.running = partial(getattr, worker, "running")
@@ -353,7 +351,7 @@ async def maintain(settings: Settings) -> None:
     from asyncflow.maintenance.chores import chores, run_chore
     from asyncflow.store.wakeups import Waker
 
-    async with _database(settings, "asyncflow maintenance") as db, _signals() as stop:
+    async with _database(settings, "asyncflow maintenance") as db, _signals(settings) as stop:
         await _until_fit(db, settings, stop)
         waker = Waker(db)
         duties: list[Coroutine[Any, Any, None]] = []
@@ -400,10 +398,7 @@ class Stop:
     Attributes:
         on_first, on_second: What the first signal asks for, and what every later one does.
         running: How many attempts are under way, for the log.
-        signals: Where they come from.
     """
-
-    signals: Signals
 
     def __init__(self) -> None:
         self.on_first: Callable[[], object] = lambda: None
@@ -417,15 +412,6 @@ class Stop:
         Whether a signal came.
         """
         return self._asked.is_set()
-
-    def ends_by(self, grace_seconds: float) -> float:
-        """
-        When the grace period is over, by `time.monotonic`; infinity while nobody asked to stop.
-
-        From any thread, and also while the event loop is blocked.
-        """
-        received_at = self.signals.received_at
-        return math.inf if received_at is None else received_at + grace_seconds
 
     async def wait(self) -> None:
         """
@@ -447,9 +433,9 @@ class Stop:
 
 
 @asynccontextmanager
-async def _signals() -> AsyncIterator[Stop]:
+async def _signals(settings: Settings) -> AsyncIterator[Stop]:
     stop = Stop()
-    with signals(stop.receive) as stop.signals:
+    with signals(stop.receive, grace_seconds=settings.shutdown_grace_seconds):
         yield stop
 
 

@@ -34,6 +34,7 @@ ECHO_SECONDS = 0.5
 whole group of processes, and a parent in it passes on what it got."""
 
 CHECK_SECONDS = 0.5
+BLOCKED_SECONDS, BLOCKED_COUNT = 0.6, 6
 END_SECONDS = 0.4
 """How long functions of `atexit` may take, and everything else between the decision to end and
 the end."""
@@ -112,10 +113,6 @@ def _end_well(number: int, frame: FrameType | None) -> None:
 class Signals:
     """
     The signals of one process, by `signals`.
-
-    Attributes:
-        received_at: When the first one came, by `time.monotonic`; None before. Also known while
-            the event loop is blocked, and to be read from any thread.
     """
 
     def __init__(
@@ -123,11 +120,12 @@ class Signals:
         receive: Callable[[signal.Signals], object],
         *,
         numbers: Sequence[signal.Signals] = STOP_SIGNALS,
+        grace_seconds: float | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.received_at: float | None = None
         self._receive = receive
         self._numbers = numbers
+        self._grace_seconds = grace_seconds
         self._now = now
         self._passed_on_at = -math.inf
         self._former = {number: signal.getsignal(number) for number in numbers}
@@ -138,14 +136,41 @@ class Signals:
         """
         A signal came: have it received on the event loop, unless it is the echo of one.
         """
-        now = self._now()
+        is_first, now = self._passed_on_at == -math.inf, self._now()
         if now - self._passed_on_at < ECHO_SECONDS:
             return
         self._passed_on_at = now
-        if self.received_at is None:
-            self.received_at = now
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and the process ends
+        with contextlib.suppress(RuntimeError):  # the loop is closed, or there is no thread left
             self._loop.call_soon_threadsafe(self._receive, signal.Signals(number))
+            if is_first and self._grace_seconds is not None:
+                threading.Thread(target=self._end_if_blocked, daemon=True, name="grace").start()
+
+    def _end_if_blocked(self) -> None:
+        """
+        When the grace period is over, end the process if its event loop stands still.
+
+        Somebody blocks it, and may do so for ever; what the loop was to do cannot be done.
+        """
+        assert self._grace_seconds is not None
+        time.sleep(self._grace_seconds)
+        answered = threading.Event()
+        answered.set()
+        unanswered = 0
+        while True:
+            if answered.is_set():
+                answered.clear()
+                unanswered = 0
+                try:
+                    self._loop.call_soon_threadsafe(answered.set)
+                except RuntimeError:
+                    return  # closed
+            # Counted, not measured: if the whole process stood still, its loop is not to blame.
+            time.sleep(BLOCKED_SECONDS / BLOCKED_COUNT)
+            unanswered += 1
+            if unanswered > BLOCKED_COUNT:
+                end_at_latest(0)
+                events.process_blocked()
+                _leave(0)
 
     def take(self) -> None:
         """
@@ -176,11 +201,16 @@ def signals(
     receive: Callable[[signal.Signals], object],
     *,
     numbers: Sequence[signal.Signals] = STOP_SIGNALS,
+    grace_seconds: float | None = None,
 ) -> Iterator[Signals]:
     """
     Have `receive` called on the running event loop for each signal that asks to stop.
+
+    Args:
+        grace_seconds: After the first one, how long the event loop may be blocked before the
+            process ends all the same; None is for ever.
     """
-    handled = Signals(receive, numbers=numbers)
+    handled = Signals(receive, numbers=numbers, grace_seconds=grace_seconds)
     handled.take()
     try:
         yield handled

@@ -24,6 +24,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from asyncflow import Context, handler
+from asyncflow.stopping import CHECK_SECONDS
 
 ISOLATION: Any = os.environ.get("ASYNCFLOW_TEST_ISOLATION", "loop")
 RESULT = "as it should be"
@@ -378,6 +379,14 @@ async def neighbour(context: Context) -> None:
     """
     while not context.cancelled:  # noqa: ASYNC110 - many turns of the loop are the point
         await asyncio.sleep(0.05)
+
+
+@handler(f"rest.{ISOLATION}", isolation="loop", max_attempts=1)
+async def rest() -> None:
+    """
+    Until the worker has taken its signals back, which its loop does before this ends.
+    """
+    await asyncio.sleep(2 * CHECK_SECONDS)
 
 
 @handler(f"stubborn.{ISOLATION}", isolation="process" if ISOLATION == "process" else "thread")

@@ -75,6 +75,7 @@ async def test_a_handler_that_blocks_the_event_loop_does_not_keep_a_worker_from_
         worker.send(signal.SIGTERM)
 
         assert 0 == await worker.exit_status()
+        assert worker.has_logged("process.blocked")
 
 
 async def test_a_frozen_worker_comes_back_while_threads_of_handlers_are_busy(

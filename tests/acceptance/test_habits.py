@@ -63,6 +63,7 @@ async def test_a_worker_outlives_what_people_do_in_handlers(
         assert [("RUNNING", 1)] * 3 == [(task["status"], task["attempt"]) for task in neighbours]
 
         for where in ISOLATIONS:
+            await system.finishes(await system.submit(f"rest.{where}"))
             await system.reaches(await system.submit(f"stubborn.{where}"), "RUNNING")
         stops = await asyncio.gather(*(stop(worker) for worker in workers.values()))
 

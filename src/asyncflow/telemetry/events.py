@@ -53,6 +53,13 @@ def signals_retaken(*, signals: str) -> None:
     log.warning("process.signals_retaken", signals=signals)
 
 
+def process_blocked() -> None:
+    """
+    Asked to stop, a process cannot: its event loop is blocked. It ends all the same.
+    """
+    log.error("process.blocked")
+
+
 def process_stopped() -> None:
     """
     A process ended in good order.

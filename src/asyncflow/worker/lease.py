@@ -17,8 +17,8 @@ Five things can happen to a lease, and each has one answer:
   interpreter's lock. It gives itself up for lost. The reaper charges its attempts as crashes;
   were they given back unpunished, such a handler would do the same again for ever.
 - The event loop that runs the handlers stands still. Beats would keep its leases for ever;
-  after `stall_seconds` the process ends itself instead; asked to stop, it does so when its grace
-  period is over. The attempt that blocks the loop has failed, the others are given back.
+  after `stall_seconds` the process ends itself instead. The attempt that blocks the loop has
+  failed, the others are given back.
 - The process dies. The advisory lock on this connection falls with it, and the reaper knows
   within a few beats.
 """
@@ -35,7 +35,6 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from asyncflow.errors import StoreError, StoreUnavailable
-from asyncflow.stopping import end_at_latest
 from asyncflow.store import claims, workers
 from asyncflow.store.claims import Settling
 from asyncflow.store.database import Database, Executor, translated_errors
@@ -50,7 +49,6 @@ GOODBYE_SECONDS = 5.0
 """How long a worker that stops waits for PostgreSQL to take note."""
 
 STALLED_EXIT_STATUS = 70
-OVERDUE_STALL_SECONDS = 0.4
 
 
 class Holder(Protocol):
@@ -82,13 +80,6 @@ class Holder(Protocol):
         """
         The loop has stood still for so long, and the process is about to end: say how each lease
         is to be settled. Called from the keeper's thread.
-        """
-        ...
-
-    def ends_by(self) -> float:
-        """
-        When a worker that was asked to stop ends what still runs, by `time.monotonic`; infinity
-        if it was not. Called from the keeper's thread.
         """
         ...
 
@@ -292,19 +283,13 @@ class LeaseKeeper:
     def _check_stall(self) -> None:
         # Counted, not measured: if the whole process stood still, its loop is not to blame.
         stalled = self._unanswered * WATCH_SECONDS
-        is_overdue = time.monotonic() > self._holder.ends_by()
-        bearable = OVERDUE_STALL_SECONDS if is_overdue else self._stall_seconds
-        if stalled > bearable and not self._ends_stalled:
+        if stalled > self._stall_seconds and not self._ends_stalled:
             self._ends_stalled = True
-            status = 0 if is_overdue else STALLED_EXIT_STATUS
-            if is_overdue:
-                end_at_latest(status)
-            ending = self._end_stalled(stalled, status)
-            self._ending = asyncio.get_running_loop().create_task(ending)
+            self._ending = asyncio.get_running_loop().create_task(self._end_stalled(stalled))
         self._unanswered += 1
         self._tell(self._answer)
 
-    async def _end_stalled(self, seconds: float, status: int) -> None:
+    async def _end_stalled(self, seconds: float) -> None:
         try:
             settling = self._holder.on_stalled(seconds)
             async with asyncio.timeout(GOODBYE_SECONDS), self._connection() as connection:
@@ -317,7 +302,7 @@ class LeaseKeeper:
             events.heartbeat_failed(reason=str(error))
         finally:
             # The loop cannot be asked to stop, and finally-blocks would wait for it.
-            os._exit(status)
+            os._exit(STALLED_EXIT_STATUS)
 
     def _answer(self) -> None:
         self._unanswered = 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import threading
 import time
 from collections import deque
@@ -84,9 +83,6 @@ class Times:
 class Worker:
     """
     One worker process's work. Made by `processes`, run once.
-
-    Attributes:
-        ends_by: See `lease.Holder`.
     """
 
     _keeper: LeaseKeeper
@@ -103,7 +99,6 @@ class Worker:
         isolation: Isolation,
         times: Times,
     ) -> None:
-        self.ends_by: Callable[[], float] = lambda: math.inf
         self._db = db
         self._transport = transport
         self._registration = registration
