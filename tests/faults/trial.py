@@ -100,7 +100,7 @@ async def perform(case: Case, ground: Ground, *, bite_seconds: float = BITE_SECO
                 folder=folder,
                 **SETTINGS,
             ) as system,
-            Database(database_url, size=2) as db,
+            Database(database_url, size=2, timeout_seconds=STEP_SECONDS) as db,
             laid(urls) as wires,
             Desk(wires).open() as desk,
         ):
