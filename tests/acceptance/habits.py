@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
 from typing import Any
 
 from asyncflow import Context, handler
@@ -31,6 +32,7 @@ RESULT = "as it should be"
 STAYS_SECONDS = 300
 
 kept: list[object] = []
+customer: ContextVar[str] = ContextVar("customer")
 
 
 # Forks
@@ -59,7 +61,7 @@ def forks_and_stays() -> object:
     A child that nobody waits for, and that outlives the worker.
     """
     if os.fork() == 0:
-        os.closerange(0, 3)  # Nor does a test wait for what it might say.
+        os.closerange(0, 256)  # Nor does a test wait for what it might say, also by a logger.
         time.sleep(STAYS_SECONDS)
         os._exit(0)
     return True
@@ -256,6 +258,50 @@ def replaces_streams() -> object:
     return True
 
 
+def closes_streams() -> object:
+    """
+    As programs do that want to be left alone.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
+    print("to anybody")  # noqa: T201 - that is the point
+    return True
+
+
+def leaves_a_context_variable() -> object:
+    """
+    And finds none of those that others left.
+    """
+    found = customer.get(None)
+    customer.set("one of this attempt")
+    return found is None
+
+
+def leaves_another_context_variable() -> object:
+    """
+    The same one.
+    """
+    return leaves_a_context_variable()
+
+
+def keeps_big_exceptions() -> object:
+    """
+    Each with itself and with three megabytes: garbage that only a collection finds.
+    """
+    for _ in range(200):
+        _keep_a_big_exception()
+    return True
+
+
+def _keep_a_big_exception() -> None:
+    large = b"x" * (3 << 20)
+    try:
+        raise ValueError(len(large))
+    except ValueError as error:
+        mine = error  # its traceback holds this frame, which holds it
+        assert mine.args
+
+
 # Event loops
 
 
@@ -342,7 +388,9 @@ HABITS: dict[str, Callable[[], object] | Callable[[], Coroutine[Any, Any, object
         *(uses_pools, leaves_a_busy_pool, keeps_a_pool, keeps_a_process_executor),
         *(spawns, uses_a_fork_server, runs_programs),
         *(keeps_a_thread, keeps_an_executor, exits_in_a_thread),
-        *(takes_signals, registers_a_slow_end, changes_the_folder, keeps_state, replaces_streams),
+        *(takes_signals, registers_a_slow_end, changes_the_folder, keeps_state),
+        *(closes_streams, replaces_streams, keeps_big_exceptions),
+        *(leaves_a_context_variable, leaves_another_context_variable),
         *(uses_threads_of_the_loop, keeps_a_thread_of_the_loop, keeps_a_stubborn_task),
         *(stops_the_loop, takes_signals_of_the_loop, raises_in_a_callback),
     )

@@ -9,6 +9,7 @@ import asyncio
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from acceptance.habits import HABITS, RESULT
@@ -20,6 +21,8 @@ HABITS_FILE = Path(__file__).with_name("habits.py")
 ISOLATIONS = ("loop", "thread", "process")
 GRACE_SECONDS = 1.0
 SLACK_SECONDS = 1.0
+MEMORY_BYTES_MAX = 300 << 20
+"""Half of the garbage that one of the habits leaves in each worker."""
 
 
 @pytest.mark.timeout(400)  # It may install what another Python needs, once.
@@ -28,9 +31,10 @@ async def test_a_worker_outlives_what_people_do_in_handlers(
     database_url: str, tmp_path: Path, version: str
 ) -> None:
     """
-    Three workers, one per isolation: every habit comes to its result at the first attempt, and a
-    task beside them is not disturbed. Then, with all that they left behind and a handler that
-    does not stop, SIGTERM ends each with status 0 within its grace period and a second.
+    Three workers, one per isolation: every habit comes to its result at the first attempt, a
+    task beside them is not disturbed, and memory comes back. Then, with all that they left behind
+    and a handler that does not stop, SIGTERM ends each with status 0 within its grace period and
+    a second.
     """
     try:
         python = await asyncio.to_thread(pythons.python, version)
@@ -64,9 +68,12 @@ async def test_a_worker_outlives_what_people_do_in_handlers(
 
         for where in ISOLATIONS:
             await system.finishes(await system.submit(f"rest.{where}"))
+        memory = [psutil.Process(worker.pid).memory_info().rss for worker in workers.values()]
+        for where in ISOLATIONS:
             await system.reaches(await system.submit(f"stubborn.{where}"), "RUNNING")
         stops = await asyncio.gather(*(stop(worker) for worker in workers.values()))
 
+    assert all(held < MEMORY_BYTES_MAX for held in memory), memory
     assert [0, 0, 0] == [status for status, _ in stops]
     limit = GRACE_SECONDS + 1 + SLACK_SECONDS
     assert all(seconds < limit for _, seconds in stops), stops

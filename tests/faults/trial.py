@@ -100,8 +100,7 @@ async def perform(case: Case, ground: Ground, *, bite_seconds: float = BITE_SECO
                 folder=folder,
                 **SETTINGS,
             ) as system,
-            # On a busy machine the eight cases that run side by side wait for each other.
-            Database(database_url, size=2, timeout_seconds=60) as db,
+            Database(database_url, size=2, timeout_seconds=STEP_SECONDS) as db,
             laid(urls) as wires,
             Desk(wires).open() as desk,
         ):

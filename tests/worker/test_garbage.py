@@ -13,6 +13,7 @@ import pytest
 
 from asyncflow.domain.outcome import Completed, Outcome
 from asyncflow.handlers import DEFAULT_REGISTRY
+from asyncflow.worker.children import Nursery
 from asyncflow.worker.garbage import COLLECT_SECONDS, GROWTH_BYTES, LOOK_SECONDS, Garbage
 from asyncflow.worker.isolation import Isolation
 from worker import odd_handlers
@@ -127,7 +128,7 @@ async def test_exceptions_that_handlers_keep_do_not_pile_up(
     """
     found = DEFAULT_REGISTRY.get(f"keep-its-error.{where}")
     assert found is not None
-    isolation = Isolation(slots=1)
+    isolation = Isolation(slots=1, nursery=Nursery(["worker.odd_handlers"]))
     kept = []
     try:
         for _ in range(200):

@@ -9,6 +9,7 @@ nothing, and the checker will call a run that relies on it invalid.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import signal
 import time
@@ -28,7 +29,7 @@ from asyncflow.worker.lease import STALLED_EXIT_STATUS
 
 TERMINATE_SECONDS_MAX = 20.0
 STALL_SECONDS_MAX = 10.0
-UP_SECONDS_MAX = 10.0
+UP_SECONDS_MAX = 30.0
 POLL_SECONDS = 0.02
 SEEN_TRIES_MAX = 10
 HINTS_WAIT_SECONDS = 1.5
@@ -183,7 +184,7 @@ async def stall(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
     Its event loop stands still for ever, while its heartbeats keep its leases.
     """
-    process = await _up(victim)
+    process = await _registered(stage, victim)
     victim.asked = True
     process.send_signal(STAND_STILL)
     async with asyncio.timeout(stage.stall_seconds + STALL_SECONDS_MAX):
@@ -463,6 +464,32 @@ async def _up(victim: Member, wire: str = "postgres") -> asyncio.subprocess.Proc
             process = await _running(victim)
             if victim.wires[wire].connections:
                 return process
+            await asyncio.sleep(POLL_SECONDS)
+
+
+REGISTERED = """
+    SELECT
+      FROM asyncflow.workers w
+     WHERE w.name LIKE $1
+       AND w.stopped_at IS NULL
+       AND w.lost_at IS NULL
+"""
+
+
+async def _registered(stage: Stage, victim: Member) -> asyncio.subprocess.Process:
+    """
+    A worker, once the thread that keeps its leases is there: it watches the event loop, too.
+    """
+    async with asyncio.timeout(UP_SECONDS_MAX):
+        while True:
+            process = await _up(victim)
+            with contextlib.suppress(asyncpg.PostgresError, OSError):
+                connection = await asyncpg.connect(stage.cluster.url)
+                try:
+                    if await connection.fetchrow(REGISTERED, f"%:{process.pid}") is not None:
+                        return process
+                finally:
+                    connection.terminate()
             await asyncio.sleep(POLL_SECONDS)
 
 

@@ -43,6 +43,23 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+OLDEST = 2
+
+
+def collect(generation: int) -> None:
+    """
+    Collect a generation and those younger. After the oldest, also have the C library give free
+    pages back to the system, which it keeps where threads allocated them.
+    """
+    gc.collect(generation)
+    if generation == OLDEST:
+        import ctypes  # rarely needed
+
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim is not None:
+            trim(0)
+
+
 class Garbage:
     """
     One process's look-out. Belongs to the thread that runs attempts, or settles them.
@@ -57,7 +74,7 @@ class Garbage:
         self,
         *,
         resident: Callable[[], int] = resident_bytes,
-        collect: Callable[[int], object] = gc.collect,
+        collect: Callable[[int], object] = collect,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._resident = resident
@@ -90,7 +107,7 @@ class Garbage:
         self._collect(1)
         bytes_held = self._resident()
         if bytes_held > self._bytes_max:
-            self._collect(2)
+            self._collect(OLDEST)
             bytes_held = self._resident()
             self._bytes_max = bytes_held + _growth(bytes_held)
         return bytes_held
