@@ -11,10 +11,20 @@ from pathlib import Path
 import psutil
 import pytest
 
+from acceptance.process import Process
 from acceptance.system import HANDLERS, System
 from acceptance.test_shutdown import no_sessions
+from asyncflow.worker.children import NURSERY
 
 HABITS_FILE = Path(__file__).with_name("habits.py")
+
+
+def forked_by(worker: Process) -> list[psutil.Process]:
+    """
+    What handlers have forked: all children of the worker but the one that it starts itself.
+    """
+    children = psutil.Process(worker.pid).children()
+    return [child for child in children if NURSERY not in child.cmdline()]
 
 
 @pytest.mark.parametrize("where", ["loop", "thread"])
@@ -28,7 +38,7 @@ async def test_a_signal_to_the_group_stops_a_worker_once(
         await system.start_api()
         worker = await system.start_worker(handlers=(HANDLERS, HABITS_FILE), test_isolation=where)
         await system.finishes(await system.submit(f"forks-and-stays.{where}"))
-        [child] = psutil.Process(worker.pid).children()
+        [child] = forked_by(worker)
         running = await system.submit("work", {"seconds": 1})
         await system.journal.wait_for("start", running)
 
@@ -51,7 +61,7 @@ async def test_a_signal_to_a_child_does_not_stop_its_worker(
         await system.start_api()
         worker = await system.start_worker(handlers=(HABITS_FILE,), test_isolation="thread")
         await system.finishes(await system.submit("forks-and-stays.thread"))
-        [child] = psutil.Process(worker.pid).children()
+        [child] = forked_by(worker)
 
         child.send_signal(signal.SIGTERM)
         await system.until(lambda: has_ended(child), "the child has ended")
@@ -72,7 +82,7 @@ async def test_a_forked_child_does_not_keep_a_killed_workers_sessions(
         api = await system.start_api()
         await system.finishes(await system.submit("forks-and-stays.thread"))
         await api.kill()
-        [child] = psutil.Process(worker.pid).children()
+        [child] = forked_by(worker)
 
         await worker.kill()
 

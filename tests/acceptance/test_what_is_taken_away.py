@@ -33,6 +33,7 @@ from asyncflow.store.database import Database, Executor
 from asyncflow.store.wakeups import Waker
 from asyncflow.transport import postgres as postgres_module
 from asyncflow.transport import rabbitmq as rabbitmq_module
+from asyncflow.transport import resting
 from asyncflow.worker import execute as execute_module
 from asyncflow.worker import lease as lease_module
 from services.postgres import PostgresServer
@@ -375,7 +376,8 @@ async def a_house(
         catalogue = await stack.enter_async_context(Catalogue(of_api, refresh_seconds=0.05))
         waker = Waker(of_api)
         stack.push_async_callback(waker.close)
-        app = create_app(of_api, Settings(), catalogue=catalogue, waker=waker, version="1")
+        settings = Settings(api_hosts=("api",))
+        app = create_app(of_api, settings, catalogue=catalogue, waker=waker, version="1")
         transport = httpx.ASGITransport(app=app)
         client = await stack.enter_async_context(
             httpx.AsyncClient(transport=transport, base_url="http://api")
@@ -390,8 +392,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for module in (postgres_module, rabbitmq_module):
         monkeypatch.setattr(module, "OUTAGE_SECONDS", (0.01, 0.03))
-    for module in (rabbitmq_module, relay_module):
-        monkeypatch.setattr(module, "RECONNECT_SECONDS", (0.01, 0.03))
+    monkeypatch.setattr(resting, "RECONNECT_SECONDS", (0.01, 0.03))
     monkeypatch.setattr(postgres_module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(relay_module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(wakeups, "RECONNECT_SECONDS", 0.03)

@@ -128,16 +128,15 @@ async def test_exceptions_that_handlers_keep_do_not_pile_up(
     """
     found = DEFAULT_REGISTRY.get(f"keep-its-error.{where}")
     assert found is not None
-    isolation = Isolation(slots=1, nursery=Nursery(["worker.odd_handlers"]))
     kept = []
-    try:
+    async with Nursery(["worker.odd_handlers"]) as nursery:
+        isolation = Isolation(slots=1, nursery=nursery)
         for _ in range(200):
             ended: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
             isolation.start(found, "{}", a_context(), ended.set_result)
             outcome = await ended
             assert isinstance(outcome, Completed)
             kept.append(json.loads(outcome.result))
-    finally:
         await isolation.close()
 
     assert odd_handlers.BALLAST_BYTES * max(kept) < 400 * MIB

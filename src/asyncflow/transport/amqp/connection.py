@@ -232,7 +232,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        withhold(self, transport.get_extra_info("socket").fileno())
+        if (socket := transport.get_extra_info("socket")) is not None:
+            withhold(self, socket.fileno())
 
     def data_received(self, data: bytes) -> None:
         if self._closed.is_set():
