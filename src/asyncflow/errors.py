@@ -167,7 +167,7 @@ class MigrationRefused(AsyncFlowError):
 class StoreError(AsyncFlowError):
     """
     PostgreSQL did not do what it was asked. Who has no values of a user to blame waits and tries
-    again: even a refusal may come from somebody's trigger, and pass.
+    again: even a refusal may come from a user's trigger, and pass.
     """
 
 

@@ -26,7 +26,7 @@ IGNORED_BYTES_MAX = 64 * 1024
 """Largest body where none is needed."""
 
 # The grammar of RFC 9110, 8.3.1. What has been matched is not tried again in another way: a long
-# header of blanks and semicolons would take for ever.
+# header of blanks and semicolons would never finish.
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _QUOTED = rb'"(?:[^"\\]|\\.)*+"'
 _PARAMETER = rb"[ \t]*+;[ \t]*+(?:(%b)=(%b|%b))?+" % (_TOKEN, _TOKEN, _QUOTED)

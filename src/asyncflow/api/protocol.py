@@ -4,9 +4,9 @@ documents. And one saving: answers leave in one piece.
 
 **Bounds**: how long the head of a request may take to arrive, how large it may be, and how long a
 client may leave its answers unread. Without them a few hundred sockets that send one header byte
-every few seconds hold a server for ever ("slowloris"), and so do those that read nothing; one that
-sends headers without end fills its memory. Bodies have their bounds in `body`. Idle connections
-are uvicorn's own `timeout_keep_alive`, as long as they say nothing at all.
+every few seconds block a server indefinitely ("slowloris"), and so do those that read nothing;
+one that sends headers without end fills its memory. Bodies have their bounds in `body`. Idle
+connections are uvicorn's own `timeout_keep_alive`, as long as they say nothing at all.
 
 **One reading**: every request gets one answer, in its turn, and no byte of a body is ever read as
 a request, nor the reverse. The parser takes an offer to upgrade (and CONNECT) for the end of HTTP,

@@ -150,7 +150,7 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker, *, through_relay: 
 
 
 def _check_repetitions(request: Request) -> None:
-    # Else the last one would win, and somebody believe that all of them count.
+    # Otherwise the last value would win, and the client would believe that all of them count.
     given = Counter(name for name, _ in request.query_params.multi_items())
     repeated = [name for name, count in given.items() if count > 1 and name != "status"]
     if repeated:

@@ -14,8 +14,8 @@ def open_streams() -> None:
     """
     Open on /dev/null what is closed of standard input, output and error.
 
-    Else their numbers are given to the next files and connections, and whoever writes to
-    standard error writes there.
+    Otherwise the next files and connections get their numbers, and writes to standard error end
+    up there.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= STDERR:
         os.set_inheritable(number, True)

@@ -100,7 +100,7 @@ class Context:
 
     def start_clock(self) -> None:
         """
-        Let the attempt's time run from now on. For whoever runs the attempt.
+        Let the attempt's time run from now on. Called by the code that runs the attempt.
         """
         self.deadline_timestamp = time.time() + self.timeout_seconds
         self._deadline_monotonic = time.monotonic() + self.timeout_seconds
