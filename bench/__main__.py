@@ -12,16 +12,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "tests"))  # The tests know where a RabbitMQ is to be had.
+from bench.entrants import ENTRANTS, OURS, PEERS, Entrant
+from bench.environment import describe
+from bench.lines import read_lines
+from bench.report import write_report
+from bench.run import Run, Sizes
+from bench.scenarios import SCENARIOS
+from bench.services import running_services
 
-from bench.entrants import ENTRANTS, OURS, PEERS, Entrant  # noqa: E402
-from bench.environment import describe  # noqa: E402
-from bench.lines import read_lines  # noqa: E402
-from bench.report import write_report  # noqa: E402
-from bench.run import Run, Sizes  # noqa: E402
-from bench.scenarios import SCENARIOS  # noqa: E402
-from bench.services import running_services  # noqa: E402
+REPOSITORY = Path(__file__).parents[1]
 
 FULL = Sizes(share=1.0, repetitions=3, minutes=10.0, finished=10_000_000)
 QUICK = Sizes(share=0.4, repetitions=1, minutes=0.5, finished=2_000_000)

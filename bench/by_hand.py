@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from services import fetch, rabbitmq
-from services.broker import Broker
+from tests.support import fetch, rabbitmq
+from tests.support.broker import Broker
 
 
 def end_on_sigterm() -> None:

@@ -5,13 +5,8 @@ The handlers that AsyncFlow's workers run in the benchmark.
 from __future__ import annotations
 
 import asyncio
-import sys
-from pathlib import Path
 
 from asyncflow import Backoff, Context, handler
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from bench.probe import hit
 
 

@@ -29,20 +29,19 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "tests"))  # The tests know where a RabbitMQ is to be had.
+from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
+from asyncflow.embedded import Cluster
+from asyncflow.store import tasks
+from asyncflow.store.database import Database
+from asyncflow.store.migrations import migrate
+from asyncflow.store.wakeups import send_wakeup
+from bench.addresses import PROBE
+from bench.by_hand import end_on_sigterm, running_broker
+from bench.probe import Probe
+from bench.processes import running
+from tests.support import scratch
 
-from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds  # noqa: E402
-from asyncflow.embedded import Cluster  # noqa: E402
-from asyncflow.store import tasks  # noqa: E402
-from asyncflow.store.database import Database  # noqa: E402
-from asyncflow.store.migrations import migrate  # noqa: E402
-from asyncflow.store.wakeups import send_wakeup  # noqa: E402
-from bench.addresses import PROBE  # noqa: E402
-from bench.by_hand import end_on_sigterm, running_broker  # noqa: E402
-from bench.probe import Probe  # noqa: E402
-from bench.processes import running  # noqa: E402
-from services import scratch  # noqa: E402
+REPOSITORY = Path(__file__).parents[1]
 
 SAMPLE_SECONDS = 10.0
 STEP_SECONDS = 0.1

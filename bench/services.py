@@ -2,7 +2,7 @@
 The PostgreSQL and RabbitMQ of one run, the same for every system.
 
 PostgreSQL is the one AsyncFlow brings along, with its stock settings but for `SETTINGS`, in
-a folder on disk. RabbitMQ comes from where the tests get theirs (`tests/services`). Every
+a folder on disk. RabbitMQ comes from where the tests get theirs (`tests/support`). Every
 measurement starts from a new database and a new virtual host.
 """
 
@@ -23,8 +23,8 @@ import pytest
 from asyncflow.embedded import Cluster
 from bench import addresses
 from bench.processes import tree_cpu_seconds
-from services import fetch, rabbitmq
-from services.broker import Broker
+from tests.support import fetch, rabbitmq
+from tests.support.broker import Broker
 
 SETTINGS = {"shared_buffers": "256MB"}
 

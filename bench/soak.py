@@ -29,14 +29,11 @@ from typing import Any
 
 import psutil
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "tests"))  # The tests know how to run a whole system.
-
-from acceptance.process import Process  # noqa: E402
-from acceptance.system import System  # noqa: E402
-from bench.by_hand import end_on_sigterm, running_broker  # noqa: E402
-from services import postgres, rabbitmq, scratch  # noqa: E402
-from services.broker import Broker  # noqa: E402
+from bench.by_hand import end_on_sigterm, running_broker
+from tests.support import postgres, rabbitmq, scratch
+from tests.support.broker import Broker
+from tests.support.process import Process
+from tests.support.system import System
 
 STEP_SECONDS = 0.5
 SAMPLE_SECONDS = 60.0

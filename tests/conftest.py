@@ -1,7 +1,7 @@
 """
 The fixtures that give a test its own database and its own corner of a broker.
 
-Every test runs against real servers; `services.choice` says on which versions.
+Every test runs against real servers; `tests.support.choice` says on which versions.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from contextlib import ExitStack
 import hypothesis
 import pytest
 
-from services.broker import Broker
-from services.postgres import PostgresServer
-from services.servers import Servers
+from tests.support.broker import Broker
+from tests.support.postgres import PostgresServer
+from tests.support.servers import Servers
 
-pytest_plugins = ["services.choice"]
+pytest_plugins = ["tests.support.choice"]
 
 # A shell starts jobs in the background with Ctrl-C ignored, which their children inherit; some
 # of ours are to be stopped by it.

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from asyncflow.errors import InvalidSettings
+from asyncflow.processes.supervisor import as_environment
 from asyncflow.settings import PREFIX, load_settings, required_database_url, unknown_variables
-from asyncflow.supervisor import as_environment
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 import uvloop
 
 from asyncflow.stopping import ECHO_SECONDS, Signals, signals
-from transport.tasks import until
+from tests.support.tasks import until
 
 NUMBER = signal.SIGUSR1
 

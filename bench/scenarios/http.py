@@ -24,7 +24,7 @@ from bench.profiles import profile
 from bench.run import Measurement, Run, wait_until
 from bench.systems import count_rows, load_system
 from bench.systems.asyncflow import environment
-from services.ports import free_port
+from tests.support.ports import free_port
 
 NAME = "http"
 

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from asyncflow.batching import Batcher
+from asyncflow.aio.batching import Batcher
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
 from asyncflow.store import tasks
 from asyncflow.store.database import Database

@@ -2,7 +2,7 @@
 The JSON that travels over HTTP, as Pydantic models; the API and the SDK share them.
 
 Only shapes and the rules a document can break by itself live here. What needs the database
-or a handler's schema is `api/submissions`; how bytes become these models is `api/strict_json`.
+or a handler's schema is `api/submissions`; how bytes become these models is `api/jsontext`.
 
 Times are RFC 3339: any offset is taken in, UTC with `Z` and microseconds is given out.
 Durations are seconds, as their names say.

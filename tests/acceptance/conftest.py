@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from acceptance.system import System
-from services import rabbitmq
-from services.broker import Broker
-from services.postgres import PostgresServer
-from services.servers import Servers
+from tests.support import rabbitmq
+from tests.support.broker import Broker
+from tests.support.postgres import PostgresServer
+from tests.support.servers import Servers
+from tests.support.system import System
 
 ON_POSTGRES = "alone"
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 
-from acceptance.system import System
+from tests.support.system import System
 
 
 async def test_a_202_survives_the_death_of_the_api_that_gave_it(system: System) -> None:

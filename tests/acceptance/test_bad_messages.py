@@ -17,9 +17,8 @@ import pytest
 from pamqp import body, commands, frame, header
 from pamqp.common import FieldTable
 
-from acceptance.system import System
 from asyncflow.transport.amqp import Connection, connect
-from asyncflow.transport.topology import (
+from asyncflow.transport.rabbitmq.topology import (
     PACK_MAX,
     broker_queue,
     declare_dead_letters,
@@ -27,6 +26,7 @@ from asyncflow.transport.topology import (
     encode_hints,
     unreadable,
 )
+from tests.support.system import System
 
 pytestmark = pytest.mark.needs_rabbitmq
 

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from acceptance.conftest import Engine
-from acceptance.system import HANDLERS, Load, System
-from services.broker import Broker
+from tests.acceptance.conftest import Engine
+from tests.support.broker import Broker
+from tests.support.system import HANDLERS, Load, System
 
 pytestmark = pytest.mark.needs_rabbitmq
 

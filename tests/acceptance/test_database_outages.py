@@ -12,10 +12,10 @@ from typing import Literal
 
 import pytest
 
-from acceptance.conftest import show_logs
-from acceptance.system import System
-from services import postgres
-from services.postgres import PostgresServer
+from tests.acceptance.conftest import show_logs
+from tests.support import postgres
+from tests.support.postgres import PostgresServer
+from tests.support.system import System
 
 FLOWING_AGAIN_SECONDS = 10.0
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from acceptance.system import System
-from cli.programs import environment
-from services import debian
+from tests.support import debian
+from tests.support.programs import environment
+from tests.support.system import System
 
 HERE = Path(__file__).parent
 HANDLERS, HABITS = HERE / "ending_handlers.py", HERE / "habits.py"

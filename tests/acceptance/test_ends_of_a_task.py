@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from acceptance.system import System
+from tests.support.system import System
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

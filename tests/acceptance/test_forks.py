@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from acceptance.process import Process
-from acceptance.system import HANDLERS, System
-from acceptance.test_shutdown import no_sessions
 from asyncflow.worker.children import NURSERY
+from tests.acceptance.test_shutdown import no_sessions
+from tests.support.process import Process
+from tests.support.system import HANDLERS, System
 
 HABITS_FILE = Path(__file__).with_name("habits.py")
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from acceptance.habits import HABITS, RESULT
-from acceptance.process import Process
-from acceptance.system import System
-from services import pythons
+from tests.acceptance.habits import HABITS, RESULT
+from tests.support import pythons
+from tests.support.process import Process
+from tests.support.system import System
 
 HABITS_FILE = Path(__file__).with_name("habits.py")
 ISOLATIONS = ("loop", "thread", "process")

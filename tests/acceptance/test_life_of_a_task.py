@@ -14,9 +14,9 @@ from uuid import UUID
 
 import pytest
 
-from acceptance.conftest import show_logs
-from acceptance.system import System
-from services import postgres
+from tests.acceptance.conftest import show_logs
+from tests.support import postgres
+from tests.support.system import System
 
 CURL = """
     curl -sS -i -X POST {url}/tasks -H 'Content-Type: application/json' \\

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from acceptance.system import System
+from tests.support.system import System
 
 TASKS = 30
 TASK_SECONDS = 0.3

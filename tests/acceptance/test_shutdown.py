@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from acceptance.conftest import Engine
-from acceptance.process import Process
-from acceptance.system import System
+from tests.acceptance.conftest import Engine
+from tests.support.process import Process
+from tests.support.system import System
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

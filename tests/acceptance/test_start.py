@@ -13,13 +13,13 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
-from acceptance.conftest import show_logs
-from acceptance.process import Process
-from acceptance.system import HANDLERS, System
 from asyncflow.store.grants import grants_for
-from services import postgres
-from services.ports import free_port
-from services.postgres import PostgresServer
+from tests.acceptance.conftest import show_logs
+from tests.support import postgres
+from tests.support.ports import free_port
+from tests.support.postgres import PostgresServer
+from tests.support.process import Process
+from tests.support.system import HANDLERS, System
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from acceptance.system import HANDLERS, System
+from tests.support.system import HANDLERS, System
 
 UNRULY = Path(__file__).with_name("unruly_handlers.py")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from acceptance.process import is_gone
-from acceptance.system import System
+from tests.support.process import is_gone
+from tests.support.system import System
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -24,21 +24,21 @@ from structlog.testing import capture_logs
 from asyncflow.api.app import create_app
 from asyncflow.api.catalogue import Catalogue
 from asyncflow.handlers import Registry
-from asyncflow.maintenance import relay as relay_module
 from asyncflow.maintenance.chores import Chore, chores, run_chore
-from asyncflow.maintenance.relay import Relay
+from asyncflow.relay import relay as relay_module
+from asyncflow.relay.relay import Relay
 from asyncflow.settings import Settings
 from asyncflow.store import wakeups
 from asyncflow.store.database import Database, Executor
 from asyncflow.store.wakeups import Waker
 from asyncflow.transport import postgres as postgres_module
-from asyncflow.transport import rabbitmq as rabbitmq_module
-from asyncflow.transport import resting
+from asyncflow.transport.rabbitmq import queue_backoff
+from asyncflow.transport.rabbitmq import transport as rabbitmq_module
 from asyncflow.worker import execute as execute_module
 from asyncflow.worker import lease as lease_module
-from services.postgres import PostgresServer
-from services.roles import Administrator, administrator
-from worker.running import Running, a_running_worker, registry_of
+from tests.support.postgres import PostgresServer
+from tests.support.roles import Administrator, administrator
+from tests.support.running import Running, a_running_worker, registry_of
 
 TABLES = (
     "tasks",
@@ -392,7 +392,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for module in (postgres_module, rabbitmq_module):
         monkeypatch.setattr(module, "OUTAGE_SECONDS", (0.01, 0.03))
-    monkeypatch.setattr(resting, "RECONNECT_SECONDS", (0.01, 0.03))
+    monkeypatch.setattr(queue_backoff, "RECONNECT_SECONDS", (0.01, 0.03))
     monkeypatch.setattr(postgres_module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(relay_module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(wakeups, "RECONNECT_SECONDS", 0.03)

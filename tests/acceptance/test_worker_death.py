@@ -14,8 +14,8 @@ from functools import partial
 import psutil
 import pytest
 
-from acceptance.process import Process, is_gone
-from acceptance.system import HANDLERS, System
+from tests.support.process import Process, is_gone
+from tests.support.system import HANDLERS, System
 
 WORKER_RERUN_SECONDS = 5.0
 CHILD_RERUN_SECONDS = 2.0

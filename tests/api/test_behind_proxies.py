@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import pytest
 
-from api.live import PATIENCE_SECONDS, LiveApi, live_api
-from api.raw_requests import cancelling, corpus, length, post
-from api.test_raw_requests import NOBODY, PROBE, Answer
-from services.proxies import PACKAGES, Proxy, running_proxy
+from tests.api.raw_requests import cancelling, corpus, length, post
+from tests.api.test_raw_requests import NOBODY, PROBE, Answer
+from tests.support.live import PATIENCE_SECONDS, LiveApi, live_api
+from tests.support.proxies import PACKAGES, Proxy, running_proxy
 
 # Offers differ in their words only.
 WHATS = [

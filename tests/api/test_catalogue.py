@@ -14,7 +14,7 @@ import pytest
 from asyncflow.api.catalogue import Catalogue
 from asyncflow.store.database import Database
 from asyncflow.store.workers import Published, publish_handlers, stop
-from builders import a_worker
+from tests.support.builders import a_worker
 
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -23,7 +23,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from api.live import live_api
+from tests.support.live import live_api
 
 CASES = int(os.environ.get("ASYNCFLOW_TEST_FUZZ_CASES", "500"))
 SEED = int(os.environ.get("ASYNCFLOW_TEST_FUZZ_SEED", "1"))

@@ -16,10 +16,10 @@ from structlog.testing import capture_logs
 
 from asyncflow.api.gate import Gate
 from asyncflow.api.problems import KINDS, Refusal
-from asyncflow.processes import serve_api
+from asyncflow.processes.api import serve_api
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
-from services.ports import free_port
+from tests.support.ports import free_port
 
 TASK_ID = "0192f0c1-2b3c-7d4e-8f50-123456789abc"
 JSON = {"Content-Type": "application/json"}

@@ -15,8 +15,8 @@ from asyncflow.store.database import Database
 from asyncflow.store.presence import sign
 from asyncflow.store.schema import SCHEMA_VERSION
 from asyncflow.store.wakeups import Waker
-from services.postgres import PostgresServer
-from services.roles import administrator
+from tests.support.postgres import PostgresServer
+from tests.support.roles import administrator
 
 
 async def test_a_process_without_a_database_is_live(offline_client: httpx.AsyncClient) -> None:

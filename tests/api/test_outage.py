@@ -9,7 +9,7 @@ import asyncio
 import httpx
 
 from asyncflow.api.catalogue import Catalogue
-from services.postgres import PostgresServer
+from tests.support.postgres import PostgresServer
 
 UNKNOWN = "/tasks/0192f0c1-2b3c-7d4e-8f50-123456789abc"
 

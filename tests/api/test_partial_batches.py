@@ -11,7 +11,7 @@ import json
 import httpx
 import pytest
 
-from asyncflow.api import strict_json
+from asyncflow import jsontext
 from asyncflow.api.catalogue import Catalogue
 from asyncflow.store.database import Database
 from asyncflow.store.tasks import get
@@ -181,7 +181,7 @@ async def test_a_large_batch_with_odd_json_is_refused_as_a_whole(
     """
     Finding out where it is wrong would take seconds, in which no one else is served.
     """
-    monkeypatch.setattr(strict_json, "WALKED_LENGTH_MAX", 100)
+    monkeypatch.setattr(jsontext, "WALKED_LENGTH_MAX", 100)
     answer = await posted(
         client, batch(GOOD, '{"name":"x","payload":{"x":NaN}}', '{"name":"y"}' * 9)
     )

@@ -20,10 +20,10 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from api.live import PATIENCE_SECONDS, LiveApi, live_api
-from api.raw_requests import Sent, cancelling, corpus, get, length, post
 from asyncflow.api.protocol import BoundedProtocol
-from services.postgres import PostgresServer
+from tests.api.raw_requests import Sent, cancelling, corpus, get, length, post
+from tests.support.live import PATIENCE_SECONDS, LiveApi, live_api
+from tests.support.postgres import PostgresServer
 
 NOBODY = "00000000-0000-7000-8000-000000000000"
 WHATS = [sent.what for sent in corpus(cancelling(NOBODY))]

@@ -20,16 +20,16 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from api.live import live_api
-from asyncflow import processes
 from asyncflow.api import body
 from asyncflow.api.protocol import BoundedProtocol
-from asyncflow.processes import AddressTaken, listen, serve_api
+from asyncflow.processes import api as processes
+from asyncflow.processes.api import AddressTaken, listen, serve_api
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
 from asyncflow.transport.amqp.url import parse_url
 from asyncflow.urls import address
-from services.ports import free_port
+from tests.support.live import live_api
+from tests.support.ports import free_port
 
 
 class ImpatientProtocol(BoundedProtocol):

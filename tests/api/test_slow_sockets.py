@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from api.live import JSON, PATIENCE_SECONDS, LiveApi, live_api
+from tests.support.live import JSON, PATIENCE_SECONDS, LiveApi, live_api
 
 SOCKETS_PER_KIND = 10
 SOCKETS_THAT_READ_NOTHING = 10

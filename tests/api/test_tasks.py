@@ -12,14 +12,14 @@ from uuid import UUID
 import httpx
 import pytest
 
-import builders
 from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
 from asyncflow.store.database import Database
 from asyncflow.store.tasks import STATUS_FILTERS
 from asyncflow.store.wakeups import Listener
 from asyncflow.wire import STATUSES, TaskPage, TaskView
-from builders import FAILURE, NAME, claimed_due
+from tests.support import builders
+from tests.support.builders import FAILURE, NAME, claimed_due
 
 
 async def submitted(client: httpx.AsyncClient, **task: Any) -> str:

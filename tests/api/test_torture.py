@@ -15,11 +15,11 @@ from typing import Any
 import asyncpg
 import pytest
 
-from api.live import JSON, Answer, LiveApi, live_api
-from api.torture import Body, corpus
 from asyncflow.api.problems import KINDS
 from asyncflow.wire import Problem
-from services.postgres import PostgresServer
+from tests.api.torture import Body, corpus
+from tests.support.live import JSON, Answer, LiveApi, live_api
+from tests.support.postgres import PostgresServer
 
 BODIES = list(corpus())
 

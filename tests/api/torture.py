@@ -2,7 +2,7 @@
 A corpus of request bodies that are wrong, nearly wrong, or right and look wrong: some 400,
 made by the families below. What the API has to make of each stands beside it.
 
-`test_strict_json` has the bodies that were thought of one by one while the parser was
+`test_json_bodies` has the bodies that were thought of one by one while the parser was
 written; here every place of a document meets every kind of damage.
 """
 

@@ -18,7 +18,7 @@ from asyncflow.cli.measuring import Bench, CannotMeasure, payload_of
 from asyncflow.store import workers
 from asyncflow.store.database import Database
 from asyncflow.store.workers import Registration
-from cli.programs import Program, environment, finished, running
+from tests.support.programs import Program, environment, finished, running
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from asyncflow.cli.app import FROM_SETTINGS
 from asyncflow.cli.dev import chosen_servers
 from asyncflow.errors import InvalidSettings
 from asyncflow.settings import Settings
-from cli.programs import Program, environment, finished, running
-from services.ports import free_port
+from tests.support.ports import free_port
+from tests.support.programs import Program, environment, finished, running
 
 STOP_LINE = r"^Stop +Ctrl-C"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cli.programs import environment, finished
+from tests.support.programs import environment, finished
 
 
 def test_a_good_server_is_told_to_be_good(database_url: str, tmp_path: Path) -> None:

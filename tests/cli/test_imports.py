@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.programs import environment
-from services.ports import free_port
+from tests.support.ports import free_port
+from tests.support.programs import environment
 
 SERVERS = {"fastapi", "starlette", "uvicorn"}
 MIGRATIONS = {"alembic", "sqlalchemy"}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.programs import environment, finished, running
-from services.ports import free_port
+from tests.support.ports import free_port
+from tests.support.programs import environment, finished, running
 
 NOBODY_LISTENS = "postgresql://someone:very-secret@127.0.0.1:1/none"
 

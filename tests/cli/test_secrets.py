@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from asyncflow.cli.app import run_command
 from asyncflow.errors import InvalidSettings
 from asyncflow.settings import load_settings
-from cli.programs import environment, finished
+from tests.support.programs import environment, finished
 
 # Pieces that no text of ours contains, between characters that move a URL's borders.
 PIECES = st.text("QXZ7", min_size=3, max_size=6)

@@ -13,7 +13,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from cli.programs import environment, finished
+from tests.support.programs import environment, finished
 
 Run = Callable[..., CompletedProcess[str]]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from asyncflow.supervisor import Child, Supervisor
-from cli.programs import environment, finished, running
+from asyncflow.processes.supervisor import Child, Supervisor
+from tests.support.programs import environment, finished, running
 
 STARTED = r"process\.started"
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from asyncflow.embedded import Cluster, account
-from services import scratch
+from tests.support import scratch
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or sys.platform != "linux", reason="only root has a choice"

@@ -21,7 +21,7 @@ from asyncflow.embedded.cluster import (
     MissingBinaries,
     OtherMajorVersion,
 )
-from services import scratch
+from tests.support import scratch
 
 RUN_UNTIL_KILLED = """
 import sys, threading

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from faults.cases import CASES, Case
-from faults.sweep import Sweep
-from faults.trial import Ground
-from services.broker import Broker
-from services.postgres import PostgresServer
+from tests.faults.cases import CASES, Case
+from tests.faults.sweep import Sweep
+from tests.faults.trial import Ground
+from tests.support.broker import Broker
+from tests.support.postgres import PostgresServer
 
-TESTS = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 # A line per request would bury what the processes said.
 logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -30,7 +30,7 @@ def ground_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     Where the processes of all cases run; they find the tests' own modules.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(TESTS))
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
         yield tmp_path_factory.mktemp("faults")
 
 

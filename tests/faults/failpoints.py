@@ -295,7 +295,7 @@ ADMISSION = "asyncflow.store.admission"
 UPKEEP = "asyncflow.store.upkeep"
 WORKERS = "asyncflow.store.workers"
 CHANNEL = "asyncflow.transport.amqp.channel"
-NOTE = "faults.handlers:note"
+NOTE = "tests.faults.handlers:note"
 
 RUNNING, PENDING = "SET state = 'running'", "SET state = 'pending'"
 QUEUED, COMPLETED, CANCELLED = (
@@ -333,7 +333,12 @@ _STEPS = [
         story="lost hint",
         statement=PENDING,
     ),
-    _step("worker", "delivery", "asyncflow.transport.rabbitmq:RabbitTransport._receive", "before"),
+    _step(
+        "worker",
+        "delivery",
+        "asyncflow.transport.rabbitmq.transport:RabbitTransport._receive",
+        "before",
+    ),
     # Its claim
     _step("worker", "due-claim", f"{CLAIMS}:claim_due", ALL, statement=RUNNING),
     _step("worker", "hinted-claim", f"{CLAIMS}:claim_hinted", ALL, statement=RUNNING),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from uuid import UUID
 
-from faults.cases import GONE, Case
+from tests.faults.cases import GONE, Case
 
 
 class Row(NamedTuple):

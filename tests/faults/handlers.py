@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from acceptance.handlers import QUICKLY, note
 from asyncflow import Context, handler
-from faults.failpoints import has_fired, is_child, plant_from_environment
+from tests.faults.failpoints import has_fired, is_child, plant_from_environment
+from tests.support.handlers import QUICKLY, note
 
 LINGER_SECONDS = 60.0
 POLL_SECONDS = 0.02

@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 
-from faults.failpoints import ACTION, POINT, plant_from_environment
+from tests.faults.failpoints import ACTION, POINT, plant_from_environment
 
 
 def main() -> None:

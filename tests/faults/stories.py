@@ -15,13 +15,13 @@ from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import builders
 from asyncflow.domain.states import State
 from asyncflow.domain.task import DEFAULT_TENANT_ID
 from asyncflow.store import tasks
+from tests.support import builders
 
 if TYPE_CHECKING:
-    from faults.trial import Trial
+    from tests.faults.trial import Trial
 
 AGES = 60.0
 """Seconds long enough for leases and hints."""

@@ -16,10 +16,10 @@ from concurrent.futures import Future
 
 import asyncpg
 
-from acceptance.system import RESTART_GRACE_SECONDS
-from faults.cases import Case
-from faults.finding import HEAD, Finding
-from faults.trial import Ground, perform
+from tests.faults.cases import Case
+from tests.faults.finding import HEAD, Finding
+from tests.faults.trial import Ground, perform
+from tests.support.system import RESTART_GRACE_SECONDS
 
 AT_ONCE = 8
 POLL_SECONDS = 0.1

@@ -10,10 +10,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from faults.cases import ACTIONS, CASES, GONE, Case
-from faults.failpoints import FAILPOINTS, Failpoint
-from faults.finding import Facts, Row, judge
-from faults.trial import Ground, perform
+from tests.faults.cases import ACTIONS, CASES, GONE, Case
+from tests.faults.failpoints import FAILPOINTS, Failpoint
+from tests.faults.finding import Facts, Row, judge
+from tests.faults.trial import Ground, perform
 
 CASE = Case("postgres", "worker.before-settle", "exit", "completed", 1, 2, 15.0)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-from faults.cases import CASES, Case
-from faults.finding import Finding
-from faults.sweep import Sweep
+from tests.faults.cases import CASES, Case
+from tests.faults.finding import Finding
+from tests.faults.sweep import Sweep
 
 # A test waits for the case of its name, and for those before it.
 pytestmark = pytest.mark.timeout(600)

@@ -24,25 +24,25 @@ from uuid import UUID
 import httpx
 import psutil
 
-import builders
-from acceptance.process import Process
-from acceptance.system import System
 from asyncflow.store.database import Database, Record
 from asyncflow.store.wakeups import send_wakeup
 from asyncflow.transport.amqp import connect
-from asyncflow.transport.topology import broker_queue
-from faults.cases import GONE, Case
-from faults.failpoints import FAILPOINTS
-from faults.finding import Facts, Finding, Row, judge
-from faults.stories import STORIES, just_now
-from faults.wire import Desk, Wire, laid
-from services.broker import Broker
-from services.ports import free_port
-from services.postgres import PostgresServer
+from asyncflow.transport.rabbitmq.topology import broker_queue
+from tests.faults.cases import GONE, Case
+from tests.faults.failpoints import FAILPOINTS
+from tests.faults.finding import Facts, Finding, Row, judge
+from tests.faults.stories import STORIES, just_now
+from tests.support import builders
+from tests.support.broker import Broker
+from tests.support.ports import free_port
+from tests.support.postgres import PostgresServer
+from tests.support.process import Process
+from tests.support.system import System
+from tests.support.wire import Desk, Wire, laid
 
 # Leases hold even if a worker gets little of the machine: other cases run, and other programs.
 SETTINGS = {
-    "worker_handlers": "faults.handlers",
+    "worker_handlers": "tests.faults.handlers",
     "worker_queues": builders.QUEUE,
     "heartbeat_seconds": 2,
     "lease_seconds": 30,
@@ -219,7 +219,7 @@ class Trial:
             *_command(self._role),
             settings=given,
             folder=system.folder,
-            program=("faults.process", self._case.point, self._case.action),
+            program=("tests.faults.process", self._case.point, self._case.action),
         )
         system.processes.append(victim)
         if self._role == "api":

@@ -18,9 +18,9 @@ from asyncflow.maintenance.unqueuer import unqueue
 from asyncflow.store import admission, tasks, workers
 from asyncflow.store.database import Database, Executor
 from asyncflow.store.wakeups import Listener, Waker
-from builders import as_sent
-from services.postgres import PostgresServer
-from transport.tasks import (
+from tests.support.builders import as_sent
+from tests.support.postgres import PostgresServer
+from tests.support.tasks import (
     PATIENCE_SECONDS,
     a_worker,
     claim,

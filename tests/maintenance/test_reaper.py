@@ -17,9 +17,9 @@ from asyncflow.store import tasks, workers
 from asyncflow.store.database import Database
 from asyncflow.store.tasks import Task
 from asyncflow.store.workers import Registration
-from services.postgres import PostgresServer
-from services.roles import administrator
-from transport.tasks import a_worker, claim, complete, states, submit, until
+from tests.support.postgres import PostgresServer
+from tests.support.roles import administrator
+from tests.support.tasks import a_worker, claim, complete, states, submit, until
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from asyncflow.maintenance.watch import REPEAT_SECONDS, MaintenanceWatch
 from asyncflow.store.database import Database
 from asyncflow.store.presence import SILENT_SECONDS_MAX, presence
 from asyncflow.store.wakeups import Waker
-from transport.tasks import a_worker, submit, until
+from tests.support.tasks import a_worker, submit, until
 
 
 async def test_maintenance_is_seen_with_what_its_relay_says(db: Database) -> None:

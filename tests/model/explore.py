@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from model.invariants import AT_EVERY_CHANGE, IN_EVERY_WORLD, Change
-from model.protocol import Kind, Protocol, Step, World
-from model.statements import IllegalMove
+from tests.model.invariants import AT_EVERY_CHANGE, IN_EVERY_WORLD, Change
+from tests.model.protocol import Kind, Protocol, Step, World
+from tests.model.statements import IllegalMove
 
 EVERYTHING_ENDS = "every task ends and nothing is left over, if nothing goes wrong any more"
 MOVES_ARE_LEGAL = "a statement moves a task only where the table has an arrow"

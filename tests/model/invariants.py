@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from asyncflow.domain.states import LIVE, TRANSITIONS, Event, State
-from model.protocol import RUNS, Process, World
-from model.statements import NO_LEASE, NOBODY, Row
+from tests.model.protocol import RUNS, Process, World
+from tests.model.statements import NO_LEASE, NOBODY, Row
 
 WAITING = (State.PENDING, State.QUEUED)
 ARROWS = {(at, to) for at, ways in TRANSITIONS.items() for to in ways.values()}

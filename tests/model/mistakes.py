@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from asyncflow.domain.states import Event, State
-from model.protocol import (
+from tests.model.protocol import (
     ANSWER,
     NOTHING,
     Attempt,
@@ -21,7 +21,7 @@ from model.protocol import (
     with_row,
     with_sent,
 )
-from model.statements import NO_LEASE, Row, moved
+from tests.model.statements import NO_LEASE, Row, moved
 
 
 class SettlesUnderAnyLease(Protocol):

@@ -38,7 +38,7 @@ from asyncflow.domain.outcome import (
 )
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import LIVE, Event, State
-from model.statements import NOBODY, Row, Statements
+from tests.model.statements import NOBODY, Row, Statements
 
 WINDOW = 1
 """Ready messages up to which the relay sends more."""

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import pytest
 
-from model import invariants, mistakes
-from model.explore import EVERYTHING_ENDS, MOVES_ARE_LEGAL, Violation, explore
-from model.protocol import OnlyMessagesGetLost, Protocol, WithoutBroker
+from tests.model import invariants, mistakes
+from tests.model.explore import EVERYTHING_ENDS, MOVES_ARE_LEGAL, Violation, explore
+from tests.model.protocol import OnlyMessagesGetLost, Protocol, WithoutBroker
 
 ONE_WORKER_OFFERS_ALL = (frozenset({0, 1}), frozenset({0}))
 

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from asyncflow.store.database import Database
-from services.postgres import PostgresServer
+from tests.support.postgres import PostgresServer
 
 TABLES = ("tasks", "attempts", "workers", "publications", "queues", "maintenance")
 

@@ -13,7 +13,7 @@ import pytest
 from asyncflow.domain.states import Event, State
 from asyncflow.store import admission, queues, workers
 from asyncflow.store.database import Database
-from builders import (
+from tests.support.builders import (
     SETTLEMENTS,
     a_task,
     a_worker,

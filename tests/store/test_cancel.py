@@ -14,8 +14,16 @@ from asyncflow.domain.states import TERMINAL, Event, State
 from asyncflow.errors import IllegalTransition
 from asyncflow.store import tasks
 from asyncflow.store.database import Database
-from builders import SETTLEMENTS, a_task, claimed, row_of, settled, state_of, submitted
-from store.waiting import until_someone_waits_for_a_lock
+from tests.support.builders import (
+    SETTLEMENTS,
+    a_task,
+    claimed,
+    row_of,
+    settled,
+    state_of,
+    submitted,
+)
+from tests.support.waiting import until_someone_waits_for_a_lock
 
 RACES = 1_000
 

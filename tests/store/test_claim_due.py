@@ -14,7 +14,7 @@ from asyncflow.domain.states import Event, State
 from asyncflow.store import queues, tasks
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
-from builders import (
+from tests.support.builders import (
     OFFERS,
     PAYLOAD,
     SETTLEMENTS,

@@ -14,8 +14,8 @@ from asyncflow.domain.states import State
 from asyncflow.store import admission, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
-from builders import OFFERS, a_task, as_sent, backdate, claimed, state_of, submitted
-from store.waiting import until_someone_waits_for_a_lock
+from tests.support.builders import OFFERS, a_task, as_sent, backdate, claimed, state_of, submitted
+from tests.support.waiting import until_someone_waits_for_a_lock
 
 
 async def test_hints_that_cannot_be_followed_are_left_alone(db: Database) -> None:

@@ -18,11 +18,11 @@ from asyncflow.errors import StatementRefused, StoreUnavailable
 from asyncflow.store import tasks, upkeep
 from asyncflow.store.database import Database
 from asyncflow.store.migrations import migrate
-from builders import SETTLEMENTS, a_task, claimed, new_task, settled, state_of
-from faults.wire import laid
-from services.postgres import PostgresServer
-from services.roles import GRANTS, administrator
-from store.waiting import until, until_someone_waits_for_a_lock
+from tests.support.builders import SETTLEMENTS, a_task, claimed, new_task, settled, state_of
+from tests.support.postgres import PostgresServer
+from tests.support.roles import GRANTS, administrator
+from tests.support.waiting import until, until_someone_waits_for_a_lock
+from tests.support.wire import laid
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from asyncflow.domain.states import Event, State
 from asyncflow.store import admission, claims, tasks, upkeep, workers
 from asyncflow.store.claims import Settling
 from asyncflow.store.database import Database
-from builders import (
+from tests.support.builders import (
     SETTLEMENTS,
     a_task,
     a_worker,

@@ -16,8 +16,8 @@ from asyncflow.store.database import Database
 from asyncflow.store.grants import grants_for
 from asyncflow.store.inspection import inspect
 from asyncflow.store.migrations import migrate
-from builders import a_task, a_worker, row_of
-from store.test_statements import STATEMENTS
+from tests.store.test_statements import STATEMENTS
+from tests.support.builders import a_task, a_worker, row_of
 
 PRIVILEGE = asyncpg.InsufficientPrivilegeError
 

@@ -16,7 +16,7 @@ from asyncflow.findings import Finding, ServerUnfit, Verdict, refuse_unfit
 from asyncflow.store.database import Database
 from asyncflow.store.inspection import Expected, Facts, inspect, judged, unreachable
 from asyncflow.store.schema import SCHEMA_VERSION, Schema
-from services.postgres import PostgresServer
+from tests.support.postgres import PostgresServer
 
 GOOD = Facts(
     database="tasks",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from asyncflow.store.database import Database
 from asyncflow.store.leadership import IDLE_SECONDS_MAX, leadership
-from store.waiting import until
+from tests.support.waiting import until
 
 
 async def test_only_one_of_many_leads(db: Database) -> None:

@@ -17,7 +17,7 @@ from asyncflow.errors import IllegalTransition
 from asyncflow.store import admission, claims, tasks, upkeep, workers
 from asyncflow.store.claims import Claim, Offer, Settling
 from asyncflow.store.database import Database
-from builders import SETTLEMENTS, as_sent, backdate, new_task
+from tests.support.builders import SETTLEMENTS, as_sent, backdate, new_task
 
 ROUNDS = 300
 TASKS = 48

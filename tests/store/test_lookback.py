@@ -18,7 +18,7 @@ from asyncflow.errors import StoreUnavailable
 from asyncflow.store import admission, lookback
 from asyncflow.store.database import Database, Executor
 from asyncflow.store.lookback import FirstDue, Lookback, Moments, first_due
-from builders import NAME, QUEUE, a_task, backdate, claimed_due, submitted
+from tests.support.builders import NAME, QUEUE, a_task, backdate, claimed_due, submitted
 
 OTHER_QUEUE = "elsewhere"
 ASKED: dict[str, list[str]] = {"queues": [QUEUE], "names": [NAME]}

@@ -24,8 +24,8 @@ from asyncflow.store.inspection import inspect
 from asyncflow.store.migrations import migrate
 from asyncflow.store.schema import SCHEMA_VERSION, Schema, check_schema, read_schema
 from asyncflow.store.workers import Published, published_handlers
-from builders import a_task, new_task
-from services.postgres import PostgresServer
+from tests.support.builders import a_task, new_task
+from tests.support.postgres import PostgresServer
 
 NEWER = "9999"
 NEXT_VERSION = f"{int(SCHEMA_VERSION) + 1:04}"

@@ -31,8 +31,8 @@ from asyncflow.store import admission, claims, queues, tasks, upkeep, workers
 from asyncflow.store.admission import Admitted
 from asyncflow.store.claims import Claim, Offer, Settling
 from asyncflow.store.database import Database
-from builders import FAILURE, NAME, QUEUE, SETTLEMENTS, a_worker, backdate, submitted
-from model.statements import NO_LEASE, NOBODY, Row, Statements
+from tests.model.statements import NO_LEASE, NOBODY, Row, Statements
+from tests.support.builders import FAILURE, NAME, QUEUE, SETTLEMENTS, a_worker, backdate, submitted
 
 T = TypeVar("T")
 

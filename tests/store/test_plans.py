@@ -24,7 +24,7 @@ from asyncflow.store import admission, claims, lookback, tasks, unserved, upkeep
 from asyncflow.store.claims import Settling
 from asyncflow.store.database import Database
 from asyncflow.store.lookback import first_due
-from builders import claimed_due, submitted
+from tests.support.builders import claimed_due, submitted
 
 ROWS = 4_000
 PAGES_MAX = 300

@@ -16,7 +16,15 @@ from asyncflow.errors import InvalidTask, TaskNotFound
 from asyncflow.store import claims, presence, queues, tasks, workers
 from asyncflow.store.claims import Settling
 from asyncflow.store.database import Database
-from builders import SETTLEMENTS, a_task, a_worker, backdate, claimed, settled, submitted
+from tests.support.builders import (
+    SETTLEMENTS,
+    a_task,
+    a_worker,
+    backdate,
+    claimed,
+    settled,
+    submitted,
+)
 
 OTHER_TENANT_ID = 2
 

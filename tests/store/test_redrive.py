@@ -12,7 +12,7 @@ from asyncflow.domain.states import Event, State
 from asyncflow.errors import IllegalTransition
 from asyncflow.store import tasks
 from asyncflow.store.database import Database
-from builders import SETTLEMENTS, a_task, claimed, row_of, settled
+from tests.support.builders import SETTLEMENTS, a_task, claimed, row_of, settled
 
 
 @pytest.mark.parametrize("state", [State.FAILED, State.CANCELLED])

@@ -13,7 +13,7 @@ from asyncflow.domain.states import State
 from asyncflow.errors import IllegalTransition, TaskNotFound
 from asyncflow.store import tasks
 from asyncflow.store.database import Database
-from builders import a_task, claimed, claimed_due, row_of
+from tests.support.builders import a_task, claimed, claimed_due, row_of
 
 LONG_SECONDS = 3_600.0
 

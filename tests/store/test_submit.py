@@ -14,7 +14,7 @@ from asyncflow.domain.states import State
 from asyncflow.errors import StatementRefused
 from asyncflow.store import tasks
 from asyncflow.store.database import Database
-from builders import new_task, row_of
+from tests.support.builders import new_task, row_of
 
 
 async def test_answers_come_in_the_order_of_the_tasks(db: Database) -> None:

@@ -18,7 +18,7 @@ from asyncflow.domain.states import TRANSITIONS, Event, State, sources
 from asyncflow.errors import IllegalTransition
 from asyncflow.store import admission, tasks, upkeep
 from asyncflow.store.database import Database
-from builders import (
+from tests.support.builders import (
     QUEUE,
     SETTLEMENTS,
     ATask,

@@ -8,7 +8,7 @@ from asyncflow.store import queues, workers
 from asyncflow.store.database import Database
 from asyncflow.store.tasks import submit
 from asyncflow.store.unserved import Unserved, unserved
-from builders import NAME, QUEUE, a_worker, new_task
+from tests.support.builders import NAME, QUEUE, a_worker, new_task
 
 
 async def found(

@@ -13,7 +13,7 @@ from asyncflow.errors import StoreUnavailable
 from asyncflow.store import admission, tasks, upkeep, workers
 from asyncflow.store.database import Database
 from asyncflow.store.workers import Published
-from builders import (
+from tests.support.builders import (
     NAME,
     a_task,
     a_worker,

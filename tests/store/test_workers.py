@@ -14,7 +14,7 @@ from asyncflow.domain.states import State
 from asyncflow.store import upkeep, workers
 from asyncflow.store.database import Database
 from asyncflow.store.workers import Held, Published, lock_key
-from builders import a_task, a_worker, backdate
+from tests.support.builders import a_task, a_worker, backdate
 
 LEASE_SECONDS = 15.0
 # Past two heartbeats and a half second, well within the lease.

@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 
 from structlog.testing import capture_logs
 
-from asyncflow.maintenance.relay import Relay
+from asyncflow.relay.relay import Relay
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.transport import Claimant
-from asyncflow.transport.rabbitmq import RabbitTransport
-from asyncflow.transport.topology import PREFIX
-from services.broker import Broker
-from transport.tasks import NAME, QUEUE, a_worker, complete, until
+from asyncflow.transport.rabbitmq.topology import PREFIX
+from asyncflow.transport.rabbitmq.transport import RabbitTransport
+from tests.support.broker import Broker
+from tests.support.tasks import NAME, QUEUE, a_worker, complete, until
 
 PASSWORD = "secret-of-a-test"
 EVERYTHING = ".*"

@@ -32,8 +32,8 @@ from asyncflow.transport.amqp import (
     connect,
 )
 from asyncflow.transport.amqp.url import parse_url
-from services.broker import Broker
-from transport.wire import Wire
+from tests.support.broker import Broker
+from tests.transport.wire import Wire
 
 pytestmark = pytest.mark.every_rabbitmq
 

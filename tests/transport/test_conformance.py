@@ -13,15 +13,15 @@ from uuid import UUID
 
 import pytest
 
-from asyncflow.maintenance.relay import Relay
+from asyncflow.relay.relay import Relay
 from asyncflow.store import queues
 from asyncflow.store.claims import Claim, Offer
 from asyncflow.store.database import Database
 from asyncflow.transport import Claimant, Transport
 from asyncflow.transport.postgres import PostgresTransport
-from asyncflow.transport.rabbitmq import RabbitTransport
-from services.postgres import PostgresServer
-from transport.tasks import (
+from asyncflow.transport.rabbitmq.transport import RabbitTransport
+from tests.support.postgres import PostgresServer
+from tests.support.tasks import (
     NAME,
     PATIENCE_SECONDS,
     QUEUE,

@@ -16,7 +16,7 @@ from asyncflow.store.database import Database
 from asyncflow.store.lookback import Lookback
 from asyncflow.transport import Claimant
 from asyncflow.transport.postgres import PostgresTransport
-from transport.tasks import NAME, QUEUE, a_worker, submit, until
+from tests.support.tasks import NAME, QUEUE, a_worker, submit, until
 
 NEVER = {QUEUE: [datetime.max.replace(tzinfo=UTC)] * 10}
 

@@ -14,14 +14,14 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from asyncflow.maintenance.relay import Relay
+from asyncflow.relay.relay import Relay
 from asyncflow.store import queues
 from asyncflow.store.claims import Claim, Offer
 from asyncflow.store.database import Database
-from asyncflow.transport import Claimant, rabbitmq
+from asyncflow.transport import Claimant
 from asyncflow.transport.amqp import Channel, Delivery, Message, PublishResult, connect
-from asyncflow.transport.rabbitmq import Consumer, RabbitTransport
-from asyncflow.transport.topology import (
+from asyncflow.transport.rabbitmq import transport as rabbitmq
+from asyncflow.transport.rabbitmq.topology import (
     PACK_MAX,
     broker_queue,
     declare_dead_letters,
@@ -29,9 +29,10 @@ from asyncflow.transport.topology import (
     encode_hints,
     unreadable,
 )
-from services.broker import Broker
-from services.postgres import PostgresServer
-from transport.tasks import (
+from asyncflow.transport.rabbitmq.transport import Consumer, RabbitTransport
+from tests.support.broker import Broker
+from tests.support.postgres import PostgresServer
+from tests.support.tasks import (
     NAME,
     PATIENCE_SECONDS,
     QUEUE,

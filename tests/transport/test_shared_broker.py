@@ -17,11 +17,11 @@ from asyncflow.errors import TransportError
 from asyncflow.findings import Finding, Verdict
 from asyncflow.store.database import Database
 from asyncflow.store.installation import identity
-from asyncflow.transport import resting
 from asyncflow.transport.amqp import Message, connect
-from asyncflow.transport.diagnosis import explained
-from asyncflow.transport.inspection import _version, inspect
-from asyncflow.transport.topology import (
+from asyncflow.transport.rabbitmq import queue_backoff
+from asyncflow.transport.rabbitmq.diagnosis import explained
+from asyncflow.transport.rabbitmq.inspection import _version, inspect
+from asyncflow.transport.rabbitmq.topology import (
     broker_queue,
     declare_dead_letters,
     declare_task_queue,
@@ -31,16 +31,16 @@ from asyncflow.transport.topology import (
     own,
     unreadable,
 )
-from services.broker import Broker
-from services.postgres import PostgresServer
-from transport.shared_broker import (
+from tests.support.broker import Broker
+from tests.support.postgres import PostgresServer
+from tests.support.tasks import QUEUE, database, states, submit, until
+from tests.transport.shared_broker import (
     NOTHING,
     Administrator,
     System,
     a_system,
     administered,
 )
-from transport.tasks import QUEUE, database, states, submit, until
 
 pytestmark = pytest.mark.every_rabbitmq
 
@@ -272,7 +272,7 @@ async def test_names_that_nobody_uses_any_more_are_free(
     A database that moved to another server gets its queues back without anybody's help; a
     restart of the first one needs none either.
     """
-    monkeypatch.setattr("asyncflow.transport.topology.OWNED_SECONDS", 1)
+    monkeypatch.setattr("asyncflow.transport.rabbitmq.topology.OWNED_SECONDS", 1)
     async with database(database_url) as former, database(other_database_url) as moved:
         for _ in range(2):
             async with a_system(former, administrator.url) as running:
@@ -460,7 +460,7 @@ async def test_rights_and_queues_taken_away_cost_time_and_no_task(
     Whatever is taken away while tasks run is named; given back, tasks flow again, none is lost or
     charged, and neither relay nor worker ends.
     """
-    monkeypatch.setattr(resting, "REST_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(queue_backoff, "REST_SECONDS_MAX", 0.5)
     async with a_system(db, administrator.url) as system:
         await system.until_completed(await submit(db, 5))
         ids = []
@@ -515,4 +515,4 @@ async def test_a_lasting_refusal_is_not_hammered(
         ]
         await asyncio.sleep(0)
 
-    assert all(wait >= resting.REST_SECONDS_MAX / 2 for wait in waits)
+    assert all(wait >= queue_backoff.REST_SECONDS_MAX / 2 for wait in waits)

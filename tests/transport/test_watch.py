@@ -10,8 +10,8 @@ import pytest
 
 from asyncflow.transport import watch
 from asyncflow.transport.watch import BrokerWatch
-from services.broker import Broker
-from transport.tasks import until
+from tests.support.broker import Broker
+from tests.support.tasks import until
 
 
 async def until_state(watched: BrokerWatch, beginning: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from asyncflow.domain.states import TERMINAL, TRANSITIONS
 from asyncflow.verify import checker
-from verify.stories import (
+from tests.verify.stories import (
     FIRST_LEASE,
     OTHER_WORKER,
     SECOND_LEASE,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from verify.stories import FIRST_LEASE, OTHER_WORKER, TASK, Story, a_good_run
+from tests.verify.stories import FIRST_LEASE, OTHER_WORKER, TASK, Story, a_good_run
 
 
 def a_run_with_a_loss(kind: str = "kill-worker") -> Story:

@@ -17,7 +17,7 @@ import pytest
 
 from asyncflow.verify.faults import FAULTS
 from asyncflow.verify.mutants import MUTANTS
-from services.broker import Broker
+from tests.support.broker import Broker
 
 QUICK = ("claim-without-lock", "commit-unsynced")
 CHOSEN = os.environ.get("ASYNCFLOW_TEST_MUTANTS", ",".join(QUICK))

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from asyncflow.store.database import Database
-from transport import tasks
+from tests.support import tasks
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 
-from asyncflow.batching import Batcher
+from asyncflow.aio.batching import Batcher
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
@@ -22,8 +22,8 @@ from asyncflow.telemetry.logs import Log
 from asyncflow.worker import execute as execute_module
 from asyncflow.worker.execute import REFUSALS_MAX, Attempt, Tools
 from asyncflow.worker.isolation import Isolation, Run
-from transport.tasks import NAME, QUEUE
-from worker.running import registry_of
+from tests.support.running import registry_of
+from tests.support.tasks import NAME, QUEUE
 
 
 class FarSide:

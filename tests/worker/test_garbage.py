@@ -16,8 +16,8 @@ from asyncflow.handlers import DEFAULT_REGISTRY
 from asyncflow.worker.children import Nursery
 from asyncflow.worker.garbage import COLLECT_SECONDS, GROWTH_BYTES, LOOK_SECONDS, Garbage
 from asyncflow.worker.isolation import Isolation
-from worker import odd_handlers
-from worker.test_isolation import ISOLATIONS, a_context
+from tests.worker import odd_handlers
+from tests.worker.test_isolation import ISOLATIONS, a_context
 
 MIB = 1 << 20
 
@@ -129,7 +129,7 @@ async def test_exceptions_that_handlers_keep_do_not_pile_up(
     found = DEFAULT_REGISTRY.get(f"keep-its-error.{where}")
     assert found is not None
     kept = []
-    async with Nursery(["worker.odd_handlers"]) as nursery:
+    async with Nursery(["tests.worker.odd_handlers"]) as nursery:
         isolation = Isolation(slots=1, nursery=nursery)
         for _ in range(200):
             ended: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()

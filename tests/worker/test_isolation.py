@@ -33,7 +33,7 @@ from asyncflow.handlers import (
 )
 from asyncflow.worker.children import Nursery
 from asyncflow.worker.isolation import Isolation, Run
-from worker import odd_handlers
+from tests.worker import odd_handlers
 
 ISOLATIONS = ["loop", "thread", "process", "process-async"]
 
@@ -41,7 +41,7 @@ ISOLATIONS = ["loop", "thread", "process", "process-async"]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-MODULES = ["worker.odd_handlers"]
+MODULES = ["tests.worker.odd_handlers"]
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -517,7 +517,7 @@ async def test_what_a_handler_started_dies_with_it(isolation: Isolation) -> None
 WORKER = """
 import asyncio, sys
 sys.path[:] = {path!r}
-from worker.test_isolation import a_context
+from tests.worker.test_isolation import a_context
 from asyncflow.handlers import load_handlers
 from asyncflow.worker.children import Nursery
 from asyncflow.worker.isolation import Isolation
@@ -525,10 +525,10 @@ from asyncflow.worker.isolation import Isolation
 async def main():
     begun = asyncio.Event()
     loop = asyncio.get_running_loop()
-    handler = load_handlers(["worker.odd_handlers"]).get({name!r})
+    handler = load_handlers(["tests.worker.odd_handlers"]).get({name!r})
     context = a_context(on_progress=lambda _: loop.call_soon_threadsafe(begun.set))
     ended = loop.create_future()
-    isolation = Isolation(slots=1, nursery=Nursery(["worker.odd_handlers"]))
+    isolation = Isolation(slots=1, nursery=Nursery(["tests.worker.odd_handlers"]))
     isolation.start(handler, "{{}}", context, ended.set_result)
     await begun.wait()
     print("begun", flush=True)

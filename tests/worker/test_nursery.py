@@ -22,8 +22,8 @@ from asyncflow.errors import HandlerError
 from asyncflow.handlers import DEFAULT_REGISTRY, Handler
 from asyncflow.worker.children import ChildNotStarted, Children, Nursery
 from asyncflow.worker.isolation import Isolation, Run
-from worker import odd_handlers
-from worker.test_isolation import Begun, a_context, begin, run
+from tests.worker import odd_handlers
+from tests.worker.test_isolation import Begun, a_context, begin, run
 
 assert odd_handlers
 
@@ -244,7 +244,7 @@ async def test_a_nursery_that_is_killed_takes_its_children_along_and_is_replaced
     """
     What they ran is a crash, as if each had been killed; later attempts are not affected.
     """
-    async with an_isolation("worker.odd_handlers") as (isolation, nursery):
+    async with an_isolation("tests.worker.odd_handlers") as (isolation, nursery):
         begun = Begun()
         _, ended = begin(isolation, the("poll.process"), a_context(on_progress=begun))
         await begun.message()
@@ -277,7 +277,7 @@ async def test_what_the_worker_lacks_is_not_charged_to_a_task(
     """
     Without a file descriptor the attempt does not begin; with one, the next does.
     """
-    async with an_isolation("worker.odd_handlers") as (isolation, nursery):
+    async with an_isolation("tests.worker.odd_handlers") as (isolation, nursery):
         await nursery.start()
 
         def refuse(*_: object) -> None:
@@ -312,7 +312,7 @@ async def test_what_the_nursery_lacks_is_not_charged_to_a_task() -> None:
     """
     Nor does it confuse which child belongs to which attempt.
     """
-    async with an_isolation("worker.odd_handlers") as (isolation, nursery):
+    async with an_isolation("tests.worker.odd_handlers") as (isolation, nursery):
         await nursery.start()
         with no_free_descriptor(pid_of(nursery)):
             await not_entered(isolation, the("number.process"))
@@ -326,7 +326,7 @@ async def test_idle_children_leave() -> None:
     """
     One that nobody needs gives its memory back; what is lent stays.
     """
-    async with Nursery(["worker.odd_handlers"]) as nursery:
+    async with Nursery(["tests.worker.odd_handlers"]) as nursery:
         children = Children(nursery, idle_max=2, tasks_max=9, idle_seconds=0.05)
         lent, idle = await children.lend(), await children.lend()
         children.take_back(idle)

@@ -13,9 +13,9 @@ import pytest
 
 from asyncflow.handlers import DEFAULT_REGISTRY, Registry
 from asyncflow.store.database import Database
-from transport.tasks import submit, until, until_states
-from worker import odd_handlers
-from worker.running import a_running_worker
+from tests.support.running import a_running_worker
+from tests.support.tasks import submit, until, until_states
+from tests.worker import odd_handlers
 
 ISOLATIONS = ["loop", "thread", "process"]
 ENDINGS: dict[str, tuple[Any, ...]] = {**odd_handlers.RAISES, **odd_handlers.UNSTORABLE}

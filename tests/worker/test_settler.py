@@ -17,9 +17,9 @@ from asyncflow.store import tasks
 from asyncflow.store.claims import Claim, Settling
 from asyncflow.store.database import Database
 from asyncflow.worker.execute import make_settler
-from builders import SETTLEMENTS
-from faults.wire import Wire, laid
-from transport.tasks import a_worker, claim, submit
+from tests.support.builders import SETTLEMENTS
+from tests.support.tasks import a_worker, claim, submit
+from tests.support.wire import Wire, laid
 
 
 @pytest.fixture

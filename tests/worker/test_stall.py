@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from asyncflow.handlers import Handler, Registry, handler
 from asyncflow.worker.isolation import Isolation
 from asyncflow.worker.stall import Stall, look_at
-from worker.test_isolation import a_context
+from tests.worker.test_isolation import a_context
 
 PATIENCE_SECONDS = 30.0
 

@@ -33,10 +33,10 @@ from asyncflow.worker import lease as lease_module
 from asyncflow.worker import worker as worker_module
 from asyncflow.worker.lease import STALLED_EXIT_STATUS
 from asyncflow.worker.worker import WorkerExhausted, WorkerLost
-from faults.wire import Wire, laid
-from services.postgres import PostgresServer
-from services.roles import GRANTS, administrator
-from transport.tasks import (
+from tests.support.postgres import PostgresServer
+from tests.support.roles import GRANTS, administrator
+from tests.support.running import a_running_worker, read
+from tests.support.tasks import (
     PATIENCE_SECONDS,
     QUEUE,
     cut_every_connection,
@@ -46,8 +46,8 @@ from transport.tasks import (
     until,
     until_states,
 )
-from worker import odd_handlers
-from worker.running import a_running_worker, read
+from tests.support.wire import Wire, laid
+from tests.worker import odd_handlers
 
 assert odd_handlers  # it declares what some of these run
 NO_WAIT = Backoff(base_seconds=0.0)
@@ -842,8 +842,8 @@ async def test_a_worker_whose_every_slot_is_stuck_ends(db: Database) -> None:
 STALLING = """
 import asyncio, sys, threading, time
 from asyncflow.telemetry.logs import configure_logs
-from transport.tasks import database, submit
-from worker.running import a_running_worker
+from tests.support.tasks import database, submit
+from tests.support.running import a_running_worker
 
 started = set()
 

@@ -10,7 +10,7 @@ HTTP in and out: bytes become `wire` models, errors become problem documents.
     head          what must hold for the head of a request
     body          the bytes of a request: type, size, patience
     batch         a batch's tasks, and what is wrong with which
-    strict_json   bytes to values, refusing what could not be stored
+    jsontext   bytes to values, refusing what could not be stored
     faults        Pydantic's and JSON Schema's errors as sentences with pointers
     problems      every error as an RFC 9457 document
     views         rows as `wire` models

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 from pydantic import ValidationError
 
 from asyncflow.api.faults import refused_document
-from asyncflow.api.strict_json import FAULTS_MAX, parse, salvage
 from asyncflow.errors import InvalidPayload, InvalidTask
+from asyncflow.jsontext import FAULTS_MAX, parse, salvage
 from asyncflow.wire import SubmitBatch, SubmitTask
 
 Refused: TypeAlias = InvalidTask | InvalidPayload

@@ -1,7 +1,7 @@
 """
 The bytes of a request: what type they may be, how many, and how long to wait for them.
 
-What they mean is `strict_json`. Bytes are counted as they arrive; what Content-Length
+What they mean is `jsontext`. Bytes are counted as they arrive; what Content-Length
 promises is believed only when it is already too much.
 """
 

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import jsonschema_rs
 
 from asyncflow.api.faults import payload_faults
-from asyncflow.api.strict_json import first_faults
 from asyncflow.domain.policy import DEFAULT_POLICY
 from asyncflow.errors import InvalidPayload, StoreUnavailable
+from asyncflow.jsontext import first_faults
 from asyncflow.store.database import Executor
 from asyncflow.store.workers import Published, published_handlers
 from asyncflow.telemetry import events

@@ -15,9 +15,9 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from asyncflow.api.strict_json import FAULTS_MAX, joined
 from asyncflow.domain.policy import NAME_PATTERN
 from asyncflow.errors import Fault, InvalidTask
+from asyncflow.jsontext import FAULTS_MAX, joined
 from asyncflow.wire import CURSOR_PATTERN, SubmitBatch, SubmitTask, TaskQuery
 
 _EXPECTED = {

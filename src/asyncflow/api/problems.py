@@ -21,7 +21,6 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asyncflow.api.faults import parameter_faults
-from asyncflow.api.strict_json import MalformedJson
 from asyncflow.errors import (
     AsyncFlowError,
     IllegalTransition,
@@ -31,6 +30,7 @@ from asyncflow.errors import (
     StoreUnavailable,
     TaskNotFound,
 )
+from asyncflow.jsontext import MalformedJson
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1

@@ -18,16 +18,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from asyncflow.aio.batching import Batcher
 from asyncflow.api.batch import Refused, read_batch, together
 from asyncflow.api.body import read_json_body
 from asyncflow.api.catalogue import Catalogue
 from asyncflow.api.faults import refused_document
 from asyncflow.api.problems import as_json, invalid_document
-from asyncflow.api.strict_json import parse
 from asyncflow.api.views import submitted_json
-from asyncflow.batching import Batcher
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
 from asyncflow.errors import Fault, InvalidPayload, InvalidTask
+from asyncflow.jsontext import parse
 from asyncflow.store import tasks as store
 from asyncflow.store.database import Executor
 from asyncflow.store.wakeups import Waker

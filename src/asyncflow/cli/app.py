@@ -24,7 +24,7 @@ from asyncflow.errors import (
     TaskNotFound,
     TransportError,
 )
-from asyncflow.supervisor import CHILD_OPTION
+from asyncflow.processes.supervisor import CHILD_OPTION
 from asyncflow.verify.command import verify
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ NOT_NOW, REFUSED, NOT_FOUND, INTERRUPTED = 1, 2, 3, 130
 @click.version_option(package_name="asyncflow", message="%(version)s")
 def app(supervised: bool) -> None:
     if supervised:
-        from asyncflow.supervisor import stop_with_parent
+        from asyncflow.processes.supervisor import stop_with_parent
 
         stop_with_parent()
 
@@ -160,7 +160,7 @@ def dev(
     ASYNCFLOW_BROKER_URL are not used unless an option says so.
     """
     from asyncflow.cli.dev import chosen_servers, develop
-    from asyncflow.processes import run
+    from asyncflow.processes.process import run
 
     settings = _settings(
         # The log's reader is whoever started this, also when it goes through `tee`.
@@ -229,7 +229,8 @@ def api(host: str | None, port: int | None) -> None:
     """
     Serve the HTTP API.
     """
-    from asyncflow.processes import run, serve_api
+    from asyncflow.processes.api import serve_api
+    from asyncflow.processes.process import run
 
     settings = _settings(api_host=host, api_port=port)
     _configure_logs(settings, "api")
@@ -265,7 +266,8 @@ def worker(
         worker_handlers=_names(handlers),
     )
     _configure_logs(settings, "worker")
-    from asyncflow.processes import run, work
+    from asyncflow.processes.process import run
+    from asyncflow.processes.worker import work
 
     run(partial(_several_workers if settings.worker_processes > 1 else work, settings))
 
@@ -291,7 +293,8 @@ def maintenance() -> None:
     """
     Do the chores: recover tasks of dead workers, prune old ones, feed RabbitMQ. Run two.
     """
-    from asyncflow.processes import maintain, run
+    from asyncflow.processes.maintenance import maintain
+    from asyncflow.processes.process import run
 
     settings = _settings()
     _configure_logs(settings, "maintenance")
@@ -320,7 +323,7 @@ def version() -> None:
 
 
 async def _several_workers(settings: Settings) -> int:
-    from asyncflow.supervisor import Child, Supervisor, as_environment
+    from asyncflow.processes.supervisor import Child, Supervisor, as_environment
 
     one = replace(settings, worker_processes=1)
     children = [

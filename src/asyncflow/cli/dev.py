@@ -28,11 +28,11 @@ from rich.text import Text
 from asyncflow import __version__
 from asyncflow.cli.database import embedded_cluster
 from asyncflow.errors import EmbeddedDatabaseError, InvalidInput, InvalidSettings
-from asyncflow.processes import listen
+from asyncflow.processes.api import listen
+from asyncflow.processes.supervisor import Child, Supervisor, as_environment
 from asyncflow.settings import PREFIX, Settings, masked, required_database_url
 from asyncflow.store.database import Database
 from asyncflow.store.schema import SCHEMA_VERSION, read_schema
-from asyncflow.supervisor import Child, Supervisor, as_environment
 from asyncflow.urls import address
 
 READY_POLL_SECONDS = 0.05

@@ -52,7 +52,7 @@ async def _examined(settings: Settings) -> AsyncIterator[Sequence[Finding]]:
 
 async def _postgresql(settings: Settings) -> Sequence[Finding]:
     from asyncflow.cli.database import database_url
-    from asyncflow.processes import OTHER_CONNECTIONS
+    from asyncflow.processes.process import OTHER_CONNECTIONS
     from asyncflow.store.database import Database
     from asyncflow.store.inspection import inspect
 
@@ -76,7 +76,7 @@ async def _rabbitmq(settings: Settings) -> Sequence[Finding]:
     from asyncflow.cli.database import opened
     from asyncflow.store import admission
     from asyncflow.store.installation import identity
-    from asyncflow.transport.inspection import inspect
+    from asyncflow.transport.rabbitmq.inspection import inspect
 
     queues: Sequence[str] = ()
     installation = None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from uuid import UUID
 
-from asyncflow.batching import Batcher
+from asyncflow.aio.batching import Batcher
 from asyncflow.domain.policy import PRIORITY_DEFAULT
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
 from asyncflow.errors import AsyncFlowError

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from asyncflow.processes.supervisor import CHILD_OPTION
 from asyncflow.settings import PREFIX
-from asyncflow.supervisor import CHILD_OPTION
 from asyncflow.verify.clock import Clock
 from asyncflow.verify.history import History
 from asyncflow.verify.process import RIGHT

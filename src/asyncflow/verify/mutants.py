@@ -20,14 +20,14 @@ from asyncflow.domain.outcome import Crashed, Released, Settlement
 from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
 from asyncflow.maintenance import reaper
-from asyncflow.maintenance.relay import Relay
+from asyncflow.relay.relay import Relay
 from asyncflow.store import admission, claims, database, sqlstates, upkeep, workers
 from asyncflow.store import tasks as store_tasks
 from asyncflow.store.admission import Admitted
 from asyncflow.store.claims import Settling
 from asyncflow.store.database import Executor
 from asyncflow.transport.amqp import Channel
-from asyncflow.transport.rabbitmq import Pack, RabbitTransport
+from asyncflow.transport.rabbitmq.transport import Pack, RabbitTransport
 from asyncflow.worker import execute, lease
 
 

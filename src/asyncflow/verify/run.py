@@ -21,7 +21,7 @@ import asyncpg
 from asyncflow import __version__
 from asyncflow.embedded import Cluster
 from asyncflow.store.migrations import migrate
-from asyncflow.transport.topology import unreadable
+from asyncflow.transport.rabbitmq.topology import unreadable
 from asyncflow.verify import handlers, record
 from asyncflow.verify.broker import Broker, OwnBroker, free_ports
 from asyncflow.verify.client import Clients, Unanswered, request

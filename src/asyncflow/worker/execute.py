@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from asyncflow.batching import Batcher
+from asyncflow.aio.batching import Batcher
 from asyncflow.domain.outcome import (
     Crashed,
     Failed,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from asyncflow.handlers.context import CURRENT, Context
 from asyncflow.handlers.encoding import clip_traceback
 
-CALLERS = ("asyncflow.handlers.calls", "asyncflow.processes")
+CALLERS = ("asyncflow.handlers.calls", "asyncflow.processes.process")
 """What calls handlers, and what runs the loop; whatever is further out on the stack is ours."""
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from acceptance.conftest import show_logs
-from acceptance.system import System
-from services import postgres
-from services.postgres import PostgresServer
+from tests.acceptance.conftest import show_logs
+from tests.support import postgres
+from tests.support.postgres import PostgresServer
+from tests.support.system import System
 
 MAX_CONNECTIONS = 60
 

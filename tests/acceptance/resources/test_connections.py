@@ -10,8 +10,8 @@ import contextlib
 
 import asyncpg
 
-from acceptance.system import HANDLERS, System
-from services.ports import free_port
+from tests.support.ports import free_port
+from tests.support.system import HANDLERS, System
 
 FLOWING_AGAIN_SECONDS = 30.0
 WORKING = {"seconds": 0.1}

@@ -16,10 +16,10 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from acceptance.resources.conftest import a_system
-from services import postgres, scratch
-from services.disk import SmallDisk, small_disk
-from services.postgres import PostgresServer
+from tests.acceptance.resources.conftest import a_system
+from tests.support import postgres, scratch
+from tests.support.disk import SmallDisk, small_disk
+from tests.support.postgres import PostgresServer
 
 FLOWING_AGAIN_SECONDS = 30.0
 DISK_MEBIBYTES = 128

@@ -12,20 +12,20 @@ from typing import NamedTuple
 
 import pytest
 
-from acceptance.conftest import Engine
-from acceptance.resources.conftest import a_system
-from acceptance.system import System
-from services import rabbitmq
-from services.broker import Broker
-from services.disk import SmallDisk, small_disk
-from services.node import ProcessBroker
+from tests.acceptance.conftest import Engine
+from tests.acceptance.resources.conftest import a_system
+from tests.support import rabbitmq
+from tests.support.broker import Broker
+from tests.support.disk import SmallDisk, small_disk
+from tests.support.node import ProcessBroker
+from tests.support.system import System
 
 FLOWING_AGAIN_SECONDS = 30.0
 DISK_MEBIBYTES = 192
 LEFT_MEBIBYTES = 10
 LOOK_MILLISECONDS = 500
 FREE_MIN = "50MB"
-"""Below this RabbitMQ raises the alarm, as `services.node` configures it."""
+"""Below this RabbitMQ raises the alarm, as `tests.support.node` configures it."""
 
 WORKING = {"seconds": 0.1}
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import asyncpg
 
-from acceptance.system import System
+from tests.support.system import System
 
 BATCH = 1_000
 COUNT = "SELECT count(*) FROM asyncflow.tasks"

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from acceptance.resources.conftest import a_system
-from acceptance.system import System
 from asyncflow.findings import Verdict
 from asyncflow.store.database import PLANNER, Database
 from asyncflow.store.inspection import inspect
-from services.pgbouncer import SESSIONS, Pooler, running_pooler
-from services.ports import free_port
-from services.postgres import PostgresServer
+from tests.acceptance.resources.conftest import a_system
+from tests.support.pgbouncer import SESSIONS, Pooler, running_pooler
+from tests.support.ports import free_port
+from tests.support.postgres import PostgresServer
+from tests.support.system import System
 
 FLOWING_AGAIN_SECONDS = 30.0
 START_SECONDS_MAX = 60.0

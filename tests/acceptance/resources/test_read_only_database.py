@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import asyncpg
 
-from acceptance.system import System
+from tests.support.system import System
 
 FLOWING_AGAIN_SECONDS = 30.0
 WORKING = {"seconds": 0.1}

@@ -1,0 +1,3 @@
+"""
+What asyncio leaves to its users: work in natural batches.
+"""

@@ -1,0 +1,159 @@
+"""
+The process that serves HTTP, from settings to a clean exit.
+"""
+
+from __future__ import annotations
+
+import gc
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
+
+from asyncflow.errors import AsyncFlowError
+from asyncflow.settings import Settings
+from asyncflow.telemetry import events
+from asyncflow.urls import address
+
+if TYPE_CHECKING:
+    # Each process imports only what it runs: a worker starts without the web framework.
+    from uvicorn import Config, Server
+
+
+from asyncflow.processes.process import database, stop_signals, until_fit
+
+BACKLOG = 2_048
+"""Connections that may wait for the API to accept them."""
+
+
+class AddressTaken(AsyncFlowError):
+    """
+    Another program listens where the API wants to.
+    """
+
+    def __init__(self, host: str, port: int, reason: str) -> None:
+        super().__init__(
+            f"The API cannot listen on {address(host, port)} ({reason}); stop what uses it, "
+            "or choose another port with --port or ASYNCFLOW_API_PORT."
+        )
+
+
+async def serve_api(settings: Settings) -> None:
+    """
+    The HTTP API, until a signal.
+
+    Raises:
+        AddressTaken: Its port is in use.
+        ServerUnfit: The database needs a migration, or another setting.
+    """
+    from importlib.metadata import version
+    from ipaddress import ip_address
+
+    import uvicorn
+
+    from asyncflow.api.app import create_app
+    from asyncflow.api.catalogue import Catalogue
+    from asyncflow.api.cors import with_cors
+    from asyncflow.api.protocol import BoundedProtocol
+    from asyncflow.maintenance.watch import MaintenanceWatch
+    from asyncflow.store.wakeups import Waker
+    from asyncflow.transport.watch import BrokerWatch
+
+    async with (
+        _bound(settings) as listening,
+        database(settings, "asyncflow api") as db,
+        stop_signals(settings) as stop,
+    ):
+        await until_fit(db, settings, stop)
+        async with (
+            Catalogue(db) as catalogue,
+            BrokerWatch(settings.broker_url) as broker,
+            MaintenanceWatch(db),
+        ):
+            waker = Waker(db)
+            app = create_app(
+                db=db,
+                settings=settings,
+                catalogue=catalogue,
+                waker=waker,
+                broker_state=lambda: broker.state,
+                version=version("asyncflow"),
+            )
+            config = uvicorn.Config(
+                with_cors(app, settings.api_cors_origins),
+                loop="none",
+                http=BoundedProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,  # Nobody asks where a request comes from.
+                server_header=False,
+                date_header=False,
+                timeout_keep_alive=settings.api_keep_alive_seconds,  # type: ignore[arg-type]
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=int(settings.shutdown_grace_seconds),
+            )
+            server = _server(config)
+            stop.on_first = lambda: setattr(server, "should_exit", True)
+            stop.on_second = lambda: setattr(server, "force_exit", True)
+            if not stop.asked:
+                # Before the log says so. Until somebody listens, several may be bound to one port.
+                with _address_free(settings.api_host, settings.api_port):
+                    listening.listen(BACKLOG)
+                url = f"http://{address(settings.api_host, settings.api_port)}"
+                events.process_started(url=url)
+                if not ip_address(listening.getsockname()[0]).is_loopback:
+                    events.api_unprotected(host=settings.api_host)
+                # What is loaded by now stays to the end. Left to the garbage collector, it is
+                # looked through again every few seconds, and 20 ms long everybody waits.
+                gc.freeze()
+                await server.serve(sockets=[listening])
+            await waker.close()
+    events.process_stopped()
+
+
+def _server(config: Config) -> Server:
+    from uvicorn import Server
+
+    class OurServer(Server):
+        # Uvicorn would catch the signals itself and, once done, let them kill the process;
+        # ours ends with exit status 0.
+        @contextmanager
+        def capturestop_signals(self) -> Iterator[None]:
+            yield
+
+    return OurServer(config)
+
+
+@asynccontextmanager
+async def _bound(settings: Settings) -> AsyncIterator[socket.socket]:
+    with listen(settings.api_host, settings.api_port) as listening:
+        yield listening
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """
+    Bind the API's address, before the server does, so that a taken port is one sentence.
+
+    Raises:
+        AddressTaken: It cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with _address_free(host, port):
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, port))
+        except OSError:
+            listening.close()
+            raise
+    return listening
+
+
+@contextmanager
+def _address_free(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AddressTaken(host, port, error.strerror or str(error)) from error

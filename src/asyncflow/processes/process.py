@@ -1,0 +1,198 @@
+"""
+What every process does at its edges: it waits for a reachable database, refuses one that cannot
+work, stops on SIGINT or SIGTERM, exits immediately on the second signal, leaves nothing open, and
+ends; see `stopping`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn
+
+import uvloop
+
+from asyncflow import forking
+from asyncflow.findings import refuse_unfit
+from asyncflow.settings import Settings, required_database_url
+from asyncflow.stopping import end, end_on_signals, signals
+from asyncflow.store.database import Database
+from asyncflow.store.inspection import inspect
+from asyncflow.telemetry import events
+
+DATABASE_RETRY_SECONDS = 1.0
+OTHER_CONNECTIONS = 2
+"""Connections outside the pool, at most: one for the lease or the relay, one for wake-ups."""
+
+LEFT_SECONDS = 0.1
+"""How long what handlers left in the event loop may take to be cancelled."""
+
+
+def run(begin: Callable[[], Coroutine[Any, Any, int | None]]) -> NoReturn:
+    """
+    Run a process to its end on uvloop, and end with the exit status that it returns, or 0.
+
+    Also in one whose handlers left something behind: threads, executors, tasks that take no
+    cancellation. Whatever the process raises is raised, for the caller to say and to `end`.
+
+    Args:
+        begin: Does what comes before there is an event loop, and returns the process.
+    """
+    # What was imported is here to stay. Beyond it, many short-lived objects are alive at any
+    # time, and looking for cycles after every 700 new ones, Python's default, costs a worker
+    # that runs short tasks a fifth of its time and finds nothing.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    forking.free_children()
+    end_on_signals()
+    process = begin()
+    loop = _new_loop()
+    status = _run_on(loop, process)
+    end(status, lambda: loop.run_until_complete(_cancel_what_is_left()))
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    others = forking.open_descriptors()
+    loop = uvloop.new_event_loop()
+    forking.withhold(loop, *(forking.open_descriptors() - others))
+    return loop
+
+
+def _run_on(loop: asyncio.AbstractEventLoop, process: Coroutine[Any, Any, int | None]) -> int:
+    """
+    Run to the end of `process`, whatever else tries to stop the loop.
+
+    `sys.exit()` in an asyncio task or a callback that a handler started, or `loop.stop()`, stops
+    the loop, but is no reason for the process to end: the exception is that task's, and whoever
+    awaits it gets it.
+    """
+    main = loop.create_task(process)
+    while not main.done():
+        try:
+            loop.run_until_complete(main)
+        except (SystemExit, KeyboardInterrupt, RuntimeError) as error:
+            if main.done() or loop.is_closed():
+                raise
+            events.loop_interrupted(reason=repr(error))
+    return main.result() or 0
+
+
+async def _cancel_what_is_left() -> None:
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=LEFT_SECONDS)
+
+
+async def until_stopped(duties: Sequence[Coroutine[Any, Any, None]], stop: Stop) -> None:
+    """
+    Run endless duties side by side until a signal, or until one of them fails.
+    """
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(duty) for duty in duties]
+    stopping = loop.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in (*tasks, stopping):
+            task.cancel()
+        await asyncio.gather(*tasks, stopping, return_exceptions=True)
+
+
+class Stop:
+    """
+    The wish to stop, as signals bring it.
+
+    Attributes:
+        on_first, on_second: What the first signal asks for, and what every later one does.
+        running: How many attempts are under way, for the log.
+    """
+
+    def __init__(self) -> None:
+        self.on_first: Callable[[], object] = lambda: None
+        self.on_second: Callable[[], object] = lambda: None
+        self.running: Callable[[], int | None] = lambda: None
+        self._asked = asyncio.Event()
+
+    @property
+    def asked(self) -> bool:
+        """
+        Whether a signal came.
+        """
+        return self._asked.is_set()
+
+    async def wait(self) -> None:
+        """
+        Wait for the first signal.
+        """
+        await self._asked.wait()
+
+    def receive(self, received: signal.Signals) -> None:
+        """
+        Act on one signal.
+        """
+        if self.asked:
+            events.process_hurried(signal=received.name)
+            self.on_second()
+        else:
+            events.process_stopping(signal=received.name, running=self.running())
+            self._asked.set()
+            self.on_first()
+
+
+@asynccontextmanager
+async def stop_signals(settings: Settings) -> AsyncIterator[Stop]:
+    stop = Stop()
+    with signals(stop.receive, grace_seconds=settings.shutdown_grace_seconds):
+        yield stop
+
+
+@asynccontextmanager
+async def database(settings: Settings, name: str) -> AsyncIterator[Database]:
+    if settings.broker_url is not None:
+        from asyncflow.transport.amqp.url import parse_url
+
+        parse_url(settings.broker_url)  # A malformed one would be tried for ever.
+    async with Database(
+        required_database_url(settings),
+        size=settings.database_pool_size,
+        timeout_seconds=settings.database_timeout_seconds,
+        pooler=settings.database_pooler,
+        name=name,
+    ) as db:
+        yield db
+
+
+async def until_fit(db: Database, settings: Settings, stop: Stop) -> None:
+    """
+    Return once the database is fit for us, or a signal comes.
+
+    What may pass by itself is waited for, and what works less well than it could is logged.
+
+    Raises:
+        ServerUnfit: Something is wrong that will not pass.
+    """
+    while not stop.asked:
+        findings = await inspect(
+            db,
+            timeout_seconds=settings.database_timeout_seconds,
+            connections=settings.database_pool_size + OTHER_CONNECTIONS,
+        )
+        refuse_unfit(findings)
+        wrong = [finding for finding in findings if finding.is_wrong]
+        if not wrong:
+            for finding in (finding for finding in findings if finding.is_doubtful):
+                events.server_doubtful(what=finding.what, reason=str(finding))
+            return
+        for finding in wrong:
+            events.database_unavailable(where="start", reason=str(finding))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DATABASE_RETRY_SECONDS):
+                await stop.wait()

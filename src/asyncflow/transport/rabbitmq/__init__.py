@@ -1,0 +1,3 @@
+"""
+Deliveries through RabbitMQ: only ids travel, and `transport` claims them.
+"""

@@ -1,0 +1,21 @@
+"""
+The store that is looked after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from asyncflow.store.database import Database
+from tests.support import tasks
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[Database]:
+    """
+    A store with nothing in it.
+    """
+    async with tasks.database(database_url) as db:
+        yield db

@@ -1,0 +1,951 @@
+"""
+The relay: what may go, goes, in the right order and in short supply; nothing gets lost
+between PostgreSQL and RabbitMQ, whatever breaks in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+from structlog.testing import capture_logs
+
+from asyncflow.domain.states import Event
+from asyncflow.errors import StoreUnavailable
+from asyncflow.relay import relay as relay_module
+from asyncflow.relay.relay import (
+    BATCH,
+    MARK_AFTER_SECONDS,
+    POLL_SECONDS,
+    REFILL_SECONDS,
+    WINDOW_MAX,
+    WINDOW_MIN,
+    Relay,
+    Window,
+)
+from asyncflow.store import admission, claims, leadership, queues
+from asyncflow.store.claims import Offer
+from asyncflow.store.database import Database
+from asyncflow.store.lookback import Lookback
+from asyncflow.transport.amqp import (
+    Channel,
+    Delivery,
+    Message,
+    PublishResult,
+    QueueCounts,
+    connect,
+)
+from asyncflow.transport.rabbitmq import queue_backoff
+from asyncflow.transport.rabbitmq.topology import (
+    PACK_MAX,
+    broker_queue,
+    declare_dead_letters,
+    decode_hints,
+)
+from tests.support.broker import Broker
+from tests.support.builders import SETTLEMENTS, settled
+from tests.support.tasks import (
+    NAME,
+    PATIENCE_SECONDS,
+    QUEUE,
+    a_worker,
+    complete,
+    cut_every_connection,
+    database,
+    states,
+    submit,
+    until,
+    until_states,
+)
+
+
+@pytest.fixture
+async def channel(broker_url: str) -> AsyncIterator[Channel]:
+    """
+    A channel such as the relay has.
+    """
+    connection = await connect(broker_url, name="test")
+    channel = await connection.channel()
+    await declare_dead_letters(channel)
+    await channel.confirm_select()
+    yield channel
+    await connection.close()
+
+
+@pytest.fixture
+def relay(db: Database, broker_url: str) -> Relay:
+    """
+    A relay that sends when told to.
+    """
+    return Relay(db, broker_url)
+
+
+async def ready(channel: Channel) -> int:
+    """
+    How many hints RabbitMQ holds for the default queue.
+    """
+    counts = await channel.inspect_queue(broker_queue(QUEUE))
+    return counts.messages if counts else 0
+
+
+async def claim_hinted(db: Database, count: int) -> int:
+    """
+    Run queued tasks to their end, as if their hints had arrived; return how many there were.
+    """
+    worker = await a_worker(db)
+    rows = await db.fetch(
+        "SELECT id FROM asyncflow.tasks WHERE state = 'queued' ORDER BY queued_at LIMIT $1", count
+    )
+    taken = await claims.claim_hinted(
+        db,
+        [row["id"] for row in rows],
+        lease_id=uuid4(),
+        worker_id=worker.id,
+        offers=[Offer(NAME, 5, 900.0)],
+    )
+    return sum(await complete(db, taken))
+
+
+async def test_the_window_is_filled_by_priority(
+    db: Database, channel: Channel, relay: Relay
+) -> None:
+    """
+    What was submitted last and is urgent does not wait behind a backlog.
+    """
+    await a_worker(db)
+    await submit(db, 100, priority=0)
+    await submit(db, 10, priority=9)
+
+    assert POLL_SECONDS > await relay.run_once(db, channel)
+
+    rows = await db.fetch(
+        "SELECT priority, count(*) FROM asyncflow.tasks WHERE state = 'queued' GROUP BY priority"
+    )
+    assert {9: 10, 0: WINDOW_MIN - 10} == {row["priority"]: row["count"] for row in rows}
+    assert WINDOW_MIN == await ready(channel)
+
+
+async def test_a_full_window_admits_nothing_more(
+    db: Database, channel: Channel, relay: Relay
+) -> None:
+    """
+    The backlog waits in PostgreSQL, where priority and pause can still reach it.
+    """
+    await a_worker(db)
+    await submit(db, 100)
+    await relay.run_once(db, channel)
+
+    await relay.run_once(db, channel)
+
+    assert WINDOW_MIN == await ready(channel)
+    assert Counter(queued=WINDOW_MIN, pending=100 - WINDOW_MIN) == await states(db)
+
+
+async def test_a_full_window_is_looked_at_ever_less_often_until_it_is_used_up(
+    db: Database, channel: Channel, relay: Relay
+) -> None:
+    """
+    Tasks of some milliseconds use it up long before the next poll; those of minutes do not.
+    """
+    await a_worker(db)
+    await submit(db, 100)
+    rests = [await relay.run_once(db, channel)]
+    while rests[-1] < POLL_SECONDS:
+        await asyncio.sleep(rests[-1])
+        rests.append(await relay.run_once(db, channel))
+
+    assert sorted(rests) == rests
+    assert [REFILL_SECONDS, 2 * REFILL_SECONDS, 4 * REFILL_SECONDS] == rests[:3]
+    await run_hinted(db, channel)
+    assert REFILL_SECONDS == await relay.run_once(db, channel)
+
+
+async def test_a_relay_without_tasks_rests(db: Database, channel: Channel, relay: Relay) -> None:
+    """
+    A window that is not full has no reason to be looked at before anything happens.
+    """
+    await a_worker(db)
+    await submit(db, WINDOW_MIN - 1)
+
+    assert [POLL_SECONDS] * 3 == [await relay.run_once(db, channel) for _ in range(3)]
+
+
+async def test_a_relay_begins_where_the_lookback_says(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    For its open queues and what is offered there.
+    """
+    asked: list[dict[str, Any]] = []
+
+    def never(self: Lookback, **what: Any) -> Any:
+        asked.append(what)
+        return {QUEUE: [datetime.max.replace(tzinfo=UTC)] * 10}
+
+    await a_worker(db)
+    await submit(db)
+    with monkeypatch.context() as patched:
+        patched.setattr(Lookback, "since", never)
+        await relay.run_once(db, channel)
+
+    assert [{"queues": [QUEUE], "names": [NAME]}] == asked
+    assert Counter(pending=1) == await states(db)
+    await relay.run_once(db, channel)
+    assert Counter(queued=1) == await states(db)
+
+
+async def test_queued_tasks_are_counted_from_the_beginning_once_a_minute(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    In between only from where the oldest was; a hint of an older one may be lost, and is found.
+    """
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    await a_worker(db)
+    await submit(db, 3)
+    await relay.run_once(db, channel)
+    await channel.purge_queue(broker_queue(QUEUE))
+    await db.execute("UPDATE asyncflow.tasks SET queued_at = now() - interval '1 hour'")
+
+    await relay.run_once(db, channel)
+    assert 0 == await ready(channel)
+    monkeypatch.setattr(relay_module, "RECOUNT_SECONDS", 0.0)
+    await relay.run_once(db, channel)
+
+    assert 3 == await ready(channel)
+
+
+async def test_what_may_not_go_stays_pending(db: Database, channel: Channel, relay: Relay) -> None:
+    """
+    Not due, of a paused queue, of a name or queue that no live worker serves.
+    """
+    await a_worker(db, queues=[QUEUE, "paused"])
+    await queues.pause(db, "paused")
+    await submit(db, delay_seconds=1_000)
+    await submit(db, queue="paused")
+    await submit(db, name="unoffered")
+    await submit(db, queue="unserved")
+
+    assert POLL_SECONDS == await relay.run_once(db, channel)
+
+    assert Counter(pending=4) == await states(db)
+
+
+async def test_a_crash_between_publish_and_mark_repeats_hints_and_loses_none(
+    db: Database, channel: Channel, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Hints that were sent and not noted are sent again by the next relay.
+    """
+    await a_worker(db)
+    await submit(db, 5)
+
+    async def crash(db: Any, sent: Sequence[Any]) -> None:
+        raise StoreUnavailable("crashed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(admission, "mark_queued", crash)
+        with pytest.raises(StoreUnavailable):
+            await Relay(db, broker_url).run_once(db, channel)
+    assert Counter(pending=5) == await states(db)
+    assert 5 == await ready(channel)
+
+    await Relay(db, broker_url).run_once(db, channel)
+
+    assert Counter(queued=5) == await states(db)
+    assert 10 == await ready(channel)
+
+
+async def test_a_database_that_takes_no_notes_makes_no_flood_of_hints(
+    db: Database, channel: Channel, broker_url: str, database_url: str
+) -> None:
+    """
+    While PostgreSQL is read-only or full, what was sent cannot be marked; it is not sent again with
+    every try.
+    """
+    name = urlsplit(database_url).path[1:]
+    await a_worker(db)
+    await submit(db, 100)
+    await db.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    async with database(database_url) as demoted:
+        relay = Relay(demoted, broker_url)
+
+        for _ in range(5):
+            with pytest.raises(StoreUnavailable):
+                await relay.run_once(demoted, channel)
+
+        assert WINDOW_MIN == await ready(channel)
+        await db.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        await relay.run_once(demoted, channel)
+    assert Counter(queued=WINDOW_MIN, pending=100 - WINDOW_MIN) == await states(db)
+    assert WINDOW_MIN == await ready(channel)
+
+
+async def test_hints_that_the_broker_refuses_stay_pending(
+    db: Database, channel: Channel, relay: Relay, broker: Broker, broker_url: str
+) -> None:
+    """
+    A queue with a limit takes what it takes; the rest goes when there is room again. The log names
+    the policy.
+    """
+    await a_worker(db)
+    await submit(db, WINDOW_MIN)
+    vhost = urlsplit(broker_url).path[1:]
+    limit = {"max-length": 1, "overflow": "reject-publish"}
+    policy = {"pattern": ".*", "definition": limit, "apply-to": "quorum_queues"}
+    await relay.run_once(db, channel)
+    await channel.purge_queue(broker_queue(QUEUE))
+    await db.execute("UPDATE asyncflow.tasks SET state = 'pending', queued_at = NULL")
+    broker.api("PUT", f"policies/{vhost}/limit", policy)
+    logs: Any = ()
+
+    async def some_refused() -> bool:
+        # A queue over its limit refuses what comes next.
+        await channel.purge_queue(broker_queue(QUEUE))
+        over = [Message(broker_queue(QUEUE), b"")] * 2
+        await channel.publish(over, exchange="", timeout_seconds=PATIENCE_SECONDS)
+        await relay.run_once(db, channel)
+        return any(event["event"] == "hints.not_sent" for event in logs)
+
+    with capture_logs() as captured:
+        logs = captured
+        await until(some_refused)
+    assert (await states(db))["pending"] > 0
+    broker.api("DELETE", f"policies/{vhost}/limit")
+
+    async def all_sent() -> bool:
+        await channel.purge_queue(broker_queue(QUEUE))
+        await relay.run_once(db, channel)
+        return not (await states(db))["pending"]
+
+    await until(all_sent)
+    [refused] = [event for event in logs if event["event"] == "hints.not_sent"]
+    assert "overflow reject-publish" in refused["reason"]
+
+
+async def test_hints_that_no_queue_takes_stay_pending(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A queue that vanished just now returns its hints to the relay.
+    """
+    await a_worker(db)
+    await submit(db, 5)
+
+    async def vanished(channel: Channel, queue: str, *, prefix: str) -> QueueCounts:
+        return QueueCounts(0, 0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(relay_module, "declare_task_queue", vanished)
+        assert POLL_SECONDS == await relay.run_once(db, channel)
+    assert Counter(pending=5) == await states(db)
+
+    await relay.run_once(db, channel)
+
+    assert Counter(queued=5) == await states(db)
+
+
+@pytest.mark.parametrize("loss", ["purge", "delete"])
+async def test_lost_hints_are_sent_again(
+    db: Database,
+    channel: Channel,
+    relay: Relay,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: str,
+) -> None:
+    """
+    Emptying or deleting a queue of RabbitMQ costs time and no task.
+    """
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    await a_worker(db)
+    await submit(db, 10)
+    await relay.run_once(db, channel)
+    assert 10 == await ready(channel)
+    if loss == "purge":
+        await channel.purge_queue(broker_queue(QUEUE))
+    else:
+        await channel.delete_queue(broker_queue(QUEUE))
+
+    async def sent_again() -> bool:
+        await relay.run_once(db, channel)
+        return await ready(channel) == 10
+
+    await until(sent_again)
+    assert Counter(queued=10) == await states(db)
+
+
+async def test_slow_workers_cause_no_storm_of_hints(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    However long hints wait in RabbitMQ, they are not taken for lost and sent again.
+    """
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+    sent = count_messages(channel, monkeypatch)
+    await a_worker(db)
+    await submit(db, 200)
+    done = 0
+
+    while done < 200:
+        for _ in range(3):
+            await relay.run_once(db, channel)
+        await drop_one_hint(channel)
+        done += await claim_hinted(db, 1)
+
+    assert 1.2 * 200 >= sum(sent)
+
+
+def count_messages(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """
+    A list that grows by the size of each batch published on `channel`.
+    """
+    sent: list[int] = []
+    publish = channel.publish
+
+    async def counting(messages: Sequence[Message], **more: Any) -> list[PublishResult]:
+        sent.append(len(messages))
+        return await publish(messages, **more)
+
+    monkeypatch.setattr(channel, "publish", counting)
+    return sent
+
+
+async def drop_one_hint(channel: Channel) -> None:
+    """
+    Consume and acknowledge one hint, as the worker that runs its task would.
+    """
+    received: asyncio.Queue[list[Any]] = asyncio.Queue()
+    tag = await channel.consume(
+        broker_queue(QUEUE),
+        prefetch=1,
+        on_deliveries=received.put_nowait,
+        on_cancelled=channel.abandon,
+    )
+    [delivery] = await received.get()
+    await channel.cancel(tag)
+    channel.ack(delivery.tag)
+
+
+async def test_a_large_backlog_leaves_in_batches(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    One publish never carries more than a batch, so one round trip never takes long.
+    """
+    sent = count_messages(channel, monkeypatch)
+    await a_worker(db, slots=BATCH)
+    await submit(db, 2 * BATCH)
+
+    await relay.run_once(db, channel)
+
+    assert [BATCH, BATCH] == sent
+    assert Counter(queued=2 * BATCH) == await states(db)
+
+
+async def grow_window(db: Database, channel: Channel, relay: Relay) -> None:
+    """
+    Run short tasks as fast as they come, until the relay sends packs of up to four.
+    """
+    await a_worker(db)
+    await submit(db, 3 * WINDOW_MIN)
+    while await relay.run_once(db, channel) < MARK_AFTER_SECONDS:
+        await run_hinted(db, channel)
+    await run_hinted(db, channel)
+
+
+async def run_hinted(db: Database, channel: Channel) -> int:
+    """
+    Run every task whose hint RabbitMQ holds to its end; return how many.
+    """
+    worker = await a_worker(db)
+    deliveries = await drain(channel, await ready(channel))
+    hints = [task_id for delivery in deliveries for task_id in decode_hints(delivery.body) or ()]
+    taken = await claims.claim_hinted(
+        db, hints, lease_id=uuid4(), worker_id=worker.id, offers=[Offer(NAME, 5, 900.0)]
+    )
+    return sum(await complete(db, taken))
+
+
+def forget_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    What was sent in the last round is marked in the next, and lost if no hint is there.
+    """
+    monkeypatch.setattr(relay_module, "MARK_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
+
+
+async def test_while_workers_drain_fast_hints_travel_in_packs(
+    db: Database, channel: Channel, relay: Relay
+) -> None:
+    """
+    One message carries some tasks then, in order, and never of two priorities.
+    """
+    await grow_window(db, channel, relay)
+    low = await submit(db, 7, priority=0)
+    high = await submit(db, 5, priority=9)
+
+    await relay.run_once(db, channel)
+
+    packs = [decode_hints(delivery.body) for delivery in await drain(channel, 4)]
+    assert [high[:4], high[4:], low[:4], low[4:]] == packs
+
+
+async def test_what_travels_in_packs_is_marked_only_if_nobody_takes_it(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Until then it is remembered, and not sent twice.
+    """
+    await grow_window(db, channel, relay)
+    await submit(db, 12)
+    sent = count_messages(channel, monkeypatch)
+
+    for _ in range(3):
+        await relay.run_once(db, channel)
+
+    assert [3] == sent
+    assert 12 == (await states(db))["pending"]
+    monkeypatch.setattr(relay_module, "MARK_AFTER_SECONDS", 0.0)
+    assert 12 == await run_hinted(db, channel)
+    await submit(db, 4)
+    await relay.run_once(db, channel)
+    await relay.run_once(db, channel)
+    assert {"queued": 4} == {k: n for k, n in (await states(db)).items() if k != "completed"}
+
+
+async def test_what_came_back_after_it_was_sent_is_sent_again(
+    db: Database, channel: Channel, relay: Relay
+) -> None:
+    """
+    A retry needs a hint of its own, although the relay remembers the first one.
+    """
+    worker = await a_worker(db)
+    await grow_window(db, channel, relay)
+    [task_id] = await submit(db, 1)
+    await relay.run_once(db, channel)
+    await drain(channel, 1)
+    [claim] = await claims.claim_hinted(
+        db, [task_id], lease_id=uuid4(), worker_id=worker.id, offers=[Offer(NAME, 5, 900.0)]
+    )
+    await settled(db, task_id, claim.lease_id, SETTLEMENTS[Event.RELEASE])
+
+    await relay.run_once(db, channel)
+
+    assert [[task_id]] == [decode_hints(delivery.body) for delivery in await drain(channel, 1)]
+
+
+async def test_a_pause_uses_up_what_was_sent_before(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A worker that got the hint meanwhile has let it go, so it is sent again afterwards.
+    """
+    await grow_window(db, channel, relay)
+    [task_id] = await submit(db, 1)
+    await relay.run_once(db, channel)
+    await queues.pause(db, QUEUE)
+    assert 0 == await run_hinted(db, channel)
+    await relay.run_once(db, channel)
+    await queues.resume(db, QUEUE)
+
+    await relay.run_once(db, channel)
+
+    assert [[task_id]] == [decode_hints(delivery.body) for delivery in await drain(channel, 1)]
+
+
+async def drain(channel: Channel, count: int) -> list[Delivery]:
+    """
+    Consume and acknowledge so many messages.
+    """
+    received: asyncio.Queue[list[Delivery]] = asyncio.Queue()
+    tag = await channel.consume(
+        broker_queue(QUEUE),
+        prefetch=0,
+        on_deliveries=received.put_nowait,
+        on_cancelled=channel.abandon,
+    )
+    deliveries: list[Delivery] = []
+    while len(deliveries) < count:
+        deliveries += await received.get()
+    await channel.cancel(tag)
+    if deliveries:
+        channel.ack(deliveries[-1].tag, multiple=True)
+    return deliveries
+
+
+async def test_hints_that_wait_in_packs_are_not_taken_for_lost(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Fewer messages than queued tasks is no loss where a message carries some.
+    """
+    forget_at_once(monkeypatch)
+    await grow_window(db, channel, relay)
+    await submit(db, 12)
+    await relay.run_once(db, channel)
+    sent = count_messages(channel, monkeypatch)
+
+    for _ in range(3):
+        await relay.run_once(db, channel)
+
+    assert 3 == await ready(channel)
+    assert [] == sent
+    assert 12 == (await states(db))["queued"]
+
+
+async def test_another_leader_does_not_take_packs_for_lost(
+    db: Database, channel: Channel, relay: Relay, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    It does not know how large those are that its predecessor sent.
+    """
+    forget_at_once(monkeypatch)
+    await grow_window(db, channel, relay)
+    await submit(db, 12)
+    await relay.run_once(db, channel)
+    await relay.run_once(db, channel)
+
+    await Relay(db, broker_url).run_once(db, channel)
+
+    assert 3 == await ready(channel)
+    assert 12 == (await states(db))["queued"]
+
+
+async def test_lost_packs_are_sent_again(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    An emptied queue is empty, whatever its messages carried.
+    """
+    forget_at_once(monkeypatch)
+    await grow_window(db, channel, relay)
+    ids = await submit(db, 12)
+    await relay.run_once(db, channel)
+    await channel.purge_queue(broker_queue(QUEUE))
+
+    # It notes what it has sent, and then finds out.
+    await relay.run_once(db, channel)
+    assert 12 == (await states(db))["queued"]
+    await relay.run_once(db, channel)
+
+    bodies = [decode_hints(delivery.body) or [] for delivery in await drain(channel, 3)]
+    assert ids == [task_id for body in bodies for task_id in body]
+
+
+async def test_some_lost_among_packs_are_found_although_a_backlog_lasts(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    That packs were sent hides a loss for a while, not for ever.
+    """
+    forget_at_once(monkeypatch)
+    await grow_window(db, channel, relay)
+    await submit(db, 12)
+    await relay.run_once(db, channel)
+    await drain(channel, 1)
+    await relay.run_once(db, channel)
+    assert 12 == (await states(db))["queued"]
+
+    monkeypatch.setattr(relay_module, "PACKS_REMEMBERED_SECONDS", 0.0)
+    sent = count_messages(channel, monkeypatch)
+    await relay.run_once(db, channel)
+
+    assert sum(sent) >= 1
+
+
+async def test_a_pack_that_no_queue_takes_leaves_all_its_tasks_pending(
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A message that was returned is that for each of its hints.
+    """
+    await grow_window(db, channel, relay)
+    await submit(db, 12)
+    await channel.delete_queue(broker_queue(QUEUE))
+
+    async def vanished(channel: Channel, queue: str, *, prefix: str) -> QueueCounts:
+        return QueueCounts(0, 0)
+
+    monkeypatch.setattr(relay_module, "declare_task_queue", vanished)
+    await relay.run_once(db, channel)
+
+    assert 12 == (await states(db))["pending"]
+
+
+async def test_a_running_relay_sends_a_new_task_at_once(db: Database, broker_url: str) -> None:
+    """
+    It is woken, rather than finding the task at its next poll.
+    """
+    await a_worker(db)
+    relaying = asyncio.create_task(Relay(db, broker_url).run())
+    await submit(db)
+    await until_states(db, queued=1)
+
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await submit(db)
+    await until_states(db, queued=2)
+
+    assert POLL_SECONDS > loop.time() - began
+    await stopped(relaying)
+
+
+async def test_another_relay_takes_over_when_the_leaders_session_dies(
+    db: Database, broker_url: str, database_url: str
+) -> None:
+    """
+    Two relays run; PostgreSQL cuts every session; the work goes on.
+    """
+    await a_worker(db)
+    relaying = [asyncio.create_task(Relay(db, broker_url).run()) for _ in range(2)]
+    await submit(db)
+    await until_states(db, queued=1)
+
+    await cut_every_connection(database_url)
+    async with database(database_url) as fresh:
+        await submit(fresh)
+    await until_states(db, queued=2)
+
+    relaying[0].cancel()
+    await submit(db)
+    await until_states(db, queued=3)
+    await stopped(*relaying)
+
+
+async def test_a_frozen_leader_loses_the_lead(
+    db: Database, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    A leader that neither works nor dies is thrown out by PostgreSQL.
+    """
+    impatient = leadership.LIMIT_IDLENESS.replace(f"{leadership.IDLE_SECONDS_MAX}s", "500ms")
+    assert "500ms" in impatient
+    await a_worker(db)
+    with monkeypatch.context() as patched:
+        patched.setattr(leadership, "LIMIT_IDLENESS", impatient)
+        frozen = leadership.leadership(db, purpose="frozen relay")
+        assert await frozen.__aenter__() is not None
+    relaying = asyncio.create_task(Relay(db, broker_url).run())
+
+    await submit(db)
+
+    await until_states(db, queued=1)
+    await frozen.__aexit__(None, None, None)
+    await stopped(relaying)
+
+
+async def test_an_alarm_of_the_broker_is_sat_out(
+    db: Database,
+    channel: Channel,
+    broker: Broker,
+    broker_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """
+    While RabbitMQ takes no messages the relay holds no transaction open and keeps its one
+    connection, rather than sending the same hints on ever new ones; afterwards it goes on.
+    """
+    monkeypatch.setattr(relay_module, "CALL_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(queue_backoff, "RECONNECT_SECONDS", (0.0, 0.1))
+    await a_worker(db)
+    await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0")
+    with capture_logs() as logs:
+        relaying = asyncio.create_task(Relay(db, broker_url).run())
+        try:
+            await submit(db, 3)
+            for _ in range(30):  # Long enough for several tries in vain.
+                assert 1.0 > await oldest_transaction_seconds(db)
+                await asyncio.sleep(0.1)
+            assert Counter(pending=3) == await states(db)
+        finally:
+            await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0.6")
+        await until_states(db, queued=3)
+
+    happened = Counter(line["event"] for line in logs)
+    assert (1, 1) == (happened["broker.connected"], happened["broker.blocked"])
+    assert 6 >= await ready(channel)
+    await stopped(relaying)
+
+
+async def oldest_transaction_seconds(db: Database) -> float:
+    """
+    How long the oldest transaction of others in this database has been open; 0 if there is none.
+    """
+    seconds = await db.fetchval(
+        "SELECT extract(epoch FROM coalesce(max(clock_timestamp() - xact_start), '0'))::float8"
+        "  FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    return float(seconds)
+
+
+async def stopped(*relaying: asyncio.Task[None]) -> None:
+    """
+    Stop relays and wait until they have let go of everything.
+    """
+    for task in relaying:
+        task.cancel()
+    await asyncio.gather(*relaying, return_exceptions=True)
+
+
+CLOCK = itertools.count(0, 100)
+
+
+def look(window: Window, *, ready: int, slots: int) -> int:
+    """
+    The room in a window that was left alone for as long as it should be.
+    """
+    return window.room(ready=ready, slots=slots, now=next(CLOCK))
+
+
+def test_the_window_grows_while_workers_drain_it() -> None:
+    """
+    Found empty after it was filled, it doubles; up to a bound.
+    """
+    window = Window()
+    sizes = []
+    for _ in range(20):
+        room = look(window, ready=0, slots=10)
+        window.note(is_full=True)
+        sizes.append(room)
+
+    assert [20, 40, 80, 160] == sizes[:4]
+    assert WINDOW_MAX == sizes[-1]
+
+
+def test_the_window_shrinks_while_workers_are_slow() -> None:
+    """
+    Mostly full between rounds, it goes back to what the slots need.
+    """
+    window = Window()
+    for _ in range(10):
+        look(window, ready=0, slots=10)
+        window.note(is_full=True)
+
+    for _ in range(200):
+        look(window, ready=WINDOW_MAX, slots=10)
+
+    assert 0 == look(window, ready=20, slots=10)
+    assert 1 == look(window, ready=19, slots=10)
+
+
+@pytest.mark.parametrize("wakes_seconds", [None, 0.004])
+@pytest.mark.parametrize("used_per_second", [2, 20, 100, 200, 500])
+def test_a_window_is_looked_at_again_when_a_part_of_it_is_used_up(
+    used_per_second: int, wakes_seconds: float | None
+) -> None:
+    """
+    The slower the tasks, the later; slow ones do not make it grow, and no slot waits for the next
+    look, although submissions wake the relay in between, until they cease.
+    """
+    window = Window()
+    ready, now, starved, rests = 0.0, 0.0, 0.0, []
+    for number in range(400):
+        ready += window.room(ready=math.ceil(ready), slots=10, now=now)
+        window.note(is_full=True)
+        is_woken = wakes_seconds is not None and number % 100 < 50
+        rest = wakes_seconds if wakes_seconds and is_woken else window.rest_seconds
+        starved += max(0.0, rest * used_per_second - ready)
+        ready = max(0.0, ready - rest * used_per_second)
+        now += rest
+        rests.append(window.rest_seconds)
+
+    assert 1 == window.pack
+    assert starved < 0.02 * now * used_per_second
+    # Never after longer than the 20 hints of a window last.
+    assert max(rests[50:]) <= max(REFILL_SECONDS, min(POLL_SECONDS, 20 / used_per_second))
+    if used_per_second == 2:
+        assert POLL_SECONDS == max(rests)
+
+
+def test_a_window_that_was_looked_at_too_late_does_not_grow() -> None:
+    """
+    It was large enough; first it is looked at as often as can be.
+    """
+    window = Window()
+    for _ in range(10):
+        look(window, ready=20, slots=10)
+        window.note(is_full=True)
+    assert POLL_SECONDS == window.rest_seconds
+
+    assert 20 == look(window, ready=0, slots=10)
+    window.note(is_full=True)
+
+    assert REFILL_SECONDS == window.rest_seconds
+    assert 40 == look(window, ready=0, slots=10)
+
+
+def test_the_window_does_not_grow_for_want_of_tasks() -> None:
+    """
+    An empty queue of RabbitMQ means nothing if there was little to send.
+    """
+    window = Window()
+    look(window, ready=0, slots=10)
+    window.note(is_full=False)
+
+    assert 20 == look(window, ready=0, slots=10)
+
+
+def test_the_window_follows_the_workers_slots() -> None:
+    """
+    More workers, more hints; never less than the smallest window.
+    """
+    assert WINDOW_MIN == look(Window(), ready=0, slots=1)
+    assert 200 == look(Window(), ready=0, slots=100)
+
+
+def test_slow_tasks_travel_one_by_one() -> None:
+    """
+    A window that nobody drains between two rounds has no packs, however many slots there are.
+    """
+    for slots in (1, 10, 1_000):
+        window = Window()
+        full = max(WINDOW_MIN, 2 * slots)
+        for ready in (0, full // 2, full, full):
+            look(window, ready=ready, slots=slots)
+            window.note(is_full=True)
+
+        assert 1 == window.pack
+
+
+def test_packs_grow_and_shrink_with_the_window() -> None:
+    """
+    Small enough at any time that a window has a message for every slot.
+    """
+    window = Window()
+    packs = []
+    for _ in range(10):
+        look(window, ready=0, slots=10)
+        window.note(is_full=True)
+        packs.append(window.pack)
+    assert [1, 2, 4, 8, 16, 32, PACK_MAX] == packs[:7]
+    assert PACK_MAX == packs[-1]
+
+    for _ in range(200):
+        look(window, ready=WINDOW_MAX, slots=10)
+
+    assert 1 == window.pack
+
+
+def test_ready_messages_may_be_as_large_as_the_largest_pack_sent() -> None:
+    """
+    Until nothing is queued any more, or for a minute.
+    """
+    window = Window()
+    assert 0 == window.hints_max(QueueCounts(0, 0), queued=0)
+    window.note_pack(20)
+    window.note_pack(5)
+
+    assert 60 == window.hints_max(QueueCounts(3, 0), queued=100)
+    assert 50 == window.hints_max(QueueCounts(3, 0), queued=50)
+    assert 0 == window.hints_max(QueueCounts(0, 0), queued=50)
+    assert 0 == window.hints_max(QueueCounts(3, 0), queued=0)
+    assert 3 == window.hints_max(QueueCounts(3, 0), queued=100)

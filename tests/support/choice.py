@@ -1,0 +1,157 @@
+"""
+Which tests run on which versions of the servers: a plugin of pytest.
+
+By default a test runs on the newest PostgreSQL and the oldest RabbitMQ that are
+supported. Tests under tests/store run on the oldest PostgreSQL too, but for those marked
+`any_postgres`, and those marked `oldest_postgres` on nothing else; tests marked `every_rabbitmq`
+run on the newest RabbitMQ too, but for those of such a module that are marked `any_rabbitmq`. The
+last lines of a run say what was not run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support import fetch, pgbouncer, postgres, rabbitmq
+
+ON_EVERY_POSTGRES = Path(__file__).parents[1] / "store"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--postgres",
+        choices=[*postgres.MAJORS, "both"],
+        help="run every test on this major version of PostgreSQL",
+    )
+    parser.addoption(
+        "--rabbitmq",
+        choices=[*rabbitmq.VERSIONS, "both"],
+        help="run every test on this version of RabbitMQ",
+    )
+    parser.addoption(
+        "--without-rabbitmq",
+        action="store_true",
+        help="skip the tests that need RabbitMQ",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "oldest_postgres: run on the oldest supported version")
+    config.addinivalue_line("markers", "every_rabbitmq: run on each supported version of RabbitMQ")
+    config.addinivalue_line("markers", "any_rabbitmq: one version of RabbitMQ is enough")
+    config.addinivalue_line("markers", "any_postgres: one version of PostgreSQL is enough")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    def is_marked(name: str) -> bool:
+        return metafunc.definition.get_closest_marker(name) is not None
+
+    if "postgres_server" in metafunc.fixturenames:
+        on_every = metafunc.definition.path.is_relative_to(ON_EVERY_POSTGRES)
+        on_every = on_every and not is_marked("any_postgres")
+        one = postgres.OLDEST if is_marked("oldest_postgres") else postgres.EMBEDDED
+        default = "both" if on_every else one
+        chosen = metafunc.config.getoption("--postgres") or default
+        _parametrize(metafunc, "postgres_server", postgres.MAJORS, chosen)
+    if "broker" in metafunc.fixturenames:
+        on_every = is_marked("every_rabbitmq") and not is_marked("any_rabbitmq")
+        default = "both" if on_every else rabbitmq.OLDEST
+        chosen = metafunc.config.getoption("--rabbitmq") or default
+        _parametrize(metafunc, "broker", rabbitmq.VERSIONS, chosen)
+
+
+def _parametrize(
+    metafunc: pytest.Metafunc, fixture: str, versions: Sequence[str], chosen: str
+) -> None:
+    run = [version for version in versions if chosen in (version, "both")]
+    ids = [f"{fixture.removesuffix('_server')}-{version}" for version in run]
+    metafunc.parametrize(fixture, run, ids=ids, indirect=True, scope="session")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # Processes that share the tests collect them each for itself, and could say nothing.
+    if session.config.getoption("numprocesses"):
+        majors = _chosen(session, "--postgres", postgres.MAJORS)
+        versions = _chosen(session, "--rabbitmq", rabbitmq.VERSIONS)
+        _provide(session, majors, versions, with_pgbouncer=True, with_proxies=True)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        majors = _versions(session, postgres.MAJORS, "postgres_server")
+        versions = _versions(session, rabbitmq.VERSIONS, "broker", "engine")
+        _provide(
+            session,
+            majors,
+            versions,
+            with_pgbouncer=_is_used(session, "pooler"),
+            with_proxies=_is_used(session, "web_proxy"),
+        )
+
+
+def _provide(
+    session: pytest.Session,
+    majors: Sequence[str],
+    versions: Sequence[str],
+    *,
+    with_pgbouncer: bool,
+    with_proxies: bool,
+) -> None:
+    # A test that is skipped on a laptop would hide something in CI and in bin/test.
+    is_everything_wanted = "true" in (os.environ.get("CI"), os.environ.get("ASYNCFLOW_TEST_ALL"))
+    if not is_everything_wanted or session.config.getoption("collectonly"):
+        return
+    if session.config.getoption("--without-rabbitmq"):
+        versions = []
+    fetch.fetch(
+        majors,
+        versions,
+        with_pgbouncer=with_pgbouncer,
+        with_proxies=with_proxies,
+        say=_say_to(session),
+    )
+    lacking = postgres.missing(majors) + rabbitmq.missing(versions)
+    if with_pgbouncer:
+        lacking += pgbouncer.missing()
+    if lacking:
+        raise pytest.UsageError("\n".join(lacking))
+
+
+def _chosen(session: pytest.Session, option: str, known: Sequence[str]) -> list[str]:
+    chosen = session.config.getoption(option) or "both"
+    return [version for version in known if chosen in (version, "both")]
+
+
+def _is_used(session: pytest.Session, fixture: str) -> bool:
+    functions = [item for item in session.items if isinstance(item, pytest.Function)]
+    return any(fixture in function.fixturenames for function in functions)
+
+
+def _versions(session: pytest.Session, known: Sequence[str], *fixtures: str) -> list[str]:
+    functions = [item for item in session.items if isinstance(item, pytest.Function)]
+    params = [function.callspec.params for function in functions if hasattr(function, "callspec")]
+    wanted = {values[fixture] for values in params for fixture in fixtures if fixture in values}
+    return [version for version in known if version in wanted]
+
+
+def _say_to(session: pytest.Session) -> fetch.Say:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    return reporter.write_line if reporter else lambda line: None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not reporter.stats:
+        return
+    reasons = Counter(report.longrepr[2] for report in reporter.stats.get("skipped", []))
+    for reason, count in reasons.items():
+        reporter.write_line(f"skipped {count}: {reason.removeprefix('Skipped: ')}")
+    if not reasons:
+        reporter.write_line("skipped nothing")

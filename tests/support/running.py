@@ -1,0 +1,123 @@
+"""
+Workers that run inside a test, on the real store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from asyncflow.handlers import Registry, handler
+from asyncflow.store import tasks
+from asyncflow.store.claims import Offer
+from asyncflow.store.database import Database
+from asyncflow.store.tasks import Task
+from asyncflow.store.workers import Registration
+from asyncflow.transport import Claimant, Transport
+from asyncflow.transport.postgres import PostgresTransport
+from asyncflow.transport.rabbitmq.transport import RabbitTransport
+from asyncflow.worker.children import Nursery
+from asyncflow.worker.isolation import Isolation
+from asyncflow.worker.worker import Times, Worker, WorkerExhausted, WorkerLost
+from tests.support.tasks import NAME, PATIENCE_SECONDS, a_registration
+
+
+@dataclass
+class Running:
+    """
+    A worker at work.
+
+    Attributes:
+        ended: Resolves when `run` returns, or raises what it raised.
+    """
+
+    worker: Worker
+    registration: Registration
+    transport: Transport
+    ended: asyncio.Task[None]
+
+    async def end(self) -> None:
+        """
+        Wait for the end of `run`, which somebody else brings about.
+        """
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await asyncio.shield(self.ended)
+
+
+@asynccontextmanager
+async def a_running_worker(
+    db: Database,
+    *functions: Callable[..., Any],
+    slots: int = 4,
+    grace_seconds: float = 5.0,
+    stall_seconds: float = 60.0,
+    heartbeat_seconds: float = 0.1,
+    lease_seconds: float = 10.0,
+    cancel_grace_seconds: float = 0.5,
+    registry: Registry | None = None,
+    broker_url: str | None = None,
+    **policy: Any,
+) -> AsyncIterator[Running]:
+    """
+    A worker that offers `functions`, the first under the name `work`, or what a `registry`
+    has; hurried at the end. Without a `broker_url` it claims from PostgreSQL alone.
+    """
+    registry = registry or registry_of(*functions, **policy)
+    registration = a_registration(
+        names=registry.names,
+        slots=slots,
+        heartbeat_seconds=heartbeat_seconds,
+        lease_seconds=lease_seconds,
+    )
+    offers = [Offer(h.name, h.policy.max_attempts, h.policy.timeout_seconds) for h in registry]
+    claimant = Claimant(registration.id, registration.queues, offers)
+    transport = (
+        PostgresTransport(db, claimant)
+        if broker_url is None
+        else RabbitTransport(db, claimant, broker_url=broker_url)
+    )
+    await transport.open()
+    in_children = [h for h in registry if h.isolation == "process"]
+    nursery = Nursery(sorted({handler.function.__module__ for handler in in_children}))
+    worker = Worker(
+        db,
+        transport,
+        registration,
+        registry=registry,
+        isolation=Isolation(
+            slots=slots, cancel_grace_seconds=cancel_grace_seconds, nursery=nursery
+        ),
+        times=Times(shutdown_grace=grace_seconds, stall=stall_seconds),
+    )
+    ended = asyncio.create_task(worker.run())
+    try:
+        yield Running(worker, registration, transport, ended)
+    finally:
+        worker.stop()
+        worker.stop()
+        with contextlib.suppress(WorkerLost, WorkerExhausted):
+            await ended
+        await nursery.close()
+
+
+def registry_of(*functions: Callable[..., Any], **policy: Any) -> Registry:
+    """
+    A registry of these functions; the first is called `work`, the others as they are.
+    """
+    registry = Registry()
+    for number, function in enumerate(functions):
+        name = function.__name__ if number else NAME
+        handler(name, registry=registry, **policy)(function)
+    return registry
+
+
+async def read(db: Database, task_id: UUID) -> Task:
+    """
+    A task with its attempts.
+    """
+    return await tasks.get(db, 1, task_id)

@@ -1,0 +1,45 @@
+"""
+The servers that a test run has in common: one of each version.
+
+Each starts when a test needs it first and runs to the end, so that tests may come in any order.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from tests.support import postgres, rabbitmq
+from tests.support.broker import Broker
+from tests.support.postgres import PostgresServer
+
+
+class Servers:
+    """
+    Asked for a version, hands out the server that runs already, or starts it.
+
+    Args:
+        running: Ends them.
+    """
+
+    def __init__(self, running: ExitStack) -> None:
+        self._running = running
+        self._postgres: dict[str, PostgresServer] = {}
+        self._brokers: dict[str, Broker] = {}
+
+    def postgres(self, major: str) -> PostgresServer:
+        """
+        A PostgreSQL of this major version; skips the test if it is not installed.
+        """
+        if major not in self._postgres:
+            starting = postgres.running_server(major)
+            self._postgres[major] = self._running.enter_context(starting)
+        return self._postgres[major]
+
+    def broker(self, version: str) -> Broker:
+        """
+        A RabbitMQ of this version; skips the test if there is none.
+        """
+        if version not in self._brokers:
+            starting = rabbitmq.running_broker(version)
+            self._brokers[version] = self._running.enter_context(starting)
+        return self._brokers[version]
