@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -101,6 +102,19 @@ def status_of(answer: bytes) -> int:
 async def rows(db: Database) -> int:
     count: int = await db.fetchval("SELECT count(*) FROM asyncflow.tasks")
     return count
+
+
+def test_the_server_leaves_signals_to_the_process() -> None:
+    """
+    Uvicorn would replace the handlers of SIGINT and SIGTERM while it serves.
+    """
+    server = processes._server(uvicorn.Config("unused"))
+    before = signal.getsignal(signal.SIGTERM)
+
+    with server.capture_signals():
+        during = signal.getsignal(signal.SIGTERM)
+
+    assert before == during
 
 
 async def test_a_task_can_be_submitted_over_a_socket(port: int, db: Database) -> None:
@@ -219,7 +233,7 @@ async def test_a_port_that_is_taken_while_the_database_is_awaited_is_one_sentenc
         async def until_fit(*_: object) -> None:
             other.listen()
 
-        monkeypatch.setattr(processes, "_until_fit", until_fit)
+        monkeypatch.setattr(processes, "until_fit", until_fit)
         with pytest.raises(AddressTaken, match=f"cannot listen on 127.0.0.1:{port} "):
             await serve_api(Settings(database_url=database_url, api_port=port))
 

@@ -120,7 +120,7 @@ def _server(config: Config) -> Server:
         # Uvicorn would catch the signals itself and, once done, let them kill the process;
         # ours ends with exit status 0.
         @contextmanager
-        def capturestop_signals(self) -> Iterator[None]:
+        def capture_signals(self) -> Iterator[None]:
             yield
 
     return OurServer(config)
