@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from asyncflow.cli.app import app
 from asyncflow.handlers import Registry
 from asyncflow.settings import PREFIX, Range, Settings
-from asyncflow.wire import SubmitTask
+from asyncflow.wire.submissions import SubmitTask
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

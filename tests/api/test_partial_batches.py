@@ -17,7 +17,7 @@ from asyncflow.store.database import Database
 from asyncflow.store.tasks import get
 from asyncflow.store.wakeups import Listener
 from asyncflow.store.workers import Published, publish_handlers
-from asyncflow.wire import SubmittedBatch
+from asyncflow.wire.batches import SubmittedBatch
 
 JSON = {"Content-Type": "application/json"}
 GOOD = '{"name":"x"}'

@@ -17,7 +17,7 @@ from asyncflow.api.body import _check_type
 from asyncflow.api.problems import KINDS, Refusal
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
-from asyncflow.wire import Problem
+from asyncflow.wire.problems import Problem
 
 GOOD = b'{"name":"x"}'
 

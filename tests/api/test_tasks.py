@@ -17,7 +17,8 @@ from asyncflow.domain.states import Event
 from asyncflow.store.database import Database
 from asyncflow.store.tasks import STATUS_FILTERS
 from asyncflow.store.wakeups import Listener
-from asyncflow.wire import STATUSES, TaskPage, TaskView
+from asyncflow.wire.fields import STATUSES
+from asyncflow.wire.tasks import TaskPage, TaskView
 from tests.support import builders
 from tests.support.builders import FAILURE, NAME, claimed_due
 

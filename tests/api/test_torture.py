@@ -16,7 +16,7 @@ import asyncpg
 import pytest
 
 from asyncflow.api.problems import KINDS
-from asyncflow.wire import Problem
+from asyncflow.wire.problems import Problem
 from tests.api.torture import Body, corpus
 from tests.support.live import JSON, Answer, LiveApi, live_api
 from tests.support.postgres import PostgresServer

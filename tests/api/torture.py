@@ -83,7 +83,7 @@ def poked() -> Iterator[Body]:
         text = whole[:at] + bytes([byte]) + whole[at:]
         if where == "in a string" and byte == 0x7F:
             # It is a character like any other to JSON, and none that a name may have.
-            yield Body(f"byte {byte:#x} {where}", text, INVALID, "/name must be 1 to 128")
+            yield Body(f"byte {byte:#x} {where}", text, INVALID, "/name must be 1-128 characters")
         else:
             yield Body(f"byte {byte:#x} {where}", text, MALFORMED, "is not (JSON|UTF-8)")
 

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from asyncflow.api.faults import refused_document
 from asyncflow.errors import InvalidPayload, InvalidTask
 from asyncflow.jsontext import FAULTS_MAX, parse, salvage
-from asyncflow.wire import SubmitBatch, SubmitTask
+from asyncflow.wire.batches import SubmitBatch
+from asyncflow.wire.submissions import SubmitTask
 
 Refused: TypeAlias = InvalidTask | InvalidPayload
 T = TypeVar("T")

@@ -18,7 +18,9 @@ from pydantic_core import ErrorDetails
 from asyncflow.domain.policy import NAME_PATTERN
 from asyncflow.errors import Fault, InvalidTask
 from asyncflow.jsontext import FAULTS_MAX, joined
-from asyncflow.wire import CURSOR_PATTERN, SubmitBatch, SubmitTask, TaskQuery
+from asyncflow.wire.batches import SubmitBatch
+from asyncflow.wire.submissions import SubmitTask
+from asyncflow.wire.tasks import CURSOR_PATTERN, TaskQuery
 
 _EXPECTED = {
     "string_type": "must be a string",
@@ -110,7 +112,7 @@ def _sentence(mistake: Any, fields: list[str]) -> str:
         case "too_long":
             return f"must have at most {limits['max_length']} items"
         case "string_pattern_mismatch" if limits["pattern"] == f"^{NAME_PATTERN.pattern}$":
-            return "must be 1 to 128 of A-Z a-z 0-9 . _ -"
+            return "must be 1-128 characters from [A-Za-z0-9._-]"
         case "string_pattern_mismatch" if limits["pattern"] == CURSOR_PATTERN:
             return "is not a cursor; pass the `next_cursor` of the page before"
         case "literal_error":

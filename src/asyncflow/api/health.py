@@ -20,7 +20,7 @@ from asyncflow.store.presence import Presence, presence
 from asyncflow.store.schema import Schema, check_schema
 from asyncflow.store.tasks import submit_nothing
 from asyncflow.store.upkeep import probe
-from asyncflow.wire import Live, Ready
+from asyncflow.wire.health import Live, Ready
 
 PROBE_SECONDS_MAX = 3.0
 """A probe that takes longer is as bad as none."""

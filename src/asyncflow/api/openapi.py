@@ -16,7 +16,9 @@ from pydantic.json_schema import models_json_schema
 
 from asyncflow.api.examples import EXAMPLES
 from asyncflow.api.problems import KINDS, MEDIA_TYPE
-from asyncflow.wire import Problem, SubmitBatch, SubmitTask, SubmittedBatch, SubmittedTask
+from asyncflow.wire.batches import SubmitBatch, SubmittedBatch
+from asyncflow.wire.problems import Problem
+from asyncflow.wire.submissions import SubmitTask, SubmittedTask
 
 DESCRIPTION = """
 Submit a task and get `202 Accepted` once it is committed to PostgreSQL: it survives any

@@ -31,7 +31,7 @@ from asyncflow.jsontext import parse
 from asyncflow.store import tasks as store
 from asyncflow.store.database import Executor
 from asyncflow.store.wakeups import Waker
-from asyncflow.wire import SubmitTask
+from asyncflow.wire.submissions import SubmitTask
 
 IN_FLIGHT_MAX = 2
 BATCH_SIZE_MAX = 500

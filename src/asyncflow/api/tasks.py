@@ -23,7 +23,7 @@ from asyncflow.errors import InvalidTask
 from asyncflow.store import tasks as store
 from asyncflow.store.database import Executor
 from asyncflow.store.wakeups import Waker
-from asyncflow.wire import TaskPage, TaskQuery, TaskView
+from asyncflow.wire.tasks import TaskPage, TaskQuery, TaskView
 
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 

@@ -13,16 +13,15 @@ from typing import Any, cast
 from asyncflow.domain.states import State
 from asyncflow.domain.task import NewTask
 from asyncflow.store.tasks import Attempt, Page, Submitted, Task
-from asyncflow.wire import (
+from asyncflow.wire.fields import Status, rfc3339
+from asyncflow.wire.tasks import (
     AttemptView,
-    Status,
     TaskError,
     TaskPage,
     TaskProgress,
     TaskSummary,
     TaskView,
     Timings,
-    rfc3339,
 )
 
 _RAW = {"payload", "result"}

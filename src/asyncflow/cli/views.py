@@ -120,7 +120,7 @@ def print_json(name: str, rows: Sequence[Any]) -> None:
 
 
 def _as_json(value: object) -> str:
-    from asyncflow.wire import rfc3339
+    from asyncflow.wire.fields import rfc3339
 
     return rfc3339(value) if isinstance(value, datetime) else str(value)
 
