@@ -31,7 +31,7 @@ import asyncpg
 
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
 from asyncflow.embedded import Cluster
-from asyncflow.store import tasks
+from asyncflow.store import submit
 from asyncflow.store.database import Database
 from asyncflow.store.migrations import migrate
 from asyncflow.store.wakeups import send_wakeup
@@ -80,7 +80,7 @@ class Load:
         """
         for begin in range(0, count, BATCH):
             size = min(BATCH, count - begin)
-            await tasks.submit(self._db, [self._new_task() for _ in range(size)])
+            await submit.submit(self._db, [self._new_task() for _ in range(size)])
             self.submitted += size
         await send_wakeup(self._db)
 

@@ -16,10 +16,11 @@ import uvloop
 
 from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
-from asyncflow.store import claims, tasks
-from asyncflow.store.claims import Offer, Settling
+from asyncflow.store import claims, settle, submit
+from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.store.migrations import migrate
+from asyncflow.store.settle import Settling
 from bench.addresses import database_url
 from bench.entrants import OURS, Entrant
 from bench.run import Measurement, Run
@@ -112,7 +113,7 @@ async def _round(db: Database, count: int) -> dict[str, float]:
 
     for _ in range(count // BATCH):
         new = [new_task('{"to": "someone@example.com"}') for _ in range(BATCH)]
-        await timed("submit", partial(tasks.submit, db, new))
+        await timed("submit", partial(submit.submit, db, new))
     worker_id = uuid4()
     for _ in range(count // BATCH):
         claim = partial(
@@ -127,6 +128,6 @@ async def _round(db: Database, count: int) -> dict[str, float]:
         claimed = await timed("claim", claim)
         done = Settlement(Event.COMPLETE, result='{"ok": true}')
         settlings = [Settling(c.task_id, c.lease_id, done) for c in claimed]
-        written = await timed("settle", partial(claims.settle, db, settlings))
+        written = await timed("settle", partial(settle.settle, db, settlings))
         assert len(claimed) == BATCH and all(written)
     return {verb: round(count / spent, 1) for verb, spent in seconds.items()}

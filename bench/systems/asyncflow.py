@@ -2,7 +2,7 @@
 AsyncFlow. Variant `rabbitmq`: hints travel through RabbitMQ, and the maintenance process,
 which relays them, belongs to the system; otherwise PostgreSQL carries everything.
 
-Submitting from Python goes through `store.tasks` in natural batches, as the API's own
+Submitting from Python goes through `store.submit` in natural batches, as the API's own
 endpoint does.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from asyncflow.aio.batching import Batcher
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
-from asyncflow.store import tasks
+from asyncflow.store import submit
 from asyncflow.store.database import Database
 from asyncflow.store.migrations import migrate
 from asyncflow.store.wakeups import Waker, send_wakeup
@@ -65,7 +65,7 @@ def worker_commands(processes: int, concurrency: str) -> list[list[str]]:
 async def producer() -> AsyncIterator[Submit]:
     async with Database(database_url()) as db:
         waker = Waker(db)
-        batcher: Batcher[NewTask, tasks.Submitted] = Batcher(lambda new: tasks.submit(db, new))
+        batcher: Batcher[NewTask, submit.Submitted] = Batcher(lambda new: submit.submit(db, new))
 
         async def submit(number: int, submitted_at: float) -> None:
             payload = json.dumps({"number": number, "submitted_at": submitted_at})
@@ -92,7 +92,7 @@ async def _bulk(count: int, payload: str, name: str = "bench-noop") -> float:
         numbers = iter(range(count))
 
         async def submit_many(size: int) -> None:
-            await tasks.submit(db, [new_task(payload, name, next(numbers)) for _ in range(size)])
+            await submit.submit(db, [new_task(payload, name, next(numbers)) for _ in range(size)])
             await send_wakeup(db)
 
         return await timed_in_bulk(count, submit_many)

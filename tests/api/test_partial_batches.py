@@ -14,7 +14,7 @@ import pytest
 from asyncflow import jsontext
 from asyncflow.api.catalogue import Catalogue
 from asyncflow.store.database import Database
-from asyncflow.store.tasks import get
+from asyncflow.store.read import get
 from asyncflow.store.wakeups import Listener
 from asyncflow.store.workers import Published, publish_handlers
 from asyncflow.wire.batches import SubmittedBatch

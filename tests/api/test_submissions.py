@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from asyncflow.store.database import Database
-from asyncflow.store.tasks import get
+from asyncflow.store.read import get
 from asyncflow.store.wakeups import Listener
 from asyncflow.wire.fields import rfc3339
 from asyncflow.wire.submissions import SubmittedTask

@@ -15,7 +15,7 @@ import pytest
 from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
 from asyncflow.store.database import Database
-from asyncflow.store.tasks import STATUS_FILTERS
+from asyncflow.store.read import STATUS_FILTERS
 from asyncflow.store.wakeups import Listener
 from asyncflow.wire.fields import STATUSES
 from asyncflow.wire.tasks import TaskPage, TaskView

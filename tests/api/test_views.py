@@ -12,7 +12,7 @@ import pytest
 
 from asyncflow.api.views import submitted_json
 from asyncflow.domain.task import NewTask
-from asyncflow.store.tasks import Submitted
+from asyncflow.store.submit import Submitted
 from asyncflow.wire.submissions import SubmittedTask
 
 CREATED_AT = datetime(2030, 1, 31, 9, 30, 0, 4_210, UTC)

@@ -289,9 +289,12 @@ ROLES = {
 }
 """Which kind of process each part runs in; `loop`, `thread` and `child` are where handlers do."""
 
-TASKS = "asyncflow.store.tasks"
+SUBMIT = "asyncflow.store.submit"
+STEER = "asyncflow.store.steer"
 CLAIMS = "asyncflow.store.claims"
-ADMISSION = "asyncflow.store.admission"
+DUE = "asyncflow.store.due"
+SETTLE = "asyncflow.store.settle"
+HINTS = "asyncflow.store.hints"
 UPKEEP = "asyncflow.store.upkeep"
 WORKERS = "asyncflow.store.workers"
 CHANNEL = "asyncflow.transport.amqp.channel"
@@ -310,7 +313,7 @@ ALL, ENDS = "before unread after", "before unread"
 _STEPS = [
     # A submission
     _step(
-        *("api", "commit", f"{TASKS}:submit", ALL),
+        *("api", "commit", f"{SUBMIT}:submit", ALL),
         story="submission",
         statement="INSERT INTO asyncflow.tasks",
     ),
@@ -320,16 +323,16 @@ _STEPS = [
     ),
     _step(*("api", "wake-up", "asyncflow.store.wakeups:send_wakeup", "before"), story="submission"),
     # Its hint
-    _step("relay", "admissible", f"{ADMISSION}:admissible", "after"),
+    _step("relay", "admissible", f"{DUE}:admissible", "after"),
     _step("relay", "confirm", f"{CHANNEL}:Channel.publish", "unread after"),
-    _step("relay", "mark", f"{ADMISSION}:mark_queued", "unread after", statement=QUEUED),
+    _step("relay", "mark", f"{HINTS}:mark_queued", "unread after", statement=QUEUED),
     _step(
-        *("relay", "unqueue", f"{ADMISSION}:unqueue_lost", ALL),
+        *("relay", "unqueue", f"{HINTS}:unqueue_lost", ALL),
         story="lost hint",
         statement=PENDING,
     ),
     _step(
-        *("unqueuer", "unqueue", f"{ADMISSION}:unqueue_stranded", ALL),
+        *("unqueuer", "unqueue", f"{HINTS}:unqueue_stranded", ALL),
         story="lost hint",
         statement=PENDING,
     ),
@@ -363,31 +366,31 @@ _STEPS = [
     ),
     # Its settlement
     _step(
-        *("worker", "settle", f"{CLAIMS}:settle", ALL),
+        *("worker", "settle", f"{SETTLE}:settle", ALL),
         counts=ends("complete"),
         statement=COMPLETED,
     ),
     _step("worker", "ack", f"{CHANNEL}:Channel.ack", "before after"),
     _step(
-        *("worker", "retry", f"{CLAIMS}:settle", ALL),
+        *("worker", "retry", f"{SETTLE}:settle", ALL),
         story="failure",
         counts=ends("retry"),
         statement=RETRIED,
     ),
     _step(
-        *("worker", "release", f"{CLAIMS}:settle", ALL),
+        *("worker", "release", f"{SETTLE}:settle", ALL),
         story="shutdown",
         counts=ends("release"),
         statement=RELEASED,
     ),
     # Its cancellation
     _step(
-        *("api", "flag", f"{TASKS}:cancel", "unread after"),
+        *("api", "flag", f"{STEER}:cancel", "unread after"),
         story="cancellation",
         statement="SET cancel_requested_at = coalesce",
     ),
     _step(
-        *("worker", "cancel", f"{CLAIMS}:settle", ENDS),
+        *("worker", "cancel", f"{SETTLE}:settle", ENDS),
         story="stop",
         counts=ends("cancel"),
         statement=CANCELLED,
@@ -396,7 +399,7 @@ _STEPS = [
     _step("reaper", "declare", f"{WORKERS}:mark_lost", "after", story="dead worker"),
     _step("reaper", "select", f"{UPKEEP}:lost_leases", "after", story="dead worker"),
     _step(
-        *("reaper", "settle", f"{CLAIMS}:settle", "unread after"),
+        *("reaper", "settle", f"{SETTLE}:settle", "unread after"),
         story="dead worker",
         statement=RETRIED,
     ),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from asyncflow.domain.states import State
 from asyncflow.domain.task import DEFAULT_TENANT_ID
-from asyncflow.store import tasks
+from asyncflow.store import steer
 from tests.support import builders
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ async def cancel(trial: Trial) -> None:
     It is cancelled while it runs, past the API.
     """
     await trial.handler_starts()
-    await tasks.cancel(trial.db, DEFAULT_TENANT_ID, trial.accepted[0])
+    await steer.cancel(trial.db, DEFAULT_TENANT_ID, trial.accepted[0])
 
 
 async def cancel_by_http(trial: Trial) -> None:

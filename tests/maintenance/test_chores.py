@@ -15,7 +15,7 @@ from asyncflow.maintenance.chores import Chore, chores, run_chore
 from asyncflow.maintenance.expirer import expire
 from asyncflow.maintenance.pruner import prune
 from asyncflow.maintenance.unqueuer import unqueue
-from asyncflow.store import admission, tasks, workers
+from asyncflow.store import hints, read, workers
 from asyncflow.store.database import Database, Executor
 from asyncflow.store.wakeups import Listener, Waker
 from tests.support.builders import as_sent
@@ -57,7 +57,7 @@ async def test_tasks_queued_for_a_broker_that_is_gone_can_be_claimed(db: Databas
     """
     worker = await a_worker(db)
     ids = await submit(db, count=3)
-    await admission.mark_queued(db, await as_sent(db, ids[:2]))
+    await hints.mark_queued(db, await as_sent(db, ids[:2]))
     await claim(db, worker.id, limit=3)
     assert {"queued": 2, "running": 1} == await states(db)
 
@@ -83,7 +83,7 @@ async def test_a_waiting_task_past_its_time_is_cancelled(db: Database) -> None:
 
     assert 1 == await expire(db)
 
-    task = await tasks.get(db, 1, late)
+    task = await read.get(db, 1, late)
     assert ("CANCELLED", "Expired") == (task.status, (task.failure or {}).get("kind"))
     assert {"cancelled": 1, "running": 1, "pending": 1} == await states(db)
 

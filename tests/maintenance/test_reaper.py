@@ -11,11 +11,12 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from asyncflow.domain.task import Task
 from asyncflow.errors import StoreUnavailable
 from asyncflow.maintenance.reaper import Reaper
-from asyncflow.store import tasks, workers
+from asyncflow.store import read as store
+from asyncflow.store import steer, workers
 from asyncflow.store.database import Database
-from asyncflow.store.tasks import Task
 from asyncflow.store.workers import Registration
 from tests.support.postgres import PostgresServer
 from tests.support.roles import administrator
@@ -52,7 +53,7 @@ async def read(db: Database, task_id: UUID) -> Task:
     """
     A task with its attempts.
     """
-    return await tasks.get(db, 1, task_id)
+    return await store.get(db, 1, task_id)
 
 
 async def test_a_killed_worker_is_known_by_its_lock(db: Database) -> None:
@@ -188,7 +189,7 @@ async def test_a_task_to_be_cancelled_ends_cancelled_when_its_worker_dies(db: Da
     worker = await a_worker(db)
     [task_id] = await submit(db)
     await claim(db, worker.id)
-    await tasks.cancel(db, 1, task_id)
+    await steer.cancel(db, 1, task_id)
     await workers.stop(db, worker.id)
 
     assert 1 == await Reaper(grace_seconds=0).reap(db)

@@ -31,10 +31,10 @@ from asyncflow.relay.relay import (
     Relay,
     Window,
 )
-from asyncflow.store import admission, claims, leadership, queues
+from asyncflow.store import claims, hints, leadership, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
-from asyncflow.store.lookback import Lookback
+from asyncflow.store.due import LowWaterMark
 from asyncflow.transport.amqp import (
     Channel,
     Delivery,
@@ -178,7 +178,7 @@ async def test_a_relay_without_tasks_rests(db: Database, channel: Channel, relay
     assert [POLL_SECONDS] * 3 == [await relay.run_once(db, channel) for _ in range(3)]
 
 
-async def test_a_relay_begins_where_the_lookback_says(
+async def test_a_relay_begins_at_the_low_water_mark(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
@@ -186,14 +186,14 @@ async def test_a_relay_begins_where_the_lookback_says(
     """
     asked: list[dict[str, Any]] = []
 
-    def never(self: Lookback, **what: Any) -> Any:
+    def never(self: LowWaterMark, **what: Any) -> Any:
         asked.append(what)
         return {QUEUE: [datetime.max.replace(tzinfo=UTC)] * 10}
 
     await a_worker(db)
     await submit(db)
     with monkeypatch.context() as patched:
-        patched.setattr(Lookback, "since", never)
+        patched.setattr(LowWaterMark, "since", never)
         await relay.run_once(db, channel)
 
     assert [{"queues": [QUEUE], "names": [NAME]}] == asked
@@ -252,7 +252,7 @@ async def test_a_crash_between_publish_and_mark_repeats_hints_and_loses_none(
         raise StoreUnavailable("crashed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(admission, "mark_queued", crash)
+        patched.setattr(hints, "mark_queued", crash)
         with pytest.raises(StoreUnavailable):
             await Relay(db, broker_url).run_once(db, channel)
     assert Counter(pending=5) == await states(db)

@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 
 from asyncflow.domain.states import Event, State
-from asyncflow.store import admission, queues, workers
+from asyncflow.store import due, hints, queues, workers
 from asyncflow.store.database import Database
 from tests.support.builders import (
     SETTLEMENTS,
@@ -36,7 +36,7 @@ async def test_a_queue_is_open_while_a_live_worker_consumes_it(db: Database) -> 
     for state in (State.QUEUED, State.QUEUED, State.PENDING, State.RUNNING):
         await a_task(db, state=state, queue="b")
 
-    facts = [queue[:4] for queue in await admission.open_queues(db)]
+    facts = [queue[:4] for queue in await hints.open_queues(db)]
 
     assert [("a", ["x", "y"], 3, 0), ("b", ["x", "y", "z"], 7, 2)] == facts
 
@@ -50,10 +50,10 @@ async def test_the_next_count_begins_before_the_oldest_that_is_queued(db: Databa
     await backdate(db, "tasks", old.id, queued_at=100)
     await a_task(db, state=State.QUEUED)
 
-    [first] = await admission.open_queues(db)
-    [again] = await admission.open_queues(db, queued_since={"default": first.queued_since})
+    [first] = await hints.open_queues(db)
+    [again] = await hints.open_queues(db, queued_since={"default": first.queued_since})
     later = first.queued_since + timedelta(seconds=50)
-    [younger] = await admission.open_queues(db, queued_since={"default": later})
+    [younger] = await hints.open_queues(db, queued_since={"default": later})
 
     assert [2, 2, 1] == [first.queued, again.queued, younger.queued]
     assert again.queued_since == first.queued_since
@@ -68,7 +68,7 @@ async def test_a_count_of_nothing_begins_a_little_earlier_the_next_time(db: Data
     """
     await a_worker(db, queues=("default",))
 
-    [queue] = await admission.open_queues(db)
+    [queue] = await hints.open_queues(db)
 
     now = await db.fetchval("SELECT now()")
     assert 10 <= (now - queue.queued_since).total_seconds() < 30
@@ -86,7 +86,7 @@ async def test_a_queue_without_a_live_worker_or_that_is_paused_is_closed(db: Dat
     await a_worker(db, queues=("paused", "open"))
     await queues.pause(db, "paused")
 
-    assert ["open"] == [queue.name for queue in await admission.open_queues(db)]
+    assert ["open"] == [queue.name for queue in await hints.open_queues(db)]
 
 
 async def test_tasks_are_admitted_by_priority_and_then_by_due_time(db: Database) -> None:
@@ -97,7 +97,7 @@ async def test_tasks_are_admitted_by_priority_and_then_by_due_time(db: Database)
     high = await submitted(db, 2, priority=9)
     await backdate(db, "tasks", low[1], run_at=10)
 
-    found = await admission.admissible(db, queue="default", names=["greet"], limit=3)
+    found = await due.admissible(db, queue="default", names=["greet"], limit=3)
 
     assert [(high[0], 0, 9), (high[1], 0, 9), (low[1], 0, 0)] == found
 
@@ -115,7 +115,7 @@ async def test_a_task_that_may_not_go_is_not_admitted(db: Database) -> None:
         if state is not State.PENDING:
             await a_task(db, state=state)
 
-    assert [] == await admission.admissible(db, queue="default", names=["greet"], limit=9)
+    assert [] == await due.admissible(db, queue="default", names=["greet"], limit=9)
 
 
 async def test_admission_waits_for_no_lock(db: Database) -> None:
@@ -127,8 +127,8 @@ async def test_admission_waits_for_no_lock(db: Database) -> None:
     async with db.transaction() as other:
         await claimed(other, ids[0])
         async with asyncio.timeout(5):
-            found = await admission.admissible(db, queue="default", names=["greet"], limit=9)
-            await admission.mark_queued(db, found)
+            found = await due.admissible(db, queue="default", names=["greet"], limit=9)
+            await hints.mark_queued(db, found)
 
     assert [State.RUNNING, State.QUEUED, State.QUEUED] == [await state_of(db, i) for i in ids]
 
@@ -145,7 +145,7 @@ async def test_a_note_never_overtakes_what_happened_meanwhile(db: Database) -> N
     ]
     before = [await row_of(db, task.id) for task in moved]
 
-    await admission.mark_queued(db, await as_sent(db, [task.id for task in moved]))
+    await hints.mark_queued(db, await as_sent(db, [task.id for task in moved]))
 
     assert before == [await row_of(db, task.id) for task in moved]
 
@@ -160,12 +160,12 @@ async def test_a_note_counts_only_for_the_attempt_that_its_hint_was_for(db: Data
         (claim,) = await claimed(db, task.id)
         await settled(db, task.id, claim.lease_id, SETTLEMENTS[event])
 
-        await admission.mark_queued(db, sent)
+        await hints.mark_queued(db, sent)
 
         assert State.PENDING == await state_of(db, task.id)
         sent = await as_sent(db, [task.id])
 
-    await admission.mark_queued(db, sent)
+    await hints.mark_queued(db, sent)
 
     assert State.QUEUED == await state_of(db, task.id)
 
@@ -180,7 +180,7 @@ async def test_notes_and_claims_that_race_leave_no_task_behind(db: Database) -> 
 
     async def relay() -> None:
         for batch in sent:
-            await admission.mark_queued(db, batch)
+            await hints.mark_queued(db, batch)
 
     async def worker() -> list[UUID]:
         return [c.task_id for batch in batches for c in await claimed(db, *batch)]
@@ -199,7 +199,7 @@ async def test_a_worker_declines_only_what_it_does_not_offer(db: Database) -> No
     unknown = await a_task(db, state=State.QUEUED, name="other")
     known = await a_task(db, state=State.QUEUED)
 
-    await admission.decline(db, [known.id, unknown.id], names=["greet"], delay_seconds=5.0)
+    await hints.decline(db, [known.id, unknown.id], names=["greet"], delay_seconds=5.0)
 
     row = await row_of(db, unknown.id)
     now = await db.fetchval("SELECT now()")
@@ -222,8 +222,8 @@ async def test_a_task_may_be_declined_before_the_note_that_its_hint_was_sent(
     task = await a_task(db, name="other")
     sent = await as_sent(db, [task.id])
 
-    await admission.decline(db, [task.id], names=["greet"], delay_seconds=5.0)
-    await admission.mark_queued(db, sent)
+    await hints.decline(db, [task.id], names=["greet"], delay_seconds=5.0)
+    await hints.mark_queued(db, sent)
 
     row = await row_of(db, task.id)
     now = await db.fetchval("SELECT now()")
@@ -240,7 +240,7 @@ async def test_a_task_that_waits_for_a_retry_is_not_hurried_by_a_worker_that_dec
     task = await a_task(db, name="other", attempt=1, due_in_seconds=30)
     before = await row_of(db, task.id)
 
-    await admission.decline(db, [task.id], names=["greet"], delay_seconds=5.0)
+    await hints.decline(db, [task.id], names=["greet"], delay_seconds=5.0)
 
     assert before == await row_of(db, task.id)
 
@@ -263,7 +263,7 @@ async def test_a_queued_task_is_lost_only_beyond_what_rabbitmq_still_holds(
     elsewhere = await a_task(db, state=State.QUEUED, queue="other")
     await backdate(db, "tasks", elsewhere.id, queued_at=99)
 
-    count = await admission.unqueue_lost(
+    count = await hints.unqueue_lost(
         db, queue="default", older_than_seconds=30, ready=ready, limit=limit
     )
 
@@ -278,7 +278,7 @@ async def test_a_task_that_was_queued_once_can_be_admitted_again(db: Database) -
     After a lost hint, a retry and a release alike.
     """
     lost = await a_task(db, state=State.QUEUED)
-    await admission.unqueue_lost(db, queue="default", older_than_seconds=0, ready=0, limit=1)
+    await hints.unqueue_lost(db, queue="default", older_than_seconds=0, ready=0, limit=1)
     released = await a_task(db, state=State.QUEUED)
     (claim,) = await claimed(db, released.id)
     await settled(db, released.id, claim.lease_id, SETTLEMENTS[Event.RELEASE])
@@ -286,6 +286,6 @@ async def test_a_task_that_was_queued_once_can_be_admitted_again(db: Database) -
     (claim,) = await claimed(db, retried.id)
     await settled(db, retried.id, claim.lease_id, SETTLEMENTS[Event.RETRY])
 
-    found = await admission.admissible(db, queue="default", names=["greet"], limit=9)
+    found = await due.admissible(db, queue="default", names=["greet"], limit=9)
 
     assert {lost.id, released.id, retried.id} == {task_id for task_id, *_ in found}

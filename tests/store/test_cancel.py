@@ -12,7 +12,7 @@ import pytest
 
 from asyncflow.domain.states import TERMINAL, Event, State
 from asyncflow.errors import IllegalTransition
-from asyncflow.store import tasks
+from asyncflow.store import steer
 from asyncflow.store.database import Database
 from tests.support.builders import (
     SETTLEMENTS,
@@ -35,7 +35,7 @@ async def test_a_waiting_task_is_cancelled_at_once(db: Database, state: State) -
     """
     task = await a_task(db, state=state)
 
-    found = await tasks.cancel(db, 1, task.id)
+    found = await steer.cancel(db, 1, task.id)
 
     assert State.CANCELLED == found.state
     assert found.finished_at is not None
@@ -51,7 +51,7 @@ async def test_a_finished_task_cannot_be_cancelled(db: Database, state: State) -
     task = await a_task(db, state=state)
 
     with pytest.raises(IllegalTransition) as refusal:
-        await tasks.cancel(db, 1, task.id)
+        await steer.cancel(db, 1, task.id)
 
     assert state == refusal.value.state
     assert (
@@ -80,7 +80,7 @@ async def test_of_a_cancellation_and_an_attempt_that_race_one_wins(db: Database)
         await asyncio.sleep(0)
         async with turns:
             try:
-                return (await tasks.cancel(db, 1, task_id)).state
+                return (await steer.cancel(db, 1, task_id)).state
             except IllegalTransition as refusal:
                 return State(refusal.state)
 
@@ -114,7 +114,7 @@ async def test_a_cancellation_waits_for_a_settlement_that_is_being_committed(
     assert task.lease_id
     async with db.transaction() as settling:
         await settled(settling, task.id, task.lease_id, SETTLEMENTS[Event.COMPLETE])
-        cancelling = asyncio.create_task(tasks.cancel(db, 1, task.id))
+        cancelling = asyncio.create_task(steer.cancel(db, 1, task.id))
         await until_someone_waits_for_a_lock(db)
 
     with pytest.raises(IllegalTransition):
@@ -129,7 +129,7 @@ async def test_a_claim_waits_for_a_cancellation_that_is_being_committed(db: Data
     """
     task = await a_task(db)
     async with db.transaction() as cancelling:
-        await tasks.cancel(cancelling, 1, task.id)
+        await steer.cancel(cancelling, 1, task.id)
         claiming = asyncio.create_task(claimed(db, task.id))
         await until_someone_waits_for_a_lock(db)
 
@@ -142,11 +142,11 @@ async def test_cancelling_twice_changes_nothing_more(db: Database) -> None:
     The second call is refused: the task is finished.
     """
     task = await a_task(db)
-    await tasks.cancel(db, 1, task.id)
+    await steer.cancel(db, 1, task.id)
     before = await row_of(db, task.id)
 
     with pytest.raises(IllegalTransition):
-        await tasks.cancel(db, 1, task.id)
+        await steer.cancel(db, 1, task.id)
 
     assert before == await row_of(db, task.id)
 

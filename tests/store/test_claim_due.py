@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from asyncflow.domain.states import Event, State
-from asyncflow.store import queues, tasks
+from asyncflow.store import queues, read, submit
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from tests.support.builders import (
@@ -240,11 +240,11 @@ async def test_a_released_task_keeps_its_place_and_a_retried_one_waits(db: Datab
     task, _ = await submitted(db, 2)
     (claim,) = await claimed_due(db)
     await settled(db, task, claim.lease_id, SETTLEMENTS[Event.RELEASE])
-    released = await tasks.get(db, 1, task)
+    released = await read.get(db, 1, task)
     (claim,) = await claimed_due(db)
     assert task == claim.task_id
     await settled(db, task, claim.lease_id, SETTLEMENTS[Event.RETRY]._replace(delay_seconds=30))
-    retried = await tasks.get(db, 1, task)
+    retried = await read.get(db, 1, task)
 
     assert (0, 1) == (released.failures, retried.failures)
     assert State.PENDING == await state_of(db, task)
@@ -267,6 +267,6 @@ async def test_a_name_offered_twice_is_claimed_once(db: Database) -> None:
     A worker's own mistake doubles nothing.
     """
     task = new_task()
-    await tasks.submit(db, [task])
+    await submit.submit(db, [task])
 
     assert [task.id] == [c.task_id for c in await claimed_due(db, 5, offers=OFFERS * 2)]

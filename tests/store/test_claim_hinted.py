@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from asyncflow.domain.states import State
-from asyncflow.store import admission, queues
+from asyncflow.store import hints, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from tests.support.builders import OFFERS, a_task, as_sent, backdate, claimed, state_of, submitted
@@ -51,7 +51,7 @@ async def test_a_hint_may_overtake_the_relays_note(db: Database) -> None:
 
     sent = await as_sent(db, [task.id])
     found = await claimed(db, task.id)
-    await admission.mark_queued(db, sent)
+    await hints.mark_queued(db, sent)
 
     assert [task.id] == [claim.task_id for claim in found]
     assert State.RUNNING == await state_of(db, task.id)
@@ -64,7 +64,7 @@ async def test_a_hint_waits_for_a_note_that_is_being_committed(db: Database) -> 
     task = await a_task(db)
 
     async with db.transaction() as relay:
-        await admission.mark_queued(relay, await as_sent(db, [task.id]))
+        await hints.mark_queued(relay, await as_sent(db, [task.id]))
         claiming = asyncio.create_task(claimed(db, task.id))
         await until_someone_waits_for_a_lock(db)
 

@@ -15,7 +15,7 @@ import pytest
 
 from asyncflow.domain.states import Event, State
 from asyncflow.errors import StatementRefused, StoreUnavailable
-from asyncflow.store import tasks, upkeep
+from asyncflow.store import read, submit, upkeep
 from asyncflow.store.database import Database
 from asyncflow.store.migrations import migrate
 from tests.support.builders import SETTLEMENTS, a_task, claimed, new_task, settled, state_of
@@ -187,12 +187,12 @@ async def test_a_read_only_database_is_unavailable_until_it_is_not(
     async with Database(database_url, size=2) as demoted:
         assert 1 == await demoted.fetchval("SELECT 1")
         with pytest.raises(StoreUnavailable, match="read-only"):
-            await tasks.submit(demoted, [new_task()])
+            await submit.submit(demoted, [new_task()])
 
         await fresh_db.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
 
         # A pooled connection would still be read-only; a new one is not.
-        await tasks.submit(demoted, [new_task()])
+        await submit.submit(demoted, [new_task()])
 
 
 async def test_a_pool_comes_back_after_every_way_a_server_can_end(
@@ -208,7 +208,7 @@ async def test_a_pool_comes_back_after_every_way_a_server_can_end(
             postgres_server.cluster.kill,
         ):
             before = new_task()
-            await tasks.submit(db, [before])
+            await submit.submit(db, [before])
             under_way = [asyncio.ensure_future(db.fetchval("SELECT pg_sleep(60)")) for _ in "ab"]
             await until(
                 lambda: db.fetchval(
@@ -279,12 +279,12 @@ async def test_what_is_missing_is_named_and_waited_out(
     ):
         session = await db.fetchval("SELECT pg_backend_pid()")
         for take, give, words in MISSING:
-            await tasks.submit(db, [new_task()])
+            await submit.submit(db, [new_task()])
             await admin.execute(take)
             with pytest.raises(StoreUnavailable) as unavailable:
-                await tasks.submit(db, [new_task()])
+                await submit.submit(db, [new_task()])
             await admin.execute(give)
-            await tasks.submit(db, [new_task()])
+            await submit.submit(db, [new_task()])
 
             assert words in str(unavailable.value)
             assert unavailable.value.session_lives
@@ -298,13 +298,13 @@ async def test_a_pool_serves_a_schema_that_was_dropped_and_made_again(
     """
     Every table has another OID then; statements prepared before are no obstacle.
     """
-    await tasks.submit(fresh_db, [new_task()])
+    await submit.submit(fresh_db, [new_task()])
     await fresh_db.execute("DROP SCHEMA asyncflow CASCADE")
     with pytest.raises(StoreUnavailable):
-        await tasks.submit(fresh_db, [new_task()])
+        await submit.submit(fresh_db, [new_task()])
     await migrate(database_url)
 
-    await tasks.submit(fresh_db, [new_task()])
+    await submit.submit(fresh_db, [new_task()])
 
     assert 1 == await fresh_db.fetchval("SELECT count(*) FROM asyncflow.tasks")
 
@@ -433,7 +433,7 @@ async def test_a_refusal_names_the_constraint_and_no_value(db: Database) -> None
     Values may be payloads, and errors end up in logs.
     """
     with pytest.raises(StatementRefused) as refusal:
-        await tasks.submit(db, [new_task(payload='{"card": "4111"}', priority=10)])
+        await submit.submit(db, [new_task(payload='{"card": "4111"}', priority=10)])
 
     assert "priority" in str(refusal.value)
     assert "4111" not in str(refusal.value)
@@ -469,7 +469,7 @@ async def test_the_store_works_without_prepared_statements(
         done = await a_task(pooled, state=State.COMPLETED, attempt=2)
         await a_task(pooled, state=State.FAILED)
 
-        page = await tasks.list_tasks(pooled, 1)
+        page = await read.list_tasks(pooled, 1)
 
         prepared = await pooled.fetchval("SELECT count(*) FROM pg_prepared_statements")
         settings = await pooled.fetchval("SHOW enable_seqscan")
@@ -491,7 +491,7 @@ async def test_an_open_database_may_be_closed_twice(shared_database_url: str) ->
 
 async def _two_tasks(db: Database) -> list[UUID]:
     new = [new_task(), new_task()]
-    await tasks.submit(db, new)
+    await submit.submit(db, new)
     return [task.id for task in new]
 
 

@@ -10,9 +10,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from asyncflow.domain.states import Event, State
-from asyncflow.store import admission, claims, tasks, upkeep, workers
-from asyncflow.store.claims import Settling
+from asyncflow.store import claims, hints, read, settle, steer, upkeep, workers
 from asyncflow.store.database import Database
+from asyncflow.store.settle import Settling
 from tests.support.builders import (
     SETTLEMENTS,
     a_task,
@@ -52,13 +52,13 @@ async def test_a_lease_settles_only_once(db: Database, event: Event) -> None:
     task = await a_task(db, state=State.RUNNING)
     assert task.lease_id
     first = await settled(db, task.id, task.lease_id, SETTLEMENTS[event])
-    before = await tasks.get(db, 1, task.id)
+    before = await read.get(db, 1, task.id)
 
     again = [await settled(db, task.id, task.lease_id, s) for s in SETTLEMENTS.values()]
 
     assert first
     assert not any(again)
-    assert before.attempts == (await tasks.get(db, 1, task.id)).attempts
+    assert before.attempts == (await read.get(db, 1, task.id)).attempts
 
 
 @pytest.mark.parametrize("event", SETTLEMENTS)
@@ -74,7 +74,7 @@ async def test_a_record_tells_what_was_written_under_a_lease_and_nothing_else(
     assert await settled(db, task.id, task.lease_id, SETTLEMENTS[event])
     after = await recorded(db, task.id, task.lease_id)
     if event in (Event.FAIL, Event.CANCEL):
-        await tasks.redrive(db, 1, task.id)
+        await steer.redrive(db, 1, task.id)
     if event is not Event.COMPLETE:
         await db.execute("UPDATE asyncflow.tasks SET run_at = now()")
         await claimed(db, task.id)
@@ -89,7 +89,7 @@ async def recorded(db: Database, task_id: UUID, lease_id: UUID) -> set[Event]:
     """
     The ends of an attempt that its record bears out.
     """
-    told = await claims.recorded(db, [Settling(task_id, lease_id, s) for s in SETTLEMENTS.values()])
+    told = await settle.recorded(db, [Settling(task_id, lease_id, s) for s in SETTLEMENTS.values()])
     return {event for event, is_so in zip(SETTLEMENTS, told, strict=True) if is_so}
 
 
@@ -104,7 +104,7 @@ async def test_a_stale_worker_cannot_settle_a_task_that_it_claimed_again(db: Dat
     (fresh,) = await claimed(db, task.id, worker_id=worker_id)
 
     # Both in one batch, as one worker would send them.
-    written = await claims.settle(
+    written = await settle.settle(
         db,
         [
             Settling(task.id, stale.lease_id, SETTLEMENTS[Event.COMPLETE]),
@@ -127,7 +127,7 @@ async def test_a_stale_worker_cannot_report_progress(db: Database) -> None:
 
     await claims.record_progress(db, [(task.id, stale.lease_id, '{"done": 9}')])
 
-    assert {"done": 1} == (await tasks.get(db, 1, task.id)).progress
+    assert {"done": 1} == (await read.get(db, 1, task.id)).progress
 
 
 async def test_the_reaper_cannot_take_a_task_that_was_claimed_after_it_looked(
@@ -172,7 +172,7 @@ async def test_a_batch_settles_each_attempt_by_its_own_lease(db: Database) -> No
     running = [await a_task(db, state=State.RUNNING) for _ in events]
     stale = {1, 4, 8}
 
-    written = await claims.settle(
+    written = await settle.settle(
         db,
         [
             Settling(task.id, uuid4() if i in stale else task.lease_id, SETTLEMENTS[event])  # type: ignore[arg-type]
@@ -187,7 +187,7 @@ async def _move_on(db: Database, task_id: UUID, state: State) -> None:
     if state is State.PENDING:
         return
     if state is State.QUEUED:
-        return await admission.mark_queued(db, await as_sent(db, [task_id]))
+        return await hints.mark_queued(db, await as_sent(db, [task_id]))
     (fresh,) = await claimed(db, task_id)
     ends = {
         State.COMPLETED: Event.COMPLETE,

@@ -13,10 +13,12 @@ from collections.abc import Awaitable, Callable
 from uuid import UUID, uuid4
 
 from asyncflow.domain.states import Event
+from asyncflow.domain.task import Claim
 from asyncflow.errors import IllegalTransition
-from asyncflow.store import admission, claims, tasks, upkeep, workers
-from asyncflow.store.claims import Claim, Offer, Settling
+from asyncflow.store import claims, hints, settle, steer, submit, upkeep, workers
+from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
+from asyncflow.store.settle import Settling
 from tests.support.builders import SETTLEMENTS, as_sent, backdate, new_task
 
 ROUNDS = 300
@@ -94,27 +96,27 @@ async def _settle(db: Database, found: list[Claim]) -> None:
         Settling(claim.task_id, claim.lease_id, SETTLEMENTS[random.choice(events)])
         for claim in random.sample(found, len(found))
     ]
-    await claims.settle(db, settlings)
+    await settle.settle(db, settlings)
 
 
 async def _relay(db: Database, ids: list[UUID]) -> None:
-    await admission.mark_queued(db, await as_sent(db, ids))
-    await admission.unqueue_lost(db, queue=QUEUE, older_than_seconds=0, ready=0, limit=5)
+    await hints.mark_queued(db, await as_sent(db, ids))
+    await hints.unqueue_lost(db, queue=QUEUE, older_than_seconds=0, ready=0, limit=5)
 
 
 async def _reap(db: Database, ids: list[UUID]) -> None:
     lost = await upkeep.lost_leases(db, limit=TASKS)
     retry = SETTLEMENTS[Event.RETRY]
-    await claims.settle(db, [Settling(one.task_id, one.lease_id, retry) for one in lost[::-1]])
+    await settle.settle(db, [Settling(one.task_id, one.lease_id, retry) for one in lost[::-1]])
 
 
 async def _decline(db: Database, ids: list[UUID]) -> None:
-    await admission.decline(db, ids, names=["a"], delay_seconds=0)
+    await hints.decline(db, ids, names=["a"], delay_seconds=0)
 
 
 async def _cancel_and_redrive(db: Database, ids: list[UUID]) -> None:
     for task_id in ids[:3]:
-        for change in (tasks.cancel, tasks.redrive):
+        for change in (steer.cancel, steer.redrive):
             try:
                 await change(db, 1, task_id)
             except IllegalTransition:
@@ -122,7 +124,7 @@ async def _cancel_and_redrive(db: Database, ids: list[UUID]) -> None:
     # Those that failed by themselves come back, too.
     for task_id in ids[3:9]:
         try:
-            await tasks.redrive(db, 1, task_id)
+            await steer.redrive(db, 1, task_id)
         except IllegalTransition:
             pass
 
@@ -141,5 +143,5 @@ async def _report_progress(db: Database, ids: list[UUID]) -> None:
 
 async def _new_tasks(db: Database, count: int) -> list[UUID]:
     new = [new_task(name=random.choice(NAMES)) for _ in range(count)]
-    await tasks.submit(db, new)
+    await submit.submit(db, new)
     return [task.id for task in new]

@@ -17,7 +17,7 @@ import pytest
 from asyncflow.domain.states import State
 from asyncflow.errors import MigrationRefused, SchemaMismatch, StatementRefused, StoreUnavailable
 from asyncflow.findings import ServerUnfit
-from asyncflow.store import migrations, schema, tasks
+from asyncflow.store import migrations, schema, submit
 from asyncflow.store.database import Database
 from asyncflow.store.grants import grants_for
 from asyncflow.store.inspection import inspect
@@ -50,7 +50,7 @@ async def test_five_at_once_migrate_an_empty_database_once(empty_database_url: s
     async with Database(empty_database_url) as db:
         await check_schema(db)
         assert 1 == await db.fetchval("SELECT count(*) FROM asyncflow.tenants")
-        await tasks.submit(db, [new_task()])
+        await submit.submit(db, [new_task()])
 
 
 async def test_migrating_again_changes_nothing_and_tells_the_version(
@@ -61,7 +61,7 @@ async def test_migrating_again_changes_nothing_and_tells_the_version(
     """
     first = await migrate(empty_database_url)
     async with Database(empty_database_url) as db:
-        await tasks.submit(db, [new_task()])
+        await submit.submit(db, [new_task()])
         second = await migrate(empty_database_url)
 
         assert (None, SCHEMA_VERSION) == (first, second)
@@ -82,7 +82,7 @@ async def test_a_database_may_belong_to_an_application_too(empty_database_url: s
 
         await migrate(empty_database_url)
 
-        await tasks.submit(db, [new_task()])
+        await submit.submit(db, [new_task()])
         assert 0 == await db.fetchval("SELECT count(*) FROM public.tasks")
         assert "theirs" == await db.fetchval("SELECT version_num FROM public.alembic_version")
         ours = await db.fetch(
@@ -177,7 +177,7 @@ async def test_a_schema_that_was_made_for_the_role_is_enough(
 
     async with Database(role_url) as db:
         await check_schema(db)
-        await tasks.submit(db, [new_task()])
+        await submit.submit(db, [new_task()])
 
 
 async def test_a_role_that_may_only_use_the_schema_finds_nothing_to_do(
@@ -412,7 +412,7 @@ async def test_this_version_runs_on_the_next_schema_that_serves_it(
     """
     await migrate(empty_database_url)
     async with Database(empty_database_url) as db:
-        await tasks.submit(db, [new_task()])
+        await submit.submit(db, [new_task()])
         with next_migration(EXPAND):
             assert SCHEMA_VERSION == await migrate(empty_database_url)
 
@@ -489,7 +489,7 @@ async def test_the_schema_refuses_rows_that_the_code_assumes_away(
     """
     Also from an operator at the prompt.
     """
-    await tasks.submit(db, [new_task()])
+    await submit.submit(db, [new_task()])
 
     with pytest.raises(StatementRefused, match=constraint):
         await db.execute(f"UPDATE asyncflow.tasks SET {change}")
@@ -499,7 +499,7 @@ async def test_the_schema_knows_no_other_states(db: Database) -> None:
     """
     There is no partition for them.
     """
-    await tasks.submit(db, [new_task()])
+    await submit.submit(db, [new_task()])
 
     with pytest.raises(StoreUnavailable, match="no partition"):
         await db.execute("UPDATE asyncflow.tasks SET state = 'lost'")

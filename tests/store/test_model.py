@@ -26,11 +26,13 @@ from hypothesis.stateful import (
 
 from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import TERMINAL, Event, State
+from asyncflow.domain.task import Claim
 from asyncflow.errors import IllegalTransition, TaskNotFound
-from asyncflow.store import admission, claims, queues, tasks, upkeep, workers
-from asyncflow.store.admission import Admitted
-from asyncflow.store.claims import Claim, Offer, Settling
+from asyncflow.store import claims, due, hints, queues, read, settle, steer, upkeep, workers
+from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
+from asyncflow.store.due import Admitted
+from asyncflow.store.settle import Settling
 from tests.model.statements import NO_LEASE, NOBODY, Row, Statements
 from tests.support.builders import FAILURE, NAME, QUEUE, SETTLEMENTS, a_worker, backdate, submitted
 
@@ -181,7 +183,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
         task_id = self.task(ago)
         row = self.rows.get(task_id)
         try:
-            self.wait(tasks.cancel(self.db, 1, task_id))
+            self.wait(steer.cancel(self.db, 1, task_id))
         except TaskNotFound:
             assert row is None
         except IllegalTransition:
@@ -195,7 +197,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
         task_id = self.task(ago)
         row = self.rows.get(task_id)
         try:
-            self.wait(tasks.run_now(self.db, 1, task_id))
+            self.wait(steer.run_now(self.db, 1, task_id))
         except TaskNotFound:
             assert row is None
         except IllegalTransition:
@@ -210,7 +212,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
         row = self.rows.get(task_id)
         redriven = row and self.model.redrive(row)
         try:
-            self.wait(tasks.redrive(self.db, 1, task_id))
+            self.wait(steer.redrive(self.db, 1, task_id))
         except TaskNotFound:
             assert row is None
         except IllegalTransition:
@@ -304,7 +306,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
         In one call; each of them is answered as the model says.
         """
         written = self.wait(
-            claims.settle(
+            settle.settle(
                 self.db,
                 [
                     Settling(lease.task_id, lease.lease_id, _settlement(event))
@@ -358,7 +360,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
     # The relay
 
     def the_relay_looks(self) -> None:
-        admitted = self.wait(admission.admissible(self.db, queue=QUEUE, names=NAMES, limit=9))
+        admitted = self.wait(due.admissible(self.db, queue=QUEUE, names=NAMES, limit=9))
         expected = {t for t, row in self.rows.items() if self.model.is_admissible(row)}
         assert expected == {task.task_id for task in admitted}
 
@@ -371,7 +373,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
             if task_id in self.rows
         }
         self.wait(
-            admission.mark_queued(self.db, [Admitted(*task, priority=4) for task in sent.items()])
+            hints.mark_queued(self.db, [Admitted(*task, priority=4) for task in sent.items()])
         )
         for task_id, attempt in sent.items():
             self.rows[task_id] = self.model.mark_queued(self.rows[task_id], attempt=attempt)
@@ -380,7 +382,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
     def the_relay_finds_lost_hints(self, ready: int) -> None:
         queued = {t for t, row in self.rows.items() if row.state is State.QUEUED}
         count = self.wait(
-            admission.unqueue_lost(self.db, queue=QUEUE, older_than_seconds=0, ready=ready, limit=9)
+            hints.unqueue_lost(self.db, queue=QUEUE, older_than_seconds=0, ready=ready, limit=9)
         )
         assert max(0, len(queued) - ready) == count
         # Which of them, the order in which they were marked decides.
@@ -392,14 +394,14 @@ class StoreAgainstModel(RuleBasedStateMachine):
     def a_worker_declines(self, ago: int, place: int) -> None:
         task_id = self.task(ago)
         self.wait(
-            admission.decline(self.db, [task_id], names=OFFERS[place], delay_seconds=LONG_SECONDS)
+            hints.decline(self.db, [task_id], names=OFFERS[place], delay_seconds=LONG_SECONDS)
         )
         row = self.rows.get(task_id)
         if row is not None and self.names[task_id] not in OFFERS[place]:
             self.rows[task_id] = self.model.decline(row)
 
     def the_broker_is_given_up(self) -> None:
-        self.wait(admission.unqueue_stranded(self.db, limit=9))
+        self.wait(hints.unqueue_stranded(self.db, limit=9))
         self.rows = {task_id: self.model.unqueue(row) for task_id, row in self.rows.items()}
 
     # Maintenance
@@ -473,7 +475,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
         No attempt is missing from a task's history, and none is there twice.
         """
         for task_id, row in self.rows.items():
-            history = self.wait(tasks.get(self.db, 1, task_id)).attempts
+            history = self.wait(read.get(self.db, 1, task_id)).attempts
             assert [*range(1, row.attempt + 1)] == [attempt.attempt for attempt in history]
 
 
@@ -535,14 +537,15 @@ def test_a_guard_that_is_missing_is_found(
     """
     The comparison would be worth nothing if it never failed.
     """
-    original = getattr(claims, statement)
+    module = settle if statement in vars(settle) else claims
+    original = getattr(module, statement)
     # Every parameter must keep its type.
     instead = "AND $2::uuid[] IS NOT NULL" if "lease" in guard else ""
-    broken = original.replace(guard.format(lease=claims._LEASE), instead)
+    broken = original.replace(guard.format(lease=claims.LEASE), instead)
     assert original != broken
-    monkeypatch.setattr(claims, statement, broken)
-    settles = {e: broken if sql == original else sql for e, sql in claims._SETTLES.items()}
-    monkeypatch.setattr(claims, "_SETTLES", settles)
+    monkeypatch.setattr(module, statement, broken)
+    settles = {e: broken if sql == original else sql for e, sql in settle._SETTLES.items()}
+    monkeypatch.setattr(settle, "_SETTLES", settles)
 
     with pytest.raises(AssertionError):
         compare(shared_database_url, examples=1_000)  # Far fewer: it stops at the first.

@@ -20,10 +20,10 @@ import pytest
 
 from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
-from asyncflow.store import admission, claims, lookback, tasks, unserved, upkeep, workers
-from asyncflow.store.claims import Settling
+from asyncflow.store import claims, due, hints, read, settle, steer, unserved, upkeep, workers
 from asyncflow.store.database import Database
-from asyncflow.store.lookback import first_due
+from asyncflow.store.due import measure_marks
+from asyncflow.store.settle import Settling
 from tests.support.builders import claimed_due, submitted
 
 ROWS = 4_000
@@ -33,7 +33,7 @@ BY_ID = r"\(id = "
 LIVE_BY_ID = {"tasks_live": ("tasks_live_pkey", BY_ID)}
 DUE = ("tasks_due", r"queue = .*priority = .*run_at <=")
 DUE_SINCE = ("tasks_due", r"queue = .*priority = .*run_at <=.*run_at >=")
-FIRST_DUE = ("tasks_due", r"queue = .*priority = ")
+OLDEST = ("tasks_due", r"queue = .*priority = ")
 QUEUED = ("tasks_queued", r"queue = ")
 DEAD_BY_ID = ("tasks_dead", r"tenant_id = .* AND \(id = ")
 
@@ -43,33 +43,33 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
         claims.CLAIM_DUE_SINCE,
         {"tasks_live": (DUE_SINCE, LIVE_BY_ID["tasks_live"])},
     ),
-    "FIRST_DUE": (lookback.FIRST_DUE, {"tasks_live": FIRST_DUE}),
+    "OLDEST_PENDING": (due.OLDEST_PENDING, {"tasks_live": OLDEST}),
     "CLAIM_HINTED": (claims.CLAIM_HINTED, LIVE_BY_ID),
-    "SETTLE_COMPLETED": (claims.SETTLE_COMPLETED, LIVE_BY_ID),
-    "SETTLE_FAILED": (claims.SETTLE_FAILED, LIVE_BY_ID),
-    "SETTLE_CANCELLED": (claims.SETTLE_CANCELLED, LIVE_BY_ID),
-    "SETTLE_RETRIED": (claims.SETTLE_RETRIED, LIVE_BY_ID),
-    "SETTLE_RELEASED": (claims.SETTLE_RELEASED, LIVE_BY_ID),
+    "SETTLE_COMPLETED": (settle.SETTLE_COMPLETED, LIVE_BY_ID),
+    "SETTLE_FAILED": (settle.SETTLE_FAILED, LIVE_BY_ID),
+    "SETTLE_CANCELLED": (settle.SETTLE_CANCELLED, LIVE_BY_ID),
+    "SETTLE_RETRIED": (settle.SETTLE_RETRIED, LIVE_BY_ID),
+    "SETTLE_RELEASED": (settle.SETTLE_RELEASED, LIVE_BY_ID),
     "RECORDS": (
-        claims.RECORDS,
+        settle.RECORDS,
         {
             "tasks_finished": ("tasks_finished_pkey", BY_ID),
             "attempts": ("attempts_pkey", r"task_id = "),
         },
     ),
     "RECORD_PROGRESS": (claims.RECORD_PROGRESS, LIVE_BY_ID),
-    "OPEN_QUEUES": (admission.OPEN_QUEUES, {"tasks_live": QUEUED}),
-    "ADMISSIBLE": (admission.ADMISSIBLE, {"tasks_live": DUE}),
-    "ADMISSIBLE_SINCE": (admission.ADMISSIBLE_SINCE, {"tasks_live": DUE_SINCE}),
-    "MARK_QUEUED": (admission.MARK_QUEUED, LIVE_BY_ID),
-    "UNQUEUE": (admission.UNQUEUE, LIVE_BY_ID),
+    "OPEN_QUEUES": (hints.OPEN_QUEUES, {"tasks_live": QUEUED}),
+    "ADMISSIBLE": (due.ADMISSIBLE, {"tasks_live": DUE}),
+    "ADMISSIBLE_SINCE": (due.ADMISSIBLE_SINCE, {"tasks_live": DUE_SINCE}),
+    "MARK_QUEUED": (hints.MARK_QUEUED, LIVE_BY_ID),
+    "UNQUEUE": (hints.UNQUEUE, LIVE_BY_ID),
     "UNQUEUE_LOST": (
-        admission.UNQUEUE_LOST,
+        hints.UNQUEUE_LOST,
         {"tasks_live": (QUEUED, LIVE_BY_ID["tasks_live"])},
     ),
-    "UNQUEUE_DROPPED": (admission.UNQUEUE_DROPPED, LIVE_BY_ID),
+    "UNQUEUE_DROPPED": (hints.UNQUEUE_DROPPED, LIVE_BY_ID),
     "COUNT_UNKNOWN": (
-        admission.COUNT_UNKNOWN,
+        hints.COUNT_UNKNOWN,
         LIVE_BY_ID | {"tasks_finished": ("tasks_finished_pkey", BY_ID)},
     ),
     "UNSERVED": (
@@ -98,17 +98,17 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "HELD": (workers.HELD, {"tasks_live": ("tasks_running", r"worker_id = ")}),
     "GET": (
-        tasks.GET,
+        read.GET,
         LIVE_BY_ID
         | {
             "tasks_finished": ("tasks_finished_pkey", BY_ID),
             "attempts": ("attempts_pkey", r"task_id = "),
         },
     ),
-    "CANCEL_WAITING": (tasks.CANCEL_WAITING, LIVE_BY_ID),
-    "REQUEST_CANCEL": (tasks.REQUEST_CANCEL, LIVE_BY_ID),
-    "RUN_NOW": (tasks.RUN_NOW, LIVE_BY_ID),
-    "REDRIVE": (tasks.REDRIVE, {"tasks_finished": DEAD_BY_ID}),
+    "CANCEL_WAITING": (steer.CANCEL_WAITING, LIVE_BY_ID),
+    "REQUEST_CANCEL": (steer.REQUEST_CANCEL, LIVE_BY_ID),
+    "RUN_NOW": (steer.RUN_NOW, LIVE_BY_ID),
+    "REDRIVE": (steer.REDRIVE, {"tasks_finished": DEAD_BY_ID}),
 }
 """Each statement, and per table the index (or indexes) it may use and how."""
 
@@ -126,7 +126,7 @@ LISTS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("SCHEDULED", "RETRYING"), {"tasks_live": IN_ORDER["tasks_live"]}),
     (("PENDING", "QUEUED", "RUNNING"), {"tasks_live": IN_ORDER["tasks_live"]}),
     (("RUNNING", "FAILED"), IN_ORDER),
-    (tuple(tasks.STATUS_FILTERS), IN_ORDER),
+    (tuple(read.STATUS_FILTERS), IN_ORDER),
 ]
 """Statuses that a list asks for, and the only tables it reads, each by an index."""
 
@@ -192,7 +192,7 @@ async def test_a_list_of_any_statuses_is_read_in_order(
     """
     From the partitions that can have them, newest first by an index: nothing is sorted.
     """
-    statement = tasks.LIST.format(filters=tasks.status_filter(statuses))
+    statement = read.LIST.format(filters=read.status_filter(statuses))
     await _prepare(planner, "LIST", statement)
 
     (plan,) = await _explain(planner, "LIST", ["1", "50"])
@@ -300,7 +300,7 @@ async def test_what_cannot_be_removed_is_not_stepped_over_by_every_claim(
         await others.fetchval("SELECT count(*) FROM asyncflow.tasks")
         await _run_tasks(fresh_db, 6_000, run_at=datetime.now(UTC) - timedelta(hours=1))
         (task_id,) = await submitted(fresh_db, 1)
-        since = (await first_due(fresh_db, queues=["default"], names=["greet"])).moments
+        since = (await measure_marks(fresh_db, queues=["default"], names=["greet"])).marks
         moments = ", ".join(f"'{moment}'" for moment in since["default"])
         values = [f"'{uuid4()}'", f"'{uuid4()}'", "'{greet}'", "'{5}'", "'{900}'", "'{default}'"]
         read = {}
@@ -326,7 +326,7 @@ async def _run_tasks(db: Database, count: int, **changes: Any) -> None:
         await submitted(db, batch, **changes)
         taken = await claimed_due(db, batch)
         done = Settlement(Event.COMPLETE, result="null")
-        await claims.settle(db, [Settling(c.task_id, c.lease_id, done) for c in taken])
+        await settle.settle(db, [Settling(c.task_id, c.lease_id, done) for c in taken])
 
 
 @asynccontextmanager

@@ -13,9 +13,9 @@ import pytest
 
 from asyncflow.domain.states import Event, State
 from asyncflow.errors import InvalidTask, TaskNotFound
-from asyncflow.store import claims, presence, queues, tasks, workers
-from asyncflow.store.claims import Settling
+from asyncflow.store import claims, presence, queues, read, settle, steer, workers
 from asyncflow.store.database import Database
+from asyncflow.store.settle import Settling
 from tests.support.builders import (
     SETTLEMENTS,
     a_task,
@@ -52,11 +52,11 @@ async def test_each_status_filter_finds_exactly_the_tasks_that_show_it(db: Datab
     """
     expected = await one_of_each(db)
 
-    assert set(expected) == set(tasks.STATUS_FILTERS)
+    assert set(expected) == set(read.STATUS_FILTERS)
     for status, task_id in expected.items():
-        page = await tasks.list_tasks(db, 1, statuses=[status])
+        page = await read.list_tasks(db, 1, statuses=[status])
         assert [(task_id, status)] == [(task.id, task.status) for task in page.tasks]
-        assert status == (await tasks.get(db, 1, task_id)).status
+        assert status == (await read.get(db, 1, task_id)).status
 
 
 async def test_a_list_is_read_page_by_page_without_gaps_or_repeats(db: Database) -> None:
@@ -67,7 +67,7 @@ async def test_a_list_is_read_page_by_page_without_gaps_or_repeats(db: Database)
     seen: list[UUID] = []
     cursor = None
     while True:
-        page = await tasks.list_tasks(db, 1, cursor=cursor, limit=5)
+        page = await read.list_tasks(db, 1, cursor=cursor, limit=5)
         seen += [task.id for task in page.tasks]
         await submitted(db, 1)
         cursor = page.next_cursor
@@ -83,7 +83,7 @@ async def test_a_list_crosses_the_border_between_live_and_finished_tasks(db: Dat
     """
     ids = list((await one_of_each(db)).values()) + list((await one_of_each(db)).values())
 
-    page = await tasks.list_tasks(db, 1, limit=500)
+    page = await read.list_tasks(db, 1, limit=500)
 
     assert ids[::-1] == [task.id for task in page.tasks]
     assert page.next_cursor is None
@@ -95,7 +95,7 @@ async def test_the_last_page_says_so_even_when_it_is_full(db: Database) -> None:
     """
     await submitted(db, 4)
 
-    page = await tasks.list_tasks(db, 1, limit=4)
+    page = await read.list_tasks(db, 1, limit=4)
 
     assert (4, None) == (len(page.tasks), page.next_cursor)
 
@@ -112,10 +112,10 @@ async def test_filters_combine(db: Database, name: str | None, queue: str | None
     expected = sorted((id for n, q, id in made if name in (n, None) and queue in (q, None)))
 
     found: list[UUID] = []
-    page = await tasks.list_tasks(db, 1, statuses=["PENDING"], name=name, queue=queue, limit=2)
+    page = await read.list_tasks(db, 1, statuses=["PENDING"], name=name, queue=queue, limit=2)
     found += [task.id for task in page.tasks]
     while page.next_cursor:
-        page = await tasks.list_tasks(
+        page = await read.list_tasks(
             db, 1, statuses=["PENDING"], name=name, queue=queue, limit=2, cursor=page.next_cursor
         )
         found += [task.id for task in page.tasks]
@@ -130,20 +130,20 @@ async def test_a_tenant_sees_only_its_own_tasks(db: Database) -> None:
     task = await a_task(db, tenant_id=OTHER_TENANT_ID)
     dead = await a_task(db, state=State.FAILED, tenant_id=OTHER_TENANT_ID)
 
-    assert () == (await tasks.list_tasks(db, 1)).tasks
-    assert 2 == len((await tasks.list_tasks(db, OTHER_TENANT_ID)).tasks)
-    for touch in (tasks.get, tasks.cancel):
+    assert () == (await read.list_tasks(db, 1)).tasks
+    assert 2 == len((await read.list_tasks(db, OTHER_TENANT_ID)).tasks)
+    for touch in (read.get, steer.cancel):
         with pytest.raises(TaskNotFound):
             await touch(db, 1, task.id)
     with pytest.raises(TaskNotFound):
-        await tasks.redrive(db, 1, dead.id)
+        await steer.redrive(db, 1, dead.id)
 
 
 async def test_an_unknown_id_is_not_found(db: Database) -> None:
     """
     By all three verbs.
     """
-    for touch in (tasks.get, tasks.cancel, tasks.redrive):
+    for touch in (read.get, steer.cancel, steer.redrive):
         with pytest.raises(TaskNotFound):
             await touch(db, 1, uuid4())
 
@@ -154,7 +154,7 @@ async def test_a_cursor_that_is_not_ours_is_refused(db: Database, cursor: str) -
     With a pointer to the field, not with a database error.
     """
     with pytest.raises(InvalidTask) as refusal:
-        await tasks.list_tasks(db, 1, cursor=cursor)
+        await read.list_tasks(db, 1, cursor=cursor)
 
     assert ["/cursor"] == [fault.pointer for fault in refusal.value.faults]
 
@@ -170,12 +170,12 @@ async def test_every_attempt_is_kept_in_order(db: Database) -> None:
         await backdate(db, "tasks", task.id, run_at=0)
     (claim,) = await claimed(db, task.id)
     await settled(db, task.id, claim.lease_id, SETTLEMENTS[Event.FAIL])
-    await tasks.redrive(db, 1, task.id)
+    await steer.redrive(db, 1, task.id)
     (claim,) = await claimed(db, task.id)
-    while_it_runs = (await tasks.get(db, 1, task.id)).attempts[-1]
+    while_it_runs = (await read.get(db, 1, task.id)).attempts[-1]
     await settled(db, task.id, claim.lease_id, SETTLEMENTS[Event.COMPLETE])
 
-    found = await tasks.get(db, 1, task.id)
+    found = await read.get(db, 1, task.id)
 
     assert [
         (1, 1, "retried", "ValueError"),
@@ -207,7 +207,7 @@ async def test_times_of_attempts_are_read_exactly(db: Database, microsecond: int
         microsecond,
     )
 
-    (attempt,) = (await tasks.get(db, 1, task.id)).attempts
+    (attempt,) = (await read.get(db, 1, task.id)).attempts
 
     assert datetime(2026, 3, 1, 10, microsecond=microsecond, tzinfo=UTC) == attempt.started_at
 
@@ -220,7 +220,7 @@ async def test_a_due_task_says_what_it_waits_for(db: Database) -> None:
     later = await a_task(db, due_in_seconds=60)
 
     async def reason() -> str | None:
-        return (await tasks.get(db, 1, task.id)).waiting_for
+        return (await read.get(db, 1, task.id)).waiting_for
 
     unoffered = await reason()
     worker = await a_worker(db)
@@ -239,7 +239,7 @@ async def test_a_due_task_says_what_it_waits_for(db: Database) -> None:
     assert (None, None) == (offered, resumed)
     assert paused and "paused" in paused
     assert unoffered == stopped == of_no_use
-    assert (await tasks.get(db, 1, later.id)).waiting_for is None
+    assert (await read.get(db, 1, later.id)).waiting_for is None
 
 
 async def test_a_completed_task_is_shown_as_done(db: Database) -> None:
@@ -250,9 +250,9 @@ async def test_a_completed_task_is_shown_as_done(db: Database) -> None:
     assert task.lease_id
     report = json.dumps({"fraction": 0.9, "message": "9 of 10"})
     await claims.record_progress(db, [(task.id, task.lease_id, report)])
-    await claims.settle(db, [Settling(task.id, task.lease_id, SETTLEMENTS[Event.COMPLETE])])
+    await settle.settle(db, [Settling(task.id, task.lease_id, SETTLEMENTS[Event.COMPLETE])])
 
-    shown = await tasks.get(db, 1, task.id)
+    shown = await read.get(db, 1, task.id)
 
     assert {"fraction": 1.0, "message": None} == shown.progress
 
@@ -266,7 +266,7 @@ async def test_a_running_task_whose_worker_is_gone_waits_for_maintenance(db: Dat
     [claim] = await claimed(db, task.id, worker_id=worker.id)
 
     async def reason() -> str | None:
-        return (await tasks.get(db, 1, claim.task_id)).waiting_for
+        return (await read.get(db, 1, claim.task_id)).waiting_for
 
     alive = await reason()
     await db.execute("UPDATE asyncflow.workers SET heartbeat_at = now() - interval '16 seconds'")
@@ -289,7 +289,7 @@ async def test_with_rabbitmq_a_due_task_waits_for_the_relay(db: Database) -> Non
     task = await a_task(db)
 
     async def reason(*, through_relay: bool) -> str | None:
-        return (await tasks.get(db, 1, task.id, through_relay=through_relay)).waiting_for
+        return (await read.get(db, 1, task.id, through_relay=through_relay)).waiting_for
 
     by_itself = await reason(through_relay=False)
     unsent = await reason(through_relay=True)
@@ -315,7 +315,7 @@ async def test_a_failure_and_progress_are_shown_as_they_were_recorded(db: Databa
     assert running.lease_id
     await claims.record_progress(db, [(running.id, running.lease_id, json.dumps({"at": 3}))])
 
-    shown = {task.id: task for task in (await tasks.list_tasks(db, 1)).tasks}
+    shown = {task.id: task for task in (await read.list_tasks(db, 1)).tasks}
 
     assert {
         "kind": "ValueError",

@@ -10,7 +10,7 @@ import pytest
 
 from asyncflow.domain.states import Event, State
 from asyncflow.errors import IllegalTransition
-from asyncflow.store import tasks
+from asyncflow.store import read, steer
 from asyncflow.store.database import Database
 from tests.support.builders import SETTLEMENTS, a_task, claimed, row_of, settled
 
@@ -24,7 +24,7 @@ async def test_a_redriven_task_starts_afresh_with_all_its_attempts(
     """
     task = await a_task(db, state=state, attempt=3)
 
-    found = await tasks.redrive(db, 1, task.id)
+    found = await steer.redrive(db, 1, task.id)
 
     row = await row_of(db, task.id)
     assert ("PENDING", 2, 3, 0) == (found.status, found.generation, found.attempt, found.failures)
@@ -54,11 +54,11 @@ async def test_the_attempts_before_a_redrive_stay_in_the_history(
     The last one was part of the row; the redrive moves it into the history.
     """
     task = await a_task(db, state=state, attempt=attempt)
-    before = (await tasks.get(db, 1, task.id)).attempts
+    before = (await read.get(db, 1, task.id)).attempts
 
-    await tasks.redrive(db, 1, task.id)
+    await steer.redrive(db, 1, task.id)
 
-    found = await tasks.get(db, 1, task.id)
+    found = await read.get(db, 1, task.id)
     assert attempt == len(before)
     assert before == found.attempts
 
@@ -71,9 +71,9 @@ async def test_a_task_cancelled_before_it_ran_has_no_attempt_after_a_redrive(
     """
     task = await a_task(db, state=State.CANCELLED, attempt=0)
 
-    await tasks.redrive(db, 1, task.id)
+    await steer.redrive(db, 1, task.id)
 
-    assert () == (await tasks.get(db, 1, task.id)).attempts
+    assert () == (await read.get(db, 1, task.id)).attempts
 
 
 @pytest.mark.parametrize("state", [State.PENDING, State.QUEUED, State.RUNNING, State.COMPLETED])
@@ -84,7 +84,7 @@ async def test_only_a_dead_letter_can_be_redriven(db: Database, state: State) ->
     task = await a_task(db, state=state)
 
     with pytest.raises(IllegalTransition) as refusal:
-        await tasks.redrive(db, 1, task.id)
+        await steer.redrive(db, 1, task.id)
 
     assert f"Task {task.id} is {state}; only failed or cancelled tasks can be redriven." == str(
         refusal.value
@@ -99,11 +99,11 @@ async def test_two_redrives_at_once_open_one_generation(db: Database) -> None:
         task = await a_task(db, state=State.FAILED)
 
         answers = await asyncio.gather(
-            *(tasks.redrive(db, 1, task.id) for _ in range(4)), return_exceptions=True
+            *(steer.redrive(db, 1, task.id) for _ in range(4)), return_exceptions=True
         )
 
         refused = [a for a in answers if isinstance(a, IllegalTransition)]
-        found = await tasks.get(db, 1, task.id)
+        found = await read.get(db, 1, task.id)
         assert 3 == len(refused)
         assert (2, 1) == (found.generation, len(found.attempts))
 
@@ -114,11 +114,11 @@ async def test_a_redriven_task_that_fails_again_can_be_redriven_again(db: Databa
     """
     task = await a_task(db, state=State.FAILED)
     for _ in range(3):
-        await tasks.redrive(db, 1, task.id)
+        await steer.redrive(db, 1, task.id)
         (claim,) = await claimed(db, task.id)
         await settled(db, task.id, claim.lease_id, SETTLEMENTS[Event.FAIL])
 
-    found = await tasks.get(db, 1, task.id)
+    found = await read.get(db, 1, task.id)
 
     assert [(n, n, "failed") for n in range(1, 5)] == [
         (a.attempt, a.generation, a.outcome) for a in found.attempts

@@ -10,8 +10,9 @@ from uuid import uuid4
 import pytest
 
 from asyncflow.domain.states import State
+from asyncflow.domain.task import Task
 from asyncflow.errors import IllegalTransition, TaskNotFound
-from asyncflow.store import tasks
+from asyncflow.store import steer
 from asyncflow.store.database import Database
 from tests.support.builders import a_task, claimed, claimed_due, row_of
 
@@ -29,7 +30,7 @@ async def test_a_task_that_waits_for_its_time_is_due_and_nothing_else_changes(
     before = await row_of(db, task.id)
     assert [] == await claimed(db, task.id)
 
-    found = await tasks.run_now(db, 1, task.id)
+    found = await steer.run_now(db, 1, task.id)
 
     after = await row_of(db, task.id)
     assert ("PENDING", attempt) == (found.status, found.failures)
@@ -47,7 +48,7 @@ async def test_a_task_that_is_due_is_left_as_it_is(db: Database, state: State) -
     task = await a_task(db, state=state)
     before = await row_of(db, task.id)
 
-    found = await tasks.run_now(db, 1, task.id)
+    found = await steer.run_now(db, 1, task.id)
 
     assert state == found.state
     assert before == await row_of(db, task.id)
@@ -62,7 +63,7 @@ async def test_what_does_not_wait_cannot_be_run_now(db: Database, state: State) 
     before = await row_of(db, task.id)
 
     with pytest.raises(IllegalTransition, match=f"is {state}; only pending or queued tasks"):
-        await tasks.run_now(db, 1, task.id)
+        await steer.run_now(db, 1, task.id)
 
     assert before == await row_of(db, task.id)
 
@@ -75,7 +76,7 @@ async def test_an_unknown_task_cannot_be_run_now(db: Database) -> None:
 
     for tenant_id, task_id in ((1, uuid4()), (2, task.id)):
         with pytest.raises(TaskNotFound):
-            await tasks.run_now(db, tenant_id, task_id)
+            await steer.run_now(db, tenant_id, task_id)
 
     assert [] == await claimed(db, task.id)
 
@@ -91,8 +92,8 @@ async def test_a_task_that_is_run_now_by_many_runs_once(db: Database) -> None:
 
     claiming = asyncio.create_task(claimed_meanwhile())
     results = await asyncio.gather(
-        *(tasks.run_now(db, 1, task.id) for _ in range(10)), return_exceptions=True
+        *(steer.run_now(db, 1, task.id) for _ in range(10)), return_exceptions=True
     )
 
     assert 1 == await claiming + len(await claimed_due(db, 9))
-    assert {tasks.Task, IllegalTransition} >= {type(result) for result in results}
+    assert {Task, IllegalTransition} >= {type(result) for result in results}

@@ -11,7 +11,7 @@ import re
 import pytest
 
 from asyncflow import store
-from asyncflow.store import tasks
+from asyncflow.store import read
 from asyncflow.store.database import Database
 
 IS_STATEMENT = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b")
@@ -32,11 +32,11 @@ def _statements() -> dict[str, str]:
             }
         )
     # A template, filled in by its caller.
-    template = found.pop("tasks.LIST")
-    for status, condition in tasks.STATUS_FILTERS.items():
-        found[f"tasks.LIST {status}"] = template.format(filters=condition)
-    found["tasks.LIST of several"] = template.format(
-        filters=tasks.status_filter(["FAILED", "RUNNING"])
+    template = found.pop("read.LIST")
+    for status, condition in read.STATUS_FILTERS.items():
+        found[f"read.LIST {status}"] = template.format(filters=condition)
+    found["read.LIST of several"] = template.format(
+        filters=read.status_filter(["FAILED", "RUNNING"])
     )
     return found
 
@@ -48,7 +48,7 @@ def test_the_search_finds_the_statements() -> None:
     """
     A search that finds nothing would prove nothing.
     """
-    assert {"claims.CLAIM_DUE", "claims.SETTLE_RETRIED", "upkeep.EXPIRE"} <= set(STATEMENTS)
+    assert {"claims.CLAIM_DUE", "settle.SETTLE_RETRIED", "upkeep.EXPIRE"} <= set(STATEMENTS)
     assert len(STATEMENTS) > 35
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from asyncflow.domain.states import State
 from asyncflow.errors import StatementRefused
-from asyncflow.store import tasks
+from asyncflow.store import read, submit
 from asyncflow.store.database import Database
 from tests.support.builders import new_task, row_of
 
@@ -24,7 +24,7 @@ async def test_answers_come_in_the_order_of_the_tasks(db: Database) -> None:
     new = [new_task(delay_seconds=float(seconds)) for seconds in range(50)]
     new = new[25:] + new[:25][::-1]
 
-    answers = await tasks.submit(db, new)
+    answers = await submit.submit(db, new)
 
     assert [task.delay_seconds for task in new] == [
         (answer.run_at - answer.created_at).total_seconds() for answer in answers
@@ -45,9 +45,9 @@ async def test_an_answer_tells_what_the_row_says(db: Database) -> None:
         new_task(run_at=run_at - timedelta(days=36_500)),
     ]
 
-    answers = await tasks.submit(db, new)
+    answers = await submit.submit(db, new)
 
-    stored = [await tasks.get(db, 1, task.id) for task in new]
+    stored = [await read.get(db, 1, task.id) for task in new]
     assert [(t.status, t.created_at, t.run_at) for t in stored] == answers
 
 
@@ -61,7 +61,7 @@ async def test_a_batch_with_one_task_that_cannot_be_stored_stores_nothing(
     The constraints of the schema refuse the whole statement.
     """
     with pytest.raises(StatementRefused):
-        await tasks.submit(db, [new_task(), new_task(**wrong), new_task()])
+        await submit.submit(db, [new_task(), new_task(**wrong), new_task()])
 
     assert 0 == await db.fetchval("SELECT count(*) FROM asyncflow.tasks")
 
@@ -84,9 +84,9 @@ async def test_a_task_is_stored_as_it_was_meant(db: Database) -> None:
     )
     bare = new_task()
 
-    await tasks.submit(db, [full, bare])
+    await submit.submit(db, [full, bare])
 
-    row = await tasks.get(db, 1, full.id)
+    row = await read.get(db, 1, full.id)
     assert ("invoices.render", "slow", 9, 7, 0.25) == (
         row.name,
         row.queue,
@@ -95,7 +95,7 @@ async def test_a_task_is_stored_as_it_was_meant(db: Database) -> None:
         row.timeout_seconds,
     )
     assert (run_at, run_at + timedelta(days=1)) == (row.run_at, row.expires_at)
-    open_fields = await tasks.get(db, 1, bare.id)
+    open_fields = await read.get(db, 1, bare.id)
     assert (None, None, None) == (
         open_fields.max_attempts,
         open_fields.timeout_seconds,
@@ -108,7 +108,7 @@ async def test_a_delay_counts_from_the_database_clock(db: Database, delay: float
     """
     The submitter's clock plays no part.
     """
-    (answer,) = await tasks.submit(db, [new_task(delay_seconds=delay)])
+    (answer,) = await submit.submit(db, [new_task(delay_seconds=delay)])
 
     assert timedelta(seconds=delay) == answer.run_at - answer.created_at
     assert ("SCHEDULED" if delay else "PENDING") == answer.status
@@ -127,9 +127,9 @@ async def test_a_payload_comes_back_byte_for_byte(db: Database) -> None:
     ]
     new = [new_task(payload=payload) for payload in payloads]
 
-    await tasks.submit(db, new)
+    await submit.submit(db, new)
 
-    found = [(await tasks.get(db, 1, task.id)).payload for task in new]
+    found = [(await read.get(db, 1, task.id)).payload for task in new]
     assert payloads == found
 
 
@@ -139,7 +139,7 @@ async def test_a_submitted_task_waits_untouched(db: Database) -> None:
     """
     task = new_task()
 
-    await tasks.submit(db, [task])
+    await submit.submit(db, [task])
 
     row = await row_of(db, task.id)
     assert (State.PENDING, 1, 0, 0) == (
@@ -155,4 +155,4 @@ async def test_submitting_nothing_is_fine(db: Database) -> None:
     """
     An empty batch stores nothing and answers nothing.
     """
-    assert [] == await tasks.submit(db, [])
+    assert [] == await submit.submit(db, [])

@@ -16,7 +16,7 @@ import pytest
 
 from asyncflow.domain.states import TRANSITIONS, Event, State, sources
 from asyncflow.errors import IllegalTransition
-from asyncflow.store import admission, tasks, upkeep
+from asyncflow.store import hints, read, steer, upkeep
 from asyncflow.store.database import Database
 from tests.support.builders import (
     QUEUE,
@@ -56,19 +56,19 @@ def _settle(event: Event) -> Statement:
 
 
 async def _unqueue_lost(db: Database, task: ATask) -> None:
-    await admission.unqueue_lost(db, queue=QUEUE, older_than_seconds=0, ready=0, limit=10)
+    await hints.unqueue_lost(db, queue=QUEUE, older_than_seconds=0, ready=0, limit=10)
 
 
 async def _cancel(db: Database, task: ATask) -> None:
     try:
-        await tasks.cancel(db, 1, task.id)
+        await steer.cancel(db, 1, task.id)
     except IllegalTransition:
         pass
 
 
 async def _redrive(db: Database, task: ATask) -> None:
     try:
-        await tasks.redrive(db, 1, task.id)
+        await steer.redrive(db, 1, task.id)
     except IllegalTransition:
         pass
 
@@ -79,7 +79,7 @@ async def _expire(db: Database, task: ATask) -> None:
 
 
 async def _mark_queued(db: Database, task: ATask) -> None:
-    await admission.mark_queued(db, await as_sent(db, [task.id]))
+    await hints.mark_queued(db, await as_sent(db, [task.id]))
 
 
 STATEMENTS = {
@@ -91,7 +91,7 @@ STATEMENTS = {
     "decline": Statement(
         Event.UNQUEUE,
         (State.QUEUED,),
-        lambda db, task: admission.decline(db, [task.id], names=(), delay_seconds=0),
+        lambda db, task: hints.decline(db, [task.id], names=(), delay_seconds=0),
         puts_off=(State.PENDING,),
     ),
     "unqueue_lost": Statement(Event.UNQUEUE, (State.QUEUED,), _unqueue_lost),
@@ -156,8 +156,8 @@ async def test_cancelling_a_running_task_only_asks_its_worker(db: Database) -> N
     task = await a_task(db, state=State.RUNNING)
     before = await row_of(db, task.id)
 
-    asked = await tasks.cancel(db, 1, task.id)
-    again = await tasks.cancel(db, 1, task.id)
+    asked = await steer.cancel(db, 1, task.id)
+    again = await steer.cancel(db, 1, task.id)
 
     after = await row_of(db, task.id)
     assert State.RUNNING == asked.state
@@ -178,7 +178,7 @@ async def test_a_task_whose_cancellation_was_asked_for_is_not_tried_again(
 
     written = await settled(db, task.id, task.lease_id, SETTLEMENTS[event])
 
-    found = await tasks.get(db, 1, task.id)
+    found = await read.get(db, 1, task.id)
     assert written
     assert State.CANCELLED == found.state
     assert ["cancelled"] == [attempt.outcome for attempt in found.attempts]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from asyncflow.store import queues, workers
 from asyncflow.store.database import Database
-from asyncflow.store.tasks import submit
+from asyncflow.store.submit import submit
 from asyncflow.store.unserved import Unserved, unserved
 from tests.support.builders import NAME, QUEUE, a_worker, new_task
 

@@ -10,7 +10,7 @@ import pytest
 
 from asyncflow.domain.states import TERMINAL, State
 from asyncflow.errors import StoreUnavailable
-from asyncflow.store import admission, tasks, upkeep, workers
+from asyncflow.store import due, read, upkeep, workers
 from asyncflow.store.database import Database
 from asyncflow.store.workers import Published
 from tests.support.builders import (
@@ -40,7 +40,7 @@ async def test_a_waiting_task_is_cancelled_when_it_expires(db: Database, state: 
 
     count = await upkeep.expire(db, limit=10)
 
-    found = await tasks.get(db, 1, task.id)
+    found = await read.get(db, 1, task.id)
     assert (1, State.CANCELLED) == (count, found.state)
     assert found.failure and "Expired" == found.failure["kind"]
     assert state == await state_of(db, other.id)
@@ -55,7 +55,7 @@ async def test_a_task_that_waits_for_a_retry_expires_too(db: Database) -> None:
 
     await upkeep.expire(db, limit=10)
 
-    found = await tasks.get(db, 1, task.id)
+    found = await read.get(db, 1, task.id)
     assert State.CANCELLED == found.state
     assert ["retried"] == [attempt.outcome for attempt in found.attempts]
 
@@ -205,7 +205,7 @@ async def test_a_task_older_than_its_handler_moves_to_the_handlers_queue(db: Dat
     assert ["reports", "default", "reports"] == [
         await queue_of(db, task_id) for task_id in (early, other, delayed.id)
     ]
-    admitted = await admission.admissible(db, queue="reports", names=[NAME], limit=9)
+    admitted = await due.admissible(db, queue="reports", names=[NAME], limit=9)
     assert [early] == [task.task_id for task in admitted]
     assert [early] == [claim.task_id for claim in await claimed_due(db, 9, queues=("reports",))]
 

@@ -13,11 +13,12 @@ from uuid import UUID, uuid4
 
 from asyncflow.domain.outcome import Failure, Settlement
 from asyncflow.domain.states import Event, State
-from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
-from asyncflow.store import admission, claims, tasks, workers
-from asyncflow.store.admission import Admitted
-from asyncflow.store.claims import Claim, Offer, Settling
+from asyncflow.domain.task import DEFAULT_TENANT_ID, Claim, NewTask, TaskIds
+from asyncflow.store import claims, hints, settle, steer, submit, workers
+from asyncflow.store.claims import Offer
 from asyncflow.store.database import Executor
+from asyncflow.store.due import Admitted
+from asyncflow.store.settle import Settling
 from asyncflow.store.workers import Registration
 
 NAME = "greet"
@@ -79,7 +80,7 @@ async def submitted(db: Executor, count: int, **changes: Any) -> list[UUID]:
     Store `count` equal tasks; return their ids, oldest first.
     """
     new = [new_task(**changes) for _ in range(count)]
-    await tasks.submit(db, new)
+    await submit.submit(db, new)
     return [task.id for task in new]
 
 
@@ -115,7 +116,7 @@ async def a_task(
     task = new_task(**changes)
     if not earlier and state is State.PENDING:
         task = new_task(**changes, id=task.id, delay_seconds=due_in_seconds)
-    await tasks.submit(db, [task])
+    await submit.submit(db, [task])
 
     worker_id = worker_id or uuid4()
     lease_id = None
@@ -131,11 +132,11 @@ async def a_task(
         if state in _ENDS:
             await settled(db, task.id, lease_id, SETTLEMENTS[_ENDS[state]])
     elif state is State.QUEUED:
-        await admission.mark_queued(db, await as_sent(db, [task.id]))
+        await hints.mark_queued(db, await as_sent(db, [task.id]))
     elif state is State.CANCELLED:
-        await tasks.cancel(db, task.tenant_id, task.id)
+        await steer.cancel(db, task.tenant_id, task.id)
     if cancel_requested:
-        await tasks.cancel(db, task.tenant_id, task.id)
+        await steer.cancel(db, task.tenant_id, task.id)
     return ATask(task.id, lease_id, worker_id if lease_id else None)
 
 
@@ -192,7 +193,7 @@ async def settled(db: Executor, task_id: UUID, lease_id: UUID, settlement: Settl
     """
     Settle one attempt; False if the lease was not valid.
     """
-    (written,) = await claims.settle(db, [Settling(task_id, lease_id, settlement)])
+    (written,) = await settle.settle(db, [Settling(task_id, lease_id, settlement)])
     return written
 
 

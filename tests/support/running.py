@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+from asyncflow.domain.task import Task
 from asyncflow.handlers import Registry, handler
-from asyncflow.store import tasks
+from asyncflow.store import read as store
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
-from asyncflow.store.tasks import Task
 from asyncflow.store.workers import Registration
 from asyncflow.transport import Claimant, Transport
 from asyncflow.transport.postgres import PostgresTransport
@@ -120,4 +120,4 @@ async def read(db: Database, task_id: UUID) -> Task:
     """
     A task with its attempts.
     """
-    return await tasks.get(db, 1, task_id)
+    return await store.get(db, 1, task_id)

@@ -14,11 +14,13 @@ from uuid import UUID, uuid4
 
 from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
-from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
+from asyncflow.domain.task import DEFAULT_TENANT_ID, Claim, NewTask, TaskIds
 from asyncflow.errors import StoreUnavailable
-from asyncflow.store import claims, tasks, workers
-from asyncflow.store.claims import Claim, Offer, Settling
+from asyncflow.store import claims, settle, workers
+from asyncflow.store import submit as store
+from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
+from asyncflow.store.settle import Settling
 from asyncflow.store.wakeups import send_wakeup
 from asyncflow.store.workers import Registration
 
@@ -55,7 +57,7 @@ async def submit(
         NewTask(task_ids.next(), DEFAULT_TENANT_ID, name, queue, priority, payload, **more)
         for _ in range(count)
     ]
-    await tasks.submit(db, new)
+    await store.submit(db, new)
     await send_wakeup(db)
     return [task.id for task in new]
 
@@ -110,7 +112,7 @@ async def complete(db: Database, done: Sequence[Claim]) -> list[bool]:
     Settle claims as completed.
     """
     completed = Settlement(Event.COMPLETE, result="null")
-    return await claims.settle(db, [Settling(c.task_id, c.lease_id, completed) for c in done])
+    return await settle.settle(db, [Settling(c.task_id, c.lease_id, completed) for c in done])
 
 
 async def states(db: Database) -> Counter[str]:

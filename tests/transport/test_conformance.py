@@ -13,9 +13,10 @@ from uuid import UUID
 
 import pytest
 
+from asyncflow.domain.task import Claim
 from asyncflow.relay.relay import Relay
 from asyncflow.store import queues
-from asyncflow.store.claims import Claim, Offer
+from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.transport import Claimant, Transport
 from asyncflow.transport.postgres import PostgresTransport

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from asyncflow.store import claims, lookback
-from asyncflow.store.claims import Claim, Offer
+from asyncflow.domain.task import Claim
+from asyncflow.store import claims, due
+from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
-from asyncflow.store.lookback import Lookback
+from asyncflow.store.due import LowWaterMark
 from asyncflow.transport import Claimant
 from asyncflow.transport.postgres import PostgresTransport
 from tests.support.tasks import NAME, QUEUE, a_worker, submit, until
@@ -30,7 +31,7 @@ async def transport(db: Database) -> PostgresTransport:
     return PostgresTransport(db, Claimant(worker.id, (QUEUE,), (Offer(NAME, 5, 900.0),)))
 
 
-async def test_a_claim_begins_where_the_lookback_says(
+async def test_a_claim_begins_where_the_low_water_mark_says(
     db: Database, transport: PostgresTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
@@ -38,13 +39,13 @@ async def test_a_claim_begins_where_the_lookback_says(
     """
     asked: list[dict[str, Any]] = []
 
-    def never(self: Lookback, **what: Any) -> Any:
+    def never(self: LowWaterMark, **what: Any) -> Any:
         asked.append(what)
         return NEVER
 
     [task_id] = await submit(db)
     with monkeypatch.context() as patched:
-        patched.setattr(Lookback, "since", never)
+        patched.setattr(LowWaterMark, "since", never)
         assert [] == await transport._claim(1)
 
     assert [{"queues": [QUEUE], "names": [NAME]}] == asked
@@ -58,14 +59,14 @@ async def test_after_a_slow_claim_the_next_ones_begin_late(
     """
     Also if it was so slow that it failed.
     """
-    monkeypatch.setattr(lookback, "WORTH_SECONDS", 0.0)
+    transport._due._mark = LowWaterMark(db, worth_seconds=0.0)
     since: list[Any] = []
     original = claims.claim_due
 
     async def claim_due(db: Database, **more: Any) -> list[Claim]:
         since.append(more["since"])
         if len(since) == 1:
-            await asyncio.sleep(2 * lookback.SLOW_SECONDS)
+            await asyncio.sleep(2 * due.SLOW_SECONDS)
             if fails:
                 raise TimeoutError
         return await original(db, **more)

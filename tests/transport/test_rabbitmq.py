@@ -14,9 +14,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from asyncflow.domain.task import Claim
 from asyncflow.relay.relay import Relay
 from asyncflow.store import queues
-from asyncflow.store.claims import Claim, Offer
+from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.transport import Claimant
 from asyncflow.transport.amqp import Channel, Delivery, Message, PublishResult, connect

@@ -15,8 +15,9 @@ import pytest
 from asyncflow.aio.batching import Batcher
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import Event
+from asyncflow.domain.task import Claim
 from asyncflow.errors import StoreUnavailable
-from asyncflow.store.claims import Claim, Settling
+from asyncflow.store.settle import Settling
 from asyncflow.telemetry import events
 from asyncflow.telemetry.logs import Log
 from asyncflow.worker import execute as execute_module

@@ -11,11 +11,12 @@ import pytest
 
 from asyncflow.domain.outcome import Failure, Settlement
 from asyncflow.domain.states import Event
+from asyncflow.domain.task import Claim
 from asyncflow.errors import StatementRefused, StoreUnavailable
 from asyncflow.maintenance.reaper import Reaper
-from asyncflow.store import tasks
-from asyncflow.store.claims import Claim, Settling
+from asyncflow.store import steer
 from asyncflow.store.database import Database
+from asyncflow.store.settle import Settling
 from asyncflow.worker.execute import make_settler
 from tests.support.builders import SETTLEMENTS
 from tests.support.tasks import a_worker, claim, submit
@@ -58,7 +59,7 @@ async def test_a_settlement_whose_answer_was_lost_counts_as_written(
     """
     taken = await a_claim(db)
     if is_cancelled:
-        await tasks.cancel(db, 1, taken.task_id)
+        await steer.cancel(db, 1, taken.task_id)
     async with Database(wire.url) as far:
         settler = make_settler(far)
         ended = settling(taken, SETTLEMENTS[event])
@@ -90,7 +91,7 @@ async def test_what_the_reaper_wrote_under_a_lease_is_not_taken_for_its_settleme
     """
     taken = await a_claim(db, max_attempts=max_attempts)
     if is_cancelled:
-        await tasks.cancel(db, 1, taken.task_id)
+        await steer.cancel(db, 1, taken.task_id)
     await db.execute("UPDATE asyncflow.workers SET stopped_at = now()")
     assert 1 == await Reaper(grace_seconds=0).reap(db)
 

@@ -22,10 +22,11 @@ from structlog.testing import capture_logs
 from asyncflow import Context, Reject, Retry
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import State
+from asyncflow.domain.task import Claim
 from asyncflow.handlers import DEFAULT_REGISTRY, Registry
 from asyncflow.maintenance.reaper import Reaper
-from asyncflow.store import claims, tasks, workers
-from asyncflow.store.claims import Claim, Offer
+from asyncflow.store import claims, steer, workers
+from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.store.wakeups import Listener
 from asyncflow.transport.postgres import PostgresTransport
@@ -204,7 +205,7 @@ async def test_a_running_task_is_cancelled_on_request(db: Database) -> None:
     async with a_running_worker(db, gate.handler):
         await soon(gate.entered)
 
-        await tasks.cancel(db, 1, task_id)
+        await steer.cancel(db, 1, task_id)
 
         await until_states(db, cancelled=1)
     assert gate.interrupted.is_set()

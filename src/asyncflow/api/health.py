@@ -18,7 +18,7 @@ from asyncflow.errors import StoreUnavailable
 from asyncflow.store.database import Executor
 from asyncflow.store.presence import Presence, presence
 from asyncflow.store.schema import Schema, check_schema
-from asyncflow.store.tasks import submit_nothing
+from asyncflow.store.submit import submit_nothing
 from asyncflow.store.upkeep import probe
 from asyncflow.wire.health import Live, Ready
 

@@ -28,7 +28,7 @@ from asyncflow.api.views import submitted_json
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
 from asyncflow.errors import Fault, InvalidPayload, InvalidTask
 from asyncflow.jsontext import parse
-from asyncflow.store import tasks as store
+from asyncflow.store import submit
 from asyncflow.store.database import Executor
 from asyncflow.store.wakeups import Waker
 from asyncflow.wire.submissions import SubmitTask
@@ -67,7 +67,7 @@ class Submissions:
         self._payload_bytes_max = payload_bytes_max
         self._location = f"{root_path}/tasks/".encode()
         self._ids = TaskIds()
-        self._batcher: Batcher[NewTask, store.Submitted] = Batcher(
+        self._batcher: Batcher[NewTask, submit.Submitted] = Batcher(
             self._store,
             size_max=BATCH_SIZE_MAX,
             weigh=lambda task: len(task.payload),
@@ -112,8 +112,8 @@ class Submissions:
             media_type="application/json",
         )
 
-    async def _store(self, tasks: Sequence[NewTask]) -> list[store.Submitted]:
-        return await store.submit(self._db, tasks)
+    async def _store(self, tasks: Sequence[NewTask]) -> list[submit.Submitted]:
+        return await submit.submit(self._db, tasks)
 
     def _checked(self, row: SubmitTask | Refused, number: int) -> NewTask | Refused:
         if not isinstance(row, SubmitTask):
@@ -158,7 +158,7 @@ class Submissions:
     def _header(self, task: NewTask) -> tuple[bytes, bytes]:
         return b"location", self._location + str(task.id).encode()
 
-    def _wake_for(self, submitted: Sequence[store.Submitted]) -> None:
+    def _wake_for(self, submitted: Sequence[submit.Submitted]) -> None:
         # After the commit; a task that is due later is found by polling.
         if any(task.run_at <= task.created_at for task in submitted):
             self._waker.wake()

@@ -20,8 +20,9 @@ from asyncflow.api.views import page_json, task_json
 from asyncflow.domain.states import State
 from asyncflow.domain.task import DEFAULT_TENANT_ID
 from asyncflow.errors import InvalidTask
-from asyncflow.store import tasks as store
+from asyncflow.store import read, steer
 from asyncflow.store.database import Executor
+from asyncflow.store.read import Page
 from asyncflow.store.wakeups import Waker
 from asyncflow.wire.tasks import TaskPage, TaskQuery, TaskView
 
@@ -85,9 +86,7 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker, *, through_relay: 
         """
         if task_id == "batch":
             raise HTTPException(405)  # A path of its own, for POST.
-        task = await store.get(
-            db, DEFAULT_TENANT_ID, _task_id(task_id), through_relay=through_relay
-        )
+        task = await read.get(db, DEFAULT_TENANT_ID, _task_id(task_id), through_relay=through_relay)
         return _json(task_json(task))
 
     @app.post(
@@ -107,7 +106,7 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker, *, through_relay: 
         A waiting task is cancelled at once. A running one may still complete before its
         worker stops it.
         """
-        task = await store.cancel(db, DEFAULT_TENANT_ID, _task_id(task_id))
+        task = await steer.cancel(db, DEFAULT_TENANT_ID, _task_id(task_id))
         return _json(task_json(task), 200 if task.state is State.CANCELLED else 202)
 
     @app.post(
@@ -125,7 +124,7 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker, *, through_relay: 
         A `SCHEDULED` or `RETRYING` task is due now, instead of at its `run_at`, and starts when
         a worker has a slot for it. A task that is due already is left as it is.
         """
-        task = await store.run_now(db, DEFAULT_TENANT_ID, _task_id(task_id))
+        task = await steer.run_now(db, DEFAULT_TENANT_ID, _task_id(task_id))
         waker.wake()
         return _json(task_json(task), 202)
 
@@ -144,7 +143,7 @@ def add_task_routes(app: FastAPI, db: Executor, waker: Waker, *, through_relay: 
         Give a failed or cancelled task a new generation: due now, with all its attempts
         before it again. To start a waiting task early, use `run-now`.
         """
-        task = await store.redrive(db, DEFAULT_TENANT_ID, _task_id(task_id))
+        task = await steer.redrive(db, DEFAULT_TENANT_ID, _task_id(task_id))
         waker.wake()
         return _json(task_json(task), 202)
 
@@ -157,9 +156,9 @@ def _check_repetitions(request: Request) -> None:
         raise InvalidQuery((name, "is given more than once") for name in repeated)
 
 
-async def _page(db: Executor, query: TaskQuery) -> store.Page:
+async def _page(db: Executor, query: TaskQuery) -> Page:
     try:
-        return await store.list_tasks(
+        return await read.list_tasks(
             db,
             DEFAULT_TENANT_ID,
             statuses=query.status,

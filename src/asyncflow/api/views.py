@@ -11,8 +11,9 @@ from datetime import datetime
 from typing import Any, cast
 
 from asyncflow.domain.states import State
-from asyncflow.domain.task import NewTask
-from asyncflow.store.tasks import Attempt, Page, Submitted, Task
+from asyncflow.domain.task import AttemptRecord, NewTask, Task
+from asyncflow.store.read import Page
+from asyncflow.store.submit import Submitted
 from asyncflow.wire.fields import Status, rfc3339
 from asyncflow.wire.tasks import (
     AttemptView,
@@ -99,7 +100,7 @@ def _summary_fields(task: Task) -> dict[str, Any]:
     }
 
 
-def _attempt_view(attempt: Attempt) -> AttemptView:
+def _attempt_view(attempt: AttemptRecord) -> AttemptView:
     return AttemptView.model_construct(
         attempt=attempt.attempt,
         generation=attempt.generation,

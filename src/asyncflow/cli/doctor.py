@@ -74,7 +74,7 @@ async def _rabbitmq(settings: Settings) -> Sequence[Finding]:
     if settings.broker_url is None:
         return []
     from asyncflow.cli.database import opened
-    from asyncflow.store import admission
+    from asyncflow.store import hints
     from asyncflow.store.installation import identity
     from asyncflow.transport.rabbitmq.inspection import inspect
 
@@ -84,7 +84,7 @@ async def _rabbitmq(settings: Settings) -> Sequence[Finding]:
     with contextlib.suppress(Exception):
         async with opened(settings) as db:
             installation = await identity(db)
-            queues = [queue.name for queue in await admission.open_queues(db)]
+            queues = [queue.name for queue in await hints.open_queues(db)]
     return await inspect(
         settings.broker_url,
         installation=installation,

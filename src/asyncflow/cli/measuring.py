@@ -21,7 +21,7 @@ from asyncflow.aio.batching import Batcher
 from asyncflow.domain.policy import PRIORITY_DEFAULT
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
 from asyncflow.errors import AsyncFlowError
-from asyncflow.store import measurements, tasks
+from asyncflow.store import measurements, submit
 from asyncflow.store.database import Database
 from asyncflow.store.measurements import Course, Offer
 from asyncflow.store.wakeups import Waker
@@ -198,7 +198,7 @@ class Bench:
     async def _submit(self, new: Sequence[NewTask]) -> list[None]:
         # Before the answer, which may be lost: what may be stored will be removed.
         self._submitted += [task.id for task in new]
-        await tasks.submit(self._db, new)
+        await submit.submit(self._db, new)
         self._waker.wake()
         return [None] * len(new)
 

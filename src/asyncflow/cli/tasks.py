@@ -14,8 +14,9 @@ from uuid import UUID
 import click
 
 if TYPE_CHECKING:
+    from asyncflow.domain.task import Task
     from asyncflow.store.database import Database
-    from asyncflow.store.tasks import Page, Task
+    from asyncflow.store.read import Page
 
 Result = TypeVar("Result")
 
@@ -40,11 +41,11 @@ def get(task_id: UUID, as_json: bool) -> None:
     Show everything about one task.
     """
     from asyncflow.settings import load_settings
-    from asyncflow.store import tasks
+    from asyncflow.store import read
 
     through_relay = load_settings().broker_url is not None
     task = run_with_database(
-        lambda db: tasks.get(db, _tenant_id(), task_id, through_relay=through_relay)
+        lambda db: read.get(db, _tenant_id(), task_id, through_relay=through_relay)
     )
     _show(task, as_json)
 
@@ -78,15 +79,15 @@ def list_tasks(
     """
     List tasks, newest first.
     """
-    from asyncflow.store import tasks
+    from asyncflow.store import read
 
     for status in statuses:
-        if status.upper() not in tasks.STATUS_FILTERS:
-            known = ", ".join(tasks.STATUS_FILTERS)
+        if status.upper() not in read.STATUS_FILTERS:
+            known = ", ".join(read.STATUS_FILTERS)
             raise click.BadParameter(f"{status!r} is none of {known}", param_hint="--status")
 
-    async def read(db: Database) -> Page:
-        return await tasks.list_tasks(
+    async def read_page(db: Database) -> Page:
+        return await read.list_tasks(
             db,
             _tenant_id(),
             statuses=[status.upper() for status in statuses],
@@ -96,7 +97,7 @@ def list_tasks(
             limit=limit,
         )
 
-    page = run_with_database(read)
+    page = run_with_database(read_page)
     if as_json:
         from asyncflow.api.views import page_json
 
@@ -114,9 +115,9 @@ def cancel(task_id: UUID, as_json: bool) -> None:
     """
     Cancel a waiting task, or ask the worker of a running one to stop it.
     """
-    from asyncflow.store import tasks
+    from asyncflow.store import steer
 
-    _show(run_with_database(lambda db: tasks.cancel(db, _tenant_id(), task_id)), as_json)
+    _show(run_with_database(lambda db: steer.cancel(db, _tenant_id(), task_id)), as_json)
 
 
 @app.command("run-now")
@@ -126,9 +127,9 @@ def run_now(task_id: UUID, as_json: bool) -> None:
     """
     Let a task that waits for its time, or for its next attempt, be due now.
     """
-    from asyncflow.store import tasks
+    from asyncflow.store import steer
 
-    _show(run_with_database(_waking(lambda db: tasks.run_now(db, _tenant_id(), task_id))), as_json)
+    _show(run_with_database(_waking(lambda db: steer.run_now(db, _tenant_id(), task_id))), as_json)
 
 
 @app.command()
@@ -138,9 +139,9 @@ def redrive(task_id: UUID, as_json: bool) -> None:
     """
     Give a failed or cancelled task a new generation, due now.
     """
-    from asyncflow.store import tasks
+    from asyncflow.store import steer
 
-    _show(run_with_database(_waking(lambda db: tasks.redrive(db, _tenant_id(), task_id))), as_json)
+    _show(run_with_database(_waking(lambda db: steer.redrive(db, _tenant_id(), task_id))), as_json)
 
 
 def _waking(

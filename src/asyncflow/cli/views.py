@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from asyncflow.domain.task import AttemptRecord, Task
     from asyncflow.store.queues import Queue
-    from asyncflow.store.tasks import Attempt, Page, Task
+    from asyncflow.store.read import Page
     from asyncflow.store.workers import Living
 
 STYLES = {
@@ -185,7 +186,7 @@ def _status(status: str) -> Text:
     return Text(status, style=STYLES.get(status, ""))
 
 
-def _attempt(attempt: Attempt) -> Text:
+def _attempt(attempt: AttemptRecord) -> Text:
     text = Text()
     text.append_text(_status(attempt.outcome.upper()))
     text.append(f" from {_time(attempt.started_at)}")

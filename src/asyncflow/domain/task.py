@@ -1,8 +1,14 @@
 """
-A task as its submitter meant it, before it is a row.
+A task: as it is submitted, as it is stored, and as a worker claims it. A task's columns are
+declared here, once.
 
-The id is a UUIDv7 (RFC 9562 §5.7), so that ids sort by submission and inserts touch the
-right edge of every index. It tells when a task was submitted; nothing else is in it.
+What `NewTask` has is inserted; what `Task` has is read back and shown; what `Claim` has goes to
+the worker, and to the handler by its `Context`. SQL, JSON and the command line derive from these
+three (`store.columns`, `api.views`). So a new column is a line in those that shall carry it, and
+a migration.
+
+The id is a UUIDv7 (RFC 9562 §5.7), so that ids sort by submission and inserts touch the right
+edge of every index. It tells when a task was submitted and nothing else.
 """
 
 from __future__ import annotations
@@ -10,9 +16,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
+
+from asyncflow.domain.states import State
 
 DEFAULT_TENANT_ID = 1
 """The one built-in tenant."""
@@ -20,7 +29,7 @@ DEFAULT_TENANT_ID = 1
 
 class NewTask(NamedTuple):
     """
-    Everything `store.tasks.submit` writes.
+    A task as its submitter meant it, before it is a row.
 
     Attributes:
         payload: JSON text of an object.
@@ -28,7 +37,7 @@ class NewTask(NamedTuple):
             database's clock.
         delay_seconds: 0 or more; ignored when `run_at` is given.
         expires_at: Never starts after; None means never expires.
-        max_attempts, timeout_seconds: None means as the handler says when it is claimed.
+        max_attempts, timeout_seconds: None means the handler's setting when it is claimed.
     """
 
     id: UUID
@@ -42,6 +51,100 @@ class NewTask(NamedTuple):
     expires_at: datetime | None = None
     max_attempts: int | None = None
     timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """
+    A task's row, read at one moment of the database's clock.
+
+    Attributes:
+        status: What people call its state; see `states.display_status`.
+        failure: Of the latest attempt that failed: `{kind, message, traceback}`.
+        progress: `{fraction, message}` as the latest attempt reported it, complete once the task
+            is; None if it reported none.
+        payload: JSON text; None in lists.
+        result: JSON text; None in lists and until completed.
+        waiting_for: Why a due task has not started, or a running one does not end, if the reason
+            will not pass by itself: no live worker offers its name on its queue, the queue is
+            paused, no maintenance is running, RabbitMQ refuses us. None otherwise, and in lists.
+        attempts: Oldest first; empty in lists.
+    """
+
+    id: UUID
+    name: str
+    queue: str
+    status: str
+    state: State
+    priority: int
+    generation: int
+    attempt: int
+    failures: int
+    max_attempts: int | None
+    timeout_seconds: float | None
+    created_at: datetime
+    run_at: datetime
+    expires_at: datetime | None
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    cancel_requested_at: datetime | None
+    worker_id: UUID | None
+    failure: dict[str, Any] | None
+    progress: dict[str, Any] | None
+    payload: str | None = None
+    result: str | None = None
+    waiting_for: str | None = None
+    attempts: tuple[AttemptRecord, ...] = ()
+
+
+COMPUTED = frozenset({"status", "waiting_for", "attempts"})
+"""What of `Task` is no column of its row. Columns with a default are left out of lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """
+    What is recorded of one execution of a task; the last one may still be running.
+
+    Attributes:
+        outcome: `running`, or one of `domain.outcome.RECORDED`.
+        finished_at: None while it runs.
+        failure: `{kind, message, traceback}` or None.
+    """
+
+    attempt: int
+    generation: int
+    outcome: str
+    started_at: datetime
+    finished_at: datetime | None
+    worker_id: UUID | None
+    failure: dict[str, Any] | None
+
+
+class Claim(NamedTuple):
+    """
+    One task, leased to one worker for one attempt.
+
+    Attributes:
+        task_id: Its `id`.
+        attempt: 1 for the first claim of the task, over all generations.
+        failures: Punished attempts before this one, in this generation.
+        payload: JSON text.
+        claimed_at: Its `started_at`, by the database's clock.
+    """
+
+    task_id: UUID
+    lease_id: UUID
+    tenant_id: int
+    name: str
+    queue: str
+    attempt: int
+    failures: int
+    max_attempts: int
+    timeout_seconds: float
+    payload: str
+    claimed_at: datetime
 
 
 class TaskIds:

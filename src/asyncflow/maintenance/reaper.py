@@ -15,9 +15,9 @@ import time
 from asyncflow.domain.outcome import Cancelled, Crashed, Failure, Outcome, Released, decide
 from asyncflow.domain.retry import Backoff
 from asyncflow.errors import StoreError
-from asyncflow.store import claims, upkeep, workers
-from asyncflow.store.claims import Settling
+from asyncflow.store import settle, upkeep, workers
 from asyncflow.store.database import Executor
+from asyncflow.store.settle import Settling
 from asyncflow.store.upkeep import LostLease
 from asyncflow.telemetry import events
 
@@ -73,7 +73,7 @@ class Reaper:
         )
         if not lost:
             return 0
-        written = await claims.settle(db, [_settling(lease) for lease in lost])
+        written = await settle.settle(db, [_settling(lease) for lease in lost])
         events.leases_reaped(count=sum(written))
         return sum(written)
 

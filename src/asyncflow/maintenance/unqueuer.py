@@ -4,7 +4,7 @@ Frees tasks that were queued for a broker which is not used any more.
 
 from __future__ import annotations
 
-from asyncflow.store import admission
+from asyncflow.store import hints
 from asyncflow.store.database import Executor
 from asyncflow.telemetry import events
 
@@ -15,7 +15,7 @@ async def unqueue(db: Executor) -> int:
     """
     Put queued tasks back to pending, where workers without a broker look; return how many.
     """
-    count = await admission.unqueue_stranded(db, limit=BATCH)
+    count = await hints.unqueue_stranded(db, limit=BATCH)
     if count:
         events.tasks_unqueued(count=count)
     return count

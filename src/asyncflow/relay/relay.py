@@ -48,12 +48,12 @@ from uuid import UUID
 from asyncflow.errors import InvalidSettings, StoreError, StoreUnavailable, TransportError
 from asyncflow.findings import Finding
 from asyncflow.settings import masked
-from asyncflow.store import admission
-from asyncflow.store.admission import Admitted, OpenQueue
+from asyncflow.store import hints
 from asyncflow.store.database import Database, Executor
+from asyncflow.store.due import Admitted, Due
+from asyncflow.store.hints import OpenQueue
 from asyncflow.store.installation import identity
 from asyncflow.store.leadership import leadership
-from asyncflow.store.lookback import Lookback, Moments
 from asyncflow.store.wakeups import Listener
 from asyncflow.telemetry import events
 from asyncflow.telemetry.seldom import Seldom
@@ -298,7 +298,7 @@ class Relay:
         self._seldom = Seldom()
         self._windows: defaultdict[str, Window] = defaultdict(Window)
         self._unmarked: defaultdict[str, Unmarked] = defaultdict(Unmarked)
-        self._lookback = Lookback(db)
+        self._due = Due(db)
         self._queued_since: dict[str, datetime] = {}
         self._recounted_at = -math.inf
         self._resting = RestingQueues()
@@ -321,7 +321,7 @@ class Relay:
         """
         Relay for ever, through any outage of PostgreSQL or RabbitMQ.
         """
-        async with Listener(self._db, self._woken.set), aclosing(self._lookback):
+        async with Listener(self._db, self._woken.set), aclosing(self._due):
             while True:
                 may_pass = True
                 try:
@@ -445,10 +445,6 @@ class Relay:
         rest_seconds = POLL_SECONDS
         has_dropped = await self._take_back_dropped()
         queues = await self._open_queues(db)
-        since = self._lookback.since(
-            queues=[queue.name for queue in queues],
-            names=[name for queue in queues for name in queue.names],
-        )
         for closed in self._unmarked.keys() - {queue.name for queue in queues}:
             # A hint that meets a pause is used up.
             del self._unmarked[closed]
@@ -461,7 +457,7 @@ class Relay:
                 ready = self._windows[queue.name].hints_max(counts, queued=sent)
                 await self._find_lost(queue, ready=ready)
                 await self._mark_due(queue.name)
-                if await self._fill(db, channel, queue, ready=ready, since=since.get(queue.name)):
+                if await self._fill(db, channel, queue, ready=ready):
                     rest_seconds = min(rest_seconds, self._windows[queue.name].rest_seconds)
             except (BrokerTimeout, ChannelClosed, ValueError) as error:
                 raise QueueUnusable(queue.name, error) from error
@@ -486,7 +482,7 @@ class Relay:
                     queue=message.routing_key, body_bytes=len(message.body or b"")
                 )
                 continue
-            await admission.unqueue_dropped(self._db, task_ids)
+            await hints.unqueue_dropped(self._db, task_ids)
             self._unmarked[queue].forget(task_ids)
             causes[queue, _cause_of_death(message)] += len(task_ids)
         for channel, message in found:
@@ -508,7 +504,7 @@ class Relay:
         if now - self._recounted_at > RECOUNT_SECONDS:
             # Should a note be written later than any that was counted, it is found now.
             self._recounted_at, self._queued_since = now, {}
-        queues = await admission.open_queues(db, queued_since=self._queued_since)
+        queues = await hints.open_queues(db, queued_since=self._queued_since)
         self._queued_since = {queue.name: queue.queued_since for queue in queues}
         return queues
 
@@ -527,20 +523,12 @@ class Relay:
         try:
             for begin in range(0, len(sent), BATCH):
                 # Through the pool: a connection, such as the leader's, does one thing at a time.
-                await admission.mark_queued(self._db, sent[begin : begin + BATCH])
+                await hints.mark_queued(self._db, sent[begin : begin + BATCH])
         except StoreError:
             self._unmarked[queue].put_back(sent)
             raise
 
-    async def _fill(
-        self,
-        db: Executor,
-        channel: Channel,
-        queue: OpenQueue,
-        *,
-        ready: int,
-        since: Moments | None,
-    ) -> bool:
+    async def _fill(self, db: Executor, channel: Channel, queue: OpenQueue, *, ready: int) -> bool:
         """
         Send what there is room for; return whether the window is full, so that more may wait.
         """
@@ -548,7 +536,9 @@ class Relay:
         room = window.room(ready=ready, slots=queue.slots, now=time.monotonic())
         admitted: list[Admitted] = []
         if room:
-            pending = await self._admissible(db, queue, limit=room + len(unmarked), since=since)
+            pending = await self._due.admissible(
+                db, queue=queue.name, names=queue.names, limit=room + len(unmarked)
+            )
             admitted = [task for task in pending if task not in unmarked][:room]
             unmarked.keep(pending)
         # Published in order, all at once; each batch is noted while later ones are on their way.
@@ -567,17 +557,6 @@ class Relay:
         is_full = sent >= room
         window.note(is_full=is_full)
         return is_full
-
-    async def _admissible(
-        self, db: Executor, queue: OpenQueue, *, limit: int, since: Moments | None
-    ) -> list[Admitted]:
-        began = time.monotonic()
-        try:
-            return await admission.admissible(
-                db, queue=queue.name, names=queue.names, limit=limit, since=since
-            )
-        finally:
-            self._lookback.note(look_seconds=time.monotonic() - began)
 
     async def _send(self, channel: Channel, queue: str, admitted: Sequence[Admitted]) -> int:
         confirmed = await self._publish(channel, queue, admitted)
@@ -624,7 +603,7 @@ class Relay:
     async def _find_lost(self, queue: OpenQueue, *, ready: int) -> None:
         if queue.queued <= ready:
             return
-        count = await admission.unqueue_lost(
+        count = await hints.unqueue_lost(
             self._db,
             queue=queue.name,
             older_than_seconds=LOST_AFTER_SECONDS,

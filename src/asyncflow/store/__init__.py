@@ -5,14 +5,23 @@ Every SQL statement of AsyncFlow, each beside the function that runs it.
     sqlstates   what each error of PostgreSQL means
     dsn         what becomes of a database URL and its parameters
     schema      which schemas this version runs on; `migrations/` makes them
-    tasks       submit, read, list, cancel, redrive
-    claims      claim, settle, progress: what a worker does under a lease
-    admission   which pending tasks may be queued, and hints that were lost
+    columns     the columns of a task, from their declaration in `domain.task`
+    submit      new tasks
+    read        one task, or a page of many
+    steer       cancel, run now, redrive
+    admission   which tasks may start now: the one text of it
+    claims      claim, progress: what a worker does under a lease
+    due         due tasks claimed or listed, and the low-water mark
+    settle      how attempts ended
+    endings     what the end of a task sets off, in its transaction
+    hints       which tasks are queued, and hints that were lost
     workers     heartbeats, published handlers, who is dead
-    queues      pause and resume
+    queues      pause, resume, list
+    upkeep      lost leases, expiry, retention
+    unserved    due tasks that no worker offers
+    presence    whether maintenance is running
     inspection  whether a server is fit for us
     grants      the rights that a role needs
-    upkeep      reap, expire, prune
     leadership  one relay among many processes
     wakeups     LISTEN and NOTIFY: hints that something is due
 

@@ -1,300 +1,71 @@
 """
-Which pending tasks may be queued now, for the relay; and queued tasks whose hint was lost.
+Which tasks may start now: the one text of it, as pieces of SQL.
 
-This is the one decision about what may go, taken here when RabbitMQ carries the hints and in
-`claims.CLAIM_DUE`, in the same terms, when nothing does: due, not expired, offered by a live
-worker, its queue not paused, highest priority first.
+A task may start if it waits, is due, has not expired, is offered by name, and its queue is not
+paused; among several, the highest priority goes first, then the longest due. Both engines ask
+exactly that, and so does whatever explains or measures it. So no statement spells it out: each is
+built from these pieces when its module is imported.
+
+    claims   CLAIM_DUE (no broker), CLAIM_HINTED (RabbitMQ)
+    due      ADMISSIBLE, what the relay may send; OLDEST_PENDING, the low-water mark
+    hints    OPEN_QUEUES, the queues that the relay may send for
+    read     GET: why is it waiting?
+    unserved tasks that are due and that no worker offers
+
+In every piece, `t` is the task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import NamedTuple
-from uuid import UUID
+IS_PENDING = "t.queued_at IS NULL AND t.lease_id IS NULL"
+"""Waits, and no hint is out for it; in the terms of index `tasks_due`."""
 
-from asyncflow.store.database import Executor
-from asyncflow.store.lookback import Moments
+IS_QUEUED = "t.queued_at IS NOT NULL AND t.lease_id IS NULL"
+"""Waits, and a hint is out for it; in the terms of index `tasks_queued`."""
+
+IS_DUE = "t.run_at <= now()"
+
+IS_UNEXPIRED = "(t.expires_at IS NULL OR t.expires_at > now())"
 
 
-class OpenQueue(NamedTuple):
+def is_offered(names: str) -> str:
     """
-    A queue that live workers consume and nobody paused.
-
-    Attributes:
-        names: The handler names some live worker offers on it.
-        slots: Attempts its live workers can run at once, together.
-        queued: Tasks on it that are queued now.
-        queued_since: From when on to count them next time: none that is queued was so before.
+    A worker offers its name; `names` is an array.
     """
-
-    name: str
-    names: list[str]
-    slots: int
-    queued: int
-    queued_since: datetime
+    return f"t.name = ANY ({names})"
 
 
-# $1 queues, $2 from when on to count: parallel arrays.
-OPEN_QUEUES = """
-    -- in the order of `OpenQueue`
-    SELECT open.queue, open.names, open.slots, hinted.count, hinted.since
-      FROM (SELECT queue, array_agg(DISTINCT handler) AS names,
-                   sum(w.concurrency) FILTER (WHERE number = 1)::int AS slots
-              FROM asyncflow.workers w,
-                   unnest(w.queues) AS queue,
-                   unnest(w.handlers) WITH ORDINALITY AS h (handler, number)
-             WHERE w.stopped_at IS NULL
-               AND w.lost_at IS NULL
-             GROUP BY queue) AS open
-      LEFT JOIN unnest($1::text[], $2::timestamptz[]) AS counted (queue, since)
-        ON counted.queue = open.queue
-     CROSS JOIN LATERAL (
-           SELECT count(*),
-                  -- A note that is being written now is a little older when it is there to see.
-                  least(min(t.queued_at), now()) - interval '15 seconds' AS since
-             FROM asyncflow.tasks_live t
-            WHERE t.queued_at IS NOT NULL AND t.lease_id IS NULL   -- queued; index tasks_queued
-              AND t.queue = open.queue
-              AND t.queued_at >= coalesce(counted.since, '-infinity')) AS hinted
-     WHERE NOT EXISTS (SELECT FROM asyncflow.queues q
-                        WHERE q.name = open.queue AND q.paused_at IS NOT NULL)
-     ORDER BY open.queue
-"""
-
-
-async def open_queues(
-    db: Executor, *, queued_since: Mapping[str, datetime] | None = None
-) -> list[OpenQueue]:
+def is_paused(queue: str) -> str:
     """
-    Every queue that tasks may be admitted to now.
-
-    Args:
-        queued_since: Per queue, count no task that was queued before. Beside an old transaction
-            the index has an entry for every task that was ever queued since it began.
+    Tasks of `queue` may not start.
     """
-    since = queued_since or {}
-    rows = await db.fetch(OPEN_QUEUES, list(since.keys()), list(since.values()))
-    return [OpenQueue._make(row) for row in rows]
+    return f"""EXISTS (SELECT FROM asyncflow.queues q
+                        WHERE q.name = {queue} AND q.paused_at IS NOT NULL)"""
 
 
-class Admitted(NamedTuple):
+def may_start(*, names: str) -> str:
     """
-    A task that may be queued now.
-
-    Attributes:
-        attempt: The last one, 0 if there was none: while it is the same, the task has not been
-            claimed since.
+    A task that waits on an open queue may start now.
     """
-
-    task_id: UUID
-    attempt: int
-    priority: int
+    return f"{IS_DUE} AND {IS_UNEXPIRED} AND {is_offered(names)}"
 
 
-def _admissible(*, since: str = "") -> str:
+def first_of(
+    *, queue: str, priority: str, condition: str, limit: str, columns: str = "t.id", lock: str = ""
+) -> str:
+    """
+    A subquery: the pending tasks of one queue and priority, longest due first.
+
+    One range of index `tasks_due`: tasks that are not due yet are never stepped over, however many
+    there are.
+    """
     return f"""
-    -- in the order of `Admitted`
-    SELECT found.id, found.attempt, level.priority
-      FROM generate_series(9, 0, -1) AS level (priority)
-     CROSS JOIN LATERAL (
-           SELECT t.id, t.attempt
+           SELECT {columns}
              FROM asyncflow.tasks_live t
-            WHERE t.queued_at IS NULL AND t.lease_id IS NULL   -- pending; index tasks_due
-              AND t.queue = $1
-              AND t.priority = level.priority
-              AND t.run_at <= now()
-              {since}
-              AND (t.expires_at IS NULL OR t.expires_at > now())
-              AND t.name = ANY ($2)
+            WHERE {IS_PENDING}                          -- index tasks_due
+              AND t.queue = {queue}
+              AND t.priority = {priority}
+              AND {condition}
             ORDER BY t.run_at, t.id
-            LIMIT $3) AS found
-     LIMIT $3
-"""
-
-
-ADMISSIBLE = _admissible()
-
-# $4: per priority, from when on; see `lookback`.
-ADMISSIBLE_SINCE = _admissible(since="AND t.run_at >= ($4::timestamptz[])[level.priority + 1]")
-
-
-async def admissible(
-    db: Executor,
-    *,
-    queue: str,
-    names: Sequence[str],
-    limit: int,
-    since: Moments | None = None,
-) -> list[Admitted]:
-    """
-    The next tasks of `queue` that may go, at most `limit`, in the order they should go.
-
-    Locks nothing: no transaction stays open while the relay talks to RabbitMQ.
-
-    Args:
-        since: Per priority, leave out what was due before; see `lookback`.
-    """
-    if since is None:
-        rows = await db.fetch(ADMISSIBLE, queue, list(names), limit)
-    else:
-        rows = await db.fetch(ADMISSIBLE_SINCE, queue, list(names), limit, since)
-    return [Admitted._make(row) for row in rows]
-
-
-MARK_QUEUED = """
-    WITH sent AS MATERIALIZED (
-        SELECT t.id
-          FROM asyncflow.tasks t
-         WHERE t.id = ANY ($1)
-           AND t.state = 'pending'
-           -- Not if it was claimed meanwhile and came back, or was declined: its hint is used up.
-           AND t.attempt = ($2::int[])[array_position($1::uuid[], t.id)]
-           AND t.run_at <= now()
-         ORDER BY t.id
-           -- A row that is locked is being claimed, cancelled or expired: leave it.
-           FOR UPDATE SKIP LOCKED)
-    UPDATE asyncflow.tasks t
-       SET state = 'queued',
-           queued_at = now()
-     WHERE t.id = ANY (ARRAY (SELECT id FROM sent))
-       AND t.state = 'pending'
-"""
-
-
-async def mark_queued(db: Executor, sent: Sequence[Admitted]) -> None:
-    """
-    Note that hints for these tasks are in RabbitMQ; those that moved on meanwhile are left.
-    """
-    await db.execute(MARK_QUEUED, [task.task_id for task in sent], [task.attempt for task in sent])
-
-
-UNQUEUE = """
-    UPDATE asyncflow.tasks t
-       SET state = 'pending',
-           queued_at = NULL,
-           run_at = now() + $2 * interval '1 second'
-     WHERE t.id = ANY ($1)
-       -- `pending` too: a hint may overtake the relay's note that it was sent.
-       AND t.state IN ('pending', 'queued')
-       AND t.run_at <= now()
-       AND NOT t.name = ANY ($3)
-"""
-
-
-async def decline(
-    db: Executor, task_ids: Sequence[UUID], *, names: Sequence[str], delay_seconds: float
-) -> None:
-    """
-    Give back due tasks whose hints reached a worker which offers only `names`.
-
-    They become due again after `delay_seconds`, so that a worker that cannot run them
-    and the relay do not play ball with them.
-    """
-    await db.execute(UNQUEUE, list(task_ids), delay_seconds, list(names))
-
-
-COUNT_UNKNOWN = """
-    SELECT cardinality($1::uuid[]) - count(*)
-      FROM asyncflow.tasks t
-     WHERE t.id = ANY ($1)
-"""
-
-
-async def count_unknown(db: Executor, task_ids: Sequence[UUID]) -> int:
-    """
-    How many of these, all different, are no tasks of this database.
-    """
-    return int(await db.fetchval(COUNT_UNKNOWN, task_ids))
-
-
-_UNQUEUE_CHOSEN = """
-    UPDATE asyncflow.tasks t
-       SET state = 'pending',
-           queued_at = NULL
-     WHERE t.id = ANY (ARRAY (SELECT id FROM chosen))
-       AND t.state = 'queued'
-    RETURNING t.id
-"""
-
-UNQUEUE_LOST = f"""
-    WITH chosen AS MATERIALIZED (
-        SELECT t.id
-          FROM asyncflow.tasks_live t
-         WHERE t.lease_id IS NULL                               -- index tasks_queued
-           AND t.queue = $1
-           AND t.queued_at >= coalesce($5::timestamptz, '-infinity')
-           AND t.queued_at < now() - $2 * interval '1 second'
-         ORDER BY t.queued_at
-         LIMIT greatest(0, least($4::bigint, (
-               SELECT count(*)
-                 FROM asyncflow.tasks_live q
-                WHERE q.lease_id IS NULL
-                  AND q.queued_at >= coalesce($5::timestamptz, '-infinity')
-                  AND q.queue = $1) - $3))
-           FOR UPDATE SKIP LOCKED)
-    {_UNQUEUE_CHOSEN}
-"""
-
-
-async def unqueue_lost(
-    db: Executor,
-    *,
-    queue: str,
-    older_than_seconds: float,
-    ready: int,
-    limit: int,
-    since: datetime | None = None,
-) -> int:
-    """
-    Put queued tasks whose hint must be lost back to pending, oldest first; return how many.
-
-    Of all queued tasks, at most `ready` can still have a hint, the number of messages
-    RabbitMQ held ready a moment ago; the surplus has none. Only tasks queued for longer than
-    `older_than_seconds` are taken for it: a younger one's hint may be on its way to a
-    worker. A wrong guess sends a second hint, which a claim ignores.
-
-    Args:
-        since: None of them was queued before; see `open_queues`.
-    """
-    rows = await db.fetch(UNQUEUE_LOST, queue, older_than_seconds, ready, limit, since)
-    return len(rows)
-
-
-UNQUEUE_DROPPED = f"""
-    WITH chosen AS MATERIALIZED (
-        SELECT t.id
-          FROM asyncflow.tasks t
-         WHERE t.id = ANY ($1)
-           AND t.state = 'queued'
-         ORDER BY t.id
-           FOR UPDATE SKIP LOCKED)
-    {_UNQUEUE_CHOSEN}
-"""
-
-
-async def unqueue_dropped(db: Executor, task_ids: Sequence[UUID]) -> int:
-    """
-    Put those of these tasks that are queued back to pending: their hints were dropped.
-    """
-    return len(await db.fetch(UNQUEUE_DROPPED, task_ids))
-
-
-UNQUEUE_STRANDED = f"""
-    WITH chosen AS MATERIALIZED (
-        SELECT t.id
-          FROM asyncflow.tasks_live t
-         WHERE t.queued_at IS NOT NULL AND t.lease_id IS NULL   -- index tasks_queued
-         LIMIT $1
-           FOR UPDATE SKIP LOCKED)
-    {_UNQUEUE_CHOSEN}
-"""
-
-
-async def unqueue_stranded(db: Executor, *, limit: int) -> int:
-    """
-    Put queued tasks back to pending where no broker is used any more; return how many.
-
-    A worker that still uses one loses nothing by it: a hint may meet a pending task.
-    """
-    return len(await db.fetch(UNQUEUE_STRANDED, limit))
+            LIMIT {limit}
+            {lock}"""

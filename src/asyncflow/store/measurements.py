@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from uuid import UUID
 
+from asyncflow.store.admission import is_paused
 from asyncflow.store.database import Executor
+from asyncflow.store.workers import IS_LIVE
 
 
 class Offer(NamedTuple):
@@ -30,18 +32,14 @@ class Offer(NamedTuple):
 
 UNFINISHED_MAX = 100_000
 
-OFFERED = """
+OFFERED = f"""
     SELECT count(w.id) AS workers,
            coalesce(sum(w.concurrency), 0) AS slots,
-           EXISTS (SELECT FROM asyncflow.queues q
-                    WHERE q.name = $2 AND q.paused_at IS NOT NULL) AS is_paused,
+           {is_paused("$2")} AS is_paused,
            (SELECT count(*)
               FROM (SELECT FROM asyncflow.tasks_live LIMIT $3) AS live) AS unfinished
       FROM asyncflow.workers w
-     WHERE w.stopped_at IS NULL
-       AND w.lost_at IS NULL
-       -- Only maintenance marks the lost, and it may not run.
-       AND w.heartbeat_at > now() - w.lease_seconds * interval '1 second'
+     WHERE {IS_LIVE}
        AND $1 = ANY (w.handlers)
        AND $2 = ANY (w.queues)
 """

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from asyncflow.errors import QueueNotFound
+from asyncflow.store.admission import IS_DUE, IS_PENDING, IS_QUEUED
 from asyncflow.store.database import Executor
+from asyncflow.store.workers import IS_LIVE
 
 PAUSE = """
     INSERT INTO asyncflow.queues (name, paused_at)
@@ -94,14 +96,11 @@ _STEP = """
           FROM {name}
          WHERE {name}.queue IS NOT NULL"""
 
-_PENDING = "t.queued_at IS NULL AND t.lease_id IS NULL"  # index tasks_due
-_QUEUED = "t.queued_at IS NOT NULL AND t.lease_id IS NULL"  # index tasks_queued
-
 # $1 the most tasks to count per queue.
 LIST_QUEUES = f"""
     WITH RECURSIVE
-    pending (queue) AS ({_STEP.format(condition=_PENDING, name="pending")}),
-    queued (queue) AS ({_STEP.format(condition=_QUEUED, name="queued")}),
+    pending (queue) AS ({_STEP.format(condition=IS_PENDING, name="pending")}),
+    queued (queue) AS ({_STEP.format(condition=IS_QUEUED, name="queued")}),
     running AS MATERIALIZED (
         SELECT t.queue, count(*) AS tasks
           FROM asyncflow.tasks_live t
@@ -110,10 +109,7 @@ LIST_QUEUES = f"""
     serving AS MATERIALIZED (
         SELECT queue, count(*) AS workers, sum(w.concurrency) AS slots
           FROM asyncflow.workers w, unnest(w.queues) AS queue
-         WHERE w.stopped_at IS NULL
-           AND w.lost_at IS NULL
-           -- Only maintenance marks the lost, and it may not run.
-           AND w.heartbeat_at > now() - w.lease_seconds * interval '1 second'
+         WHERE {IS_LIVE}
          GROUP BY queue),
     known (name) AS (
         SELECT queue FROM pending WHERE queue IS NOT NULL
@@ -127,10 +123,10 @@ LIST_QUEUES = f"""
            (SELECT q.paused_at FROM asyncflow.queues q WHERE q.name = k.name) AS paused_at,
            (SELECT count(*)
               FROM (SELECT FROM asyncflow.tasks_live t
-                     WHERE t.queue = k.name AND {_PENDING} LIMIT $1) AS counted)
+                     WHERE t.queue = k.name AND {IS_PENDING} LIMIT $1) AS counted)
          + (SELECT count(*)
               FROM (SELECT FROM asyncflow.tasks_live t
-                     WHERE t.queue = k.name AND {_QUEUED} LIMIT $1) AS counted) AS waiting,
+                     WHERE t.queue = k.name AND {IS_QUEUED} LIMIT $1) AS counted) AS waiting,
            coalesce((SELECT r.tasks FROM running r WHERE r.queue = k.name), 0) AS running,
            (SELECT min(oldest.run_at)
               FROM generate_series(0, 9) AS priority,
@@ -138,8 +134,8 @@ LIST_QUEUES = f"""
                               FROM asyncflow.tasks_live t
                              WHERE t.queue = k.name
                                AND t.priority = priority.priority
-                               AND t.run_at <= now()
-                               AND {_PENDING}
+                               AND {IS_DUE}
+                               AND {IS_PENDING}
                              ORDER BY t.run_at
                              LIMIT 1) AS oldest) AS oldest_due_at,
            coalesce(s.workers, 0) AS workers,

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from asyncflow.store.admission import IS_PENDING, first_of, is_paused
 from asyncflow.store.database import Executor
+from asyncflow.store.workers import HAS_NOT_ENDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,14 @@ class Unserved:
 
 QUEUES_MAX = 1_000
 
+_OLDEST = first_of(
+    columns="t.queue, t.name, t.run_at",
+    queue="waiting.queue",
+    priority="level.priority",
+    condition="t.run_at <= now() - $2 * interval '1 second'",
+    limit="$1",
+)
+
 # $1 how many of a queue's oldest tasks to look at, per priority; $2 due for how long. What nobody
 # runs stays in front of what is run, so a look at the oldest is enough.
 UNSERVED = f"""
@@ -34,13 +44,13 @@ UNSERVED = f"""
         -- Each queue in one step by index tasks_due, however many tasks it holds.
         (SELECT t.queue
            FROM asyncflow.tasks_live t
-          WHERE t.queued_at IS NULL AND t.lease_id IS NULL
+          WHERE {IS_PENDING}
           ORDER BY t.queue
           LIMIT 1)
          UNION ALL
         SELECT (SELECT t.queue
                   FROM asyncflow.tasks_live t
-                 WHERE t.queued_at IS NULL AND t.lease_id IS NULL
+                 WHERE {IS_PENDING}
                    AND t.queue > w.queue
                  ORDER BY t.queue
                  LIMIT 1)
@@ -50,19 +60,10 @@ UNSERVED = f"""
            extract(epoch FROM now() - min(oldest.run_at))::float8 AS waiting_seconds
       FROM (SELECT queue FROM waiting WHERE queue IS NOT NULL LIMIT {QUEUES_MAX}) AS waiting
      CROSS JOIN generate_series(9, 0, -1) AS level (priority)
-     CROSS JOIN LATERAL (
-           SELECT t.queue, t.name, t.run_at
-             FROM asyncflow.tasks_live t
-            WHERE t.queued_at IS NULL AND t.lease_id IS NULL
-              AND t.queue = waiting.queue
-              AND t.priority = level.priority
-              AND t.run_at <= now() - $2 * interval '1 second'
-            ORDER BY t.run_at, t.id
-            LIMIT $1) AS oldest
-     WHERE NOT EXISTS (SELECT FROM asyncflow.queues q
-                        WHERE q.name = oldest.queue AND q.paused_at IS NOT NULL)
+     CROSS JOIN LATERAL ({_OLDEST}) AS oldest
+     WHERE NOT {is_paused("oldest.queue")}
        AND NOT EXISTS (SELECT FROM asyncflow.workers w
-                        WHERE w.stopped_at IS NULL AND w.lost_at IS NULL
+                        WHERE {HAS_NOT_ENDED}
                           AND oldest.name = ANY (w.handlers)
                           AND oldest.queue = ANY (w.queues))
      GROUP BY oldest.queue, oldest.name

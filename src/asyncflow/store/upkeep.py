@@ -7,7 +7,11 @@ from __future__ import annotations
 from typing import NamedTuple
 from uuid import UUID
 
+from asyncflow.domain.states import State
+from asyncflow.store.admission import IS_PENDING
 from asyncflow.store.database import Executor
+from asyncflow.store.endings import ending
+from asyncflow.store.workers import HAS_NOT_ENDED
 
 
 class LostLease(NamedTuple):
@@ -49,23 +53,21 @@ async def lost_leases(
     return [LostLease(*row) for row in await db.fetch(LOST_LEASES, limit, of_unknown_workers)]
 
 
-EXPIRE = """
-    WITH due AS MATERIALIZED (
+EXPIRE = ending(
+    State.CANCELLED,
+    choosing="""WITH due AS MATERIALIZED (
         SELECT t.id
           FROM asyncflow.tasks_live t
          WHERE t.expires_at <= now()
            AND t.lease_id IS NULL                       -- waiting; index tasks_expiring
          ORDER BY t.expires_at
          LIMIT $1
-           FOR UPDATE SKIP LOCKED)
-    UPDATE asyncflow.tasks t
-       SET state = 'cancelled',
-           finished_at = now(),
-           failure = '{"kind": "Expired", "message": "Its expires_at passed before it started."}'
-     WHERE t.id = ANY (ARRAY (SELECT id FROM due))
-       AND t.state IN ('pending', 'queued')
-    RETURNING t.id
-"""
+           FOR UPDATE SKIP LOCKED)""",
+    setting="""failure =
+           '{"kind": "Expired", "message": "Its expires_at passed before it started."}'""",
+    where="""t.id = ANY (ARRAY (SELECT id FROM due))
+       AND t.state IN ('pending', 'queued')""",
+)
 
 
 async def expire(db: Executor, *, limit: int) -> int:
@@ -75,7 +77,7 @@ async def expire(db: Executor, *, limit: int) -> int:
     return len(await db.fetch(EXPIRE, limit))
 
 
-MOVE_TO_HANDLERS_QUEUE = """
+MOVE_TO_HANDLERS_QUEUE = f"""
     WITH misplaced AS MATERIALIZED (
         SELECT t.id, handler.queue
           FROM (SELECT DISTINCT ON (p.name) p.name, p.queue, p.published_at
@@ -85,7 +87,7 @@ MOVE_TO_HANDLERS_QUEUE = """
          CROSS JOIN LATERAL (
                SELECT t.id
                  FROM asyncflow.tasks_live t
-                WHERE t.queued_at IS NULL AND t.lease_id IS NULL   -- pending; index tasks_due
+                WHERE {IS_PENDING}                  -- index tasks_due
                   AND t.queue = $1
                   AND t.name = handler.name
                   -- Whoever asked for $1 later meant it.
@@ -94,7 +96,7 @@ MOVE_TO_HANDLERS_QUEUE = """
                   FOR UPDATE SKIP LOCKED) AS t
          WHERE handler.queue <> $1
            AND NOT EXISTS (SELECT FROM asyncflow.workers w
-                            WHERE w.stopped_at IS NULL AND w.lost_at IS NULL
+                            WHERE {HAS_NOT_ENDED}
                               AND handler.name = ANY (w.handlers)
                               AND $1 = ANY (w.queues))
          LIMIT $4)

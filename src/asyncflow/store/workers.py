@@ -22,6 +22,14 @@ from uuid import UUID
 
 from asyncflow.store.database import Executor
 
+HAS_NOT_ENDED = "w.stopped_at IS NULL AND w.lost_at IS NULL"
+"""A worker `w` has neither stopped nor been declared lost."""
+
+# Only maintenance declares workers lost, and it may not be running.
+IS_LIVE = f"""{HAS_NOT_ENDED}
+           AND w.heartbeat_at > now() - w.lease_seconds * interval '1 second'"""
+"""Its leases hold, too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Registration:
@@ -173,13 +181,12 @@ async def stop(db: Executor, worker_id: UUID) -> None:
     await db.execute(STOP, worker_id)
 
 
-MARK_LOST = """
+MARK_LOST = f"""
     UPDATE asyncflow.workers w
        SET lost_at = now()
       FROM (SELECT greatest(pg_postmaster_start_time(), now() - $2 * interval '1 second') AS ended)
            AS outage
-     WHERE w.stopped_at IS NULL
-       AND w.lost_at IS NULL
+     WHERE {HAS_NOT_ENDED}
        -- While PostgreSQL was away nobody could beat, and every lock was freed. Who has beaten
        -- since is judged as ever; only the others get time to come back.
        AND (w.heartbeat_at > outage.ended
@@ -244,7 +251,7 @@ class Living:
     is_overdue: bool
 
 
-LIST_WORKERS = """
+LIST_WORKERS = f"""
     WITH running AS MATERIALIZED (
         SELECT t.worker_id, count(*) AS tasks
           FROM asyncflow.tasks_live t
@@ -256,8 +263,7 @@ LIST_WORKERS = """
            w.heartbeat_at < now() - w.lease_seconds * interval '1 second' AS is_overdue
       FROM asyncflow.workers w
       LEFT JOIN running r ON r.worker_id = w.id
-     WHERE w.stopped_at IS NULL
-       AND w.lost_at IS NULL
+     WHERE {HAS_NOT_ENDED}
      ORDER BY w.started_at
 """
 
@@ -275,14 +281,14 @@ PRUNE = """
 """
 
 
-PRUNE_PUBLICATIONS = """
+PRUNE_PUBLICATIONS = f"""
     DELETE FROM asyncflow.publications p
      WHERE p.updated_at < now() - interval '1 day'
        AND EXISTS (SELECT FROM asyncflow.publications newer
                     WHERE newer.name = p.name AND newer.updated_at > p.updated_at)
        AND NOT EXISTS (SELECT FROM asyncflow.workers w,
                               unnest(w.handlers, w.handler_queues) AS h (name, queue)
-                        WHERE w.stopped_at IS NULL AND w.lost_at IS NULL
+                        WHERE {HAS_NOT_ENDED}
                           AND (h.name, h.queue) = (p.name, p.queue))
 """
 
@@ -334,13 +340,12 @@ async def publish_handlers(db: Executor, handlers: Sequence[Published]) -> None:
     )
 
 
-PUBLISHED_HANDLERS = """
+PUBLISHED_HANDLERS = f"""
     WITH live AS MATERIALIZED (
         SELECT DISTINCT h.name, h.queue
           FROM asyncflow.workers w,
                unnest(w.handlers, w.handler_queues) AS h (name, queue)
-         WHERE w.stopped_at IS NULL
-           AND w.lost_at IS NULL)
+         WHERE {HAS_NOT_ENDED})
     SELECT p.name, p.queue, p.payload_schema,
            coalesce((p.name, p.queue) IN (SELECT name, queue FROM live), false) AS is_live
       FROM asyncflow.publications p

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
-from asyncflow.store.claims import Claim, Offer
+from asyncflow.domain.task import Claim
+from asyncflow.store.claims import Offer
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from uuid import uuid4
 
+from asyncflow.domain.task import Claim
 from asyncflow.errors import StoreError
-from asyncflow.store import claims
-from asyncflow.store.claims import Claim
 from asyncflow.store.database import Database
-from asyncflow.store.lookback import Lookback
+from asyncflow.store.due import Due
 from asyncflow.store.wakeups import Listener
 from asyncflow.telemetry import events
 from asyncflow.transport import Claimant
@@ -31,11 +29,9 @@ class PostgresTransport:
     """
 
     def __init__(self, db: Database, claimant: Claimant) -> None:
-        self._db = db
         self._claimant = claimant
         self._queues = list(claimant.queues)
-        self._names = [offer.name for offer in claimant.offers]
-        self._lookback = Lookback(db)
+        self._due = Due(db)
         self._woken = asyncio.Event()
         self._stopped = False
         self._listener = Listener(db, self._woken.set)
@@ -80,25 +76,18 @@ class PostgresTransport:
         See `Transport.close`.
         """
         await self._listener.__aexit__(None, None, None)
-        await self._lookback.aclose()
+        await self._due.aclose()
 
     async def _claim(self, slots: int) -> list[Claim]:
         # Another queue comes first each time, so that none waits behind another's backlog.
         self._queues.append(self._queues.pop(0))
-        since = self._lookback.since(queues=self._queues, names=self._names)
-        began = time.monotonic()
-        try:
-            return await claims.claim_due(
-                self._db,
-                lease_id=uuid4(),
-                worker_id=self._claimant.worker_id,
-                offers=self._claimant.offers,
-                queues=self._queues,
-                limit=slots,
-                since=since,
-            )
-        finally:
-            self._lookback.note(look_seconds=time.monotonic() - began)
+        return await self._due.claim(
+            lease_id=uuid4(),
+            worker_id=self._claimant.worker_id,
+            offers=self._claimant.offers,
+            queues=self._queues,
+            limit=slots,
+        )
 
     async def _wait(self, seconds: float) -> None:
         try:

@@ -21,11 +21,12 @@ from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
 from asyncflow.maintenance import reaper
 from asyncflow.relay.relay import Relay
-from asyncflow.store import admission, claims, database, sqlstates, upkeep, workers
-from asyncflow.store import tasks as store_tasks
-from asyncflow.store.admission import Admitted
-from asyncflow.store.claims import Settling
+from asyncflow.store import claims, database, hints, sqlstates, steer, upkeep, workers
+from asyncflow.store import settle as store_settle
+from asyncflow.store import submit as store_submit
 from asyncflow.store.database import Executor
+from asyncflow.store.due import Admitted
+from asyncflow.store.settle import Settling
 from asyncflow.transport.amqp import Channel
 from asyncflow.transport.rabbitmq.transport import Pack, RabbitTransport
 from asyncflow.worker import execute, lease
@@ -83,11 +84,11 @@ def _in_claims(piece: str, other: str = "") -> None:
 
 
 def _leave_out_the_fence(*events: Event) -> None:
-    fence = f"t.lease_id = {claims._LEASE}"
+    fence = f"t.lease_id = {claims.LEASE}"
     for event in events:
         # Something must still name the parameter, or its type is unknown.
-        claims._SETTLES[event] = _instead_of(
-            fence, "$2::uuid[] IS NOT NULL", claims._SETTLES[event]
+        store_settle._SETTLES[event] = _instead_of(
+            fence, "$2::uuid[] IS NOT NULL", store_settle._SETTLES[event]
         )
 
 
@@ -183,7 +184,7 @@ def _crash_unpunished() -> None:
     rate=400.0,
 )
 def _settle_believed() -> None:
-    original = claims.settle
+    original = store_settle.settle
 
     async def settle(db: Executor, settlings: Sequence[Settling]) -> list[bool]:
         try:
@@ -191,7 +192,7 @@ def _settle_believed() -> None:
         except StoreUnavailable:
             return [True] * len(settlings)
 
-    claims.settle = settle
+    store_settle.settle = settle
 
 
 @_mutant(
@@ -274,7 +275,7 @@ def _expired_early() -> None:
 @_mutant("A cancellation does not look at the state of the task.", seconds=5.0)
 def _cancel_overwrites() -> None:
     guard = "AND t.state IN ('pending', 'queued')"
-    store_tasks.CANCEL_WAITING = _instead_of(guard, "", store_tasks.CANCEL_WAITING)
+    steer.CANCEL_WAITING = _instead_of(guard, "", steer.CANCEL_WAITING)
 
 
 # Accepting
@@ -295,16 +296,16 @@ def _commit_unsynced() -> None:
     seconds=8.0,
 )
 def _submit_believed() -> None:
-    original = store_tasks.submit
+    original = store_submit.submit
 
-    async def submit(db: Executor, tasks: Sequence[Any]) -> list[store_tasks.Submitted]:
+    async def submit(db: Executor, tasks: Sequence[Any]) -> list[store_submit.Submitted]:
         try:
             return await original(db, tasks)
         except StoreUnavailable:
             now = datetime.now(UTC)
-            return [store_tasks._submitted(now, run_at=now) for _ in tasks]
+            return [store_submit._submitted(now, run_at=now) for _ in tasks]
 
-    store_tasks.submit = submit
+    store_submit.submit = submit
 
 
 @_mutant(
@@ -313,16 +314,16 @@ def _submit_believed() -> None:
     seconds=8.0,
 )
 def _batch_in_halves() -> None:
-    original = store_tasks.submit
+    original = store_submit.submit
 
-    async def submit(db: Executor, tasks: Sequence[Any]) -> list[store_tasks.Submitted]:
+    async def submit(db: Executor, tasks: Sequence[Any]) -> list[store_submit.Submitted]:
         half = len(tasks) // 2
         submitted = await original(db, tasks[:half])
         if half:
             await asyncio.sleep(0.2)
         return submitted + await original(db, tasks[half:])
 
-    store_tasks.submit = submit
+    store_submit.submit = submit
 
 
 # RabbitMQ
@@ -337,7 +338,7 @@ def _hints_not_reconciled() -> None:
     async def unqueue_lost(db: Executor, **more: Any) -> int:
         return 0
 
-    admission.unqueue_lost = unqueue_lost
+    hints.unqueue_lost = unqueue_lost
 
 
 @_mutant(

@@ -30,12 +30,13 @@ from asyncflow.domain.outcome import (
 )
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import Event
+from asyncflow.domain.task import Claim
 from asyncflow.errors import StoreUnavailable
 from asyncflow.handlers import Context, Progress, Registry
 from asyncflow.handlers.encoding import error_kind, error_message, error_traceback
-from asyncflow.store import claims
-from asyncflow.store.claims import Claim, Settling
+from asyncflow.store import settle
 from asyncflow.store.database import Database
+from asyncflow.store.settle import Settling
 from asyncflow.telemetry import events
 from asyncflow.worker.isolation import Isolation, LoopRun, Run
 
@@ -306,12 +307,12 @@ def make_settler(db: Database) -> Batcher[Settling, bool]:
     """
 
     async def flush(settlings: Sequence[Settling]) -> Sequence[bool]:
-        written = await claims.settle(db, settlings)
+        written = await settle.settle(db, settlings)
         if all(written):
             return written
         # What was not written may have been before: by a call whose answer got lost, or one
         # that was refused for another settlement and is repeated for each.
-        recorded = await claims.recorded(db, settlings)
+        recorded = await settle.recorded(db, settlings)
         return [now or before for now, before in zip(written, recorded, strict=True)]
 
     # One statement at a time, so that they are few and large: PostgreSQL spends a sixth less.

@@ -35,9 +35,9 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from asyncflow.errors import StoreError, StoreUnavailable
-from asyncflow.store import claims, workers
-from asyncflow.store.claims import Settling
+from asyncflow.store import settle, workers
 from asyncflow.store.database import Database, Executor, translated_errors
+from asyncflow.store.settle import Settling
 from asyncflow.store.wakeups import send_wakeup
 from asyncflow.store.workers import Held, Published, Registration
 from asyncflow.telemetry import events
@@ -294,7 +294,7 @@ class LeaseKeeper:
             settling = self._holder.on_stalled(seconds)
             async with asyncio.timeout(GOODBYE_SECONDS), self._connection() as connection:
                 held = await workers.held(connection, self._registration.id, older_than_seconds=0)
-                await claims.settle(connection, [settling(lease) for lease in held])
+                await settle.settle(connection, [settling(lease) for lease in held])
                 await self._say_goodbye(connection)
                 await send_wakeup(connection)
         except Exception as error:

@@ -21,11 +21,12 @@ from uuid import UUID
 
 from asyncflow.domain.outcome import Failed, Failure, Settlement
 from asyncflow.domain.states import Event
+from asyncflow.domain.task import Claim
 from asyncflow.errors import AsyncFlowError, StoreError
 from asyncflow.handlers import Progress, Registry
-from asyncflow.store import claims
-from asyncflow.store.claims import Claim, Settling
+from asyncflow.store import claims, settle
 from asyncflow.store.database import Database
+from asyncflow.store.settle import Settling
 from asyncflow.store.workers import Held, Published, Registration
 from asyncflow.telemetry import events
 from asyncflow.transport import Transport
@@ -360,7 +361,7 @@ class Worker:
             return
         self._orphans.update((s.task_id, s.lease_id) for s in orphans)
         with contextlib.suppress(StoreError):
-            written = await claims.settle(self._db, orphans)
+            written = await settle.settle(self._db, orphans)
             if any(written):
                 events.orphans_released(count=sum(written))
 

@@ -35,10 +35,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 from uuid import UUID, uuid4
 
+from asyncflow.domain.task import Claim
 from asyncflow.errors import InvalidSettings, StoreError, TransportError
 from asyncflow.settings import masked
-from asyncflow.store import admission, claims
-from asyncflow.store.claims import Claim
+from asyncflow.store import claims, hints
 from asyncflow.store.database import Database
 from asyncflow.store.installation import identity
 from asyncflow.telemetry import events
@@ -285,10 +285,10 @@ class RabbitTransport:
         # a name we do not offer must not lose its turn. Should that fail, the relay finds
         # out that the hint is gone.
         with contextlib.suppress(StoreError):
-            await admission.decline(
+            await hints.decline(
                 self._db, list(unclaimed), names=self._names, delay_seconds=DECLINE_SECONDS
             )
-            unknown = await admission.count_unknown(self._db, list(unclaimed))
+            unknown = await hints.count_unknown(self._db, list(unclaimed))
             if unknown and (count := self._unknown.count("unknown", unknown)):
                 events.hints_unknown(count=count)
         for pack in unclaimed.values():
