@@ -3,8 +3,8 @@ What each statement of the store does to one task's row, as far as the protocol 
 
 This is the store without SQL: the guards of `store/claims`, `settle`, `due`, `hints`, `upkeep`,
 `submit` and `steer`, one method each. Where a row may move to is not written here; every method
-asks the table of `domain/states`. The same methods are used twice: `protocol` explores everything that
-can happen with them, and `store/test_model` compares them with PostgreSQL.
+asks the table of `domain/states`. The same methods are used twice: `protocol` explores everything
+that can happen with them, and `store/test_model` compares them with PostgreSQL.
 """
 
 from __future__ import annotations
