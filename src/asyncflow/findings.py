@@ -8,11 +8,11 @@ that may pass by itself, and logs one that is doubtful.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from asyncflow.errors import AsyncFlowError
+from asyncflow.errors import ServerUnfit
 
 
 class Verdict(Enum):
@@ -90,16 +90,6 @@ def wrong(what: str, sentence: str, remedy: str, *, may_pass: bool = False) -> F
     return Finding(what, Verdict.WRONG, sentence, remedy, may_pass)
 
 
-class ServerUnfit(AsyncFlowError):
-    """
-    A server is set up in a way in which AsyncFlow cannot work; waiting would not help.
-    """
-
-    def __init__(self, findings: Sequence[Finding]) -> None:
-        self.findings = tuple(findings)
-        super().__init__("\n".join(str(finding) for finding in findings))
-
-
 def refuse_unfit(findings: Iterable[Finding]) -> None:
     """
     Return unless something is wrong that will not pass by itself.
@@ -107,6 +97,6 @@ def refuse_unfit(findings: Iterable[Finding]) -> None:
     Raises:
         ServerUnfit: With every such finding.
     """
-    refused = [finding for finding in findings if finding.is_wrong and not finding.may_pass]
+    refused = [str(found) for found in findings if found.is_wrong and not found.may_pass]
     if refused:
         raise ServerUnfit(refused)

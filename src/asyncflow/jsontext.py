@@ -18,11 +18,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from asyncflow.errors import Fault, InvalidInput, InvalidTask
+from asyncflow.errors import FieldError, InvalidTask, MalformedJson
 
 DEPTH_MAX = 64
 INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
-FAULTS_MAX = 20
+ERRORS_MAX = 20
 """More wrong places than this are not listed."""
 
 WALKED_LENGTH_MAX = 1_000_000
@@ -35,12 +35,6 @@ _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 _NOT_A_BRACKET = re.compile(r"[^\[\]{}]+")
 _ONE_KIND = str.maketrans("{}", "[]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class MalformedJson(InvalidInput):
-    """
-    The bytes are no JSON document at all.
-    """
 
 
 def parse(body: bytes) -> Any:
@@ -70,7 +64,7 @@ def parse(body: bytes) -> Any:
     return value
 
 
-def salvage(body: bytes) -> tuple[Any, Iterator[Fault]]:
+def salvage(body: bytes) -> tuple[Any, Iterator[FieldError]]:
     """
     What `parse` refused as `InvalidTask`: the value, read generously, and every wrong place.
 
@@ -161,7 +155,9 @@ def _is_too_deep(text: str) -> bool:
 
 
 def _too_deep() -> InvalidTask:
-    return InvalidTask([Fault("", f"is nested too deeply; at most {DEPTH_MAX} levels are kept")])
+    return InvalidTask(
+        [FieldError("", f"is nested too deeply; at most {DEPTH_MAX} levels are kept")]
+    )
 
 
 _SOMETHING_ODD = (
@@ -212,19 +208,19 @@ _SLOW_DECODER = json.JSONDecoder(
 _GENEROUS_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits[:20]))
 
 
-def first_faults(faults: Iterable[Fault]) -> tuple[list[Fault], int]:
+def first_errors(faults: Iterable[FieldError]) -> tuple[list[FieldError], int]:
     """
     As many of them as are listed, and how many there are.
     """
     rest = iter(faults)
-    listed = list(itertools.islice(rest, FAULTS_MAX))
+    listed = list(itertools.islice(rest, ERRORS_MAX))
     return listed, len(listed) + sum(1 for _ in rest)
 
 
 def _refusal(text: str) -> InvalidTask:
     if len(text) > WALKED_LENGTH_MAX:
-        return InvalidTask([Fault("", _SOMETHING_ODD)])
-    faults, count = first_faults(_walk(_slowly_parsed(text)))
+        return InvalidTask([FieldError("", _SOMETHING_ODD)])
+    faults, count = first_errors(_walk(_slowly_parsed(text)))
     return InvalidTask(faults, count=count)
 
 
@@ -242,17 +238,17 @@ def _slowly_parsed(text: str) -> Any:
     return root
 
 
-def _walk(root: Any) -> Iterator[Fault]:
+def _walk(root: Any) -> Iterator[FieldError]:
     stack = [iter([("", root)])]
     while stack:
         for pointer, value in stack[-1]:
             match value:
                 case _Odd(detail=detail):
-                    yield Fault(pointer, detail)
+                    yield FieldError(pointer, detail)
                 case str():
-                    yield from _text_faults(pointer, value, "holds")
+                    yield from _text_errors(pointer, value, "holds")
                 case _Pairs():
-                    yield from _key_faults(pointer, value)
+                    yield from _key_errors(pointer, value)
                     stack.append(_members(pointer, value))
                     break
                 case list():
@@ -270,22 +266,22 @@ def _items(pointer: str, values: list[Any]) -> Iterator[tuple[str, Any]]:
     return ((f"{pointer}/{index}", value) for index, value in enumerate(values))
 
 
-def _key_faults(pointer: str, pairs: _Pairs) -> Iterator[Fault]:
+def _key_errors(pointer: str, pairs: _Pairs) -> Iterator[FieldError]:
     seen: set[str] = set()
     doubled: set[str] = set()
     for key, _ in pairs:
         if key in seen and key not in doubled:
             doubled.add(key)
-            yield Fault(joined(pointer, key), "appears twice; a key may appear once")
+            yield FieldError(joined(pointer, key), "appears twice; a key may appear once")
         seen.add(key)
-        yield from _text_faults(joined(pointer, key), key, "is a key with")
+        yield from _text_errors(joined(pointer, key), key, "is a key with")
 
 
-def _text_faults(pointer: str, text: str, verb: str) -> Iterator[Fault]:
+def _text_errors(pointer: str, text: str, verb: str) -> Iterator[FieldError]:
     if "\x00" in text:
-        yield Fault(pointer, f"{verb} the character NUL (\\u0000), which cannot be stored")
+        yield FieldError(pointer, f"{verb} the character NUL (\\u0000), which cannot be stored")
     if _SURROGATE.search(text):
-        yield Fault(pointer, f"{verb} half of a surrogate pair, which is no character")
+        yield FieldError(pointer, f"{verb} half of a surrogate pair, which is no character")
 
 
 def joined(pointer: str, key: str) -> str:

@@ -15,7 +15,8 @@ from fastapi import FastAPI
 from structlog.testing import capture_logs
 
 from asyncflow.api.gate import Gate
-from asyncflow.api.problems import KINDS, Refusal
+from asyncflow.api.problems import KINDS
+from asyncflow.errors import Refusal
 from asyncflow.processes.api import serve_api
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
@@ -36,7 +37,7 @@ def refused(
     try:
         gate.check({"type": "http", "method": method, "path": path, "headers": headers})
     except Refusal as refusal:
-        return refusal.kind
+        return refusal.problem_type
     return None
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncflow.errors import InvalidTask
-from asyncflow.jsontext import DEPTH_MAX, MalformedJson, parse
+from asyncflow.errors import InvalidTask, MalformedJson
+from asyncflow.jsontext import DEPTH_MAX, parse
 
 HEADERS = {"Content-Type": "application/json"}
 
@@ -208,7 +208,7 @@ def test_thousands_of_faults_are_listed_briefly() -> None:
     with pytest.raises(InvalidTask) as refused:
         parse(b"[" + b"NaN," * 100_000 + b"1]")
 
-    assert len(refused.value.faults) == 20
+    assert len(refused.value.errors) == 20
 
 
 def test_a_very_long_document_is_refused_without_a_search() -> None:
@@ -218,7 +218,7 @@ def test_a_very_long_document_is_refused_without_a_search() -> None:
     with pytest.raises(InvalidTask) as refused:
         parse(b"[" + b"1," * 1_000_000 + b"NaN]")
 
-    assert [""] == [fault.pointer for fault in refused.value.faults]
+    assert [""] == [fault.pointer for fault in refused.value.errors]
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_escapes_are_judged_as_the_parser_reads_them(inside: str) -> None:
     else:
         with pytest.raises(InvalidTask) as refused:
             parse(body.encode())
-        assert {"/0"} == {fault.pointer for fault in refused.value.faults}
+        assert {"/0"} == {fault.pointer for fault in refused.value.errors}
 
 
 @given(st.binary())

@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from structlog.testing import capture_logs
 
 from asyncflow.api.body import _check_type
-from asyncflow.api.problems import KINDS, Refusal
+from asyncflow.api.problems import KINDS
+from asyncflow.errors import Refusal
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
 from asyncflow.wire.problems import Problem

@@ -23,8 +23,9 @@ from uvicorn.server import ServerState
 
 from asyncflow.api import body
 from asyncflow.api.protocol import BoundedProtocol
+from asyncflow.errors import AddressTaken
 from asyncflow.processes import api as processes
-from asyncflow.processes.api import AddressTaken, listen, serve_api
+from asyncflow.processes.api import listen, serve_api
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
 from asyncflow.transport.amqp.url import parse_url

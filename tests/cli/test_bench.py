@@ -14,7 +14,8 @@ from uuid import uuid4
 import pytest
 
 from asyncflow.cli import measuring
-from asyncflow.cli.measuring import Bench, CannotMeasure, payload_of
+from asyncflow.cli.measuring import Bench, payload_of
+from asyncflow.errors import CannotMeasure
 from asyncflow.store import workers
 from asyncflow.store.database import Database
 from asyncflow.store.workers import Registration

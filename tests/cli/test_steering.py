@@ -184,7 +184,7 @@ def test_an_unknown_task_is_a_sentence(run: Run) -> None:
 
     ended = run("task", "get", str(task_id))
 
-    assert (3, f"asyncflow: There is no task {task_id}.\n") == (ended.returncode, ended.stderr)
+    assert (3, f"asyncflow: No task with id {task_id}.\n") == (ended.returncode, ended.stderr)
 
 
 def test_an_unknown_status_is_answered_with_the_known_ones(run: Run) -> None:
@@ -221,7 +221,7 @@ async def test_a_queue_nobody_knows_is_not_paused(run: Run, database_url: str) -
     resumed = run("queue", "resume", "deflaut")
     forced = run("queue", "pause", "deflaut", "--force")
 
-    assert (3, "asyncflow: There is no queue 'deflaut'; there are default.\n") == (
+    assert (3, "asyncflow: No queue named 'deflaut'; known queues: default.\n") == (
         slip.returncode,
         slip.stderr,
     )

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from asyncflow.embedded import Cluster
-from asyncflow.embedded.cluster import (
+from asyncflow.errors import (
     CannotStart,
     FolderInUse,
     MissingBinaries,

@@ -196,7 +196,7 @@ def test_a_wrong_payload_is_refused_with_its_place(
     with pytest.raises(InvalidPayload) as refusal:
         declared(function).bind(json.dumps(payload))
 
-    assert pointer in [fault.pointer for fault in refusal.value.faults]
+    assert pointer in [fault.pointer for fault in refusal.value.errors]
 
 
 @pytest.mark.parametrize(("function", "payload", "arguments"), FITTING)
@@ -279,7 +279,7 @@ def test_only_objects_are_payloads(function: Function, payload: Any) -> None:
     with pytest.raises(InvalidPayload) as refusal:
         declared(function).bind(payload)
 
-    assert "" == refusal.value.faults[0].pointer
+    assert "" == refusal.value.errors[0].pointer
 
 
 def test_an_unknown_key_names_what_the_handler_takes() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from asyncflow.errors import StoreUnavailable
-from asyncflow.findings import Finding, ServerUnfit, Verdict, refuse_unfit
+from asyncflow.errors import ServerUnfit, StoreUnavailable
+from asyncflow.findings import Finding, Verdict, refuse_unfit
 from asyncflow.store.database import Database
 from asyncflow.store.inspection import Expected, Facts, inspect, judged, unreachable
 from asyncflow.store.schema import SCHEMA_VERSION, Schema

@@ -15,8 +15,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from asyncflow.domain.states import State
-from asyncflow.errors import MigrationRefused, SchemaMismatch, StatementRefused, StoreUnavailable
-from asyncflow.findings import ServerUnfit
+from asyncflow.errors import (
+    MigrationRefused,
+    SchemaMismatch,
+    ServerUnfit,
+    StatementRefused,
+    StoreUnavailable,
+)
 from asyncflow.store import migrations, schema, submit
 from asyncflow.store.database import Database
 from asyncflow.store.grants import grants_for

@@ -156,7 +156,7 @@ async def test_a_cursor_that_is_not_ours_is_refused(db: Database, cursor: str) -
     with pytest.raises(InvalidTask) as refusal:
         await read.list_tasks(db, 1, cursor=cursor)
 
-    assert ["/cursor"] == [fault.pointer for fault in refusal.value.faults]
+    assert ["/cursor"] == [fault.pointer for fault in refusal.value.errors]
 
 
 async def test_every_attempt_is_kept_in_order(db: Database) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from asyncflow.domain.task import Task
+from asyncflow.errors import WorkerExhausted, WorkerLost
 from asyncflow.handlers import Registry, handler
 from asyncflow.store import read as store
 from asyncflow.store.claims import Offer
@@ -23,7 +24,7 @@ from asyncflow.transport.postgres import PostgresTransport
 from asyncflow.transport.rabbitmq.transport import RabbitTransport
 from asyncflow.worker.children import Nursery
 from asyncflow.worker.isolation import Isolation
-from asyncflow.worker.worker import Times, Worker, WorkerExhausted, WorkerLost
+from asyncflow.worker.worker import Times, Worker
 from tests.support.tasks import NAME, PATIENCE_SECONDS, a_registration
 
 

@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from asyncflow.domain.outcome import Completed, Crashed, Outcome
-from asyncflow.errors import HandlerError
+from asyncflow.errors import ChildNotStarted, HandlerError
 from asyncflow.handlers import DEFAULT_REGISTRY, Handler
-from asyncflow.worker.children import ChildNotStarted, Children, Nursery
+from asyncflow.worker.children import Children, Nursery
 from asyncflow.worker.isolation import Isolation, Run
 from tests.worker import odd_handlers
 from tests.worker.test_isolation import Begun, a_context, begin, run

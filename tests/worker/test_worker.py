@@ -23,6 +23,7 @@ from asyncflow import Context, Reject, Retry
 from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import State
 from asyncflow.domain.task import Claim
+from asyncflow.errors import WorkerExhausted, WorkerLost
 from asyncflow.handlers import DEFAULT_REGISTRY, Registry
 from asyncflow.maintenance.reaper import Reaper
 from asyncflow.store import claims, steer, workers
@@ -33,7 +34,6 @@ from asyncflow.transport.postgres import PostgresTransport
 from asyncflow.worker import lease as lease_module
 from asyncflow.worker import worker as worker_module
 from asyncflow.worker.lease import STALLED_EXIT_STATUS
-from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 from tests.support.postgres import PostgresServer
 from tests.support.roles import GRANTS, administrator
 from tests.support.running import a_running_worker, read

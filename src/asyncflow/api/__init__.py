@@ -11,7 +11,7 @@ HTTP in and out: bytes become `wire` models, errors become problem documents.
     body          the bytes of a request: type, size, patience
     batch         a batch's tasks, and what is wrong with which
     jsontext   bytes to values, refusing what could not be stored
-    faults        Pydantic's and JSON Schema's errors as sentences with pointers
+    field_errors  Pydantic's and JSON Schema's errors as sentences with pointers
     problems      every error as an RFC 9457 document
     views         rows as `wire` models
     gate          who may ask: the server's names, other sites' pages

@@ -13,16 +13,16 @@ from typing import Any, TypeAlias, TypeVar
 
 from pydantic import ValidationError
 
-from asyncflow.api.faults import refused_document
+from asyncflow.api.field_errors import refused_document
 from asyncflow.errors import InvalidPayload, InvalidTask
-from asyncflow.jsontext import FAULTS_MAX, parse, salvage
+from asyncflow.jsontext import ERRORS_MAX, parse, salvage
 from asyncflow.wire.batches import SubmitBatch
 from asyncflow.wire.submissions import SubmitTask
 
 Refused: TypeAlias = InvalidTask | InvalidPayload
 T = TypeVar("T")
 
-ROW_FAULTS_MAX = 5
+ROW_ERRORS_MAX = 5
 """How many wrong places of each task of a partial batch are listed."""
 
 _ROW = re.compile(r"/tasks/([0-9]+)(?:/|$)")
@@ -46,7 +46,7 @@ def read_batch(body: bytes) -> tuple[list[SubmitTask | Refused], bool]:
             raise whole from None
         wrong = _by_row(((_row_of(mistake["loc"]), mistake) for mistake in mistakes), whole)
         for row, its_mistakes in wrong.items():
-            told = refused_document(its_mistakes, SubmitBatch, limit=ROW_FAULTS_MAX)
+            told = refused_document(its_mistakes, SubmitBatch, limit=ROW_ERRORS_MAX)
             refusals.setdefault(row, told)
         tasks = document["tasks"]
         return [refusals.get(n) or SubmitTask.model_validate(t) for n, t in enumerate(tasks)], True
@@ -57,7 +57,7 @@ def together(refusals: Sequence[Refused]) -> Refused:
     """
     The refusal of a whole batch: of the kind that all of them are, else an `InvalidTask`.
     """
-    faults = [fault for error in refusals for fault in error.faults][:FAULTS_MAX]
+    faults = [fault for error in refusals for fault in error.errors][:ERRORS_MAX]
     count = sum(error.count for error in refusals)
     names = {error.name for error in refusals if isinstance(error, InvalidPayload)}
     if all(isinstance(error, InvalidPayload) for error in refusals):
@@ -77,7 +77,7 @@ def _parsed(body: bytes) -> tuple[Any, dict[int, Refused]]:
             raise
         wrong = _by_row(((_row_at(fault.pointer), fault) for fault in faults), whole)
         return document, {
-            row: InvalidTask(its_faults[:ROW_FAULTS_MAX], count=len(its_faults))
+            row: InvalidTask(its_faults[:ROW_ERRORS_MAX], count=len(its_faults))
             for row, its_faults in wrong.items()
         }
 

@@ -14,7 +14,7 @@ import re
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope
 
-from asyncflow.api.problems import Refusal
+from asyncflow.errors import Refusal
 
 BODY_SECONDS_MAX = 30.0
 """How long a body may take to arrive; a server that waits for ever can be held for ever."""

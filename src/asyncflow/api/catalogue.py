@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import jsonschema_rs
 
-from asyncflow.api.faults import payload_faults
+from asyncflow.api.field_errors import payload_errors
 from asyncflow.domain.policy import DEFAULT_POLICY
 from asyncflow.errors import InvalidPayload, StoreUnavailable
-from asyncflow.jsontext import first_faults
+from asyncflow.jsontext import first_errors
 from asyncflow.store.database import Executor
 from asyncflow.store.workers import Published, published_handlers
 from asyncflow.telemetry import events
@@ -88,7 +88,7 @@ class Catalogue:
                 return wanted or handler.queue
         assert handlers[0].validator is not None
         errors = handlers[0].validator.iter_errors(payload)
-        faults, count = first_faults(payload_faults(errors, pointer))
+        faults, count = first_errors(payload_errors(errors, pointer))
         raise InvalidPayload(name, faults, count=count)
 
     async def refresh(self) -> None:

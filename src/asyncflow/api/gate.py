@@ -22,7 +22,7 @@ from re import compile as pattern
 
 from starlette.types import Scope
 
-from asyncflow.api.problems import Refusal
+from asyncflow.errors import Refusal
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing."""

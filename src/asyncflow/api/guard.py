@@ -12,7 +12,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncflow.api.gate import Gate
-from asyncflow.api.problems import Refusal, answer_error, internal_problem, new_incident_id
+from asyncflow.api.problems import answer_error, internal_problem, new_incident_id
+from asyncflow.errors import Refusal
 from asyncflow.telemetry import events
 
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]

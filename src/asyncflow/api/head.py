@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from asyncflow.api.problems import Refusal
+from asyncflow.errors import Refusal
 
 TARGET_BYTES_MAX = 32 * 1024
 """Path and query of a request, in bytes."""

@@ -20,17 +20,20 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from asyncflow.api.faults import parameter_faults
+from asyncflow.api.field_errors import parameter_errors
 from asyncflow.errors import (
     AsyncFlowError,
     IllegalTransition,
+    InvalidDocument,
     InvalidPayload,
+    InvalidQuery,
     InvalidTask,
+    MalformedJson,
+    Refusal,
     SchemaMismatch,
     StoreUnavailable,
     TaskNotFound,
 )
-from asyncflow.jsontext import MalformedJson
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
@@ -56,7 +59,9 @@ KINDS = {
         "the connection is closed.",
     ),
     "malformed-json": Kind(
-        400, "Malformed JSON", "The body is not a JSON document in UTF-8. Nothing was stored."
+        MalformedJson.http_status,
+        "Malformed JSON",
+        "The body is not a JSON document in UTF-8. Nothing was stored.",
     ),
     "cross-site": Kind(
         403,
@@ -65,7 +70,7 @@ KINDS = {
         "ASYNCFLOW_API_CORS_ORIGINS may do that; no other does. Nothing was done.",
     ),
     "task-not-found": Kind(
-        404,
+        TaskNotFound.http_status,
         "Task not found",
         "There is no task of this id. It may never have existed, or it finished so long ago "
         "that the retention period has passed.",
@@ -76,7 +81,7 @@ KINDS = {
     ),
     "request-timeout": Kind(408, "Request timeout", "The request took too long to arrive."),
     "illegal-transition": Kind(
-        409,
+        IllegalTransition.http_status,
         "Not possible in this state",
         "The task's present state does not allow the request; nothing was changed. The member "
         "`state` names that state.",
@@ -99,20 +104,22 @@ KINDS = {
         "listens on, nor a name listed in ASYNCFLOW_API_HOSTS. Nothing was done.",
     ),
     "invalid-task": Kind(
-        422,
+        InvalidTask.http_status,
         "Invalid task",
         "The body is JSON, but not a task or batch that can be stored. The member `errors` "
         "points to each wrong place, or to the first of many. Nothing was stored.",
     ),
     "invalid-payload": Kind(
-        422,
+        InvalidPayload.http_status,
         "Invalid payload",
         "The payload does not fit what the handler of this name says it takes, and nothing else "
         "is wrong with the task or its batch. The member `errors` points to each wrong place, or "
         "to the first of many. Nothing was stored.",
     ),
     "invalid-query": Kind(
-        422, "Invalid query", "The member `errors` names each wrong query parameter."
+        InvalidQuery.http_status,
+        "Invalid query",
+        "The member `errors` names each wrong query parameter.",
     ),
     "head-too-large": Kind(
         431, "Head too large", "The request's headers are larger than the server takes."
@@ -135,13 +142,13 @@ KINDS = {
         "or a transfer coding other than chunked.",
     ),
     "unavailable": Kind(
-        503,
+        StoreUnavailable.http_status,
         "Unavailable",
         "The database cannot serve now; try again after Retry-After seconds. If the connection "
         "to it broke during a submission, that task may have been stored all the same.",
     ),
     "schema-mismatch": Kind(
-        503,
+        SchemaMismatch.http_status,
         "Wrong database schema",
         "The database's schema does not serve this version: migrate, or deploy a newer version.",
     ),
@@ -149,31 +156,6 @@ KINDS = {
         505, "HTTP version not supported", "The server speaks HTTP/1.1 and HTTP/1.0."
     ),
 }
-
-
-class Refusal(AsyncFlowError):
-    """
-    A request that HTTP itself refuses; `kind` is a key of `KINDS`.
-    """
-
-    def __init__(self, kind: str, detail: str, *, headers: Mapping[str, str] | None = None) -> None:
-        self.kind = kind
-        self.headers = headers
-        super().__init__(detail)
-
-
-class InvalidQuery(AsyncFlowError):
-    """
-    Wrong query parameters: the name of each, and what is wrong with it.
-
-    Args:
-        count: How many there are, if `faults` are the first of them only.
-    """
-
-    def __init__(self, faults: Iterable[tuple[str, str]], *, count: int | None = None) -> None:
-        self.faults = tuple(faults)
-        self.count = len(self.faults) if count is None else count
-        super().__init__("; ".join(f"{name} {detail}" for name, detail in self.faults))
 
 
 def install_problems(app: FastAPI) -> None:
@@ -210,31 +192,36 @@ async def answer_error(request: Request, error: Exception) -> Response:
     """
     path = request.scope["path"]
     match error:
-        case Refusal():
-            return problem(error.kind, str(error), path, headers=error.headers)
-        case MalformedJson():
-            return problem("malformed-json", str(error), path)
-        case InvalidTask() | InvalidPayload() | InvalidQuery():
-            return _response(invalid_document(error, path))
-        case RequestValidationError():
-            faults, count = parameter_faults(error)
-            return _response(invalid_document(InvalidQuery(faults, count=count), path))
-        case TaskNotFound():
-            return problem("task-not-found", str(error), path)
-        case IllegalTransition():
-            return problem("illegal-transition", str(error), path, state=error.state.upper())
-        case StoreUnavailable():
-            # PostgreSQL's own words may name hosts and users; they belong in the log.
-            detail = "The database cannot serve now; try again."
-            return problem("unavailable", detail, path, headers=_retry_after())
-        case SchemaMismatch():
-            return problem("schema-mismatch", str(error), path, headers=_retry_after())
         case HTTPException(status_code=405):
             return _method_not_allowed(request)
         case HTTPException(status_code=404):
             return problem("not-found", f"There is nothing at {path}{_hint(request.scope)}", path)
+        case RequestValidationError():
+            errors, count = parameter_errors(error)
+            return _response(invalid_document(InvalidQuery(errors, count=count), path))
+        case InvalidDocument() | InvalidQuery():
+            return _response(invalid_document(error, path))
+        case AsyncFlowError(problem_type=str(kind)):
+            return problem(kind, _detail(error), path, headers=_headers(error), **_members(error))
         case _:
             raise error
+
+
+def _detail(error: AsyncFlowError) -> str:
+    if isinstance(error, StoreUnavailable):
+        # PostgreSQL's own words may name hosts and users; they belong in the log.
+        return "The database cannot serve now; try again."
+    return str(error)
+
+
+def _headers(error: AsyncFlowError) -> Mapping[str, str] | None:
+    if isinstance(error, Refusal):
+        return error.headers
+    return {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.http_status == 503 else None
+
+
+def _members(error: AsyncFlowError) -> dict[str, str]:
+    return {"state": error.state.upper()} if isinstance(error, IllegalTransition) else {}
 
 
 def internal_problem(path: str, incident_id: str) -> Response:
@@ -266,19 +253,14 @@ def problem(
     return _response(_document(kind, detail, path, (), **members), headers)
 
 
-def invalid_document(
-    error: InvalidTask | InvalidPayload | InvalidQuery, path: str
-) -> dict[str, Any]:
+def invalid_document(error: InvalidDocument | InvalidQuery, path: str) -> dict[str, Any]:
     """
     The problem document that points to the wrong places of a request for `path`.
     """
-    match error:
-        case InvalidQuery():
-            kind = "invalid-query"
-            entries = [{"parameter": name, "detail": text} for name, text in error.faults]
-        case InvalidTask() | InvalidPayload():
-            kind = "invalid-task" if isinstance(error, InvalidTask) else "invalid-payload"
-            entries = [{"pointer": f.pointer, "detail": f.detail} for f in error.faults]
+    if isinstance(error, InvalidQuery):
+        entries = [{"parameter": name, "detail": text} for name, text in error.errors]
+    else:
+        entries = [{"pointer": e.pointer, "detail": e.detail} for e in error.errors]
     place = entries[0].get("parameter") or entries[0].get("pointer") or "The body"
     detail = _cut(f"{place} {entries[0]['detail']}.")
     if error.count > len(entries):
@@ -286,7 +268,7 @@ def invalid_document(
         detail += f" (One of {error.count} faults; {listed} `errors`.)"
     elif len(entries) > 1:
         detail += f" (One of {error.count} faults; see `errors`.)"
-    return _document(kind, detail, path, entries)
+    return _document(error.problem_type, detail, path, entries)
 
 
 def _document(
@@ -328,10 +310,6 @@ def _clipped(entry: Mapping[str, str]) -> dict[str, str]:
 
 def _cut(text: str) -> str:
     return text if len(text) <= TEXT_LENGTH_MAX else text[: TEXT_LENGTH_MAX - 1] + "…"
-
-
-def _retry_after() -> dict[str, str]:
-    return {"Retry-After": str(RETRY_AFTER_SECONDS)}
 
 
 def _hint(scope: Scope) -> str:

@@ -36,7 +36,8 @@ from asyncflow.api.head import (
     malformed,
     unknown_version,
 )
-from asyncflow.api.problems import Refusal, problem
+from asyncflow.api.problems import problem
+from asyncflow.errors import Refusal
 
 LINGER_SECONDS = 1.0
 """How long what a refused client still sends is thrown away, so that it reads why."""
@@ -343,7 +344,7 @@ class BoundedProtocol(HttpToolsProtocol):
     @staticmethod
     def _answer(refusal: Refusal) -> Any:
         # Of a request that cannot be read, the path may be half a path.
-        answer = problem(refusal.kind, str(refusal), None, headers=refusal.headers)
+        answer = problem(refusal.problem_type, str(refusal), None, headers=refusal.headers)
         answer.raw_headers += HEADERS
         return answer
 

@@ -22,11 +22,11 @@ from asyncflow.aio.batching import Batcher
 from asyncflow.api.batch import Refused, read_batch, together
 from asyncflow.api.body import read_json_body
 from asyncflow.api.catalogue import Catalogue
-from asyncflow.api.faults import refused_document
+from asyncflow.api.field_errors import refused_document
 from asyncflow.api.problems import as_json, invalid_document
 from asyncflow.api.views import submitted_json
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
-from asyncflow.errors import Fault, InvalidPayload, InvalidTask
+from asyncflow.errors import FieldError, InvalidPayload, InvalidTask
 from asyncflow.jsontext import parse
 from asyncflow.store import submit
 from asyncflow.store.database import Executor
@@ -152,7 +152,7 @@ class Submissions:
                 f"takes {size} bytes as compact JSON; at most {self._payload_bytes_max} are "
                 "kept. Store large inputs elsewhere and send where they are"
             )
-            raise InvalidTask([Fault(f"{pointer}/payload", detail)])
+            raise InvalidTask([FieldError(f"{pointer}/payload", detail)])
         return text
 
     def _header(self, task: NewTask) -> tuple[bytes, bytes]:
@@ -178,7 +178,7 @@ def _check_expiry(wanted: SubmitTask, pointer: str) -> None:
     starts_at = datetime.now(UTC) + timedelta(seconds=wanted.delay_seconds or 0.0)
     if wanted.expires_at <= starts_at:
         moment = "the end of `delay_seconds`" if wanted.delay_seconds else "now"
-        raise InvalidTask([Fault(f"{pointer}/expires_at", f"must be later than {moment}")])
+        raise InvalidTask([FieldError(f"{pointer}/expires_at", f"must be later than {moment}")])
 
 
 async def _send_accepted(send: Send, text: str, header: tuple[bytes, bytes]) -> None:

@@ -15,11 +15,10 @@ from starlette.responses import Response
 
 from asyncflow.api.body import read_to_end, refuse_forms
 from asyncflow.api.openapi import CHANGE_PROBLEMS, problems
-from asyncflow.api.problems import InvalidQuery, Refusal
 from asyncflow.api.views import page_json, task_json
 from asyncflow.domain.states import State
 from asyncflow.domain.task import DEFAULT_TENANT_ID
-from asyncflow.errors import InvalidTask
+from asyncflow.errors import InvalidQuery, InvalidTask, Refusal
 from asyncflow.store import read, steer
 from asyncflow.store.database import Executor
 from asyncflow.store.read import Page
@@ -153,7 +152,7 @@ def _check_repetitions(request: Request) -> None:
     given = Counter(name for name, _ in request.query_params.multi_items())
     repeated = [name for name, count in given.items() if count > 1 and name != "status"]
     if repeated:
-        raise InvalidQuery((name, "is given more than once") for name in repeated)
+        raise InvalidQuery([(name, "is given more than once") for name in repeated])
 
 
 async def _page(db: Executor, query: TaskQuery) -> Page:
@@ -168,7 +167,7 @@ async def _page(db: Executor, query: TaskQuery) -> Page:
             limit=query.limit,
         )
     except InvalidTask as error:
-        faults = [(fault.pointer.removeprefix("/"), fault.detail) for fault in error.faults]
+        faults = [(fault.pointer.removeprefix("/"), fault.detail) for fault in error.errors]
         raise InvalidQuery(faults) from None
 
 

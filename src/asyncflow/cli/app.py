@@ -18,11 +18,8 @@ import click
 from asyncflow.cli import bench, doctor, queues, tasks
 from asyncflow.errors import (
     AsyncFlowError,
+    ExitStatus,
     InvalidSettings,
-    QueueNotFound,
-    StoreUnavailable,
-    TaskNotFound,
-    TransportError,
 )
 from asyncflow.processes.supervisor import CHILD_OPTION
 from asyncflow.verify.command import verify
@@ -32,9 +29,6 @@ if TYPE_CHECKING:
 
 FROM_SETTINGS = "the one that is set"
 """What an option for a URL says if it is given without one."""
-
-NOT_NOW, REFUSED, NOT_FOUND, INTERRUPTED = 1, 2, 3, 130
-"""Exit statuses: try again later; wrong as it stands; nothing of this name or id; Ctrl-C."""
 
 
 @click.group(
@@ -97,25 +91,15 @@ def run_command() -> int:
         return error.exit_code
     except AsyncFlowError as error:
         click.echo(f"asyncflow: {_sentences(error)}", err=True)
-        return _status(error)
+        return error.exit_status
     except click.Abort:
-        return INTERRUPTED
+        return ExitStatus.INTERRUPTED
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
-        return NOT_NOW
+        return ExitStatus.NOT_NOW
     return int(status or 0)
-
-
-def _status(error: AsyncFlowError) -> int:
-    match error:
-        case StoreUnavailable() | TransportError():
-            return NOT_NOW
-        case TaskNotFound() | QueueNotFound():
-            return NOT_FOUND
-        case _:
-            return REFUSED
 
 
 def _sentences(error: AsyncFlowError) -> str:

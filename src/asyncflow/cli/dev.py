@@ -27,7 +27,7 @@ from rich.text import Text
 
 from asyncflow import __version__
 from asyncflow.cli.database import embedded_cluster
-from asyncflow.errors import EmbeddedDatabaseError, InvalidInput, InvalidSettings
+from asyncflow.errors import InvalidSettings, NoDataFolder, NotConfirmed
 from asyncflow.processes.api import listen
 from asyncflow.processes.supervisor import Child, Supervisor, as_environment
 from asyncflow.settings import PREFIX, Settings, masked, required_database_url
@@ -37,27 +37,6 @@ from asyncflow.urls import address
 
 READY_POLL_SECONDS = 0.05
 ROLES = ("api", "worker", "maintenance")
-
-
-class NotConfirmed(InvalidInput):
-    """
-    The database of the settings was asked for, and there is no terminal to confirm it at.
-    """
-
-    def __init__(self, deed: str) -> None:
-        super().__init__(f"This would {deed}; say --yes to confirm it.")
-
-
-class NoDataFolder(EmbeddedDatabaseError):
-    """
-    The folder for data cannot be made or written to.
-    """
-
-    def __init__(self, folder: Path, reason: str) -> None:
-        super().__init__(
-            f"The data folder {folder} cannot be used: {reason}; "
-            "choose another one with ASYNCFLOW_DATA_FOLDER."
-        )
 
 
 def chosen_servers(

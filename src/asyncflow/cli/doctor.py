@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from asyncflow.errors import ExitStatus
+
 if TYPE_CHECKING:
     from asyncflow.findings import Finding
     from asyncflow.settings import Settings
-
-REFUSED = 2
 
 
 @click.command()
@@ -42,7 +42,7 @@ async def _report(settings: Settings, *, as_json: bool) -> int:
         for finding in findings:
             is_well = is_well and not finding.is_wrong
             click.echo(_as_json(finding) if as_json else _as_text(finding))
-    return 0 if is_well else REFUSED
+    return 0 if is_well else ExitStatus.REFUSED
 
 
 async def _examined(settings: Settings) -> AsyncIterator[Sequence[Finding]]:

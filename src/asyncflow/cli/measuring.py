@@ -20,7 +20,7 @@ from uuid import UUID
 from asyncflow.aio.batching import Batcher
 from asyncflow.domain.policy import PRIORITY_DEFAULT
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
-from asyncflow.errors import AsyncFlowError
+from asyncflow.errors import CannotMeasure
 from asyncflow.store import measurements, submit
 from asyncflow.store.database import Database
 from asyncflow.store.measurements import Course, Offer
@@ -36,12 +36,6 @@ STALL_SECONDS_MAX = 30.0
 POLL_SECONDS = 0.1
 CHUNK = 1_000
 """Tasks per statement that asks or deletes."""
-
-
-class CannotMeasure(AsyncFlowError):
-    """
-    The deployment does not run the tasks of a measurement; the sentence says why.
-    """
 
 
 @dataclass(frozen=True, slots=True)

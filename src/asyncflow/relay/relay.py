@@ -45,7 +45,13 @@ from contextlib import aclosing
 from datetime import datetime
 from uuid import UUID
 
-from asyncflow.errors import InvalidSettings, StoreError, StoreUnavailable, TransportError
+from asyncflow.errors import (
+    InvalidSettings,
+    QueueUnusable,
+    StoreError,
+    StoreUnavailable,
+    TransportError,
+)
 from asyncflow.findings import Finding
 from asyncflow.settings import masked
 from asyncflow.store import hints
@@ -70,7 +76,7 @@ from asyncflow.transport.amqp import (
     connect,
 )
 from asyncflow.transport.rabbitmq.diagnosis import explained
-from asyncflow.transport.rabbitmq.queue_backoff import QueueUnusable, Reconnecting, RestingQueues
+from asyncflow.transport.rabbitmq.queue_backoff import Reconnecting, RestingQueues
 from asyncflow.transport.rabbitmq.topology import (
     PACK_MAX,
     PREFIX,

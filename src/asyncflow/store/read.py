@@ -15,7 +15,7 @@ from uuid import UUID
 
 from asyncflow.domain.states import State, display_status
 from asyncflow.domain.task import AttemptRecord, Task
-from asyncflow.errors import Fault, InvalidTask, TaskNotFound
+from asyncflow.errors import FieldError, InvalidTask, TaskNotFound
 from asyncflow.store.admission import IS_DUE, is_offered, is_paused
 from asyncflow.store.columns import DETAILED, LISTED, of_task
 from asyncflow.store.database import Executor, Record
@@ -241,5 +241,5 @@ def _read_cursor(cursor: str | None) -> UUID | None:
         return UUID(bytes=base64.b64decode(cursor + "==", altchars=b"-_", validate=True))
     except (ValueError, binascii.Error):
         raise InvalidTask(
-            [Fault("/cursor", "is not a cursor; pass the `next_cursor` of the page before")]
+            [FieldError("/cursor", "is not a cursor; pass the `next_cursor` of the page before")]
         ) from None

@@ -27,7 +27,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import psutil
 
-from asyncflow.errors import AsyncFlowError
+from asyncflow.errors import NoBroker
 from asyncflow.transport.amqp import Channel, connect
 from asyncflow.transport.amqp.url import parse_url
 
@@ -60,19 +60,6 @@ GUARD = """
     read -r _
     kill -KILL 0
 """
-
-
-class NoBroker(AsyncFlowError):
-    """
-    There is no RabbitMQ to run or to use; the first sentence says why.
-    """
-
-    def __init__(self, fact: str) -> None:
-        super().__init__(
-            f"{fact} Put rabbitmq-server {MAJOR_VERSION_MIN} or newer on the PATH, or give a "
-            "broker that has the management plugin: --broker-url amqp://user:password@host:5672 "
-            "--management-url http://host:15672."
-        )
 
 
 class Broker:

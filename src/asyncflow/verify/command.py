@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from asyncflow.errors import EmbeddedDatabaseError
+from asyncflow.errors import EmbeddedDatabaseError, NoBroker
 
 if TYPE_CHECKING:
     from asyncflow.verify.run import Plan
@@ -111,7 +111,6 @@ def _carried_out(plan: Plan) -> int:
     import uvloop
 
     from asyncflow.verify import report
-    from asyncflow.verify.broker import NoBroker
     from asyncflow.verify.run import run
 
     click.echo(

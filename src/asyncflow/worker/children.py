@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from asyncflow.domain.outcome import Crashed, Failed, Failure, Outcome
-from asyncflow.errors import AsyncFlowError, HandlerError
+from asyncflow.errors import ChildNotStarted, HandlerError
 from asyncflow.forking import withhold
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.registry import Handler
@@ -46,16 +46,6 @@ START_SHARE = 10.0
 
 IDLE_SECONDS = 60.0
 """An idle child leaves after this long without an attempt."""
-
-
-class ChildNotStarted(AsyncFlowError):
-    """
-    No child could be had; the attempt it was for has not begun.
-    """
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(f"No child process could be started: {reason}")
 
 
 class Listener(Protocol):

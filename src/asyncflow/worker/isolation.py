@@ -28,13 +28,14 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 from asyncflow.domain.outcome import Cancelled, Completed, Failed, Failure, Outcome
+from asyncflow.errors import ChildNotStarted
 from asyncflow.forking import end_copy
 from asyncflow.handlers.calls import call_async, call_blocking, failed
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.encoding import RESULT_BYTES_MAX
 from asyncflow.handlers.registry import Handler, IsolationKind
 from asyncflow.telemetry import events
-from asyncflow.worker.children import Child, ChildNotStarted, Children, Nursery
+from asyncflow.worker.children import Child, Children, Nursery
 from asyncflow.worker.garbage import Garbage
 from asyncflow.worker.shortage import Shortage
 

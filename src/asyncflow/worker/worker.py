@@ -22,7 +22,7 @@ from uuid import UUID
 from asyncflow.domain.outcome import Failed, Failure, Settlement
 from asyncflow.domain.states import Event
 from asyncflow.domain.task import Claim
-from asyncflow.errors import AsyncFlowError, StoreError
+from asyncflow.errors import StoreError, WorkerExhausted, WorkerLost
 from asyncflow.handlers import Progress, Registry
 from asyncflow.store import claims, settle
 from asyncflow.store.database import Database
@@ -41,29 +41,6 @@ WAIT_SECONDS_MAX = 1.0
 """A claim that found no slot for so long goes back: another worker may have one."""
 
 GIVE_BACK_SECONDS = 10.0
-
-
-class WorkerLost(AsyncFlowError):
-    """
-    The reaper gave this worker up, so it must not go on under its id.
-    """
-
-    def __init__(self, worker_id: UUID) -> None:
-        self.worker_id = worker_id
-        super().__init__(f"Worker {worker_id} was declared lost.")
-
-
-class WorkerExhausted(AsyncFlowError):
-    """
-    Handlers that ignore their end hold every slot; only a new process helps.
-    """
-
-    def __init__(self, worker_id: UUID) -> None:
-        self.worker_id = worker_id
-        super().__init__(
-            f"Every slot of worker {worker_id} is held by a handler that does not stop; "
-            'handlers with isolation="process" can be stopped.'
-        )
 
 
 @dataclass(frozen=True, slots=True)

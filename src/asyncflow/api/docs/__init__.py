@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from asyncflow.api.problems import KINDS, Refusal
+from asyncflow.api.problems import KINDS
+from asyncflow.errors import Refusal
 
 SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "

@@ -19,12 +19,10 @@ alarm ends. A side that has been silent for two heartbeats is dead.
 Nothing reconnects here: whatever dies says so once, to everybody who waits, and is done.
 
 Read `connection` (a life from login to farewell), then `channel` (publish, consume), then
-`frames` (the bytes). `url` and `errors` are what their names say.
+`frames` (the bytes); `url` reads the broker's URL.
 """
 
-from asyncflow.transport.amqp.channel import Channel, PublishResult, QueueCounts
-from asyncflow.transport.amqp.connection import Connection, connect
-from asyncflow.transport.amqp.errors import (
+from asyncflow.errors import (
     BrokerRefused,
     BrokerTimeout,
     BrokerUnreachable,
@@ -32,6 +30,8 @@ from asyncflow.transport.amqp.errors import (
     ConnectionLost,
     MalformedFrame,
 )
+from asyncflow.transport.amqp.channel import Channel, PublishResult, QueueCounts
+from asyncflow.transport.amqp.connection import Connection, connect
 from asyncflow.transport.amqp.frames import Delivery, Message
 
 __all__ = [

@@ -11,8 +11,7 @@ from typing import TypeVar, cast
 
 from pamqp import base
 
-from asyncflow.errors import TransportError
-from asyncflow.transport.amqp.errors import BrokerTimeout, MalformedFrame
+from asyncflow.errors import BrokerTimeout, MalformedFrame, TransportError
 
 T = TypeVar("T")
 MethodT = TypeVar("MethodT", bound=base.Frame)

@@ -15,9 +15,8 @@ from typing import NamedTuple, Protocol, cast
 from pamqp import base, commands
 from pamqp.common import FieldValue
 
-from asyncflow.errors import TransportError
+from asyncflow.errors import ChannelClosed, MalformedFrame, TransportError
 from asyncflow.transport.amqp.calls import Calls, MethodT, within
-from asyncflow.transport.amqp.errors import ChannelClosed, MalformedFrame
 from asyncflow.transport.amqp.frames import (
     Confirm,
     Delivery,

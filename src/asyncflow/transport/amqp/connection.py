@@ -15,17 +15,17 @@ from typing import Final, cast
 from pamqp import base, commands
 from pamqp.common import FieldTable
 
-from asyncflow.errors import TransportError
-from asyncflow.forking import withhold
-from asyncflow.transport.amqp.calls import Calls, within
-from asyncflow.transport.amqp.channel import Channel
-from asyncflow.transport.amqp.errors import (
+from asyncflow.errors import (
     BrokerRefused,
     BrokerUnreachable,
     ChannelClosed,
     ConnectionLost,
     MalformedFrame,
+    TransportError,
 )
+from asyncflow.forking import withhold
+from asyncflow.transport.amqp.calls import Calls, within
+from asyncflow.transport.amqp.channel import Channel
 from asyncflow.transport.amqp.frames import (
     FRAME_BYTES_MAX,
     FRAME_OVERHEAD_BYTES,

@@ -27,7 +27,7 @@ from pamqp import base, commands, encode, header
 from pamqp import frame as pamqp_frame
 from pamqp.common import FieldTable, FieldValue
 
-from asyncflow.transport.amqp.errors import MalformedFrame
+from asyncflow.errors import MalformedFrame
 
 PROTOCOL_HEADER: Final = b"AMQP\x00\x00\x09\x01"
 HEARTBEAT: Final = b"\x08\x00\x00\x00\x00\x00\x00\xce"

@@ -10,22 +10,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from asyncflow.errors import TransportError
-
 REST_SECONDS_MAX = 15.0
 RECONNECT_SECONDS = (0.2, 1.5)
 """A random wait after an outage, so that processes do not return in step."""
-
-
-class QueueUnusable(TransportError):
-    """
-    One queue does not answer, or exists with other properties than ours.
-    """
-
-    def __init__(self, queue: str, cause: Exception) -> None:
-        self.queue = queue
-        self.cause = cause
-        super().__init__(f"Queue {queue!r}: {cause}")
 
 
 @dataclass(slots=True)

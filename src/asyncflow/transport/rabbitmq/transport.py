@@ -36,7 +36,7 @@ from typing import TypeAlias
 from uuid import UUID, uuid4
 
 from asyncflow.domain.task import Claim
-from asyncflow.errors import InvalidSettings, StoreError, TransportError
+from asyncflow.errors import InvalidSettings, QueueUnusable, StoreError, TransportError
 from asyncflow.settings import masked
 from asyncflow.store import claims, hints
 from asyncflow.store.database import Database
@@ -46,7 +46,7 @@ from asyncflow.telemetry.seldom import Seldom
 from asyncflow.transport import Claimant
 from asyncflow.transport.amqp import BrokerTimeout, Channel, ChannelClosed, Delivery, connect
 from asyncflow.transport.rabbitmq.diagnosis import explained
-from asyncflow.transport.rabbitmq.queue_backoff import QueueUnusable, Reconnecting, RestingQueues
+from asyncflow.transport.rabbitmq.queue_backoff import Reconnecting, RestingQueues
 from asyncflow.transport.rabbitmq.topology import (
     PREFIX,
     broker_queue,

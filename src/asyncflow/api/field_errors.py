@@ -16,8 +16,8 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from asyncflow.domain.policy import NAME_PATTERN
-from asyncflow.errors import Fault, InvalidTask
-from asyncflow.jsontext import FAULTS_MAX, joined
+from asyncflow.errors import FieldError, InvalidTask
+from asyncflow.jsontext import ERRORS_MAX, joined
 from asyncflow.wire.batches import SubmitBatch
 from asyncflow.wire.submissions import SubmitTask
 from asyncflow.wire.tasks import CURSOR_PATTERN, TaskQuery
@@ -38,19 +38,19 @@ _EXPECTED = {
 
 
 def refused_document(
-    mistakes: Sequence[ErrorDetails], model: type[BaseModel], *, limit: int = FAULTS_MAX
+    mistakes: Sequence[ErrorDetails], model: type[BaseModel], *, limit: int = ERRORS_MAX
 ) -> InvalidTask:
     """
     What is wrong with a body that should have been a `model`: the first places, and how many.
     """
     faults = [
-        Fault(_pointer(mistake["loc"]), _sentence(mistake, _fields_at(mistake["loc"], model)))
+        FieldError(_pointer(mistake["loc"]), _sentence(mistake, _fields_at(mistake["loc"], model)))
         for mistake in mistakes[:limit]
     ]
     return InvalidTask(faults, count=len(mistakes))
 
 
-def parameter_faults(error: RequestValidationError) -> tuple[list[tuple[str, str]], int]:
+def parameter_errors(error: RequestValidationError) -> tuple[list[tuple[str, str]], int]:
     """
     The first wrong query parameters, the name of each and what is wrong with it; and how many.
     """
@@ -58,14 +58,14 @@ def parameter_faults(error: RequestValidationError) -> tuple[list[tuple[str, str
     mistakes = error.errors()
     # ("query", name), with the number of the value behind if there can be several.
     faults = [
-        (str(mistake["loc"][1]), _sentence(mistake, fields)) for mistake in mistakes[:FAULTS_MAX]
+        (str(mistake["loc"][1]), _sentence(mistake, fields)) for mistake in mistakes[:ERRORS_MAX]
     ]
     return faults, len(mistakes)
 
 
-def payload_faults(
+def payload_errors(
     errors: Iterator[jsonschema_rs.ValidationError], pointer: str
-) -> Iterator[Fault]:
+) -> Iterator[FieldError]:
     """
     Every wrong place of a payload that breaks its handler's JSON Schema.
 
@@ -78,12 +78,12 @@ def payload_faults(
             place = joined(place, str(step))
         match error.kind:
             case jsonschema_rs.ValidationErrorKind.Required(property=key):
-                yield Fault(joined(place, str(key)), "is required")
+                yield FieldError(joined(place, str(key)), "is required")
             case jsonschema_rs.ValidationErrorKind.AdditionalProperties(unexpected=keys):
                 for key in keys:
-                    yield Fault(joined(place, key), "is not a key the handler takes")
+                    yield FieldError(joined(place, key), "is not a key the handler takes")
             case _:
-                yield Fault(place, f"does not fit the handler's schema: {error.message}")
+                yield FieldError(place, f"does not fit the handler's schema: {error.message}")
 
 
 def _pointer(location: Sequence[int | str]) -> str:
