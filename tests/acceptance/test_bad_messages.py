@@ -18,12 +18,11 @@ from pamqp import body, commands, frame, header
 from pamqp.common import FieldTable
 
 from asyncflow.transport.amqp import Connection, connect
+from asyncflow.transport.rabbitmq.message import PACK_MAX, encode_hints
 from asyncflow.transport.rabbitmq.topology import (
-    PACK_MAX,
     broker_queue,
     declare_dead_letters,
     declare_task_queue,
-    encode_hints,
     unreadable,
 )
 from tests.support.system import System

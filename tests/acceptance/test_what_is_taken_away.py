@@ -25,15 +25,15 @@ from asyncflow.api.app import create_app
 from asyncflow.api.catalogue import Catalogue
 from asyncflow.handlers import Registry
 from asyncflow.maintenance.chores import Chore, chores, run_chore
-from asyncflow.relay import relay as relay_module
+from asyncflow.relay import times as relay_times
 from asyncflow.relay.relay import Relay
 from asyncflow.settings import Settings
 from asyncflow.store import wakeups
 from asyncflow.store.database import Database, Executor
 from asyncflow.store.wakeups import Waker
-from asyncflow.transport import postgres as postgres_module
-from asyncflow.transport.rabbitmq import queue_backoff
-from asyncflow.transport.rabbitmq import transport as rabbitmq_module
+from asyncflow.transport import postgres
+from asyncflow.transport.rabbitmq import transport as rabbitmq
+from asyncflow.transport.rabbitmq.queue_backoff import BackoffTimes
 from asyncflow.worker import execute as execute_module
 from asyncflow.worker import lease as lease_module
 from tests.support.postgres import PostgresServer
@@ -52,6 +52,10 @@ TABLES = (
     "tenants",
     "schema_version",
 )
+SOON = (0.01, 0.03)
+"""Bounds of a wait, in seconds."""
+
+BACKOFF = BackoffTimes(reconnect_seconds=SOON)
 RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
 FUNCTIONS = (
     "pg_notify(text, text)",
@@ -200,7 +204,8 @@ class Maintenance:
             duty = run_chore(self._counted(chore), db, waker)
             self.duties.append(asyncio.create_task(duty))
         if broker_url is not None:
-            self.duties.append(asyncio.create_task(Relay(db, broker_url).run()))
+            relay = Relay(db, broker_url, times=relay_times.Times(poll=0.05, backoff=BACKOFF))
+            self.duties.append(asyncio.create_task(relay.run()))
 
     def _counted(self, chore: Chore) -> Chore:
         async def run_once(db: Executor) -> int:
@@ -371,6 +376,8 @@ async def a_house(
                 heartbeat_seconds=0.05,
                 lease_seconds=20.0,
                 broker_url=broker_url,
+                postgres_times=postgres.Times(poll=0.05, outage=SOON),
+                rabbitmq_times=rabbitmq.Times(outage=SOON, backoff=BACKOFF),
             )
         )
         catalogue = await stack.enter_async_context(Catalogue(of_api, refresh_seconds=0.05))
@@ -390,14 +397,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     Everybody tries again sooner than usual, or the matrix would mostly wait.
     """
-    for module in (postgres_module, rabbitmq_module):
-        monkeypatch.setattr(module, "OUTAGE_SECONDS", (0.01, 0.03))
-    monkeypatch.setattr(queue_backoff, "RECONNECT_SECONDS", (0.01, 0.03))
-    monkeypatch.setattr(postgres_module, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(relay_module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(wakeups, "RECONNECT_SECONDS", 0.03)
     monkeypatch.setattr(lease_module, "RETRY_SECONDS", 0.03)
-    monkeypatch.setattr(execute_module, "SETTLE_RETRY_SECONDS", (0.01, 0.03))
+    monkeypatch.setattr(execute_module, "SETTLE_RETRY_SECONDS", SOON)
 
 
 async def take_and_give_back(thing: Thing, admin: Administrator, house: House) -> None:

@@ -339,7 +339,7 @@ _STEPS = [
     _step(
         "worker",
         "delivery",
-        "asyncflow.transport.rabbitmq.transport:RabbitTransport._receive",
+        "asyncflow.transport.rabbitmq.consumer:Consumer._receive",
         "before",
     ),
     # Its claim

@@ -6,8 +6,7 @@ between PostgreSQL and RabbitMQ, whatever breaks in between.
 from __future__ import annotations
 
 import asyncio
-import itertools
-import math
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
@@ -20,17 +19,11 @@ from structlog.testing import capture_logs
 
 from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
-from asyncflow.relay import relay as relay_module
-from asyncflow.relay.relay import (
-    BATCH,
-    MARK_AFTER_SECONDS,
-    POLL_SECONDS,
-    REFILL_SECONDS,
-    WINDOW_MAX,
-    WINDOW_MIN,
-    Relay,
-    Window,
-)
+from asyncflow.relay import feed
+from asyncflow.relay.relay import Relay
+from asyncflow.relay.sending import BATCH
+from asyncflow.relay.times import TIMES, Times
+from asyncflow.relay.window import REST_SECONDS_MIN, SIZE_MIN
 from asyncflow.store import claims, hints, leadership, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
@@ -43,13 +36,9 @@ from asyncflow.transport.amqp import (
     QueueCounts,
     connect,
 )
-from asyncflow.transport.rabbitmq import queue_backoff
-from asyncflow.transport.rabbitmq.topology import (
-    PACK_MAX,
-    broker_queue,
-    declare_dead_letters,
-    decode_hints,
-)
+from asyncflow.transport.rabbitmq.message import decode_hints
+from asyncflow.transport.rabbitmq.queue_backoff import BackoffTimes
+from asyncflow.transport.rabbitmq.topology import broker_queue, declare_dead_letters
 from tests.support.broker import Broker
 from tests.support.builders import SETTLEMENTS, settled
 from tests.support.tasks import (
@@ -80,12 +69,55 @@ async def channel(broker_url: str) -> AsyncIterator[Channel]:
     await connection.close()
 
 
+class Clock:
+    """
+    A monotonic clock that can be put forward.
+    """
+
+    def __init__(self) -> None:
+        self._ahead_seconds = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self._ahead_seconds
+
+    def advance(self, seconds: float) -> None:
+        """
+        Put it forward.
+        """
+        self._ahead_seconds += seconds
+
+
 @pytest.fixture
-def relay(db: Database, broker_url: str) -> Relay:
+def clock() -> Clock:
+    """
+    The relay's clock.
+    """
+    return Clock()
+
+
+@pytest.fixture
+def times() -> Times:
+    """
+    The relay's times, unless a test parametrizes them.
+    """
+    return TIMES
+
+
+@pytest.fixture
+def relay(db: Database, broker_url: str, times: Times, clock: Clock) -> Relay:
     """
     A relay that sends when told to.
     """
-    return Relay(db, broker_url)
+    return Relay(db, broker_url, times=times, clock=clock)
+
+
+lost_at_once = pytest.mark.parametrize("times", [Times(lost_after=0.0)], ids=["lost-at-once"])
+"""A queued task without a message counts as lost in the next round."""
+
+marked_at_once = pytest.mark.parametrize(
+    "times", [Times(lost_after=0.0, mark_after=0.0)], ids=["marked-at-once"]
+)
+"""Besides, what was sent in a pack in one round is marked in the next."""
 
 
 async def ready(channel: Channel) -> int:
@@ -124,13 +156,13 @@ async def test_the_window_is_filled_by_priority(
     await submit(db, 100, priority=0)
     await submit(db, 10, priority=9)
 
-    assert POLL_SECONDS > await relay.run_once(db, channel)
+    assert TIMES.poll > await relay.run_once(db, channel)
 
     rows = await db.fetch(
         "SELECT priority, count(*) FROM asyncflow.tasks WHERE state = 'queued' GROUP BY priority"
     )
-    assert {9: 10, 0: WINDOW_MIN - 10} == {row["priority"]: row["count"] for row in rows}
-    assert WINDOW_MIN == await ready(channel)
+    assert {9: 10, 0: SIZE_MIN - 10} == {row["priority"]: row["count"] for row in rows}
+    assert SIZE_MIN == await ready(channel)
 
 
 async def test_a_full_window_admits_nothing_more(
@@ -145,8 +177,8 @@ async def test_a_full_window_admits_nothing_more(
 
     await relay.run_once(db, channel)
 
-    assert WINDOW_MIN == await ready(channel)
-    assert Counter(queued=WINDOW_MIN, pending=100 - WINDOW_MIN) == await states(db)
+    assert SIZE_MIN == await ready(channel)
+    assert Counter(queued=SIZE_MIN, pending=100 - SIZE_MIN) == await states(db)
 
 
 async def test_a_full_window_is_looked_at_ever_less_often_until_it_is_used_up(
@@ -158,14 +190,14 @@ async def test_a_full_window_is_looked_at_ever_less_often_until_it_is_used_up(
     await a_worker(db)
     await submit(db, 100)
     rests = [await relay.run_once(db, channel)]
-    while rests[-1] < POLL_SECONDS:
+    while rests[-1] < TIMES.poll:
         await asyncio.sleep(rests[-1])
         rests.append(await relay.run_once(db, channel))
 
     assert sorted(rests) == rests
-    assert [REFILL_SECONDS, 2 * REFILL_SECONDS, 4 * REFILL_SECONDS] == rests[:3]
+    assert [REST_SECONDS_MIN, 2 * REST_SECONDS_MIN, 4 * REST_SECONDS_MIN] == rests[:3]
     await run_hinted(db, channel)
-    assert REFILL_SECONDS == await relay.run_once(db, channel)
+    assert REST_SECONDS_MIN == await relay.run_once(db, channel)
 
 
 async def test_a_relay_without_tasks_rests(db: Database, channel: Channel, relay: Relay) -> None:
@@ -173,9 +205,9 @@ async def test_a_relay_without_tasks_rests(db: Database, channel: Channel, relay
     A window that is not full has no reason to be looked at before anything happens.
     """
     await a_worker(db)
-    await submit(db, WINDOW_MIN - 1)
+    await submit(db, SIZE_MIN - 1)
 
-    assert [POLL_SECONDS] * 3 == [await relay.run_once(db, channel) for _ in range(3)]
+    assert [TIMES.poll] * 3 == [await relay.run_once(db, channel) for _ in range(3)]
 
 
 async def test_a_relay_begins_at_the_low_water_mark(
@@ -202,13 +234,13 @@ async def test_a_relay_begins_at_the_low_water_mark(
     assert Counter(queued=1) == await states(db)
 
 
+@lost_at_once
 async def test_queued_tasks_are_counted_from_the_beginning_once_a_minute(
-    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+    db: Database, channel: Channel, relay: Relay, clock: Clock
 ) -> None:
     """
     In between only from where the oldest was; a hint of an older one may be lost, and is found.
     """
-    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
     await a_worker(db)
     await submit(db, 3)
     await relay.run_once(db, channel)
@@ -217,7 +249,7 @@ async def test_queued_tasks_are_counted_from_the_beginning_once_a_minute(
 
     await relay.run_once(db, channel)
     assert 0 == await ready(channel)
-    monkeypatch.setattr(relay_module, "RECOUNT_SECONDS", 0.0)
+    clock.advance(TIMES.recount)
     await relay.run_once(db, channel)
 
     assert 3 == await ready(channel)
@@ -234,7 +266,7 @@ async def test_what_may_not_go_stays_pending(db: Database, channel: Channel, rel
     await submit(db, name="unoffered")
     await submit(db, queue="unserved")
 
-    assert POLL_SECONDS == await relay.run_once(db, channel)
+    assert TIMES.poll == await relay.run_once(db, channel)
 
     assert Counter(pending=4) == await states(db)
 
@@ -282,11 +314,11 @@ async def test_a_database_that_takes_no_notes_makes_no_flood_of_hints(
             with pytest.raises(StoreUnavailable):
                 await relay.run_once(demoted, channel)
 
-        assert WINDOW_MIN == await ready(channel)
+        assert SIZE_MIN == await ready(channel)
         await db.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
         await relay.run_once(demoted, channel)
-    assert Counter(queued=WINDOW_MIN, pending=100 - WINDOW_MIN) == await states(db)
-    assert WINDOW_MIN == await ready(channel)
+    assert Counter(queued=SIZE_MIN, pending=100 - SIZE_MIN) == await states(db)
+    assert SIZE_MIN == await ready(channel)
 
 
 async def test_hints_that_the_broker_refuses_stay_pending(
@@ -297,7 +329,7 @@ async def test_hints_that_the_broker_refuses_stay_pending(
     the policy.
     """
     await a_worker(db)
-    await submit(db, WINDOW_MIN)
+    await submit(db, SIZE_MIN)
     vhost = urlsplit(broker_url).path[1:]
     limit = {"max-length": 1, "overflow": "reject-publish"}
     policy = {"pattern": ".*", "definition": limit, "apply-to": "quorum_queues"}
@@ -344,8 +376,8 @@ async def test_hints_that_no_queue_takes_stay_pending(
         return QueueCounts(0, 0)
 
     with monkeypatch.context() as patched:
-        patched.setattr(relay_module, "declare_task_queue", vanished)
-        assert POLL_SECONDS == await relay.run_once(db, channel)
+        patched.setattr(feed, "declare_task_queue", vanished)
+        assert TIMES.poll == await relay.run_once(db, channel)
     assert Counter(pending=5) == await states(db)
 
     await relay.run_once(db, channel)
@@ -353,18 +385,14 @@ async def test_hints_that_no_queue_takes_stay_pending(
     assert Counter(queued=5) == await states(db)
 
 
+@lost_at_once
 @pytest.mark.parametrize("loss", ["purge", "delete"])
 async def test_lost_hints_are_sent_again(
-    db: Database,
-    channel: Channel,
-    relay: Relay,
-    monkeypatch: pytest.MonkeyPatch,
-    loss: str,
+    db: Database, channel: Channel, relay: Relay, loss: str
 ) -> None:
     """
     Emptying or deleting a queue of RabbitMQ costs time and no task.
     """
-    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
     await a_worker(db)
     await submit(db, 10)
     await relay.run_once(db, channel)
@@ -382,13 +410,13 @@ async def test_lost_hints_are_sent_again(
     assert Counter(queued=10) == await states(db)
 
 
+@lost_at_once
 async def test_slow_workers_cause_no_storm_of_hints(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
     However long hints wait in RabbitMQ, they are not taken for lost and sent again.
     """
-    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
     sent = count_messages(channel, monkeypatch)
     await a_worker(db)
     await submit(db, 200)
@@ -455,8 +483,8 @@ async def grow_window(db: Database, channel: Channel, relay: Relay) -> None:
     Run short tasks as fast as they come, until the relay sends packs of up to four.
     """
     await a_worker(db)
-    await submit(db, 3 * WINDOW_MIN)
-    while await relay.run_once(db, channel) < MARK_AFTER_SECONDS:
+    await submit(db, 3 * SIZE_MIN)
+    while await relay.run_once(db, channel) < TIMES.mark_after:
         await run_hinted(db, channel)
     await run_hinted(db, channel)
 
@@ -472,14 +500,6 @@ async def run_hinted(db: Database, channel: Channel) -> int:
         db, hints, lease_id=uuid4(), worker_id=worker.id, offers=[Offer(NAME, 5, 900.0)]
     )
     return sum(await complete(db, taken))
-
-
-def forget_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """
-    What was sent in the last round is marked in the next, and lost if no hint is there.
-    """
-    monkeypatch.setattr(relay_module, "MARK_AFTER_SECONDS", 0.0)
-    monkeypatch.setattr(relay_module, "LOST_AFTER_SECONDS", 0.0)
 
 
 async def test_while_workers_drain_fast_hints_travel_in_packs(
@@ -499,7 +519,7 @@ async def test_while_workers_drain_fast_hints_travel_in_packs(
 
 
 async def test_what_travels_in_packs_is_marked_only_if_nobody_takes_it(
-    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     """
     Until then it is remembered, and not sent twice.
@@ -513,10 +533,10 @@ async def test_what_travels_in_packs_is_marked_only_if_nobody_takes_it(
 
     assert [3] == sent
     assert 12 == (await states(db))["pending"]
-    monkeypatch.setattr(relay_module, "MARK_AFTER_SECONDS", 0.0)
     assert 12 == await run_hinted(db, channel)
     await submit(db, 4)
     await relay.run_once(db, channel)
+    clock.advance(TIMES.mark_after)
     await relay.run_once(db, channel)
     assert {"queued": 4} == {k: n for k, n in (await states(db)).items() if k != "completed"}
 
@@ -543,7 +563,7 @@ async def test_what_came_back_after_it_was_sent_is_sent_again(
 
 
 async def test_a_pause_uses_up_what_was_sent_before(
-    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+    db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
     A worker that got the hint meanwhile has let it go, so it is sent again afterwards.
@@ -581,13 +601,13 @@ async def drain(channel: Channel, count: int) -> list[Delivery]:
     return deliveries
 
 
+@marked_at_once
 async def test_hints_that_wait_in_packs_are_not_taken_for_lost(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
     Fewer messages than queued tasks is no loss where a message carries some.
     """
-    forget_at_once(monkeypatch)
     await grow_window(db, channel, relay)
     await submit(db, 12)
     await relay.run_once(db, channel)
@@ -601,31 +621,29 @@ async def test_hints_that_wait_in_packs_are_not_taken_for_lost(
     assert 12 == (await states(db))["queued"]
 
 
+@marked_at_once
 async def test_another_leader_does_not_take_packs_for_lost(
-    db: Database, channel: Channel, relay: Relay, broker_url: str, monkeypatch: pytest.MonkeyPatch
+    db: Database, channel: Channel, relay: Relay, broker_url: str, times: Times
 ) -> None:
     """
     It does not know how large those are that its predecessor sent.
     """
-    forget_at_once(monkeypatch)
     await grow_window(db, channel, relay)
     await submit(db, 12)
     await relay.run_once(db, channel)
     await relay.run_once(db, channel)
 
-    await Relay(db, broker_url).run_once(db, channel)
+    await Relay(db, broker_url, times=times).run_once(db, channel)
 
     assert 3 == await ready(channel)
     assert 12 == (await states(db))["queued"]
 
 
-async def test_lost_packs_are_sent_again(
-    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@marked_at_once
+async def test_lost_packs_are_sent_again(db: Database, channel: Channel, relay: Relay) -> None:
     """
     An emptied queue is empty, whatever its messages carried.
     """
-    forget_at_once(monkeypatch)
     await grow_window(db, channel, relay)
     ids = await submit(db, 12)
     await relay.run_once(db, channel)
@@ -640,13 +658,13 @@ async def test_lost_packs_are_sent_again(
     assert ids == [task_id for body in bodies for task_id in body]
 
 
+@marked_at_once
 async def test_some_lost_among_packs_are_found_although_a_backlog_lasts(
-    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
+    db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     """
     That packs were sent hides a loss for a while, not for ever.
     """
-    forget_at_once(monkeypatch)
     await grow_window(db, channel, relay)
     await submit(db, 12)
     await relay.run_once(db, channel)
@@ -654,7 +672,7 @@ async def test_some_lost_among_packs_are_found_although_a_backlog_lasts(
     await relay.run_once(db, channel)
     assert 12 == (await states(db))["queued"]
 
-    monkeypatch.setattr(relay_module, "PACKS_REMEMBERED_SECONDS", 0.0)
+    clock.advance(TIMES.packs_remembered)
     sent = count_messages(channel, monkeypatch)
     await relay.run_once(db, channel)
 
@@ -674,7 +692,7 @@ async def test_a_pack_that_no_queue_takes_leaves_all_its_tasks_pending(
     async def vanished(channel: Channel, queue: str, *, prefix: str) -> QueueCounts:
         return QueueCounts(0, 0)
 
-    monkeypatch.setattr(relay_module, "declare_task_queue", vanished)
+    monkeypatch.setattr(feed, "declare_task_queue", vanished)
     await relay.run_once(db, channel)
 
     assert 12 == (await states(db))["pending"]
@@ -694,7 +712,7 @@ async def test_a_running_relay_sends_a_new_task_at_once(db: Database, broker_url
     await submit(db)
     await until_states(db, queued=2)
 
-    assert POLL_SECONDS > loop.time() - began
+    assert TIMES.poll > loop.time() - began
     await stopped(relaying)
 
 
@@ -743,22 +761,17 @@ async def test_a_frozen_leader_loses_the_lead(
 
 
 async def test_an_alarm_of_the_broker_is_sat_out(
-    db: Database,
-    channel: Channel,
-    broker: Broker,
-    broker_url: str,
-    monkeypatch: pytest.MonkeyPatch,
+    db: Database, channel: Channel, broker: Broker, broker_url: str
 ) -> None:
     """
     While RabbitMQ takes no messages the relay holds no transaction open and keeps its one
     connection, rather than sending the same hints on ever new ones; afterwards it goes on.
     """
-    monkeypatch.setattr(relay_module, "CALL_TIMEOUT_SECONDS", 0.2)
-    monkeypatch.setattr(queue_backoff, "RECONNECT_SECONDS", (0.0, 0.1))
+    times = Times(call=0.2, backoff=BackoffTimes(reconnect_seconds=(0.0, 0.1)))
     await a_worker(db)
     await asyncio.to_thread(broker.ctl, "set_vm_memory_high_watermark", "0")
     with capture_logs() as logs:
-        relaying = asyncio.create_task(Relay(db, broker_url).run())
+        relaying = asyncio.create_task(Relay(db, broker_url, times=times).run())
         try:
             await submit(db, 3)
             for _ in range(30):  # Long enough for several tries in vain.
@@ -794,158 +807,3 @@ async def stopped(*relaying: asyncio.Task[None]) -> None:
     for task in relaying:
         task.cancel()
     await asyncio.gather(*relaying, return_exceptions=True)
-
-
-CLOCK = itertools.count(0, 100)
-
-
-def look(window: Window, *, ready: int, slots: int) -> int:
-    """
-    The room in a window that was left alone for as long as it should be.
-    """
-    return window.room(ready=ready, slots=slots, now=next(CLOCK))
-
-
-def test_the_window_grows_while_workers_drain_it() -> None:
-    """
-    Found empty after it was filled, it doubles; up to a bound.
-    """
-    window = Window()
-    sizes = []
-    for _ in range(20):
-        room = look(window, ready=0, slots=10)
-        window.note(is_full=True)
-        sizes.append(room)
-
-    assert [20, 40, 80, 160] == sizes[:4]
-    assert WINDOW_MAX == sizes[-1]
-
-
-def test_the_window_shrinks_while_workers_are_slow() -> None:
-    """
-    Mostly full between rounds, it goes back to what the slots need.
-    """
-    window = Window()
-    for _ in range(10):
-        look(window, ready=0, slots=10)
-        window.note(is_full=True)
-
-    for _ in range(200):
-        look(window, ready=WINDOW_MAX, slots=10)
-
-    assert 0 == look(window, ready=20, slots=10)
-    assert 1 == look(window, ready=19, slots=10)
-
-
-@pytest.mark.parametrize("wakes_seconds", [None, 0.004])
-@pytest.mark.parametrize("used_per_second", [2, 20, 100, 200, 500])
-def test_a_window_is_looked_at_again_when_a_part_of_it_is_used_up(
-    used_per_second: int, wakes_seconds: float | None
-) -> None:
-    """
-    The slower the tasks, the later; slow ones do not make it grow, and no slot waits for the next
-    look, although submissions wake the relay in between, until they cease.
-    """
-    window = Window()
-    ready, now, starved, rests = 0.0, 0.0, 0.0, []
-    for number in range(400):
-        ready += window.room(ready=math.ceil(ready), slots=10, now=now)
-        window.note(is_full=True)
-        is_woken = wakes_seconds is not None and number % 100 < 50
-        rest = wakes_seconds if wakes_seconds and is_woken else window.rest_seconds
-        starved += max(0.0, rest * used_per_second - ready)
-        ready = max(0.0, ready - rest * used_per_second)
-        now += rest
-        rests.append(window.rest_seconds)
-
-    assert 1 == window.pack
-    assert starved < 0.02 * now * used_per_second
-    # Never after longer than the 20 hints of a window last.
-    assert max(rests[50:]) <= max(REFILL_SECONDS, min(POLL_SECONDS, 20 / used_per_second))
-    if used_per_second == 2:
-        assert POLL_SECONDS == max(rests)
-
-
-def test_a_window_that_was_looked_at_too_late_does_not_grow() -> None:
-    """
-    It was large enough; first it is looked at as often as can be.
-    """
-    window = Window()
-    for _ in range(10):
-        look(window, ready=20, slots=10)
-        window.note(is_full=True)
-    assert POLL_SECONDS == window.rest_seconds
-
-    assert 20 == look(window, ready=0, slots=10)
-    window.note(is_full=True)
-
-    assert REFILL_SECONDS == window.rest_seconds
-    assert 40 == look(window, ready=0, slots=10)
-
-
-def test_the_window_does_not_grow_for_want_of_tasks() -> None:
-    """
-    An empty queue of RabbitMQ means nothing if there was little to send.
-    """
-    window = Window()
-    look(window, ready=0, slots=10)
-    window.note(is_full=False)
-
-    assert 20 == look(window, ready=0, slots=10)
-
-
-def test_the_window_follows_the_workers_slots() -> None:
-    """
-    More workers, more hints; never less than the smallest window.
-    """
-    assert WINDOW_MIN == look(Window(), ready=0, slots=1)
-    assert 200 == look(Window(), ready=0, slots=100)
-
-
-def test_slow_tasks_travel_one_by_one() -> None:
-    """
-    A window that nobody drains between two rounds has no packs, however many slots there are.
-    """
-    for slots in (1, 10, 1_000):
-        window = Window()
-        full = max(WINDOW_MIN, 2 * slots)
-        for ready in (0, full // 2, full, full):
-            look(window, ready=ready, slots=slots)
-            window.note(is_full=True)
-
-        assert 1 == window.pack
-
-
-def test_packs_grow_and_shrink_with_the_window() -> None:
-    """
-    Small enough at any time that a window has a message for every slot.
-    """
-    window = Window()
-    packs = []
-    for _ in range(10):
-        look(window, ready=0, slots=10)
-        window.note(is_full=True)
-        packs.append(window.pack)
-    assert [1, 2, 4, 8, 16, 32, PACK_MAX] == packs[:7]
-    assert PACK_MAX == packs[-1]
-
-    for _ in range(200):
-        look(window, ready=WINDOW_MAX, slots=10)
-
-    assert 1 == window.pack
-
-
-def test_ready_messages_may_be_as_large_as_the_largest_pack_sent() -> None:
-    """
-    Until nothing is queued any more, or for a minute.
-    """
-    window = Window()
-    assert 0 == window.hints_max(QueueCounts(0, 0), queued=0)
-    window.note_pack(20)
-    window.note_pack(5)
-
-    assert 60 == window.hints_max(QueueCounts(3, 0), queued=100)
-    assert 50 == window.hints_max(QueueCounts(3, 0), queued=50)
-    assert 0 == window.hints_max(QueueCounts(0, 0), queued=50)
-    assert 0 == window.hints_max(QueueCounts(3, 0), queued=0)
-    assert 3 == window.hints_max(QueueCounts(3, 0), queued=100)

@@ -19,9 +19,8 @@ from asyncflow.store import read as store
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.store.workers import Registration
-from asyncflow.transport import Claimant, Transport
-from asyncflow.transport.postgres import PostgresTransport
-from asyncflow.transport.rabbitmq.transport import RabbitTransport
+from asyncflow.transport import Claimant, Transport, postgres
+from asyncflow.transport.rabbitmq import transport as rabbitmq
 from asyncflow.worker.children import Nursery
 from asyncflow.worker.isolation import Isolation
 from asyncflow.worker.worker import Times, Worker
@@ -62,6 +61,8 @@ async def a_running_worker(
     cancel_grace_seconds: float = 0.5,
     registry: Registry | None = None,
     broker_url: str | None = None,
+    postgres_times: postgres.Times = postgres.TIMES,
+    rabbitmq_times: rabbitmq.Times = rabbitmq.TIMES,
     **policy: Any,
 ) -> AsyncIterator[Running]:
     """
@@ -78,9 +79,9 @@ async def a_running_worker(
     offers = [Offer(h.name, h.policy.max_attempts, h.policy.timeout_seconds) for h in registry]
     claimant = Claimant(registration.id, registration.queues, offers)
     transport = (
-        PostgresTransport(db, claimant)
+        postgres.PostgresTransport(db, claimant, times=postgres_times)
         if broker_url is None
-        else RabbitTransport(db, claimant, broker_url=broker_url)
+        else rabbitmq.RabbitTransport(db, claimant, broker_url=broker_url, times=rabbitmq_times)
     )
     await transport.open()
     in_children = [h for h in registry if h.isolation == "process"]

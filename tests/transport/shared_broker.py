@@ -13,10 +13,14 @@ from urllib.parse import urlsplit
 
 from structlog.testing import capture_logs
 
+from asyncflow.relay import times as relay_times
 from asyncflow.relay.relay import Relay
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.transport import Claimant
+from asyncflow.transport.rabbitmq import transport as rabbitmq
+from asyncflow.transport.rabbitmq.ownership import OWNED_SECONDS
+from asyncflow.transport.rabbitmq.queue_backoff import BackoffTimes
 from asyncflow.transport.rabbitmq.topology import PREFIX
 from asyncflow.transport.rabbitmq.transport import RabbitTransport
 from tests.support.broker import Broker
@@ -191,17 +195,29 @@ async def a_system(
     prefix: str = PREFIX,
     slots: int = 4,
     works: bool = True,
+    backoff: BackoffTimes | None = None,
+    owned_seconds: float = OWNED_SECONDS,
 ) -> AsyncIterator[System]:
     """
     A relay and a worker for one block; neither may end before it.
 
     Args:
-        works: Whether the worker takes what comes; otherwise it is registered and no more.
+        works: Whether the worker takes what comes; otherwise it is only registered.
+        backoff: Waits after failures; None for the usual ones.
+        owned_seconds: How long the names stay theirs afterwards.
     """
+    backoff = backoff or BackoffTimes()
     worker = await a_worker(db, slots=slots)
     claimant = Claimant(worker.id, (QUEUE,), [Offer(NAME, 5, 900.0)])
-    transport = RabbitTransport(db, claimant, broker_url=url, prefix=prefix)
-    system = System(db, Relay(db, url, prefix=prefix), transport)
+    transport = RabbitTransport(
+        db,
+        claimant,
+        broker_url=url,
+        prefix=prefix,
+        times=rabbitmq.Times(backoff=backoff, owned=owned_seconds),
+    )
+    times = relay_times.Times(backoff=backoff, owned=owned_seconds)
+    system = System(db, Relay(db, url, prefix=prefix, times=times), transport)
     with capture_logs() as system.events:
         running = [asyncio.create_task(system.relay.run())]
         if works:

@@ -1,60 +1,71 @@
 """
-How long a queue that cannot be used is left alone.
+How long RabbitMQ, or one of its queues, is left alone after a failure.
 """
 
 from __future__ import annotations
 
 from asyncflow.transport.rabbitmq.queue_backoff import (
-    RECONNECT_SECONDS,
-    REST_SECONDS_MAX,
-    Reconnecting,
-    RestingQueues,
+    BackoffTimes,
+    ConnectionBackoff,
+    QueueBackoff,
 )
 
 
-def test_a_queue_rests_longer_after_every_failure_up_to_fifteen_seconds() -> None:
+def test_a_queue_is_skipped_for_longer_after_every_failure_up_to_fifteen_seconds() -> None:
     """
-    A passing fault costs a second; a lasting one costs little for ever.
+    A passing fault costs a second; a lasting one costs little however long it lasts.
     """
-    resting = RestingQueues()
-    rests = []
+    backoff = QueueBackoff()
+    seconds = []
     for _ in range(9):
-        resting.failed("video", now=0.0)
-        rests.append(next(s for s in range(100) if not resting.rests("video", now=float(s))))
+        backoff.failed("video", now=0.0)
+        seconds.append(next(s for s in range(100) if not backoff.skips("video", now=float(s))))
 
-    assert [1, 2, 4, 8, 15, 15, 15, 15, 15] == rests
-    assert REST_SECONDS_MAX == rests[-1]
+    assert [1, 2, 4, 8, 15, 15, 15, 15, 15] == seconds
+    assert BackoffTimes().seconds_max == seconds[-1]
 
 
-def test_a_queue_that_works_again_begins_anew() -> None:
+def test_a_queue_that_works_again_starts_over() -> None:
     """
-    And the queues beside it never rested.
+    Its next failure costs a second again, and other queues were never skipped.
     """
-    resting = RestingQueues()
-    resting.failed("video", now=0.0)
-    resting.failed("video", now=0.0)
-    assert not resting.rests("mail", now=0.0)
-    assert resting.rests("video", now=1.0)
+    backoff = QueueBackoff()
+    backoff.failed("video", now=0.0)
+    backoff.failed("video", now=0.0)
+    assert not backoff.skips("mail", now=0.0)
+    assert backoff.skips("video", now=1.0)
 
-    resting.worked("video")
+    backoff.worked("video")
 
-    assert not resting.rests("video", now=0.0)
-    resting.failed("video", now=5.0)
-    assert not resting.rests("video", now=6.0)
+    assert not backoff.skips("video", now=0.0)
+    backoff.failed("video", now=5.0)
+    assert not backoff.skips("video", now=6.0)
 
 
-def test_what_only_a_person_can_change_is_tried_ever_less_often() -> None:
+def waits(backoff: ConnectionBackoff, count: int, *, may_pass: bool) -> list[float]:
+    """
+    The waits after this many failures, one after another.
+    """
+    seconds = []
+    for _ in range(count):
+        backoff.failed(may_pass=may_pass)
+        seconds.append(backoff.wait_seconds())
+    return seconds
+
+
+def test_what_only_a_person_can_change_is_tried_less_and_less_often() -> None:
     """
     A refused login costs RabbitMQ something, and its log a line; an outage passes by itself.
     """
-    reconnecting = Reconnecting()
+    backoff = ConnectionBackoff()
 
-    refused = [reconnecting.wait_seconds(may_pass=False) for _ in range(9)]
-    lost = reconnecting.wait_seconds(may_pass=True)
-    reconnecting.worked()
-    refused_again = reconnecting.wait_seconds(may_pass=False)
+    refused = waits(backoff, 9, may_pass=False)
+    [lost] = waits(backoff, 1, may_pass=True)
+    backoff.worked()
+    [refused_again] = waits(backoff, 1, may_pass=False)
 
     for seconds, longest in zip(refused, [1, 2, 4, 8, 15, 15, 15, 15, 15], strict=True):
         assert longest / 2 <= seconds <= longest
-    assert RECONNECT_SECONDS[0] <= lost <= RECONNECT_SECONDS[1]
+    shortest, longest_after_outage = BackoffTimes().reconnect_seconds
+    assert shortest <= lost <= longest_after_outage
     assert refused_again <= 1

@@ -21,16 +21,15 @@ from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.transport import Claimant
 from asyncflow.transport.amqp import Channel, Delivery, Message, PublishResult, connect
-from asyncflow.transport.rabbitmq import transport as rabbitmq
+from asyncflow.transport.rabbitmq.consumer import Prefetch
+from asyncflow.transport.rabbitmq.message import PACK_MAX, encode_hints
 from asyncflow.transport.rabbitmq.topology import (
-    PACK_MAX,
     broker_queue,
     declare_dead_letters,
     declare_task_queue,
-    encode_hints,
     unreadable,
 )
-from asyncflow.transport.rabbitmq.transport import Consumer, RabbitTransport
+from asyncflow.transport.rabbitmq.transport import TIMES, RabbitTransport, Times
 from tests.support.broker import Broker
 from tests.support.postgres import PostgresServer
 from tests.support.tasks import (
@@ -79,7 +78,12 @@ class Workshop:
             await declare_task_queue(channel, queue)
 
     async def taker(
-        self, *, names: Sequence[str] = (NAME,), queues: Sequence[str] = (QUEUE,), slots: int = 1
+        self,
+        *,
+        names: Sequence[str] = (NAME,),
+        queues: Sequence[str] = (QUEUE,),
+        slots: int = 1,
+        times: Times = TIMES,
     ) -> RabbitTransport:
         """
         A transport in the name of a live worker.
@@ -87,7 +91,7 @@ class Workshop:
         worker = await a_worker(self.db, names=names, queues=queues, slots=slots)
         offers = [Offer(name, 5, 900.0) for name in names]
         claimant = Claimant(worker.id, tuple(queues), offers)
-        transport = RabbitTransport(self.db, claimant, broker_url=self.broker_url)
+        transport = RabbitTransport(self.db, claimant, broker_url=self.broker_url, times=times)
         await transport.open()
         self.cleanup.push_async_callback(transport.close)
         return transport
@@ -297,15 +301,13 @@ async def test_stop_hands_back_a_pack_as_a_whole(workshop: Workshop) -> None:
     assert 0 == await workshop.ready()
 
 
-async def test_a_worker_takes_fewer_packs_than_single_hints(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_worker_takes_fewer_packs_than_single_hints(workshop: Workshop) -> None:
     """
     What it may hold is counted in tasks, so the rest stays in the broker for others.
     """
-    monkeypatch.setattr(rabbitmq, "WAIT_SECONDS_MAX", PATIENCE_SECONDS)  # Nothing goes back.
     window = 2 * PACK_MAX
-    taker = await workshop.taker(slots=window)
+    nothing_goes_back = Times(wait_max=PATIENCE_SECONDS)
+    taker = await workshop.taker(slots=window, times=nothing_goes_back)
     await workshop.send(await submit(workshop.db, PACK_MAX))
     for done in await take(taker, window):  # It learns that packs come.
         taker.finished(done)
@@ -315,7 +317,7 @@ async def test_a_worker_takes_fewer_packs_than_single_hints(
     while taken < window:
         taken += len(await take(taker, window - taken, window=window))
 
-    packs = Consumer(hints_per_message=PACK_MAX).prefetch_for(window)
+    packs = Prefetch(hints_per_message=PACK_MAX).wanted(window)
     assert 20 - 2 * packs <= await workshop.ready()
 
 
@@ -324,25 +326,25 @@ def test_a_prefetch_is_as_many_messages_as_bring_a_window_of_hints() -> None:
     Exactly the window where messages are single hints; one more for packs, whose last hint
     keeps the whole unacknowledged; never nothing.
     """
-    single, pack = Consumer(), Consumer(hints_per_message=50)
+    single, pack = Prefetch(), Prefetch(hints_per_message=50)
 
-    assert [0, 1, 10, 1_000] == [single.prefetch_for(window) for window in (0, 1, 10, 1_000)]
-    assert [0, 1, 1, 21] == [pack.prefetch_for(window) for window in (0, 1, 10, 1_000)]
+    assert [0, 1, 10, 1_000] == [single.wanted(window) for window in (0, 1, 10, 1_000)]
+    assert [0, 1, 1, 21] == [pack.wanted(window) for window in (0, 1, 10, 1_000)]
 
 
 def test_a_consumer_learns_at_once_that_packs_come_and_soon_that_they_stopped() -> None:
     """
     A worker must not drown in packs, nor starve when they are followed by single hints.
     """
-    consumer = Consumer(prefetch=10)
-    consumer.observe(50)
-    assert 50 == consumer.hints_per_message
-    assert consumer.is_far_from(10)
+    prefetch = Prefetch(messages=10)
+    prefetch.observe(50)
+    assert 50 == prefetch.hints_per_message
+    assert prefetch.is_far_from(10)
 
     for _ in range(6):
-        consumer.observe(1)
+        prefetch.observe(1)
 
-    assert 1 == consumer.hints_per_message
+    assert 1 == prefetch.hints_per_message
 
 
 async def test_messages_that_are_no_ids_are_parked_and_cost_nothing_else(
@@ -525,16 +527,13 @@ async def test_a_worker_that_gave_hints_back_takes_again_when_it_has_a_slot(
     assert set(ids) == {mine.task_id, other.task_id}
 
 
-async def test_a_long_attempt_is_acknowledged_early(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_long_attempt_is_acknowledged_early(workshop: Workshop) -> None:
     """
     Before RabbitMQ's consumer timeout strikes, the lease carries on alone.
     """
-    monkeypatch.setattr(rabbitmq, "EARLY_ACK_SECONDS", 0.1)
     ids = await submit(workshop.db, 2)
     await workshop.send(*ids)
-    taker = await workshop.taker()
+    taker = await workshop.taker(times=Times(early_ack=0.1))
     [slow] = await take(taker)
 
     # Its hint no longer counts, so the broker sends the next one; there is a slot for it.

@@ -18,17 +18,17 @@ from asyncflow.findings import Finding, Verdict
 from asyncflow.store.database import Database
 from asyncflow.store.installation import identity
 from asyncflow.transport.amqp import Message, connect
-from asyncflow.transport.rabbitmq import queue_backoff
 from asyncflow.transport.rabbitmq.diagnosis import explained
 from asyncflow.transport.rabbitmq.inspection import _version, inspect
+from asyncflow.transport.rabbitmq.message import encode_hints
+from asyncflow.transport.rabbitmq.ownership import own
+from asyncflow.transport.rabbitmq.queue_backoff import BackoffTimes
 from asyncflow.transport.rabbitmq.topology import (
     broker_queue,
     declare_dead_letters,
     declare_task_queue,
     dropped,
-    encode_hints,
     marker_queue,
-    own,
     unreadable,
 )
 from tests.support.broker import Broker
@@ -266,18 +266,16 @@ async def test_names_that_nobody_uses_any_more_are_free(
     database_url: str,
     other_database_url: str,
     administrator: Administrator,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
     A database that moved to another server gets its queues back without anybody's help; a
     restart of the first one needs none either.
     """
-    monkeypatch.setattr("asyncflow.transport.rabbitmq.topology.OWNED_SECONDS", 1)
     async with database(database_url) as former, database(other_database_url) as moved:
         for _ in range(2):
-            async with a_system(former, administrator.url) as running:
+            async with a_system(former, administrator.url, owned_seconds=1) as running:
                 await running.until_completed(await submit(former))
-        async with a_system(moved, administrator.url) as running:
+        async with a_system(moved, administrator.url, owned_seconds=1) as running:
             await running.until_completed(await submit(moved))
 
 
@@ -454,14 +452,13 @@ MATRIX: dict[str, tuple[Action, Action, str | None]] = {
 
 
 async def test_rights_and_queues_taken_away_cost_time_and_no_task(
-    db: Database, administrator: Administrator, monkeypatch: pytest.MonkeyPatch
+    db: Database, administrator: Administrator
 ) -> None:
     """
     Whatever is taken away while tasks run is named; given back, tasks flow again, none is lost or
     charged, and neither relay nor worker ends.
     """
-    monkeypatch.setattr(queue_backoff, "REST_SECONDS_MAX", 0.5)
-    async with a_system(db, administrator.url) as system:
+    async with a_system(db, administrator.url, backoff=BackoffTimes(seconds_max=0.5)) as system:
         await system.until_completed(await submit(db, 5))
         ids = []
         for take_away, give_back, words in MATRIX.values():
@@ -509,10 +506,11 @@ async def test_a_lasting_refusal_is_not_hammered(
         await system.until_told("broker.refused", "relay")
         await system.until_told("broker.refused", "worker")
         assert "lacks the configure permission" in str(system.relay.trouble)
-        waits = [
-            [waiting.wait_seconds(may_pass=False) for _ in range(8)][-1]
-            for waiting in (system.relay._reconnecting, system.transport._reconnecting)
-        ]
+        backoffs = [system.relay._connection_backoff, system.transport._connection_backoff]
+        for backoff in backoffs:
+            for _ in range(8):
+                backoff.failed(may_pass=False)
+        waits = [backoff.wait_seconds() for backoff in backoffs]
         await asyncio.sleep(0)
 
-    assert all(wait >= queue_backoff.REST_SECONDS_MAX / 2 for wait in waits)
+    assert all(wait >= BackoffTimes().seconds_max / 2 for wait in waits)

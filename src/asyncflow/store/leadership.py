@@ -46,6 +46,16 @@ async def leadership(db: Database, *, purpose: str) -> AsyncIterator[Executor | 
         connection.terminate()
 
 
+async def keep_leading(leader: Executor) -> None:
+    """
+    Show PostgreSQL that the leader is alive, which every statement on its connection does.
+
+    Raises:
+        StoreUnavailable: The lead is lost. Raised by the `leadership` block that this is called in.
+    """
+    await leader.execute("SELECT 1")
+
+
 async def _wins(connection: Executor) -> bool:
     await connection.execute(LIMIT_IDLENESS)
     return bool(await connection.fetchval(TRY_LOCK, RELAY_LOCK))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import dataclass
 from uuid import uuid4
 
 from asyncflow.domain.task import Claim
@@ -16,11 +17,23 @@ from asyncflow.store.wakeups import Listener
 from asyncflow.telemetry import events
 from asyncflow.transport import Claimant
 
-POLL_SECONDS = 0.5
-"""The safety net under wake-ups, and how late a delayed task may notice that it is due."""
 
-OUTAGE_SECONDS = (0.2, 1.0)
-"""A random wait between tries while PostgreSQL is away, so that workers do not return in step."""
+@dataclass(frozen=True, slots=True)
+class Times:
+    """
+    In seconds.
+
+    Attributes:
+        poll: The safety net under wake-ups, and how late a delayed task may start.
+        outage: Bounds of a random wait between tries while PostgreSQL is away, so that workers do
+            not return in step.
+    """
+
+    poll: float = 0.5
+    outage: tuple[float, float] = (0.2, 1.0)
+
+
+TIMES = Times()
 
 
 class PostgresTransport:
@@ -28,8 +41,9 @@ class PostgresTransport:
     Claims due tasks by SKIP LOCKED; a wake-up or the next poll ends a wait.
     """
 
-    def __init__(self, db: Database, claimant: Claimant) -> None:
+    def __init__(self, db: Database, claimant: Claimant, *, times: Times = TIMES) -> None:
         self._claimant = claimant
+        self._times = times
         self._queues = list(claimant.queues)
         self._due = Due(db)
         self._woken = asyncio.Event()
@@ -52,11 +66,11 @@ class PostgresTransport:
                 taken = await self._claim(slots)
             except StoreError as error:
                 events.database_unavailable(where="claim", reason=str(error))
-                await self._wait(random.uniform(*OUTAGE_SECONDS))
+                await self._wait(random.uniform(*self._times.outage))
                 continue
             if taken:
                 return taken
-            await self._wait(POLL_SECONDS)
+            await self._wait(self._times.poll)
         return []
 
     def finished(self, claim: Claim) -> None:

@@ -20,15 +20,16 @@ from asyncflow.domain.outcome import Crashed, Released, Settlement
 from asyncflow.domain.states import Event
 from asyncflow.errors import StoreUnavailable
 from asyncflow.maintenance import reaper
-from asyncflow.relay.relay import Relay
+from asyncflow.relay.feed import Feed
+from asyncflow.relay.sending import Pack as SentPack
 from asyncflow.store import claims, database, hints, sqlstates, steer, upkeep, workers
 from asyncflow.store import settle as store_settle
 from asyncflow.store import submit as store_submit
 from asyncflow.store.database import Executor
-from asyncflow.store.due import Admitted
 from asyncflow.store.settle import Settling
 from asyncflow.transport.amqp import Channel
-from asyncflow.transport.rabbitmq.transport import Pack, RabbitTransport
+from asyncflow.transport.rabbitmq.message import Pack
+from asyncflow.transport.rabbitmq.transport import RabbitTransport
 from asyncflow.worker import execute, lease
 
 
@@ -347,12 +348,14 @@ def _hints_not_reconciled() -> None:
     engine="rabbitmq",
 )
 def _relay_commits_first() -> None:
-    async def send(self: Relay, channel: Channel, queue: str, admitted: Sequence[Admitted]) -> int:
-        await self._mark(queue, [*admitted])
+    async def send(
+        self: Feed, db: Executor, channel: Channel, queue: str, packs: Sequence[SentPack]
+    ) -> int:
+        await self._mark(db, [task for pack in packs for task in pack])
         await asyncio.sleep(0.2)
-        return len(await self._publish(channel, queue, admitted))
+        return len((await self._sender.publish(channel, queue, packs)).confirmed)
 
-    Relay._send = send  # type: ignore[method-assign]
+    Feed._send = send  # type: ignore[method-assign]
     _hints_not_reconciled()
 
 

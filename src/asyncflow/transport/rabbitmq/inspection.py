@@ -22,12 +22,12 @@ from asyncflow.transport.amqp import (
     connect,
 )
 from asyncflow.transport.rabbitmq.diagnosis import explained
+from asyncflow.transport.rabbitmq.ownership import own
 from asyncflow.transport.rabbitmq.topology import (
     PREFIX,
     broker_queue,
     declare_task_queue,
     marker_queue,
-    own,
     unreadable,
 )
 
