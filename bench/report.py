@@ -388,7 +388,7 @@ def _history(lines: Lines) -> str:
     if not rows:
         return ""
     return _section(
-        "Beside a long history",
+        "With a long history",
         "The store's functions on one connection, in batches of 100, each with its own commit.",
         _table(["finished tasks", "submit/s", "claim/s", "settle/s"], rows),
     )
