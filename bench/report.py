@@ -1,6 +1,6 @@
 """
-Makes the report, `benchmarks.md` and its plots, from raw lines. Nothing is measured here,
-and no figure is written here.
+Generates the report, `benchmarks.md` and its plots, from raw lines. Nothing is measured here, and
+the prose has no figures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WIDTH = 100
 
 def write_report(raw: Path, folder: Path) -> Path:
     """
-    Write `benchmarks.md` into `folder`, and plots and the lines themselves beside it.
+    Write `benchmarks.md` into `folder`, with the plots and the raw lines in `benchmarks/`.
     """
     lines = read_lines(raw)
     pictures = folder / "benchmarks"
@@ -64,12 +64,12 @@ def _head(lines: Lines) -> str:
     measured = f"""
 Measured on {day} on {e["cores"]} cores ({e["cpu"]}), {e["memory_gb"]} GB, {e["system"]}, with
 Python {e["python"]}, PostgreSQL {servers["PostgreSQL"]} and RabbitMQ {servers["RabbitMQ"]}, by
-{commands}. Load generator, clients, workers, PostgreSQL and RabbitMQ share these cores, so a
-figure tells about a whole system on this machine. Each is the median of {repetitions}
-repetition{"s" if repetitions != 1 else ""}, the lowest and highest in brackets; one
-without brackets was measured once. The load average was {e["load_before"]:g} when the run began
-and {min(loads):g} to {max(loads):g} before single measurements, which includes the work of the
-measurement before."""
+{commands}. Load generator, clients, workers, PostgreSQL and RabbitMQ share these cores, so each
+figure describes the whole system on this machine. It is the median of {repetitions}
+repetition{"s" if repetitions != 1 else ""}, with the lowest and highest in brackets; figures
+without brackets were measured once. The load average was {e["load_before"]:g} at the start and
+{min(loads):g} to {max(loads):g} before single measurements, which includes the work of the
+previous one."""
     return f"# Benchmarks\n\n{CONTENTS}\n\n{_wrapped(measured)}"
 
 
@@ -135,8 +135,8 @@ def _http(lines: Lines, pictures: Path) -> str:
     )
     return _section(
         "POST over HTTP",
-        "One API process. AsyncFlow answers when the row is committed, naive when it is committed "
-        "and the message confirmed. CPU is in µs per task.",
+        "One API process. AsyncFlow responds once the row is committed, naive once it is committed "
+        "and the message is confirmed. CPU is in µs per task.",
         picture,
         _table(["", "", "tasks/s", "p50 ms", "p99 ms", "API", "PostgreSQL", "RabbitMQ"], rows),
     )
@@ -181,9 +181,10 @@ def _submit(lines: Lines, pictures: Path) -> str:
     )
     return _section(
         "Submitting from Python",
-        "One process, one by one with so many callers at once, or 1,000 per call of a bulk API.",
+        "One process: single submissions from concurrent callers, and 1,000 per call of a bulk "
+        "API.",
         picture,
-        _table(["", "callers", "tasks/s", "AsyncFlow is", "in bulk"], rows),
+        _table(["", "callers", "tasks/s", "AsyncFlow's speedup", "in bulk"], rows),
     )
 
 
@@ -212,10 +213,17 @@ def _drain(lines: Lines, pictures: Path) -> str:
         cases=[(name, partial(_same, case)) for name, case in cases],
         label="tasks per second",
     )
-    heads = ["", "state", "1 worker, tasks/s", "AsyncFlow is", "2 workers, tasks/s", "AsyncFlow is"]
+    heads = [
+        "",
+        "state",
+        "1 worker, tasks/s",
+        "AsyncFlow's speedup",
+        "2 workers, tasks/s",
+        "AsyncFlow's speedup",
+    ]
     return _section(
         "Draining a backlog",
-        "A no-op handler; until everything is settled in durable state.",
+        "A no-op handler. The rate counts until every task is finished in durable state.",
         picture,
         _table(heads, rows),
     )
@@ -233,8 +241,8 @@ def _heavier(lines: Lines) -> str:
         return ""
     return _section(
         "Larger payloads, failing tasks",
-        "One worker. Of the failing tasks one in ten raises at its first attempt and is tried "
-        "again after up to half a second.",
+        "In tasks per second, one worker. With `10 % fail once`, one in ten tasks raises at its "
+        "first attempt and is retried after up to half a second.",
         _table(["", *(o.title for o in OURS)], rows),
     )
 
@@ -253,7 +261,7 @@ def _cpu(lines: Lines) -> str:
         return ""
     return _section(
         "CPU per drained task",
-        "In µs, one worker. The relay of AsyncFlow with RabbitMQ counts as a worker.",
+        "In µs, one worker. AsyncFlow's relay is included under workers.",
         _table(["", *kinds, "all"], rows),
     )
 
@@ -282,8 +290,8 @@ def _latency(lines: Lines, pictures: Path) -> str:
     heads = ["", "idle p50", "p95", "p99", "half load p50", "p95", "p99", "at tasks/s"]
     return _section(
         "Latency from submission to start",
-        "In ms. Half load is half of what the system, submitting and working at once, sustained "
-        "just before; the last column tells how much that is.",
+        "In ms. Half load is half of what the system sustained while submitting and working at the "
+        "same time; the last column is that rate.",
         picture,
         _table(heads, rows),
     )
@@ -301,8 +309,9 @@ def _slots(lines: Lines) -> str:
         return ""
     return _section(
         "Keeping slots busy",
-        "One worker of 10 slots, the default, on tasks that wait a moment; in tasks per second.",
-        _table(["each waits", *(o.title for o in OURS), "every slot in use"], rows),
+        "One worker of 10 slots, the default, on tasks that only wait; in tasks per second. `every "
+        "slot in use` is the mathematical limit.",
+        _table(["duration", *(o.title for o in OURS), "every slot in use"], rows),
     )
 
 
@@ -323,10 +332,9 @@ def _waiting(lines: Lines, pictures: Path) -> str:
     )
     return _section(
         "Adding workers",
-        "Tasks that wait 0.5 to 5 seconds, 100 slots per worker; `every slot in use` is the "
-        "mathematical limit.",
+        "Tasks that wait 0.5 to 5 seconds, 100 slots per worker.",
         picture,
-        _table(["", "workers", "tasks/s", "every slot in use", "against 1"], rows),
+        _table(["", "workers", "tasks/s", "every slot in use", "compared to 1"], rows),
     )
 
 
@@ -342,8 +350,8 @@ def _sustained(lines: Lines, pictures: Path) -> str:
         return ""
     return _section(
         "Submitting and draining for minutes",
-        "At half of what the system sustains; sizes are table + indexes. A live table that vacuum "
-        "keeps small stays flat; the finished one grows with every task, as it must.",
+        "At half of what the system sustains; sizes are table + indexes. Vacuum keeps the live "
+        "table small; the finished one grows with every task.",
         *parts,
     )
 
@@ -363,8 +371,8 @@ def _sustained_table(entrant: Entrant, line: Mapping[str, Any]) -> str:
             + [_mebibytes(*finished), f"{max(sample['unfinished'] for sample in part):,}"]
         )
     heads = [f"{entrant.title}, {line['flow_per_second']:,.0f}/s for {line['seconds']:g} s"]
-    heads += ["p50 ms", "p99 ms", "dead tuples, most", "live MiB", "finished MiB"]
-    return _table([*heads, "unfinished, most"], rows)
+    heads += ["p50 ms", "p99 ms", "max dead tuples", "live MiB", "finished MiB"]
+    return _table([*heads, "max unfinished"], rows)
 
 
 def _mebibytes(table: int, indexes: int) -> str:
@@ -380,8 +388,8 @@ def _history(lines: Lines) -> str:
     if not rows:
         return ""
     return _section(
-        "Beside a long history",
-        "The store's functions on one connection, batches of 100, each its own commit.",
+        "With a long history",
+        "The store's functions on one connection, in batches of 100, each with its own commit.",
         _table(["finished tasks", "submit/s", "claim/s", "settle/s"], rows),
     )
 
@@ -411,11 +419,11 @@ def _footprint(lines: Lines) -> str:
             )
     if not rows:
         return ""
-    heads = ["", "", "idle RSS MiB", "unshared", "RSS after drain", "first task after s"]
+    heads = ["", "", "idle RSS MiB", "unshared", "RSS after drain", "first task, s"]
     return _section(
-        "Memory, start, idle CPU",
-        "All processes of a worker together; after a drain AsyncFlow's relay is among them. CPU "
-        "is in percent of one core.",
+        "Memory, startup, idle CPU",
+        "All processes of a worker together; after a drain AsyncFlow's relay is included. CPU is "
+        "in percent of one core.",
         _table([*heads, "idle CPU", "PostgreSQL", "RabbitMQ"], rows),
     )
 

@@ -1,6 +1,7 @@
 """
 Hours of a healthy load: does anything grow that should not, is anything lost, done twice, or
-slower in the end than in the beginning? The results are recorded in docs/reliability.md.
+slower in the end than in the beginning? Results are recorded in
+docs/internals/reliability-runs.md.
 
     python -m bench.soak [--minutes 120] [--per-second 150] [--engine rabbitmq] [--rabbitmq 4.3]
 

@@ -1,7 +1,7 @@
 """
 What an operator does and what happens to them, timed: workers stopped under load, a broker erased
 behind a backlog, an alarm, more tasks than the workers can run. The results are recorded in
-docs/reliability.md.
+docs/internals/reliability-runs.md.
 
     python -m bench.stress {stops,erase,alarm,overload} [--engine rabbitmq] [--rabbitmq 4.3]
 

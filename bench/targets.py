@@ -1,8 +1,8 @@
 """
-What AsyncFlow sets out to reach (issue 3), and how each figure follows from the raw lines.
+AsyncFlow's targets, and how each figure follows from the raw lines.
 
-All but memory, time to start and the latency's aims are ratios within one run: absolute
-figures belong to a machine.
+All but memory, startup time and the aims for latency are ratios within one run, because absolute
+figures depend on the machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from bench.lines import Lines
 
 WRITE_STATE_FIRST = ("naive", "procrastinate", "pgqueuer", "awa")
-"""Peers whose task is in the database before it runs, as ours is."""
+"""Peers that store a task in the database before they run it, as AsyncFlow does."""
 
 COMPARED = {
     "http": ("naive",),
@@ -22,7 +22,7 @@ COMPARED = {
     "drain": ("pgqueuer", "taskiq-results", "celery-results"),
     "latency": WRITE_STATE_FIRST,
 }
-"""By scenario, the peers that a target names: they are measured as often as AsyncFlow."""
+"""Per scenario, the peers that a target names. They are measured as often as AsyncFlow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,9 @@ class Target:
     One line of the table.
 
     Attributes:
-        must, aim: Bounds of the figure, None for no aim beyond.
-        at_least: The bounds are lower ones; otherwise upper ones.
-        figure: None where it was not measured.
+        must, aim: Bounds of the figure; None means there is none.
+        at_least: Whether the bounds are lower bounds; otherwise they are upper bounds.
+        figure: None if it was not measured.
     """
 
     what: str
@@ -65,7 +65,7 @@ class Target:
 
 def targets(lines: Lines) -> Iterator[Target]:
     """
-    Every target with its figure from this run.
+    Yield every target with its figure from this run.
     """
     post = {"connections": 32, "tasks_per_request": 1}
     yield _ratio(
@@ -142,7 +142,7 @@ def _latencies(lines: Lines) -> Iterator[Target]:
             ours = lines.median(field, "latency", system, load="idle")
             peers = [lines.median(field, "latency", p, load="idle") for p in WRITE_STATE_FIRST]
             best = min((peer for peer in peers if peer is not None), default=None)
-            yield _bound(f"latency idle, {title}: {name}", "ms", best, aim, ours)
+            yield _bound(f"idle latency, {title}: {name}", "ms", best, aim, ours)
 
 
 def _history(lines: Lines) -> Iterator[Target]:
@@ -164,7 +164,7 @@ def _footprints(lines: Lines) -> Iterator[Target]:
         memory = mebibytes and mebibytes * 2**20 / 1e6
         yield _bound(f"idle worker, {title}: RSS", "MB", 45, 40, memory)
     start = lines.median("first_task_seconds", "drain", "asyncflow", workers=1, payload="small")
-    yield _bound("start of a worker to its first task", "s", 0.4, 0.3, start)
+    yield _bound("worker start to first task", "s", 0.4, 0.3, start)
 
 
 def _ratio(

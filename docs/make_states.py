@@ -1,9 +1,9 @@
 """
-Writes docs/states.md: every state and transition of a task, from `asyncflow.domain.states`.
+Writes docs/states.md, every state and transition of a task, from `asyncflow.domain.states`.
 
     python docs/make_states.py
 
-A test fails when the page and the table disagree.
+A test fails if the page and the table disagree.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ INTRODUCTION = """\
 
 Written by `docs/make_states.py` from `src/asyncflow/domain/states.py`; do not edit.
 
-Each arrow is one guarded statement: it changes the row only if the task is where the arrow
-begins, and, out of `running`, only under the lease the task was claimed with. Everything
-else is refused, however late or often it is asked for.
+Every statement that moves a task is guarded: it changes the row only if the task is in the
+state where the arrow begins and, out of `running`, only under the lease of the current claim.
+A late or repeated statement therefore changes nothing. Some arrows have several such
+statements: a claim, for example, takes due tasks or those that RabbitMQ delivered.
 
-People also see two names that are not states: a `pending` task whose `run_at` has not come
-reads `RETRYING` if an attempt of it failed, and `SCHEDULED` if not. `POST /tasks/{id}/run-now`
-moves its `run_at` to now; that is no transition, since its state stays.
+The API shows two more statuses that are not states: a `pending` task with a future `run_at` is
+`RETRYING` if an attempt of this generation has failed, and `SCHEDULED` otherwise.
+`POST /tasks/{id}/run-now` sets its `run_at` to now without changing its state.
 """
 
 
@@ -56,7 +57,7 @@ def _table(title: str, kind: type[StrEnum]) -> list[str]:
 
 
 def _meanings(kind: type[StrEnum]) -> dict[str, str]:
-    # The strings below the members are documentation for people; Python drops them.
+    # Python drops the strings below the members, so they are read from the source.
     (definition,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(definition, ast.ClassDef)
     meanings = {}

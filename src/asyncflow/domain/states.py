@@ -1,20 +1,19 @@
 """
 The states of a task and every legal transition between them.
 
-Two rules hold this file together. Everything that decides whether a task may move lives
-here; and this file does not know who is asking, when, or why. It is data first, and the
-few lines that read the data.
+Everything that decides whether a task may move lives here. Who moves it, when and why does
+not. It is data first, and the few lines that read the data.
 
-Each transition is performed by exactly one guarded statement in `store/`:
-``UPDATE tasks … WHERE state = <from> [AND lease_id = <mine>]``. A statement that finds the
-row elsewhere changes nothing, so a late, doubled or forged caller is harmless.
+Transitions are performed by guarded statements in `store/`, some by several:
+``UPDATE tasks … WHERE state = <from> [AND lease_id = <mine>]``. A statement that finds the row
+in another state changes nothing, so a late, repeated or forged caller is harmless.
 
-`running` is the only state with a lease. Whoever moves a task out of `running` must name
-the lease it was claimed under; the reaper, too. The terminal states change only by an
-explicit redrive, which opens a new generation of the same task.
+`running` is the only state with a lease. Every statement that moves a task out of `running`
+names the lease it was claimed under, the reaper's too. The terminal states change only by an
+explicit redrive, which starts a new generation of the same task.
 
-`SCHEDULED` and `RETRYING` are not states. They are what people call a pending task whose
-`run_at` has not come; `display_status` derives them.
+`SCHEDULED` and `RETRYING` are not states but names for a pending task with a future `run_at`;
+`display_status` derives them.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ class State(StrEnum):
     QUEUED = "queued"
     """
     Admitted: its id is on its way through RabbitMQ. Not used without a broker, and skipped by
-    short tasks that a worker takes at once.
+    short tasks that a worker claims right away.
     """
 
     RUNNING = "running"
-    """Claimed by one worker under one lease."""
+    """Claimed by one worker, under one lease."""
 
     COMPLETED = "completed"
     """The handler returned; the result is recorded. Terminal."""
@@ -52,17 +51,17 @@ class State(StrEnum):
 
 class Event(StrEnum):
     """
-    Why a task moves.
+    Why a task changes its state.
     """
 
     QUEUE = "queue"
-    """The relay published its id and the broker confirmed."""
+    """The relay published its id and RabbitMQ confirmed it."""
 
     UNQUEUE = "unqueue"
     """Its hint was lost, or reached a worker that cannot run it."""
 
     CLAIM = "claim"
-    """A worker took it for one attempt and its lease began."""
+    """A worker took it for one attempt, under a new lease."""
 
     COMPLETE = "complete"
     """The handler returned."""
@@ -74,16 +73,16 @@ class Event(StrEnum):
     """The attempt failed, or its worker died; another one is due later."""
 
     RELEASE = "release"
-    """A worker gave it back unpunished, for example at shutdown."""
+    """The attempt ended without a result or a failure, for example at shutdown."""
 
     CANCEL = "cancel"
-    """A cancellation was asked for and, if it was running, obeyed."""
+    """A cancellation was requested; a running attempt has stopped."""
 
     EXPIRE = "expire"
-    """Its `expires_at` passed while it waited."""
+    """Its `expires_at` passed before it started."""
 
     REDRIVE = "redrive"
-    """An operator opened a new generation of a dead letter."""
+    """An operator started a new generation of a failed or cancelled task."""
 
 
 TRANSITIONS: dict[State, dict[Event, State]] = {
