@@ -93,7 +93,7 @@ EXAMPLES = {
     "TaskPage": {"tasks": [TASK_SUMMARY], "next_cursor": None},
     "Ready": {
         "status": "ready",
-        "schema_version": "0003",
+        "schema_version": "0005",
         "broker": "up",
         "maintenance": "running",
     },

@@ -14,7 +14,7 @@ from asyncflow.errors import SchemaMismatch, StoreUnavailable
 from asyncflow.store.database import Executor, translated_errors
 from asyncflow.store.sqlstates import MISSING
 
-SCHEMA_VERSION = "0003"
+SCHEMA_VERSION = "0005"
 """The newest migration under `migrations/versions`."""
 
 # Databases that were migrated before the column existed serve their own version alone.
