@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
+from asyncflow.domain.retry import Backoff
 from asyncflow.domain.task import Task
 from asyncflow.errors import StoreUnavailable
 from asyncflow.maintenance.reaper import Reaper
@@ -20,7 +22,16 @@ from asyncflow.store.database import Database
 from asyncflow.store.workers import Registration
 from tests.support.postgres import PostgresServer
 from tests.support.roles import administrator
-from tests.support.tasks import a_worker, claim, complete, states, submit, until
+from tests.support.tasks import (
+    NAME,
+    a_registration,
+    a_worker,
+    claim,
+    complete,
+    states,
+    submit,
+    until,
+)
 
 
 @asynccontextmanager
@@ -180,6 +191,46 @@ async def test_the_first_death_costs_no_wait(db: Database) -> None:
 
     heir = await a_worker(db)
     assert 1 == len(await claim(db, heir.id))
+
+
+class Stubborn(Backoff):
+    """
+    A backoff that is code; its fields do not tell how long it waits.
+    """
+
+    def delay_seconds(self, failures: int, *, random: float) -> float:
+        return 9_000.0
+
+
+@pytest.mark.parametrize(
+    ("backoff", "waits"),
+    [
+        (Backoff(base_seconds=500, jitter=False), (400, 500)),
+        (Backoff(), (-60, 2)),
+        (Stubborn(base_seconds=500), (-60, 2)),
+    ],
+    ids=["as declared", "default", "not data"],
+)
+async def test_the_next_deaths_wait_by_the_backoff_of_the_handler(
+    db: Database, backoff: Backoff, waits: tuple[float, float]
+) -> None:
+    """
+    Reaper and worker decide by the same policy, unless it is code that only the worker has.
+    """
+    [task_id] = await submit(db)
+    for _ in range(2):
+        worker = replace(a_registration(), backoffs={NAME: backoff, "other": Backoff(9, 9, 9)})
+        await workers.register(db, worker)
+        assert 1 == len(await claim(db, worker.id))
+        await workers.stop(db, worker.id)
+        assert 1 == await Reaper(grace_seconds=0).reap(db)
+
+    left = await db.fetchval(
+        "SELECT extract(epoch FROM run_at - now())::float8 FROM asyncflow.tasks WHERE id = $1",
+        task_id,
+    )
+    shortest, longest = waits
+    assert shortest < left <= longest
 
 
 async def test_a_task_to_be_cancelled_ends_cancelled_when_its_worker_dies(db: Database) -> None:

@@ -1,8 +1,8 @@
 """
 What each statement of the store does to one task's row, as far as the protocol cares.
 
-This is the store without SQL: the guards of `store/claims`, `settle`, `due`, `hints`, `upkeep`,
-`submit` and `steer`, one method each. Where a row may move to is not written here; every method
+This is the store without SQL: the guards of `store/submit`, `due`, `claims`, `settle`, `steer`,
+`hints` and `upkeep`, one method each. Where a row may move to is not written here; every method
 asks the table of `domain/states`. The same methods are used twice: `protocol` explores everything
 that can happen with them, and `store/test_model` compares them with PostgreSQL.
 """

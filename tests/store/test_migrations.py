@@ -519,6 +519,7 @@ async def test_what_workers_published_before_0002_is_known_after_it(
     for statement in (
         "DROP TABLE asyncflow.maintenance",
         "DROP TABLE asyncflow.publications",
+        "ALTER TABLE asyncflow.workers DROP COLUMN backoffs",
         "ALTER TABLE asyncflow.workers DROP COLUMN handler_queues",
         "UPDATE asyncflow.schema_version SET version_num = '0001'",
         "INSERT INTO asyncflow.handlers VALUES ('mail', 'post', '{}', now())",

@@ -10,6 +10,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
+from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import State
 from asyncflow.store import upkeep, workers
 from asyncflow.store.database import Database
@@ -233,6 +234,23 @@ async def test_the_leases_of_workers_that_are_gone_are_lost(db: Database) -> Non
         )
         assert (task is gone[1]) == lease.cancel_requested
     assert 2 == len(await upkeep.lost_leases(db, limit=2))
+
+
+async def test_a_backoff_of_a_newer_version_is_read_as_far_as_it_is_known(db: Database) -> None:
+    """
+    One lease that cannot be read would keep the reaper from all others.
+    """
+    worker = await a_worker(db)
+    await a_task(db, state=State.RUNNING, worker_id=worker.id)
+    await workers.stop(db, worker.id)
+    await db.execute(
+        "UPDATE asyncflow.workers SET backoffs = $1::text::json",
+        '{"greet": {"base_seconds": 7, "shape": "round"}}',
+    )
+
+    [lease] = await upkeep.lost_leases(db, limit=9)
+
+    assert Backoff(base_seconds=7) == lease.backoff
 
 
 async def test_workers_that_ended_long_ago_are_forgotten(db: Database) -> None:

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from asyncflow.store.schema import SCHEMA_VERSION
+from asyncflow.wire.tasks import TaskSummary
+
 _ID = "0192f0c1-2b3c-7d4e-8f50-123456789abc"
 _WORKER_ID = "3f1c9a52-6c1e-4b0e-9a55-0d2f6f1f7a10"
 _SUBMITTED_AT = "2030-01-31T09:30:00.000000Z"
@@ -24,6 +27,7 @@ SUBMITTED_TASK: dict[str, Any] = {
 }
 
 TASK_SUMMARY: dict[str, Any] = {
+    **dict.fromkeys(TaskSummary.model_fields),
     "id": _ID,
     "name": "sample-task",
     "status": "COMPLETED",
@@ -32,18 +36,12 @@ TASK_SUMMARY: dict[str, Any] = {
     "generation": 1,
     "attempt": 1,
     "failures": 0,
-    "max_attempts": None,
-    "timeout_seconds": None,
     "created_at": _SUBMITTED_AT,
     "run_at": _SUBMITTED_AT,
-    "expires_at": None,
-    "queued_at": None,
     "started_at": _STARTED_AT,
     "finished_at": _FINISHED_AT,
-    "cancel_requested_at": None,
     "worker_id": _WORKER_ID,
     "progress": {"fraction": 1.0, "message": None},
-    "error": None,
     "timings": {"wait_seconds": 0.00421, "run_seconds": 5.007663, "total_seconds": 5.011873},
 }
 
@@ -93,7 +91,7 @@ EXAMPLES = {
     "TaskPage": {"tasks": [TASK_SUMMARY], "next_cursor": None},
     "Ready": {
         "status": "ready",
-        "schema_version": "0003",
+        "schema_version": SCHEMA_VERSION,
         "broker": "up",
         "maintenance": "running",
     },

@@ -129,17 +129,14 @@ class Submissions:
         )
         _check_expiry(wanted, pointer)
         return NewTask(
-            id=self._ids.next(),
-            tenant_id=DEFAULT_TENANT_ID,
-            name=wanted.name,
-            queue=queue,
-            priority=wanted.priority,
-            payload=self._payload_text(wanted.payload, pointer),
-            run_at=wanted.run_at,
-            delay_seconds=wanted.delay_seconds or 0.0,
-            expires_at=wanted.expires_at,
-            max_attempts=wanted.max_attempts,
-            timeout_seconds=wanted.timeout_seconds,
+            **{
+                **vars(wanted),
+                "id": self._ids.next(),
+                "tenant_id": DEFAULT_TENANT_ID,
+                "queue": queue,
+                "payload": self._payload_text(wanted.payload, pointer),
+                "delay_seconds": wanted.delay_seconds or 0.0,
+            }
         )
 
     def _payload_text(self, payload: dict[str, Any], pointer: str) -> str:

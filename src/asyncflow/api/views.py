@@ -8,13 +8,14 @@ them again would cost time and, for a deeply nested result, fail.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, cast
+from operator import attrgetter
+from typing import Any
 
 from asyncflow.domain.states import State
 from asyncflow.domain.task import AttemptRecord, NewTask, Task
 from asyncflow.store.read import Page
 from asyncflow.store.submit import Submitted
-from asyncflow.wire.fields import Status, rfc3339
+from asyncflow.wire.fields import rfc3339
 from asyncflow.wire.tasks import (
     AttemptView,
     TaskError,
@@ -26,6 +27,10 @@ from asyncflow.wire.tasks import (
 )
 
 _RAW = {"payload", "result"}
+
+# Columns that are shown as they are read: what both have.
+_SHOWN = tuple(name for name in TaskSummary.model_fields if name in Task.__dataclass_fields__)
+_shown_values = attrgetter(*_SHOWN)
 
 
 def submitted_json(task: NewTask, submitted: Submitted) -> str:
@@ -77,24 +82,7 @@ def page_json(page: Page) -> str:
 
 def _summary_fields(task: Task) -> dict[str, Any]:
     return {
-        "id": task.id,
-        "name": task.name,
-        "status": cast(Status, task.status),
-        "queue": task.queue,
-        "priority": task.priority,
-        "generation": task.generation,
-        "attempt": task.attempt,
-        "failures": task.failures,
-        "max_attempts": task.max_attempts,
-        "timeout_seconds": task.timeout_seconds,
-        "created_at": task.created_at,
-        "run_at": task.run_at,
-        "expires_at": task.expires_at,
-        "queued_at": task.queued_at,
-        "started_at": task.started_at,
-        "finished_at": task.finished_at,
-        "cancel_requested_at": task.cancel_requested_at,
-        "worker_id": task.worker_id,
+        **dict(zip(_SHOWN, _shown_values(task), strict=True)),
         "progress": TaskProgress.model_construct(**task.progress) if task.progress else None,
         "timings": _timings(task),
     }

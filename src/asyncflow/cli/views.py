@@ -30,6 +30,13 @@ STYLES = {
     "RUNNING": "cyan",
 }
 
+_TOLD = frozenset(
+    "id name queue status state priority generation attempt failures max_attempts timeout_seconds "
+    "created_at run_at expires_at queued_at started_at finished_at cancel_requested_at worker_id "
+    "failure progress payload result waiting_for attempts".split()
+)
+"""What `_facts` tells in words of its own, or by the attempts. Any other column stands as it is."""
+
 TEXT_LENGTH_MAX = 2_000
 """Longer payloads and results are cut; `--json` has all of them, in characters."""
 
@@ -173,6 +180,9 @@ def _facts(task: Task) -> Iterator[tuple[str, str | Text]]:
         yield f"attempt {attempt.attempt}", _attempt(attempt)
     if task.failure:
         yield "error", task.failure.get("traceback") or task.failure["message"]
+    for field in dataclasses.fields(task):
+        if field.name not in _TOLD and (value := getattr(task, field.name)) is not None:
+            yield field.name, _time(value) if isinstance(value, datetime) else str(value)
     yield "payload", task.payload or "{}"
     if task.result is not None:
         yield "result", task.result

@@ -19,6 +19,9 @@ class Backoff:
     """
     The shape of the waits between attempts.
 
+    A subclass may compute its waits in a way of its own. The worker follows it; the reaper, which
+    settles the attempts of dead workers without their code, follows the default instead.
+
     Attributes:
         base_seconds: Upper bound of the first wait, 0 or more. 0 retries at once.
         factor: Growth of the bound per failure, 1 or more. 1 keeps it constant.
@@ -39,6 +42,13 @@ class Backoff:
             )
         if not 1 <= self.factor <= 100:
             raise ValueError(f"factor={self.factor}: it must lie in 1 … 100.")
+
+    @property
+    def is_data(self) -> bool:
+        """
+        Whether its fields tell all there is to know, so that it can be stored.
+        """
+        return type(self) is Backoff
 
     def delay_seconds(self, failures: int, *, random: float) -> float:
         """

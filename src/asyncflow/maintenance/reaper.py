@@ -13,7 +13,6 @@ import random
 import time
 
 from asyncflow.domain.outcome import Cancelled, Crashed, Failure, Outcome, Released, decide
-from asyncflow.domain.retry import Backoff
 from asyncflow.errors import StoreError
 from asyncflow.store import settle, upkeep, workers
 from asyncflow.store.database import Executor
@@ -87,7 +86,7 @@ def _settling(lease: LostLease) -> Settling:
         _outcome(lease),
         failures=lease.failures,
         max_attempts=lease.max_attempts,
-        backoff=Backoff(),
+        backoff=lease.backoff,
         random=random.random(),
     )
     return Settling(lease.task_id, lease.lease_id, settlement)

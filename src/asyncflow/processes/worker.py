@@ -127,6 +127,7 @@ async def _make_worker(
         queues=settings.worker_queues or tuple(sorted({*registry.queues, DEFAULT_POLICY.queue})),
         handlers=tuple(handler.name for handler in registry),
         handler_queues=tuple(handler.policy.queue for handler in registry),
+        backoffs={handler.name: handler.policy.backoff for handler in registry},
         concurrency=settings.worker_concurrency,
         heartbeat_seconds=settings.heartbeat_seconds,
         lease_seconds=settings.lease_seconds,

@@ -8,14 +8,17 @@ it serves; `migrations/` says how its authors keep that promise.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from asyncflow.errors import SchemaMismatch, StoreUnavailable
 from asyncflow.store.database import Executor, translated_errors
 from asyncflow.store.sqlstates import MISSING
 
-SCHEMA_VERSION = "0003"
-"""The newest migration under `migrations/versions`."""
+MIGRATIONS = Path(__file__).parent / "migrations" / "versions"
+
+SCHEMA_VERSION = max(file.name[:4] for file in MIGRATIONS.glob("[0-9]*.py"))
+"""The newest migration."""
 
 # Databases that were migrated before the column existed serve their own version alone.
 READ_SCHEMA = """

@@ -4,9 +4,12 @@ What maintenance does to tasks: finds leases of dead workers, expires, prunes.
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from typing import NamedTuple
 from uuid import UUID
 
+from asyncflow.domain.retry import Backoff
 from asyncflow.domain.states import State
 from asyncflow.store.admission import IS_PENDING
 from asyncflow.store.database import Executor
@@ -19,6 +22,7 @@ class LostLease(NamedTuple):
     A task that is running on paper only: its worker is lost, stopped or unknown.
 
     Attributes:
+        backoff: What its handler asks for, in that worker; the default if it is not known.
         worker_known: False if there is no row of its worker, so that nobody can tell what became
             of it: the database was restored from a backup, or is being restored.
     """
@@ -29,12 +33,14 @@ class LostLease(NamedTuple):
     failures: int
     max_attempts: int
     cancel_requested: bool
+    backoff: Backoff
     worker_known: bool
 
 
 LOST_LEASES = """
-    SELECT t.id, t.lease_id, t.worker_id, t.failures, t.max_attempts,
+    SELECT t.id AS task_id, t.lease_id, t.worker_id, t.failures, t.max_attempts,
            t.cancel_requested_at IS NOT NULL AS cancel_requested,
+           w.backoffs -> t.name AS backoff,
            w.id IS NOT NULL AS worker_known
       FROM asyncflow.tasks_live t
       LEFT JOIN asyncflow.workers w ON w.id = t.worker_id
@@ -50,7 +56,16 @@ async def lost_leases(
     """
     Leases whose worker is gone, at most `limit`. Settle them by their `lease_id`.
     """
-    return [LostLease(*row) for row in await db.fetch(LOST_LEASES, limit, of_unknown_workers)]
+    rows = await db.fetch(LOST_LEASES, limit, of_unknown_workers)
+    return [LostLease(**{**row, "backoff": _backoff(row["backoff"])}) for row in rows]
+
+
+def _backoff(text: str | None) -> Backoff:
+    if text is None:
+        return Backoff()
+    # A newer worker's may have more fields than this version knows.
+    known = {field.name for field in fields(Backoff)}
+    return Backoff(**{name: value for name, value in json.loads(text).items() if name in known})
 
 
 EXPIRE = ending(

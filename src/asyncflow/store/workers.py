@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from asyncflow.domain.retry import Backoff
 from asyncflow.store.database import Executor
 
 HAS_NOT_ENDED = "w.stopped_at IS NULL AND w.lost_at IS NULL"
@@ -40,6 +41,8 @@ class Registration:
         name: For people: host and process id.
         handlers: Names it can run.
         handler_queues: The queue that each of them asks for, in the same order.
+        backoffs: The backoff that each of them asks for, by name. Stored if it differs from the
+            default and is all data, so that the reaper can follow it.
         holds_lock: Whether it will hold the lock of its id; False behind a pooler, where
             its heartbeat alone tells that it lives.
     """
@@ -53,6 +56,7 @@ class Registration:
     lease_seconds: float
     holds_lock: bool = True
     handler_queues: tuple[str, ...] = ()
+    backoffs: Mapping[str, Backoff] = field(default_factory=dict)
 
 
 def lock_key(worker_id: UUID) -> int:
@@ -65,8 +69,8 @@ def lock_key(worker_id: UUID) -> int:
 REGISTER = """
     INSERT INTO asyncflow.workers
            (id, name, queues, handlers, concurrency, lock_key, heartbeat_seconds, lease_seconds,
-            handler_queues)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+            handler_queues, backoffs)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json)
         ON CONFLICT (id) DO UPDATE
        SET heartbeat_at = now()
      WHERE asyncflow.workers.lost_at IS NULL
@@ -88,7 +92,17 @@ async def register(db: Executor, worker: Registration) -> None:
         worker.heartbeat_seconds,
         worker.lease_seconds,
         list(worker.handler_queues),
+        _backoffs_json(worker.backoffs),
     )
+
+
+def _backoffs_json(backoffs: Mapping[str, Backoff]) -> str | None:
+    stored = {
+        name: asdict(backoff)
+        for name, backoff in backoffs.items()
+        if backoff.is_data and backoff != Backoff()
+    }
+    return json.dumps(stored) if stored else None
 
 
 HOLD_LOCK = """

@@ -1,0 +1,25 @@
+"""
+The backoffs that workers' handlers declare, so that the reaper retries by the same policy.
+"""
+
+from alembic import op
+
+revision = "0005"
+down_revision = "0003"
+compatible_from = "0003"
+
+STATEMENTS = (
+    # Of the handlers whose backoff is not the default, by name; NULL if there is none.
+    """
+    ALTER TABLE asyncflow.workers
+      ADD COLUMN backoffs json
+    """,
+)
+
+
+def upgrade() -> None:
+    """
+    Add the column. Workers of earlier versions leave it NULL.
+    """
+    for statement in STATEMENTS:
+        op.execute(statement)
