@@ -24,10 +24,11 @@ from asyncflow.relay.relay import Relay
 from asyncflow.relay.sending import BATCH
 from asyncflow.relay.times import TIMES, Times
 from asyncflow.relay.window import REST_SECONDS_MIN, SIZE_MIN
-from asyncflow.store import claims, hints, leadership, queues
+from asyncflow.store import claims, hints, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.store.due import LowWaterMark
+from asyncflow.store.leadership import leadership
 from asyncflow.transport.amqp import (
     Channel,
     Delivery,
@@ -738,19 +739,13 @@ async def test_another_relay_takes_over_when_the_leaders_session_dies(
     await stopped(*relaying)
 
 
-async def test_a_frozen_leader_loses_the_lead(
-    db: Database, broker_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_frozen_leader_loses_the_lead(db: Database, broker_url: str) -> None:
     """
     A leader that neither works nor dies is thrown out by PostgreSQL.
     """
-    impatient = leadership.LIMIT_IDLENESS.replace(f"{leadership.IDLE_SECONDS_MAX}s", "500ms")
-    assert "500ms" in impatient
     await a_worker(db)
-    with monkeypatch.context() as patched:
-        patched.setattr(leadership, "LIMIT_IDLENESS", impatient)
-        frozen = leadership.leadership(db, purpose="frozen relay")
-        assert await frozen.__aenter__() is not None
+    frozen = leadership(db, purpose="frozen relay", idle_seconds_max=0.5)
+    assert await frozen.__aenter__() is not None
     relaying = asyncio.create_task(Relay(db, broker_url).run())
 
     await submit(db)
@@ -785,6 +780,34 @@ async def test_an_alarm_of_the_broker_is_sat_out(
     happened = Counter(line["event"] for line in logs)
     assert (1, 1) == (happened["broker.connected"], happened["broker.blocked"])
     assert 6 >= await ready(channel)
+    await stopped(relaying)
+
+
+async def test_a_relay_tells_why_it_cannot_send(
+    db: Database, broker: Broker, broker_url: str
+) -> None:
+    """
+    While RabbitMQ is away there is a trouble, without a password in it; otherwise there is none.
+    """
+    await a_worker(db)
+    relay = Relay(db, broker_url)
+    relaying = asyncio.create_task(relay.run())
+
+    async def is_troubled() -> bool:
+        return relay.trouble is not None
+
+    async def is_well() -> bool:
+        return relay.trouble is None
+
+    await submit(db)
+    await until_states(db, queued=1)
+    assert relay.trouble is None
+    await asyncio.to_thread(broker.stop)
+    await until(is_troubled)
+    assert "guest" not in str(relay.trouble)
+    await asyncio.to_thread(broker.start)
+
+    await until(is_well)
     await stopped(relaying)
 
 
