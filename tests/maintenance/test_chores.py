@@ -7,10 +7,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 
-import pytest
-
 from asyncflow.errors import StoreUnavailable
-from asyncflow.maintenance import chores as chores_module
 from asyncflow.maintenance.chores import Chore, chores, run_chore
 from asyncflow.maintenance.expirer import expire
 from asyncflow.maintenance.pruner import prune
@@ -44,8 +41,8 @@ def test_the_list_says_what_runs_and_how_often() -> None:
         "reap": 1.0,
         "expire": 1.0,
         "move": 5.0,
-        "be seen": 2.0,
-        "look for unserved": 10.0,
+        "report": 2.0,
+        "watch unserved": 10.0,
         "prune": 60.0,
     } == with_broker
     assert with_broker | {"unqueue": 2.0} == without
@@ -171,12 +168,11 @@ async def test_a_chore_survives_every_failure(db: Database) -> None:
 
 
 async def test_a_chore_that_hangs_is_given_up_for_this_turn(
-    db: Database, monkeypatch: pytest.MonkeyPatch
+    db: Database,
 ) -> None:
     """
     A turn is bounded in time.
     """
-    monkeypatch.setattr(chores_module, "TIMEOUT_SECONDS", 0.05)
     turns = Turns()
     hung = 0
 
@@ -188,7 +184,7 @@ async def test_a_chore_that_hangs_is_given_up_for_this_turn(
         return await turns.run_once(db)
 
     chore = Chore("test", hang_once, period_seconds=0.01)
-    running = asyncio.create_task(run_chore(chore, db, Waker(db)))
+    running = asyncio.create_task(run_chore(chore, db, Waker(db), turn_seconds_max=0.05))
     async with asyncio.timeout(PATIENCE_SECONDS):
         await turns.is_through.wait()
     running.cancel()

@@ -24,7 +24,7 @@ async def test_maintenance_is_seen_with_what_its_relay_says(db: Database) -> Non
     """
     assert (await presence(db)).is_gone
     listed = chores(retention_days=7, has_broker=True, relay_trouble=lambda: "no permission")
-    [chore] = [chore for chore in listed if chore.name == "be seen"]
+    [chore] = [chore for chore in listed if chore.name == "report"]
     running = asyncio.create_task(run_chore(chore, db, Waker(db)))
 
     async def is_seen() -> bool:
@@ -46,7 +46,7 @@ async def test_the_absence_of_maintenance_is_said_now_and_then(db: Database) -> 
 
     async def told(after_seconds: float) -> list[str]:
         with capture_logs() as logs:
-            await watch.look(now=start + after_seconds)
+            await watch.check(now=start + after_seconds)
         return [event["event"] for event in logs]
 
     late = SILENT_SECONDS_MAX + 1
@@ -67,7 +67,7 @@ async def test_tasks_that_nobody_serves_are_named_once(db: Database) -> None:
 
     async def told() -> list[tuple[object, ...]]:
         with capture_logs() as logs:
-            assert 0 == await watch.look(db)
+            assert 0 == await watch.check(db)
         return [
             (event["event"], event["queue"], event["task"], event.get("count")) for event in logs
         ]
@@ -95,7 +95,7 @@ async def test_many_names_that_nobody_serves_do_not_fill_the_log(db: Database) -
         await submit(db, name=f"made-up-{number}")
 
     with capture_logs() as logs:
-        await watch.look(db)
-        await watch.look(db)
+        await watch.check(db)
+        await watch.check(db)
 
     assert NAMED_MAX == len(logs)
