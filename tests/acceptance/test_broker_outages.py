@@ -73,11 +73,18 @@ async def test_a_broker_that_stops_or_dies_costs_time_and_no_task(
         await load.has_accepted(60)
         await asyncio.to_thread(end)
         await load.has_accepted(20)
-        health = await system.client.get(f"{system.url}/health/ready")
+        await system.until(lambda: broker_is(system, "unusable: "), "an outage in /health/ready")
         await asyncio.to_thread(rabbit.start)
+        await system.until(lambda: broker_is(system, "up"), "its end in /health/ready")
 
+
+async def broker_is(system: System, beginning: str) -> bool:
+    """
+    Whether the API, ready all the same, tells such a state of RabbitMQ.
+    """
+    health = await system.client.get(f"{system.url}/health/ready")
     assert health.status_code == 200
-    assert health.json()["broker"].startswith("down")
+    return bool(health.json()["broker"].startswith(beginning))
 
 
 def purge(broker: Broker, vhost: str) -> None:

@@ -55,14 +55,7 @@ async def app(db: Database, settings: Settings, catalogue: Catalogue) -> AsyncIt
     The application as `processes` makes it.
     """
     waker = Waker(db)
-    yield create_app(
-        db,
-        settings,
-        catalogue=catalogue,
-        waker=waker,
-        version="1.2.3",
-        broker_state=lambda: "connected",
-    )
+    yield create_app(db, settings, catalogue=catalogue, waker=waker, version="1.2.3")
     await waker.close()
 
 

@@ -4,6 +4,9 @@ The probes: live looks at nothing, ready at what taking a task needs.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -17,6 +20,17 @@ from asyncflow.store.schema import SCHEMA_VERSION
 from asyncflow.store.wakeups import Waker
 from tests.support.postgres import PostgresServer
 from tests.support.roles import administrator
+
+
+@pytest.fixture
+async def through_rabbitmq(db: Database, settings: Settings) -> AsyncIterator[FastAPI]:
+    """
+    The application of an installation with RabbitMQ, which it never connects to.
+    """
+    waker = Waker(db)
+    settings = replace(settings, broker_url="amqp://nobody@127.0.0.1:1/nothing")
+    yield create_app(db, settings, catalogue=Catalogue(db), waker=waker, version="1")
+    await waker.close()
 
 
 async def test_a_process_without_a_database_is_live(offline_client: httpx.AsyncClient) -> None:
@@ -40,7 +54,7 @@ async def test_ready_proves_a_write(client: httpx.AsyncClient, db: Database) -> 
     assert answer.json() == {
         "status": "ready",
         "schema_version": SCHEMA_VERSION,
-        "broker": "connected",
+        "broker": "not used",
         "maintenance": "running",
     }
     assert await db.fetchval("SELECT written_at FROM asyncflow.probe") > before
@@ -136,24 +150,33 @@ async def test_a_database_without_a_schema_is_not_ready(
 
 
 async def test_a_broken_broker_is_told_but_does_not_matter(
-    db: Database, settings: Settings
+    db: Database, through_rabbitmq: FastAPI
 ) -> None:
     """
     Tasks are accepted without it, so the API stays ready.
     """
-    waker = Waker(db)
-    app = create_app(
-        db,
-        settings,
-        catalogue=Catalogue(db),
-        waker=waker,
-        version="1",
-        broker_state=lambda: "unreachable",
-    )
-    answer = await _ready(app)
-    await waker.close()
+    await sign(db, relay_trouble=None)
+    working = await _ready(through_rabbitmq)
+    await sign(db, relay_trouble="It cannot be reached.")
+    broken = await _ready(through_rabbitmq)
 
-    assert (answer.status_code, answer.json()["broker"]) == (200, "unreachable")
+    assert (working.status_code, working.json()["broker"]) == (200, "up")
+    assert (broken.status_code, broken.json()["broker"]) == (200, "unusable: It cannot be reached.")
+
+
+async def test_without_maintenance_the_state_of_the_broker_is_not_known(
+    db: Database, through_rabbitmq: FastAPI
+) -> None:
+    """
+    The last report says nothing about now.
+    """
+    never = await _ready(through_rabbitmq)
+    await sign(db, relay_trouble=None)
+    await db.execute("UPDATE asyncflow.maintenance SET seen_at = now() - interval '65 seconds'")
+    gone = await _ready(through_rabbitmq)
+
+    assert [200, 200] == [answer.status_code for answer in (never, gone)]
+    assert all(answer.json()["broker"].startswith("unknown") for answer in (never, gone))
 
 
 async def test_without_maintenance_ready_is_degraded(
@@ -177,18 +200,13 @@ async def test_without_maintenance_ready_is_degraded(
 
 
 async def test_what_the_relay_cannot_do_is_told_as_the_brokers_state(
-    db: Database, settings: Settings
+    db: Database, through_rabbitmq: FastAPI
 ) -> None:
     """
-    A connection of the API's own tells nothing about permissions.
+    A connection of the API's own would tell nothing about permissions.
     """
-    waker = Waker(db)
-    app = create_app(
-        db, settings, catalogue=Catalogue(db), waker=waker, version="1", broker_state=lambda: "up"
-    )
     await sign(db, relay_trouble="User 'a' lacks the write permission.")
-    answer = await _ready(app)
-    await waker.close()
+    answer = await _ready(through_rabbitmq)
 
     assert answer.status_code == 200
     assert "degraded" == answer.json()["status"]

@@ -1,5 +1,5 @@
 """
-The reaper: what a dead worker was running runs elsewhere, and no living worker is robbed.
+The reaper: what a dead worker was running runs elsewhere, and no live worker is robbed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ async def a_living_worker(db: Database, **facts: Any) -> AsyncIterator[Registrat
 
 async def age_heartbeat(db: Database, worker_id: UUID, seconds: float) -> None:
     """
-    Let this worker's last heartbeat be some time ago.
+    Make this worker's last heartbeat older.
     """
     await db.execute(
         "UPDATE asyncflow.workers SET heartbeat_at = now() - $2 * interval '1 second'"
@@ -69,7 +69,8 @@ async def read(db: Database, task_id: UUID) -> Task:
 
 async def test_a_killed_worker_is_known_by_its_lock(db: Database) -> None:
     """
-    A free lock and a beat or two missed: its tasks run again, long before the lease ends.
+    A free lock and a heartbeat or two missed are enough: its tasks run again long before the
+    lease ends.
     """
     [task_id] = await submit(db)
     async with a_living_worker(db, lease_seconds=3_600) as worker:
@@ -90,7 +91,7 @@ async def test_a_killed_worker_is_known_by_its_lock(db: Database) -> None:
 
 async def test_a_worker_cut_off_is_known_by_its_age(db: Database) -> None:
     """
-    Its lock may live on a connection that nobody misses; its lease does not.
+    Its lock may live on with a connection that is already dead; its lease does not.
     """
     [task_id] = await submit(db)
     async with a_living_worker(db, lease_seconds=5) as worker:
@@ -107,7 +108,8 @@ async def test_after_a_restart_of_the_database_free_locks_prove_nothing(
     db: Database, postgres_server: PostgresServer
 ) -> None:
     """
-    PostgreSQL let go of every lock when it went down; the workers are alive and will beat.
+    PostgreSQL released every lock when it went down; the workers are alive and will send
+    heartbeats.
     """
     worker = await a_worker(db, lease_seconds=3_600)
     await submit(db)
@@ -124,11 +126,12 @@ async def test_after_a_restart_of_the_database_free_locks_prove_nothing(
     assert {"running": 1} == await states(db)
 
 
-async def test_a_worker_that_was_back_after_a_restart_is_given_up_like_any_other(
+async def test_a_worker_that_was_back_after_a_restart_is_declared_dead_like_any_other(
     db: Database, postgres_server: PostgresServer
 ) -> None:
     """
-    Else the tasks of whatever dies soon after a restart would wait for those who are still away.
+    Otherwise the tasks of a worker that dies soon after a restart would wait for those still
+    away.
     """
     worker = await a_worker(db, heartbeat_seconds=0.05, lease_seconds=0.5)
     await submit(db)
@@ -152,7 +155,7 @@ async def test_a_worker_that_was_back_after_a_restart_is_given_up_like_any_other
 
 async def test_a_worker_that_said_goodbye_leaves_nothing_behind(db: Database) -> None:
     """
-    What it still held is reaped at once.
+    What it still held is reaped immediately.
     """
     async with a_living_worker(db) as worker:
         await submit(db)
@@ -181,7 +184,7 @@ async def test_a_task_that_kills_its_workers_ends_as_failed(db: Database) -> Non
 
 async def test_the_first_death_costs_no_wait(db: Database) -> None:
     """
-    Most often the machine was at fault, so the task is due again at once.
+    Most often the machine was at fault, so the task is due again immediately.
     """
     worker = await a_worker(db)
     await submit(db)
@@ -248,9 +251,9 @@ async def test_a_task_to_be_cancelled_ends_cancelled_when_its_worker_dies(db: Da
     assert "CANCELLED" == (await read(db, task_id)).status
 
 
-async def test_whoever_settles_first_wins(db: Database) -> None:
+async def test_the_first_to_settle_wins(db: Database) -> None:
     """
-    A worker that was not dead after all cannot overwrite what the reaper wrote.
+    A worker that was alive after all cannot overwrite what the reaper wrote.
     """
     worker = await a_worker(db)
     [task_id] = await submit(db)
@@ -274,7 +277,7 @@ async def test_many_leases_are_reaped_in_bounded_turns(db: Database) -> None:
     assert [500, 100, 0] == [await Reaper(grace_seconds=0).reap(db) for _ in range(3)]
 
 
-async def test_after_an_outage_of_its_own_the_reaper_gives_up_nobody(db: Database) -> None:
+async def test_after_an_outage_of_its_own_the_reaper_declares_no_worker_dead(db: Database) -> None:
     """
     PostgreSQL's own start time tells nothing when only its sessions died, or when another
     server took over.
@@ -298,12 +301,12 @@ async def test_after_an_outage_of_its_own_the_reaper_gives_up_nobody(db: Databas
     await until(gave_it_up)
 
 
-async def test_a_lease_of_an_unknown_worker_is_released_and_charged_to_nobody(
+async def test_a_lease_of_an_unknown_worker_is_released_and_counts_as_no_failure(
     db: Database,
 ) -> None:
     """
-    It was restored from a backup without its worker. After an outage it waits: the row of the
-    worker may just not have been restored yet.
+    It was restored from a backup without its worker. After an outage it waits, since the
+    worker's row may just not have been restored yet.
     """
     [task_id] = await submit(db)
     await claim(db, uuid4())
@@ -346,11 +349,11 @@ async def test_workers_that_a_missing_right_kept_away_get_time_to_come_back(
     assert await workers.heartbeat(db, worker.id)
 
 
-async def test_a_worker_that_was_back_after_an_outage_is_given_up_like_any_other(
+async def test_a_worker_that_was_back_after_an_outage_is_declared_dead_like_any_other(
     db: Database,
 ) -> None:
     """
-    The reaper's own outage too protects only those who have not been back.
+    The reaper's own outage too protects only workers that have not been back.
     """
     worker = await a_worker(db, heartbeat_seconds=0.05, lease_seconds=0.5)
     reaper = Reaper(grace_seconds=3_600)

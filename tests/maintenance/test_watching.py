@@ -1,5 +1,5 @@
 """
-Nobody has to find out by himself that maintenance is gone, or that tasks wait for nobody.
+The log says that maintenance is gone, and that tasks wait without a worker for them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tests.support.tasks import a_worker, submit, until
 
 async def test_maintenance_is_seen_with_what_its_relay_says(db: Database) -> None:
     """
-    From its first seconds on.
+    It reports from its first seconds on.
     """
     assert (await presence(db)).is_gone
     listed = chores(retention_days=7, has_broker=True, relay_trouble=lambda: "no permission")
-    [chore] = [chore for chore in listed if chore.name == "be seen"]
+    [chore] = [chore for chore in listed if chore.name == "report"]
     running = asyncio.create_task(run_chore(chore, db, Waker(db)))
 
     async def is_seen() -> bool:
@@ -37,16 +37,17 @@ async def test_maintenance_is_seen_with_what_its_relay_says(db: Database) -> Non
     assert "no permission" == (await presence(db)).relay_trouble
 
 
-async def test_the_absence_of_maintenance_is_said_now_and_then(db: Database) -> None:
+async def test_the_absence_of_maintenance_is_logged_now_and_then(db: Database) -> None:
     """
-    Not at a start, when it may be about to start itself; then every ten minutes, until it is back.
+    It is not logged at a start, when maintenance may be about to start too; then every ten
+    minutes, until it is back.
     """
     watch = MaintenanceWatch(db)
     start = time.monotonic()
 
     async def told(after_seconds: float) -> list[str]:
         with capture_logs() as logs:
-            await watch.look(now=start + after_seconds)
+            await watch.check(now=start + after_seconds)
         return [event["event"] for event in logs]
 
     late = SILENT_SECONDS_MAX + 1
@@ -59,15 +60,15 @@ async def test_the_absence_of_maintenance_is_said_now_and_then(db: Database) -> 
     assert [] == await told(late + REPEAT_SECONDS + 3)
 
 
-async def test_tasks_that_nobody_serves_are_named_once(db: Database) -> None:
+async def test_tasks_without_a_worker_are_named_once(db: Database) -> None:
     """
-    With their queue and number, and again when they are served.
+    The log names their queue and number, and says when they are served again.
     """
     watch = UnservedWatch(due_for_seconds=0)
 
     async def told() -> list[tuple[object, ...]]:
         with capture_logs() as logs:
-            assert 0 == await watch.look(db)
+            assert 0 == await watch.check(db)
         return [
             (event["event"], event["queue"], event["task"], event.get("count")) for event in logs
         ]
@@ -86,7 +87,7 @@ async def test_tasks_that_nobody_serves_are_named_once(db: Database) -> None:
     assert [("tasks.unserved", "nobody", "work", "1000 or more")] == again
 
 
-async def test_many_names_that_nobody_serves_do_not_fill_the_log(db: Database) -> None:
+async def test_many_names_without_a_worker_do_not_fill_the_log(db: Database) -> None:
     """
     The largest are enough to see what is wrong.
     """
@@ -95,7 +96,7 @@ async def test_many_names_that_nobody_serves_do_not_fill_the_log(db: Database) -
         await submit(db, name=f"made-up-{number}")
 
     with capture_logs() as logs:
-        await watch.look(db)
-        await watch.look(db)
+        await watch.check(db)
+        await watch.check(db)
 
     assert NAMED_MAX == len(logs)

@@ -1,6 +1,6 @@
 """
-The relay: what may go, goes, in the right order and in short supply; nothing gets lost
-between PostgreSQL and RabbitMQ, whatever breaks in between.
+The relay sends what may go, in the right order and in small amounts, and nothing gets lost between
+PostgreSQL and RabbitMQ, whatever breaks in between.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from asyncflow.relay.relay import Relay
 from asyncflow.relay.sending import BATCH
 from asyncflow.relay.times import TIMES, Times
 from asyncflow.relay.window import REST_SECONDS_MIN, SIZE_MIN
-from asyncflow.store import claims, hints, leadership, queues
+from asyncflow.store import claims, hints, queues
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.store.due import LowWaterMark
+from asyncflow.store.leadership import leadership
 from asyncflow.transport.amqp import (
     Channel,
     Delivery,
@@ -59,7 +60,7 @@ from tests.support.tasks import (
 @pytest.fixture
 async def channel(broker_url: str) -> AsyncIterator[Channel]:
     """
-    A channel such as the relay has.
+    A channel like the relay's.
     """
     connection = await connect(broker_url, name="test")
     channel = await connection.channel()
@@ -82,7 +83,7 @@ class Clock:
 
     def advance(self, seconds: float) -> None:
         """
-        Put it forward.
+        Put the clock forward.
         """
         self._ahead_seconds += seconds
 
@@ -150,7 +151,7 @@ async def test_the_window_is_filled_by_priority(
     db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
-    What was submitted last and is urgent does not wait behind a backlog.
+    An urgent task that was submitted last does not wait behind a backlog.
     """
     await a_worker(db)
     await submit(db, 100, priority=0)
@@ -181,11 +182,11 @@ async def test_a_full_window_admits_nothing_more(
     assert Counter(queued=SIZE_MIN, pending=100 - SIZE_MIN) == await states(db)
 
 
-async def test_a_full_window_is_looked_at_ever_less_often_until_it_is_used_up(
+async def test_a_full_window_is_observed_less_and_less_often_until_it_is_used_up(
     db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
-    Tasks of some milliseconds use it up long before the next poll; those of minutes do not.
+    Tasks of some milliseconds use it up long before the next poll; tasks of minutes do not.
     """
     await a_worker(db)
     await submit(db, 100)
@@ -202,7 +203,7 @@ async def test_a_full_window_is_looked_at_ever_less_often_until_it_is_used_up(
 
 async def test_a_relay_without_tasks_rests(db: Database, channel: Channel, relay: Relay) -> None:
     """
-    A window that is not full has no reason to be looked at before anything happens.
+    A window that is not full is not observed again before anything happens.
     """
     await a_worker(db)
     await submit(db, SIZE_MIN - 1)
@@ -214,7 +215,7 @@ async def test_a_relay_begins_at_the_low_water_mark(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    For its open queues and what is offered there.
+    The mark is that of its open queues and the names offered there.
     """
     asked: list[dict[str, Any]] = []
 
@@ -239,7 +240,8 @@ async def test_queued_tasks_are_counted_from_the_beginning_once_a_minute(
     db: Database, channel: Channel, relay: Relay, clock: Clock
 ) -> None:
     """
-    In between only from where the oldest was; a hint of an older one may be lost, and is found.
+    In between they are counted from the oldest known one on, so a lost hint of an older task is
+    found within a minute.
     """
     await a_worker(db)
     await submit(db, 3)
@@ -257,7 +259,8 @@ async def test_queued_tasks_are_counted_from_the_beginning_once_a_minute(
 
 async def test_what_may_not_go_stays_pending(db: Database, channel: Channel, relay: Relay) -> None:
     """
-    Not due, of a paused queue, of a name or queue that no live worker serves.
+    A task stays if it is not due, if its queue is paused, or if no live worker serves its name
+    or queue.
     """
     await a_worker(db, queues=[QUEUE, "paused"])
     await queues.pause(db, "paused")
@@ -275,7 +278,7 @@ async def test_a_crash_between_publish_and_mark_repeats_hints_and_loses_none(
     db: Database, channel: Channel, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Hints that were sent and not noted are sent again by the next relay.
+    The next relay sends hints again that were sent and not marked.
     """
     await a_worker(db)
     await submit(db, 5)
@@ -296,12 +299,12 @@ async def test_a_crash_between_publish_and_mark_repeats_hints_and_loses_none(
     assert 10 == await ready(channel)
 
 
-async def test_a_database_that_takes_no_notes_makes_no_flood_of_hints(
+async def test_a_database_that_takes_no_marks_causes_no_flood_of_hints(
     db: Database, channel: Channel, broker_url: str, database_url: str
 ) -> None:
     """
-    While PostgreSQL is read-only or full, what was sent cannot be marked; it is not sent again with
-    every try.
+    While PostgreSQL is read-only or full, sent tasks cannot be marked; they are not sent again
+    with every try.
     """
     name = urlsplit(database_url).path[1:]
     await a_worker(db)
@@ -325,8 +328,8 @@ async def test_hints_that_the_broker_refuses_stay_pending(
     db: Database, channel: Channel, relay: Relay, broker: Broker, broker_url: str
 ) -> None:
     """
-    A queue with a limit takes what it takes; the rest goes when there is room again. The log names
-    the policy.
+    A queue with a limit accepts what fits; the rest goes when there is room again. The log
+    names the policy.
     """
     await a_worker(db)
     await submit(db, SIZE_MIN)
@@ -367,7 +370,7 @@ async def test_hints_that_no_queue_takes_stay_pending(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    A queue that vanished just now returns its hints to the relay.
+    A queue that has just vanished returns its hints to the relay.
     """
     await a_worker(db)
     await submit(db, 5)
@@ -391,7 +394,7 @@ async def test_lost_hints_are_sent_again(
     db: Database, channel: Channel, relay: Relay, loss: str
 ) -> None:
     """
-    Emptying or deleting a queue of RabbitMQ costs time and no task.
+    Purging or deleting a queue of RabbitMQ costs time and no task.
     """
     await a_worker(db)
     await submit(db, 10)
@@ -415,7 +418,7 @@ async def test_slow_workers_cause_no_storm_of_hints(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    However long hints wait in RabbitMQ, they are not taken for lost and sent again.
+    However long hints wait in RabbitMQ, they do not count as lost and are not sent again.
     """
     sent = count_messages(channel, monkeypatch)
     await a_worker(db)
@@ -506,7 +509,7 @@ async def test_while_workers_drain_fast_hints_travel_in_packs(
     db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
-    One message carries some tasks then, in order, and never of two priorities.
+    One message then carries several tasks, in order, and never of two priorities.
     """
     await grow_window(db, channel, relay)
     low = await submit(db, 7, priority=0)
@@ -518,11 +521,11 @@ async def test_while_workers_drain_fast_hints_travel_in_packs(
     assert [high[:4], high[4:], low[:4], low[4:]] == packs
 
 
-async def test_what_travels_in_packs_is_marked_only_if_nobody_takes_it(
+async def test_a_task_sent_in_a_pack_is_marked_only_if_no_worker_claims_it(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     """
-    Until then it is remembered, and not sent twice.
+    Until then it is in flight, and not sent twice.
     """
     await grow_window(db, channel, relay)
     await submit(db, 12)
@@ -545,7 +548,7 @@ async def test_what_came_back_after_it_was_sent_is_sent_again(
     db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
-    A retry needs a hint of its own, although the relay remembers the first one.
+    A retry needs a hint of its own, although the first one is in flight.
     """
     worker = await a_worker(db)
     await grow_window(db, channel, relay)
@@ -566,7 +569,8 @@ async def test_a_pause_uses_up_what_was_sent_before(
     db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
-    A worker that got the hint meanwhile has let it go, so it is sent again afterwards.
+    A worker that received the hint during the pause released it, so it is sent again
+    afterwards.
     """
     await grow_window(db, channel, relay)
     [task_id] = await submit(db, 1)
@@ -583,7 +587,7 @@ async def test_a_pause_uses_up_what_was_sent_before(
 
 async def drain(channel: Channel, count: int) -> list[Delivery]:
     """
-    Consume and acknowledge so many messages.
+    Consume and acknowledge `count` messages.
     """
     received: asyncio.Queue[list[Delivery]] = asyncio.Queue()
     tag = await channel.consume(
@@ -606,7 +610,7 @@ async def test_hints_that_wait_in_packs_are_not_taken_for_lost(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Fewer messages than queued tasks is no loss where a message carries some.
+    Fewer messages than queued tasks mean no loss where a message carries several.
     """
     await grow_window(db, channel, relay)
     await submit(db, 12)
@@ -626,7 +630,7 @@ async def test_another_leader_does_not_take_packs_for_lost(
     db: Database, channel: Channel, relay: Relay, broker_url: str, times: Times
 ) -> None:
     """
-    It does not know how large those are that its predecessor sent.
+    It does not know the size of the packs that its predecessor sent.
     """
     await grow_window(db, channel, relay)
     await submit(db, 12)
@@ -642,7 +646,7 @@ async def test_another_leader_does_not_take_packs_for_lost(
 @marked_at_once
 async def test_lost_packs_are_sent_again(db: Database, channel: Channel, relay: Relay) -> None:
     """
-    An emptied queue is empty, whatever its messages carried.
+    A purged queue is empty, whatever its messages carried.
     """
     await grow_window(db, channel, relay)
     ids = await submit(db, 12)
@@ -663,7 +667,7 @@ async def test_some_lost_among_packs_are_found_although_a_backlog_lasts(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     """
-    That packs were sent hides a loss for a while, not for ever.
+    Packs that were sent hide a loss for a while, but not as long as the backlog lasts.
     """
     await grow_window(db, channel, relay)
     await submit(db, 12)
@@ -683,7 +687,7 @@ async def test_a_pack_that_no_queue_takes_leaves_all_its_tasks_pending(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    A message that was returned is that for each of its hints.
+    A returned message counts as returned for each of its hints.
     """
     await grow_window(db, channel, relay)
     await submit(db, 12)
@@ -698,9 +702,9 @@ async def test_a_pack_that_no_queue_takes_leaves_all_its_tasks_pending(
     assert 12 == (await states(db))["pending"]
 
 
-async def test_a_running_relay_sends_a_new_task_at_once(db: Database, broker_url: str) -> None:
+async def test_a_running_relay_sends_a_new_task_immediately(db: Database, broker_url: str) -> None:
     """
-    It is woken, rather than finding the task at its next poll.
+    It is woken rather than finding the task at its next poll.
     """
     await a_worker(db)
     relaying = asyncio.create_task(Relay(db, broker_url).run())
@@ -720,7 +724,7 @@ async def test_another_relay_takes_over_when_the_leaders_session_dies(
     db: Database, broker_url: str, database_url: str
 ) -> None:
     """
-    Two relays run; PostgreSQL cuts every session; the work goes on.
+    Of two relays, one leads on after PostgreSQL ended every session.
     """
     await a_worker(db)
     relaying = [asyncio.create_task(Relay(db, broker_url).run()) for _ in range(2)]
@@ -738,19 +742,13 @@ async def test_another_relay_takes_over_when_the_leaders_session_dies(
     await stopped(*relaying)
 
 
-async def test_a_frozen_leader_loses_the_lead(
-    db: Database, broker_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_frozen_leader_loses_the_lead(db: Database, broker_url: str) -> None:
     """
-    A leader that neither works nor dies is thrown out by PostgreSQL.
+    PostgreSQL ends the session of a leader that neither works nor dies.
     """
-    impatient = leadership.LIMIT_IDLENESS.replace(f"{leadership.IDLE_SECONDS_MAX}s", "500ms")
-    assert "500ms" in impatient
     await a_worker(db)
-    with monkeypatch.context() as patched:
-        patched.setattr(leadership, "LIMIT_IDLENESS", impatient)
-        frozen = leadership.leadership(db, purpose="frozen relay")
-        assert await frozen.__aenter__() is not None
+    frozen = leadership(db, purpose="frozen relay", idle_seconds_max=0.5)
+    assert await frozen.__aenter__() is not None
     relaying = asyncio.create_task(Relay(db, broker_url).run())
 
     await submit(db)
@@ -760,12 +758,12 @@ async def test_a_frozen_leader_loses_the_lead(
     await stopped(relaying)
 
 
-async def test_an_alarm_of_the_broker_is_sat_out(
+async def test_an_alarm_of_the_broker_is_waited_out(
     db: Database, channel: Channel, broker: Broker, broker_url: str
 ) -> None:
     """
-    While RabbitMQ takes no messages the relay holds no transaction open and keeps its one
-    connection, rather than sending the same hints on ever new ones; afterwards it goes on.
+    While RabbitMQ takes no messages, the relay holds no transaction open and keeps its one
+    connection rather than sending the same hints on new ones; afterwards it goes on.
     """
     times = Times(call=0.2, backoff=BackoffTimes(reconnect_seconds=(0.0, 0.1)))
     await a_worker(db)
@@ -788,6 +786,34 @@ async def test_an_alarm_of_the_broker_is_sat_out(
     await stopped(relaying)
 
 
+async def test_a_relay_tells_why_it_cannot_send(
+    db: Database, broker: Broker, broker_url: str
+) -> None:
+    """
+    It reports a trouble while RabbitMQ is away, without a password in it, and none otherwise.
+    """
+    await a_worker(db)
+    relay = Relay(db, broker_url)
+    relaying = asyncio.create_task(relay.run())
+
+    async def is_troubled() -> bool:
+        return relay.trouble is not None
+
+    async def is_well() -> bool:
+        return relay.trouble is None
+
+    await submit(db)
+    await until_states(db, queued=1)
+    assert relay.trouble is None
+    await asyncio.to_thread(broker.stop)
+    await until(is_troubled)
+    assert "guest" not in str(relay.trouble)
+    await asyncio.to_thread(broker.start)
+
+    await until(is_well)
+    await stopped(relaying)
+
+
 async def oldest_transaction_seconds(db: Database) -> float:
     """
     How long the oldest transaction of others in this database has been open; 0 if there is none.
@@ -802,7 +828,7 @@ async def oldest_transaction_seconds(db: Database) -> float:
 
 async def stopped(*relaying: asyncio.Task[None]) -> None:
     """
-    Stop relays and wait until they have let go of everything.
+    Stop relays and wait until they have released everything.
     """
     for task in relaying:
         task.cancel()

@@ -1,5 +1,5 @@
 """
-The window of a queue: how many hints RabbitMQ should hold, in what packs, how soon to look again.
+The window of a queue: how many hints RabbitMQ should hold, in what packs, how soon to send more.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ FULL = SIZE_MAX
 REST = REST_SECONDS_MIN
 
 
-class Look(NamedTuple):
+class Round(NamedTuple):
     """
-    One look at a queue of 10 slots, long after the last one, and what it should come to.
+    A round over a queue of 10 slots, long after the last one, and the window it should find.
 
     Attributes:
         ready: How many hints RabbitMQ holds.
@@ -39,28 +39,28 @@ class Look(NamedTuple):
     rest: float
 
 
-def look(window: Window, *, ready: int, slots: int = 10, waiting: int = FULL) -> Window:
+def next_round(window: Window, *, ready: int, slots: int = 10, waiting: int = FULL) -> Window:
     """
-    A look after a rest that is long enough, and a send of all that there is room for.
+    A round after a rest that is long enough, with a send of all that there is room for.
     """
-    seen = window.looked(ready=ready, slots=slots, now=after_a_rest(window))
-    return seen.filled(sent=min(waiting, seen.room))
+    window = window.observed(ready=ready, slots=slots, now=after_a_rest(window))
+    return window.filled(sent=min(waiting, window.room))
 
 
 def after_a_rest(window: Window) -> float:
     """
     A moment by which the window was left alone for long enough.
     """
-    return max(0.0, window.looked_at) + 100
+    return max(0.0, window.observed_at) + 100
 
 
-def looked(*ready: int, slots: int = 10) -> Window:
+def after(*ready: int, slots: int = 10) -> Window:
     """
-    A window after looks that found this many hints, and filled it each time.
+    A window after rounds that found this many hints and filled it.
     """
     window = Window()
     for count in ready:
-        window = look(window, ready=count, slots=slots)
+        window = next_round(window, ready=count, slots=slots)
     return window
 
 
@@ -69,122 +69,122 @@ def looked(*ready: int, slots: int = 10) -> Window:
     [
         pytest.param(
             [
-                Look(0, FULL, room=20, pack=1, rest=REST),
-                Look(0, FULL, room=40, pack=2, rest=REST),
-                Look(0, FULL, room=80, pack=4, rest=REST),
-                Look(0, FULL, room=160, pack=8, rest=REST),
+                Round(0, FULL, room=20, pack=1, rest=REST),
+                Round(0, FULL, room=40, pack=2, rest=REST),
+                Round(0, FULL, room=80, pack=4, rest=REST),
+                Round(0, FULL, room=160, pack=8, rest=REST),
             ],
-            id="drained between two looks: it doubles",
+            id="drained between two rounds: it doubles",
         ),
         pytest.param(
             [
-                Look(0, FULL, room=20, pack=1, rest=REST),
-                Look(2, FULL, room=38, pack=2, rest=REST),
-                Look(6, FULL, room=34, pack=2, rest=REST),
+                Round(0, FULL, room=20, pack=1, rest=REST),
+                Round(2, FULL, room=38, pack=2, rest=REST),
+                Round(6, FULL, room=34, pack=2, rest=REST),
             ],
             id="an eighth is left: drained; more is left: not drained",
         ),
         pytest.param(
             [
-                Look(0, 19, room=20, pack=1, rest=REST),
-                Look(0, FULL, room=20, pack=1, rest=REST),
+                Round(0, 19, room=20, pack=1, rest=REST),
+                Round(0, FULL, room=20, pack=1, rest=REST),
             ],
             id="drained, but the tasks ran out: it does not double",
         ),
         pytest.param(
             [
-                Look(0, FULL, room=20, pack=1, rest=REST),
-                Look(20, FULL, room=0, pack=1, rest=2 * REST),
-                Look(20, FULL, room=0, pack=1, rest=4 * REST),
-                Look(13, FULL, room=7, pack=1, rest=4 * REST),
-                Look(9, FULL, room=11, pack=1, rest=2 * REST),
+                Round(0, FULL, room=20, pack=1, rest=REST),
+                Round(20, FULL, room=0, pack=1, rest=2 * REST),
+                Round(20, FULL, room=0, pack=1, rest=4 * REST),
+                Round(13, FULL, room=7, pack=1, rest=4 * REST),
+                Round(9, FULL, room=11, pack=1, rest=2 * REST),
             ],
             id="rests longer while less than a quarter is used, shorter once more than half is",
         ),
         pytest.param(
             [
-                Look(0, FULL, room=20, pack=1, rest=REST),
-                Look(20, FULL, room=0, pack=1, rest=2 * REST),
-                Look(0, FULL, room=20, pack=1, rest=REST),
-                Look(0, FULL, room=40, pack=2, rest=REST),
+                Round(0, FULL, room=20, pack=1, rest=REST),
+                Round(20, FULL, room=0, pack=1, rest=2 * REST),
+                Round(0, FULL, room=20, pack=1, rest=REST),
+                Round(0, FULL, room=40, pack=2, rest=REST),
             ],
             id="drained after a long rest: first it rests less, then it doubles",
         ),
         pytest.param(
             [
-                Look(0, FULL, room=20, pack=1, rest=REST),
-                Look(0, FULL, room=40, pack=2, rest=REST),
-                Look(21, FULL, room=17, pack=1, rest=REST),
+                Round(0, FULL, room=20, pack=1, rest=REST),
+                Round(0, FULL, room=40, pack=2, rest=REST),
+                Round(21, FULL, room=17, pack=1, rest=REST),
             ],
             id="more than half is left: it shrinks",
         ),
         pytest.param(
             [
-                Look(0, FULL, room=20, pack=1, rest=REST),
-                Look(0, FULL, room=40, pack=2, rest=REST),
-                Look(0, FULL, room=80, pack=4, rest=REST),
-                Look(41, FULL, room=0, pack=3, rest=REST),
-                Look(30, FULL, room=45, pack=3, rest=REST),
+                Round(0, FULL, room=20, pack=1, rest=REST),
+                Round(0, FULL, room=40, pack=2, rest=REST),
+                Round(0, FULL, room=80, pack=4, rest=REST),
+                Round(41, FULL, room=0, pack=3, rest=REST),
+                Round(30, FULL, room=45, pack=3, rest=REST),
             ],
             id="packs wait until half a window fits",
         ),
     ],
 )
-def test_what_a_look_finds_moves_the_window(history: list[Look]) -> None:
+def test_what_a_round_finds_moves_the_window(history: list[Round]) -> None:
     """
-    Each look gives how many hints to send, in packs of how many, and how soon to look again.
+    Each round gives how many hints to send, in packs of what size, and when the next is due.
     """
     window = Window()
     found = []
     for step in history:
-        window = look(window, ready=step.ready, waiting=step.waiting)
+        window = next_round(window, ready=step.ready, waiting=step.waiting)
         found.append(step._replace(room=window.room, pack=window.pack, rest=window.rest_seconds))
 
     assert history == found
 
 
-def test_a_look_changes_no_window_that_was_seen_before() -> None:
+def test_a_round_changes_no_earlier_window() -> None:
     """
-    A window is a value: the same look at the same window gives the same.
+    A window is a value: the same round gives the same window again.
     """
-    window = looked(0, 0)
+    window = after(0, 0)
 
-    once, twice = look(window, ready=3), look(window, ready=3)
+    once, twice = next_round(window, ready=3), next_round(window, ready=3)
 
     assert once == twice != window
-    assert looked(0, 0) == window
+    assert after(0, 0) == window
 
 
 def test_the_window_grows_up_to_a_bound() -> None:
     """
     However fast workers drain it, it is never larger than `SIZE_MAX`.
     """
-    assert SIZE_MAX == looked(*[0] * 20).room
+    assert SIZE_MAX == after(*[0] * 20).room
 
 
 def test_the_window_shrinks_while_workers_are_slow() -> None:
     """
     Mostly full between rounds, it goes back to what the slots need.
     """
-    window = looked(*[0] * 10, *[SIZE_MAX] * 200)
+    window = after(*[0] * 10, *[SIZE_MAX] * 200)
 
-    assert 0 == look(window, ready=20).room
-    assert 1 == look(window, ready=19).room
+    assert 0 == next_round(window, ready=20).room
+    assert 1 == next_round(window, ready=19).room
 
 
 @pytest.mark.parametrize("wakes_seconds", [None, 0.004])
 @pytest.mark.parametrize("used_per_second", [2, 20, 100, 200, 500])
-def test_a_window_is_looked_at_again_when_a_part_of_it_is_used_up(
+def test_a_window_is_observed_again_when_a_part_of_it_is_used_up(
     used_per_second: int, wakes_seconds: float | None
 ) -> None:
     """
     The slower the tasks, the later. Slow tasks do not make it grow, and no slot waits for the next
-    look, although submissions wake the relay in between, until they cease.
+    round, although submissions wake the relay in between, until they cease.
     """
     window = Window()
     ready, now, starved, rests = 0.0, 0.0, 0.0, []
     for number in range(400):
-        window = window.looked(ready=math.ceil(ready), slots=10, now=now)
+        window = window.observed(ready=math.ceil(ready), slots=10, now=now)
         ready += window.room
         window = window.filled(sent=window.room)
         is_woken = wakes_seconds is not None and number % 100 < 50
@@ -202,25 +202,25 @@ def test_a_window_is_looked_at_again_when_a_part_of_it_is_used_up(
         assert REST_SECONDS_MAX == max(rests)
 
 
-def test_a_window_that_was_looked_at_too_late_does_not_grow() -> None:
+def test_a_window_that_was_observed_too_late_does_not_grow() -> None:
     """
-    It was large enough; first it is looked at as often as possible.
+    It was large enough; first it is observed as often as possible.
     """
-    window = looked(*[20] * 10)
+    window = after(*[20] * 10)
     assert REST_SECONDS_MAX == window.rest_seconds
 
-    late = look(window, ready=0)
+    late = next_round(window, ready=0)
 
     assert (20, REST_SECONDS_MIN) == (late.room, late.rest_seconds)
-    assert 40 == look(late, ready=0).room
+    assert 40 == next_round(late, ready=0).room
 
 
 def test_the_window_follows_the_workers_slots() -> None:
     """
     More workers get more hints; a window is never smaller than `SIZE_MIN`.
     """
-    assert SIZE_MIN == looked(0, slots=1).room
-    assert 200 == looked(0, slots=100).room
+    assert SIZE_MIN == after(0, slots=1).room
+    assert 200 == after(0, slots=100).room
 
 
 @pytest.mark.parametrize("slots", [1, 10, 1_000])
@@ -230,7 +230,7 @@ def test_slow_tasks_travel_one_by_one(slots: int) -> None:
     """
     window, full = Window(), max(SIZE_MIN, 2 * slots)
     for ready in (0, full // 2, full, full):
-        window = look(window, ready=ready, slots=slots)
+        window = next_round(window, ready=ready, slots=slots)
 
         assert 1 == window.pack
 
@@ -242,13 +242,13 @@ def test_packs_grow_and_shrink_with_the_window() -> None:
     window = Window()
     packs = []
     for _ in range(10):
-        window = look(window, ready=0)
+        window = next_round(window, ready=0)
         packs.append(window.pack)
     assert [1, 2, 4, 8, 16, 32, PACK_MAX] == packs[:7]
     assert PACK_MAX == packs[-1]
 
     for _ in range(200):
-        window = look(window, ready=SIZE_MAX)
+        window = next_round(window, ready=SIZE_MAX)
 
     assert 1 == window.pack
 
@@ -257,14 +257,14 @@ def test_a_halved_window_stays_small_for_a_while() -> None:
     """
     Every hint that RabbitMQ drops halves it further, down to 1; then it recovers.
     """
-    window = looked(0)
+    window = after(0)
     rooms = []
     for _ in range(6):
-        window = window.halved(now=window.looked_at)
-        window = window.looked(ready=0, slots=10, now=window.looked_at)
+        window = window.halved(now=window.observed_at)
+        window = window.observed(ready=0, slots=10, now=window.observed_at)
         rooms.append(window.room)
     assert [10, 5, 2, 1, 1, 1] == rooms
 
-    recovered = window.looked(ready=0, slots=10, now=window.looked_at + HALVED_SECONDS)
+    recovered = window.observed(ready=0, slots=10, now=window.observed_at + HALVED_SECONDS)
 
     assert 20 == recovered.room

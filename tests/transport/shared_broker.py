@@ -1,6 +1,6 @@
 """
-A RabbitMQ that others administer: a user of its own in a virtual host, whose rights come and go,
-and a relay and a worker that log in as this user.
+A RabbitMQ that others administer: a user of its own in a virtual host, whose permissions come and
+go, and a relay and a worker that log in as this user.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NOTHING = "^$"
 
 class Administrator:
     """
-    Who gives and takes rights in one virtual host.
+    Gives and takes permissions in one virtual host.
 
     Attributes:
         url: For a client that logs in as the user.
@@ -50,13 +50,13 @@ class Administrator:
 
     async def api(self, method: str, path: str, body: Any = None) -> Any:
         """
-        Call the management API; what is missing already is fine.
+        Call the management API; it is fine if the object is already missing.
         """
         return await asyncio.to_thread(self.broker.api, method, path, body, ignore_missing=True)
 
     async def add_user(self, password: str = PASSWORD) -> None:
         """
-        Make the user, or give it another password.
+        Create the user, or give it another password.
         """
         await self.api("PUT", f"users/{self.user}", {"password": password, "tags": ""})
 
@@ -91,7 +91,7 @@ class Administrator:
 
     async def make_vhost(self) -> None:
         """
-        Make the virtual host anew, with all permissions.
+        Create the virtual host again, with all permissions.
         """
         await self.api("PUT", f"vhosts/{self.vhost}", {})
         await self.permit()
@@ -104,7 +104,7 @@ class Administrator:
 
     async def set_policy(self, **definition: Any) -> None:
         """
-        Limit all task queues, as an operator does who knows nothing of them.
+        Limit all task queues, as an operator who does not know them might.
         """
         body = {"pattern": ".*", "definition": definition, "apply-to": "queues"}
         await self.api("PUT", f"policies/{self.vhost}/limits", body)
@@ -132,7 +132,7 @@ async def administered(broker: Broker, broker_url: str) -> AsyncIterator[Adminis
 
 class System:
     """
-    A relay and a worker that runs whatever comes.
+    A relay, and a worker that runs whatever comes.
 
     Attributes:
         events: What they log.

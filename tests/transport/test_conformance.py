@@ -38,7 +38,7 @@ from tests.support.tasks import (
 
 class Seam(ABC):
     """
-    Makes transports of one kind, and lets go of them after the test.
+    Makes transports of one kind, and closes them after the test.
     """
 
     def __init__(self, db: Database) -> None:
@@ -49,7 +49,7 @@ class Seam(ABC):
         self, *, names: Sequence[str] = (NAME,), queues: Sequence[str] = (QUEUE,), slots: int = 1
     ) -> Transport:
         """
-        A transport in the name of a live worker.
+        A transport of a live worker.
         """
         worker = await a_worker(self.db, names=names, queues=queues, slots=slots)
         offers = [Offer(name, 5, 900.0) for name in names]
@@ -81,7 +81,7 @@ class RabbitSeam(Seam):
 
 async def take(taker: Transport, slots: int = 1, *, window: int | None = None) -> list[Claim]:
     """
-    `take`, with an end to the patience.
+    Call `take`, with a time limit.
     """
     async with asyncio.timeout(PATIENCE_SECONDS):
         return await taker.take(slots, window=window or slots)
@@ -89,7 +89,7 @@ async def take(taker: Transport, slots: int = 1, *, window: int | None = None) -
 
 async def take_ids(taker: Transport, count: int, *, slots: int = 1) -> list[UUID]:
     """
-    Take until `count` tasks are claimed, as a worker does, whose free slots grow fewer; return
+    Take until `count` tasks are claimed, as a worker does whose free slots grow fewer; return
     their ids in that order.
     """
     taken: list[UUID] = []
@@ -101,12 +101,12 @@ async def take_ids(taker: Transport, count: int, *, slots: int = 1) -> list[UUID
 
 class Conformance:
     """
-    The guarantees. A subclass says by its fixture `seam` which transport is tested.
+    The guarantees. A subclass chooses the transport by its fixture `seam`.
     """
 
     async def test_a_due_task_is_claimed_as_it_was_submitted(self, seam: Seam) -> None:
         """
-        A claim brings what the handler needs, and the row says who has it.
+        A claim brings what the handler needs, and the row says which worker has it.
         """
         taker = await seam.taker()
         [task_id] = await submit(seam.db, payload='{"a": 1}')
@@ -124,7 +124,7 @@ class Conformance:
 
     async def test_a_waiting_take_is_woken_by_a_new_task(self, seam: Seam) -> None:
         """
-        Who waits gets the task that comes while it waits.
+        A waiting taker gets a task that is submitted while it waits.
         """
         taker = await seam.taker()
         waiting = asyncio.create_task(take(taker))
@@ -177,7 +177,7 @@ class Conformance:
 
     async def test_a_full_worker_leaves_tasks_to_others(self, seam: Seam) -> None:
         """
-        Slow tasks are shared: nobody holds more than its window.
+        Slow tasks are shared: no worker holds more than its window.
         """
         takers = [await seam.taker(slots=2) for _ in range(2)]
         ids = await submit(seam.db, 4)
@@ -199,7 +199,7 @@ class Conformance:
 
     async def test_a_delayed_task_comes_when_it_is_due(self, seam: Seam) -> None:
         """
-        Nobody has to be woken for it.
+        No wake-up is needed for it.
         """
         taker = await seam.taker()
         [task_id] = await submit(seam.db, delay_seconds=0.3)
@@ -208,7 +208,8 @@ class Conformance:
 
     async def test_a_paused_queue_starts_nothing_until_it_is_resumed(self, seam: Seam) -> None:
         """
-        A pause acts at once, also on what RabbitMQ holds already; a resume brings it all back.
+        A pause takes effect immediately, even on what RabbitMQ already holds; a resume
+        brings it all back.
         """
         taker = await seam.taker(queues=["paused", QUEUE])
         await queues.pause(seam.db, "paused")
@@ -272,7 +273,7 @@ class Conformance:
 
     async def test_after_a_stop_others_get_what_was_not_claimed(self, seam: Seam) -> None:
         """
-        Hints that lay at the worker go back; its claims stay its own.
+        Hints that the worker held go back; its claims stay its own.
         """
         ids = await submit(seam.db, 8)
         leaving = await seam.taker(slots=8)
@@ -285,7 +286,7 @@ class Conformance:
 
     async def test_a_claim_survives_the_end_of_its_transport(self, seam: Seam) -> None:
         """
-        Closing gives no claim away: that is decided by the lease alone.
+        Closing gives no claim away: only the lease decides that.
         """
         [task_id] = await submit(seam.db)
         leaving = await seam.taker()
@@ -320,7 +321,7 @@ class Conformance:
         self, seam: Seam, postgres_server: PostgresServer
     ) -> None:
         """
-        A take that began while PostgreSQL is down brings tasks once it is back.
+        A take that began while PostgreSQL was down brings tasks once it is back.
         """
         taker = await seam.taker()
         [task_id] = await submit(seam.db)
@@ -336,7 +337,7 @@ class Conformance:
 
 async def until_running(seam: Seam, count: int) -> None:
     """
-    See that exactly `count` tasks are running.
+    Wait until exactly `count` tasks are running.
     """
     running = await seam.db.fetchval("SELECT count(*) FROM asyncflow.tasks WHERE state = 'running'")
     assert count == running

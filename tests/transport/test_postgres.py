@@ -25,7 +25,7 @@ NEVER = {QUEUE: [datetime.max.replace(tzinfo=UTC)] * 10}
 @pytest.fixture
 async def transport(db: Database) -> PostgresTransport:
     """
-    One that has a worker's names and queues, and is asked for claims one by one.
+    A transport with a worker's names and queues, for single claims.
     """
     worker = await a_worker(db)
     return PostgresTransport(db, Claimant(worker.id, (QUEUE,), (Offer(NAME, 5, 900.0),)))
@@ -35,7 +35,7 @@ async def test_a_claim_begins_where_the_low_water_mark_says(
     db: Database, transport: PostgresTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    For its own queues and names.
+    The mark is that of its own queues and names.
     """
     asked: list[dict[str, Any]] = []
 
@@ -57,7 +57,7 @@ async def test_after_a_slow_claim_the_next_ones_begin_late(
     db: Database, transport: PostgresTransport, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     """
-    Also if it was so slow that it failed.
+    This includes a claim so slow that it failed.
     """
     transport._due._mark = LowWaterMark(db, worth_seconds=0.0)
     since: list[Any] = []

@@ -1,6 +1,6 @@
 """
-What hints through RabbitMQ guarantee beyond `test_conformance`: nothing that happens to a
-message, a queue or a connection loses a task or runs it twice.
+What hints through RabbitMQ guarantee beyond `test_conformance`: nothing that happens to a message,
+a queue or a connection loses a task or runs it twice.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ pytestmark = pytest.mark.every_rabbitmq
 
 class Workshop:
     """
-    Takers of hints, and a hand that sends hints as the relay would, or as it never would.
+    Transports, and a way to send hints as the relay would, or as it never would.
     """
 
     def __init__(self, db: Database, broker_url: str) -> None:
@@ -86,7 +86,7 @@ class Workshop:
         times: Times = TIMES,
     ) -> RabbitTransport:
         """
-        A transport in the name of a live worker.
+        A transport of a live worker.
         """
         worker = await a_worker(self.db, names=names, queues=queues, slots=slots)
         offers = [Offer(name, 5, 900.0) for name in names]
@@ -127,7 +127,7 @@ class Workshop:
 
 def as_body(content: bytes | UUID | Sequence[UUID]) -> bytes:
     """
-    What the relay would write for these.
+    The body that the relay would write.
     """
     if isinstance(content, bytes):
         return content
@@ -148,7 +148,7 @@ async def workshop(db: Database, broker_url: str) -> AsyncIterator[Workshop]:
 @pytest.fixture
 async def relay(db: Database, broker_url: str) -> AsyncIterator[None]:
     """
-    A relay, running.
+    A running relay.
     """
     relaying = asyncio.create_task(Relay(db, broker_url).run())
     yield
@@ -158,7 +158,7 @@ async def relay(db: Database, broker_url: str) -> AsyncIterator[None]:
 
 async def take(taker: RabbitTransport, slots: int = 1, *, window: int | None = None) -> list[Claim]:
     """
-    `take`, with an end to the patience.
+    Call `take`, with a time limit.
     """
     async with asyncio.timeout(PATIENCE_SECONDS):
         return await taker.take(slots, window=window or slots)
@@ -168,7 +168,7 @@ async def work_off(
     taker: RabbitTransport, db: Database, taken: Counter[UUID], *, slots: int
 ) -> None:
     """
-    Take, complete, let go, until the taker is stopped.
+    Take, complete and finish tasks until the taker is stopped.
     """
     while claims := await taker.take(slots, window=slots):
         taken.update(claim.task_id for claim in claims)
@@ -201,7 +201,7 @@ async def test_a_pack_brings_all_its_tasks_and_is_kept_until_the_last_is_finishe
     workshop: Workshop,
 ) -> None:
     """
-    However its tasks are claimed, a worker that dies before gives back the whole message.
+    A worker that dies before gives back the whole message, however its tasks were claimed.
     """
     ids = await submit(workshop.db, PACK_MAX)
     await workshop.send(ids)
@@ -221,7 +221,7 @@ async def test_a_pack_brings_all_its_tasks_and_is_kept_until_the_last_is_finishe
 
 async def test_a_pack_whose_tasks_are_all_finished_is_gone(workshop: Workshop) -> None:
     """
-    After the last `finished` nothing of it is left in the broker.
+    After the last `finished`, nothing of it is left in the broker.
     """
     await workshop.send(await submit(workshop.db, 3))
     taker = await workshop.taker(slots=3)
@@ -235,7 +235,8 @@ async def test_a_pack_whose_tasks_are_all_finished_is_gone(workshop: Workshop) -
 
 async def test_a_task_in_several_packs_runs_once(workshop: Workshop) -> None:
     """
-    Twice in one pack, in two packs, alone besides; every message is used up in the end.
+    It may be twice in one pack, in two packs and in a message of its own; every message is used
+    up in the end.
     """
     a, b, c, last = await submit(workshop.db, 4)
     # Once the last hint is used, those before it are used up.
@@ -255,7 +256,7 @@ async def test_a_task_in_several_packs_runs_once(workshop: Workshop) -> None:
 
 async def test_what_waits_in_a_pack_for_a_slot_goes_to_another_worker(workshop: Workshop) -> None:
     """
-    Slow tasks that were packed do not wait behind each other while others are idle.
+    Slow tasks of one pack do not wait behind each other while other workers are idle.
     """
     ids = await submit(workshop.db, 3)
     await workshop.send(ids)
@@ -280,7 +281,7 @@ async def test_what_waits_in_a_pack_for_a_slot_goes_to_another_worker(workshop: 
 
 async def test_stop_hands_back_a_pack_as_a_whole(workshop: Workshop) -> None:
     """
-    What runs of it here goes on; who gets the message next claims only the rest.
+    Its running tasks carry on here; the next worker to get the message claims only the rest.
     """
     ids = await submit(workshop.db, 4)
     await workshop.send(ids)
@@ -323,8 +324,8 @@ async def test_a_worker_takes_fewer_packs_than_single_hints(workshop: Workshop) 
 
 def test_a_prefetch_is_as_many_messages_as_bring_a_window_of_hints() -> None:
     """
-    Exactly the window where messages are single hints; one more for packs, whose last hint
-    keeps the whole unacknowledged; never nothing.
+    It is exactly the window where messages are single hints, and one more for packs, whose last
+    hint keeps the whole message unacknowledged; it is 0 only for no window.
     """
     single, pack = Prefetch(), Prefetch(hints_per_message=50)
 
@@ -332,9 +333,9 @@ def test_a_prefetch_is_as_many_messages_as_bring_a_window_of_hints() -> None:
     assert [0, 1, 1, 21] == [pack.wanted(window) for window in (0, 1, 10, 1_000)]
 
 
-def test_a_consumer_learns_at_once_that_packs_come_and_soon_that_they_stopped() -> None:
+def test_a_consumer_learns_immediately_that_packs_come_and_soon_that_they_stopped() -> None:
     """
-    A worker must not drown in packs, nor starve when they are followed by single hints.
+    A worker must not drown in packs, nor starve when single hints follow them.
     """
     prefetch = Prefetch(messages=10)
     prefetch.observe(50)
@@ -351,7 +352,7 @@ async def test_messages_that_are_no_ids_are_parked_and_cost_nothing_else(
     workshop: Workshop,
 ) -> None:
     """
-    Garbage goes where a person can look at it; the hints around it are served.
+    Garbage goes where a person can inspect it; the hints around it are served.
     """
     ids = await submit(workshop.db, 2)
     garbage = [
@@ -395,7 +396,7 @@ async def test_hints_of_tasks_that_do_not_exist_are_dropped(workshop: Workshop) 
     assert 0 == await workshop.ready()
 
 
-async def test_a_forged_hint_hurries_no_task(workshop: Workshop) -> None:
+async def test_a_forged_hint_starts_no_task_early(workshop: Workshop) -> None:
     """
     A message cannot start a task that is not due, finished, running elsewhere, or paused.
     """
@@ -421,7 +422,7 @@ async def test_a_forged_hint_hurries_no_task(workshop: Workshop) -> None:
 
 async def test_a_hint_for_a_name_not_offered_gives_the_task_back(workshop: Workshop) -> None:
     """
-    A queued task that reached the wrong worker is pending again, so that it is sent again.
+    A queued task that reached the wrong worker is pending again, and so is sent again.
     """
     [task_id] = await submit(workshop.db, name="special")
     await workshop.db.execute(
@@ -442,7 +443,7 @@ async def test_a_hint_is_kept_by_the_broker_until_its_attempt_is_finished(
     workshop: Workshop,
 ) -> None:
     """
-    A worker that dies gives its hints back without a word.
+    A worker that dies gives its hints back without doing anything.
     """
     [task_id] = await submit(workshop.db)
     await workshop.send(task_id)
@@ -457,7 +458,7 @@ async def test_a_hint_is_kept_by_the_broker_until_its_attempt_is_finished(
 
 async def test_a_finished_hint_is_gone(workshop: Workshop) -> None:
     """
-    After `finished` nothing of it is left in the broker.
+    After `finished`, nothing of it is left in the broker.
     """
     [task_id] = await submit(workshop.db)
     await workshop.send(task_id)
@@ -489,7 +490,7 @@ async def test_stop_hands_back_exactly_what_was_not_claimed(workshop: Workshop) 
 
 async def test_a_hint_that_finds_no_slot_goes_to_another_worker(workshop: Workshop) -> None:
     """
-    A worker of two queues gets a hint of each and has one slot; the other hint does not wait.
+    A worker of two queues gets a hint from each and has one slot; the other hint does not wait.
     """
     await workshop.declare("second")
     [first] = await submit(workshop.db)
@@ -509,7 +510,7 @@ async def test_a_worker_that_gave_hints_back_takes_again_when_it_has_a_slot(
     workshop: Workshop,
 ) -> None:
     """
-    Giving back for want of a slot is not the end of consuming.
+    It resumes consuming after it gave hints back for lack of a slot.
     """
     await workshop.declare("second")
     ids = await submit(workshop.db, 1) + await submit(workshop.db, 1, queue="second")
@@ -547,8 +548,8 @@ async def test_a_long_attempt_is_acknowledged_early(workshop: Workshop) -> None:
 
 async def test_hints_may_go_back_any_number_of_times(workshop: Workshop) -> None:
     """
-    RabbitMQ's delivery limit, 20 by default, is off: a hint that was given back 40 times,
-    by nacks and by connections that broke, is still delivered.
+    RabbitMQ's delivery limit, 20 by default, is off: a hint that was given back 40 times, by
+    nacks and by broken connections, is still delivered.
     """
     [task_id] = await submit(workshop.db)
     await workshop.send(task_id)
@@ -599,7 +600,7 @@ async def test_a_claim_that_cannot_be_made_now_gives_its_hint_back(
     workshop: Workshop, postgres_server: PostgresServer
 ) -> None:
     """
-    While the database is away no hint is used up.
+    No hint is used up while the database is away.
     """
     ids = await submit(workshop.db, 3)
     taker = await workshop.taker(slots=3)
@@ -625,7 +626,7 @@ async def test_a_connection_the_broker_closed_is_replaced(
     workshop: Workshop, broker: Broker
 ) -> None:
     """
-    An operator closes every connection; the waiting worker is back by itself.
+    After an operator closed every connection, the waiting worker reconnects by itself.
     """
     taker = await workshop.taker()
     await workshop.send(*await submit(workshop.db))
@@ -653,7 +654,7 @@ async def test_after_a_reconnect_a_running_attempt_is_not_given_away(
     workshop: Workshop, broker: Broker
 ) -> None:
     """
-    The redelivered hint of a task that runs meets a live lease and is dropped.
+    The redelivered hint of a running task meets a live lease and is dropped.
     """
     [slow] = await submit(workshop.db)
     await workshop.send(slow)
@@ -673,7 +674,7 @@ async def test_a_deleted_queue_is_declared_and_consumed_again(
     workshop: Workshop, relay: None
 ) -> None:
     """
-    The broker cancels the consumer; a worker that did not notice would be deaf for ever.
+    The broker cancels the consumer; a worker that did not notice would stay deaf.
     """
     taker = await workshop.taker()
     await submit(workshop.db)
@@ -751,7 +752,7 @@ async def test_ten_thousand_tasks_are_each_claimed_once_and_leave_nothing_behind
     workshop: Workshop, relay: None
 ) -> None:
     """
-    Through relay and broker to three workers; in the end the queue is empty.
+    They go through relay and broker to three workers; in the end the queue is empty.
     """
     takers = [await workshop.taker(slots=100) for _ in range(3)]
     taken: Counter[UUID] = Counter()
@@ -776,7 +777,7 @@ async def test_one_unusable_queue_does_not_stop_the_others(
     db: Database, workshop: Workshop, relay: None
 ) -> None:
     """
-    Neither the relay nor a worker; and once it is mended it is served, without a restart.
+    Relay and worker serve the others, and serve the bad one without a restart once it is fixed.
     """
     bad = "a-bad-one"
     async with workshop.channel() as channel:

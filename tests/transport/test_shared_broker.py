@@ -1,6 +1,6 @@
 """
-RabbitMQ servers that others administer: each wrong thing is named with its remedy, waited out,
-charged to nobody, and costs no task.
+RabbitMQ servers that others administer: each problem is named with its remedy, waited out, counted
+as no task's failure, and costs no task.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Action = Callable[[Administrator], Awaitable[Any]]
 @pytest.fixture
 async def administrator(broker: Broker, broker_url: str) -> AsyncIterator[Administrator]:
     """
-    Who rules the test's virtual host.
+    The administrator of the test's virtual host.
     """
     async with administered(broker, broker_url) as administrator:
         yield administrator
@@ -68,7 +68,7 @@ def other_database_url(postgres_server: PostgresServer) -> Iterator[str]:
 
 async def refusal(url: str, *, queue: str = QUEUE) -> Finding:
     """
-    What a process finds that makes use of RabbitMQ as ours do.
+    What a process finds when it uses RabbitMQ as ours do.
     """
     try:
         connection = await connect(url, name="test")
@@ -88,7 +88,7 @@ async def refusal(url: str, *, queue: str = QUEUE) -> Finding:
 
 async def verdicts(administrator: Administrator, **options: Any) -> dict[str, Finding]:
     """
-    What `asyncflow doctor` finds, by what it looked at.
+    What `asyncflow doctor` finds, by what it checked.
     """
     values = {"installation": "ours", "queues": [QUEUE], **options}
     found = await inspect(administrator.url, **values)
@@ -108,7 +108,7 @@ async def test_a_good_broker_is_found_good_and_left_as_it_was(
     administrator: Administrator,
 ) -> None:
     """
-    Empty, and in use.
+    This holds for an empty broker and for one in use.
     """
     empty = await verdicts(administrator)
     before = await names_in(administrator)
@@ -131,7 +131,7 @@ async def test_a_good_broker_is_found_good_and_left_as_it_was(
 
 async def test_an_inspection_finds_what_is_wrong(administrator: Administrator) -> None:
     """
-    Each by itself, and all that can be looked at besides.
+    Each problem is found, and the other checks still run.
     """
     await declare_classic(administrator)
     connection = await connect(administrator.url, name="test")
@@ -156,14 +156,14 @@ async def test_an_inspection_finds_what_is_wrong(administrator: Administrator) -
 )
 def test_a_version_that_is_too_old_is_named(server: str, is_wrong: bool) -> None:
     """
-    Quorum queues that give messages back without a limit came with 4.0.
+    Quorum queues that return messages without a limit came with 4.0.
     """
     assert is_wrong == _version(server).is_wrong
 
 
 async def declare_everything(administrator: Administrator, queue: str = QUEUE) -> None:
     """
-    As a process does whose user may do so.
+    Declare our queues, as a process does whose user may.
     """
     connection = await connect(administrator.url, name="test")
     channel = await connection.channel()
@@ -185,7 +185,8 @@ async def test_a_missing_permission_is_named_with_the_command_that_gives_it(
     administrator: Administrator, rights: dict[str, str], sentence: str
 ) -> None:
     """
-    Which of the three, on what, for whom; the command's pattern is enough.
+    The finding says which of the three is missing, on what and for whom; the command's pattern
+    is enough.
     """
     await administrator.permit(**rights)
     finding = await refusal(administrator.url)
@@ -204,7 +205,7 @@ async def test_a_missing_permission_is_named_with_the_command_that_gives_it(
 
 async def test_what_is_wrong_with_the_url_is_told_apart(administrator: Administrator) -> None:
     """
-    A missing virtual host, one that is not ours, a wrong password.
+    A missing virtual host, a forbidden one and a wrong password are three findings.
     """
     parts = urlsplit(administrator.url)
     no_vhost = await refusal(parts._replace(path="/nowhere").geturl())
@@ -223,7 +224,7 @@ async def test_what_is_wrong_with_the_url_is_told_apart(administrator: Administr
 
 async def test_a_queue_that_others_declared_is_named(administrator: Administrator) -> None:
     """
-    As a classic queue, above all.
+    Above all, this happens with classic queues.
     """
     name = f"queues/{administrator.vhost}/{broker_queue(QUEUE)}"
     body = {"durable": True, "arguments": {"x-queue-type": "classic"}}
@@ -240,7 +241,7 @@ async def test_a_second_installation_is_refused_and_costs_the_first_nothing(
     database_url: str, other_database_url: str, administrator: Administrator
 ) -> None:
     """
-    Neither takes the other's hints; both are told apart by name, and another prefix lets both in.
+    Neither takes the other's hints; the log names both, and another prefix lets both work.
     """
     async with database(database_url) as first, database(other_database_url) as second:
         theirs = await identity(first)
@@ -262,14 +263,14 @@ async def test_a_second_installation_is_refused_and_costs_the_first_nothing(
         assert not told & {"hints.lost", "hints.unknown"}
 
 
-async def test_names_that_nobody_uses_any_more_are_free(
+async def test_names_that_are_no_longer_used_are_free(
     database_url: str,
     other_database_url: str,
     administrator: Administrator,
 ) -> None:
     """
-    A database that moved to another server gets its queues back without anybody's help; a
-    restart of the first one needs none either.
+    A database that moved to another server gets its queues back without help, and so does the
+    first one after a restart.
     """
     async with database(database_url) as former, database(other_database_url) as moved:
         for _ in range(2):
@@ -282,7 +283,7 @@ async def test_names_that_nobody_uses_any_more_are_free(
 @pytest.mark.any_rabbitmq
 async def test_an_installation_is_its_database(database_url: str, other_database_url: str) -> None:
     """
-    The same for every process, another for a copy, whatever is stored in it.
+    The identity is the same for every process and another for a copy, whatever is stored in it.
     """
     async with database(database_url) as one, database(database_url) as same:
         async with database(other_database_url) as copy:
@@ -296,7 +297,7 @@ async def test_hints_of_another_installation_are_told(
     db: Database, administrator: Administrator
 ) -> None:
     """
-    Where two are not told apart, as after a copy of the server's files.
+    Two installations are not told apart after a copy of the server's files.
     """
     async with a_system(db, administrator.url) as system:
         await system.until_completed(await submit(db))
@@ -323,8 +324,8 @@ async def test_hints_that_a_policy_drops_are_named_and_go_again(
     db: Database, administrator: Administrator, policy: dict[str, Any], word: str
 ) -> None:
     """
-    A backlog that no worker takes yet is not given up, and flows as soon as one does; what
-    nobody could read is not mixed with it.
+    A backlog that no worker takes yet is kept, and flows once one does; unreadable messages are
+    not mixed with it.
     """
     await declare_everything(administrator)
     await administrator.set_policy(**policy)
@@ -346,7 +347,8 @@ async def test_a_delivery_limit_gives_hints_back(
     db: Database, administrator: Administrator
 ) -> None:
     """
-    Hints go back whenever a worker has no slot; what RabbitMQ drops for that goes again.
+    Hints go back whenever a worker has no slot; those that RabbitMQ drops for that are sent
+    again.
     """
     await declare_everything(administrator)
     [task_id] = await submit(db)
@@ -371,14 +373,14 @@ async def test_a_delivery_limit_gives_hints_back(
 
 def rights(**taken: str) -> Action:
     """
-    Take a permission.
+    Set these permissions.
     """
     return lambda administrator: administrator.permit(**taken)
 
 
 async def declare_classic(administrator: Administrator) -> None:
     """
-    Somebody makes the queue another kind of queue.
+    Replace the queue by a classic one.
     """
     name = f"queues/{administrator.vhost}/{broker_queue(QUEUE)}"
     await administrator.api("DELETE", name)
@@ -389,7 +391,7 @@ async def declare_classic(administrator: Administrator) -> None:
 
 async def delete_classic(administrator: Administrator) -> None:
     """
-    And removes it again.
+    Delete the classic queue.
     """
     await administrator.api("DELETE", f"queues/{administrator.vhost}/{broker_queue(QUEUE)}")
 
@@ -406,13 +408,13 @@ async def delete_names(administrator: Administrator) -> None:
 
 async def nothing(administrator: Administrator) -> None:
     """
-    It passes by itself.
+    Do nothing: it passes by itself.
     """
 
 
 async def change_password(administrator: Administrator) -> None:
     """
-    From the next login on.
+    Change the password, from the next login on.
     """
     await administrator.add_user(password="another")
     await administrator.disconnect()
@@ -420,7 +422,7 @@ async def change_password(administrator: Administrator) -> None:
 
 async def restore_user(administrator: Administrator) -> None:
     """
-    With its password and its permissions.
+    Restore the user with its password and permissions.
     """
     await administrator.add_user()
     await administrator.permit()
@@ -455,8 +457,8 @@ async def test_rights_and_queues_taken_away_cost_time_and_no_task(
     db: Database, administrator: Administrator
 ) -> None:
     """
-    Whatever is taken away while tasks run is named; given back, tasks flow again, none is lost or
-    charged, and neither relay nor worker ends.
+    Whatever is taken away while tasks run is named; once it is given back, tasks flow again,
+    none is lost or charged, and neither relay nor worker ends.
     """
     async with a_system(db, administrator.url, backoff=BackoffTimes(seconds_max=0.5)) as system:
         await system.until_completed(await submit(db, 5))
@@ -499,7 +501,7 @@ async def test_a_lasting_refusal_is_not_hammered(
     db: Database, administrator: Administrator
 ) -> None:
     """
-    Few logins, however long it lasts, and none of them as fast as after an outage.
+    There are few logins, however long it lasts, and none of them as soon as after an outage.
     """
     await administrator.permit(configure=NOTHING)
     async with a_system(db, administrator.url) as system:

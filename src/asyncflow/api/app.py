@@ -7,7 +7,6 @@ catalogue's refreshing and the server.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -37,7 +36,6 @@ def create_app(
     catalogue: Catalogue,
     waker: Waker,
     version: str,
-    broker_state: Callable[[], str | None] = lambda: None,
 ) -> FastAPI:
     """
     The AsyncFlow API over an opened database.
@@ -46,7 +44,6 @@ def create_app(
         catalogue: Entered by the caller, so that it stays fresh.
         waker: Closed by the caller, after the server has stopped.
         version: AsyncFlow's, shown in the API's description.
-        broker_state: What RabbitMQ is like now, for people; None if it is not used.
     """
     gate = Gate(
         listens_on=settings.api_host,
@@ -75,7 +72,7 @@ def create_app(
     app.serve_directly(Route("/tasks", submissions, methods=["POST"]), gate)
     app.add_route("/tasks/batch", submissions.submit_batch, ["POST"], include_in_schema=False)
     add_task_routes(app, db, waker, through_relay=settings.broker_url is not None)
-    add_health_routes(app, db, broker_state)
+    add_health_routes(app, db, through_relay=settings.broker_url is not None)
     add_docs_routes(app)
     install_problems(app)
     app.add_middleware(Guard, gate=gate)

@@ -8,7 +8,6 @@ needs. RabbitMQ is reported but never makes the API unready: tasks are accepted 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from fastapi import FastAPI
 from starlette.responses import Response
@@ -26,9 +25,12 @@ PROBE_SECONDS_MAX = 3.0
 """A probe that takes longer is as bad as none."""
 
 
-def add_health_routes(app: FastAPI, db: Executor, broker_state: Callable[[], str | None]) -> None:
+def add_health_routes(app: FastAPI, db: Executor, *, through_relay: bool) -> None:
     """
     Serve the probes of an orchestrator or load balancer.
+
+    Args:
+        through_relay: Whether tasks reach workers through the relay and RabbitMQ.
     """
 
     @app.get(
@@ -60,26 +62,33 @@ def add_health_routes(app: FastAPI, db: Executor, broker_state: Callable[[], str
         `degraded`.
         """
         schema, maintenance = await _check(db)
-        return _json(_ready(schema, maintenance, broker_state() or "not used"))
+        return _json(_ready(schema, maintenance, through_relay=through_relay))
 
 
-def _ready(schema: Schema, maintenance: Presence, broker: str) -> Ready:
-    if maintenance.is_gone:
-        seconds = maintenance.silent_seconds
-        seen = "never seen" if seconds is None else f"last seen {seconds:.0f} seconds ago"
-        state = f"not running, {seen}: tasks of dead workers wait"
-    else:
-        state = "running"
-        if maintenance.relay_trouble is not None and broker == "up":
-            # This process sees a connection, the relay what it cannot do with one.
-            broker = f"unusable: {maintenance.relay_trouble}"
-    is_well = state == "running" and maintenance.relay_trouble is None
+def _ready(schema: Schema, maintenance: Presence, *, through_relay: bool) -> Ready:
+    is_well = not maintenance.is_gone and maintenance.relay_trouble is None
     return Ready(
         status="ready" if is_well else "degraded",
         schema_version=schema.version,
-        broker=broker,
-        maintenance=state,
+        broker=_broker(maintenance) if through_relay else "not used",
+        maintenance=_maintenance(maintenance),
     )
+
+
+def _broker(maintenance: Presence) -> str:
+    # A connection of this process would not tell whether the relay can use its own.
+    if maintenance.is_gone:
+        return "unknown: no maintenance process reports on it"
+    trouble = maintenance.relay_trouble
+    return "up" if trouble is None else f"unusable: {trouble}"
+
+
+def _maintenance(maintenance: Presence) -> str:
+    if not maintenance.is_gone:
+        return "running"
+    seconds = maintenance.silent_seconds
+    seen = "never seen" if seconds is None else f"last seen {seconds:.0f} seconds ago"
+    return f"not running, {seen}: tasks of dead workers wait"
 
 
 async def _check(db: Executor) -> tuple[Schema, Presence]:

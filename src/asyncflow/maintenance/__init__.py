@@ -1,6 +1,6 @@
 """
-What runs in the background so that every task ends: one file per chore.
+Background work that makes every task end: one file per chore.
 
-`chores` lists them with their periods. Any number of maintenance processes may run; the
-chores are safe side by side, and the relay elects one of them to send hints.
+`chores` lists them with their periods. Any number of maintenance processes may run: chores are
+idempotent and safe to run concurrently. `watch` is for the processes that depend on maintenance.
 """

@@ -1,8 +1,8 @@
 """
-Everything that runs in the background, with its period. One glance tells.
+Every chore of a maintenance process, with its period.
 
-A chore does one bounded piece of work and says how much that was; as long as it finds some,
-it runs again at once. The relay is not in this list: it is woken rather than timed.
+A chore does one bounded piece of work and returns how much that was. While it finds work, it runs
+again without a rest. The relay is not a chore: it is woken rather than timed.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from asyncflow.store.presence import sign
 from asyncflow.store.wakeups import Waker
 from asyncflow.telemetry import events
 
-TIMEOUT_SECONDS = 30.0
+TURN_SECONDS_MAX = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Chore:
     """
-    One background duty.
+    One kind of background work.
 
     Attributes:
-        run_once: Does a bounded piece of it and returns how many tasks that touched.
-        period_seconds: How long it rests when there was nothing to do.
-        wakes: What it touches may be due at once, so wake the workers.
+        run_once: Does a bounded piece of it and returns how many tasks that changed.
+        period_seconds: How long to rest after a turn that changed nothing.
+        wakes: Whether to wake workers, because the changed tasks may be due.
     """
 
     name: str
@@ -51,14 +51,14 @@ def chores(
     relay_trouble: Callable[[], str | None] = lambda: None,
 ) -> list[Chore]:
     """
-    The list.
+    The chores of one maintenance process.
 
     Args:
-        has_broker: Whether a relay runs beside them, which looks after queued tasks.
-        relay_trouble: Why it cannot send hints, for those who ask the database.
+        has_broker: Whether a relay runs too; it takes care of queued tasks.
+        relay_trouble: Why it cannot send hints now, to be reported through the database.
     """
 
-    async def be_seen(db: Executor) -> int:
+    async def report(db: Executor) -> int:
         await sign(db, relay_trouble=relay_trouble())
         return 0
 
@@ -66,8 +66,8 @@ def chores(
         Chore("reap", Reaper().reap, period_seconds=1.0, wakes=True),
         Chore("expire", expire, period_seconds=1.0),
         Chore("move", move, period_seconds=5.0, wakes=True),
-        Chore("be seen", be_seen, period_seconds=2.0),
-        Chore("look for unserved", UnservedWatch().look, period_seconds=10.0),
+        Chore("report", report, period_seconds=2.0),
+        Chore("watch unserved", UnservedWatch().check, period_seconds=10.0),
         Chore("prune", partial(prune, retention_days=retention_days), period_seconds=60.0),
     ]
     if not has_broker:
@@ -75,20 +75,22 @@ def chores(
     return listed
 
 
-async def run_chore(chore: Chore, db: Executor, waker: Waker) -> None:
+async def run_chore(
+    chore: Chore, db: Executor, waker: Waker, *, turn_seconds_max: float = TURN_SECONDS_MAX
+) -> None:
     """
-    Run a chore for ever, at its period; a failure waits for the next turn.
+    Run a chore at its period until cancelled; a turn that fails is followed by the next one.
     """
     while True:
         count = 0
         try:
-            async with asyncio.timeout(TIMEOUT_SECONDS):
+            async with asyncio.timeout(turn_seconds_max):
                 count = await chore.run_once(db)
         except Exception as error:
-            # Whatever it is, the other chores go on; the log says so at every turn.
+            # Of any kind: chores must not stop. Every failed turn is logged.
             events.chore_failed(chore=chore.name, reason=str(error) or "it took too long")
         if count and chore.wakes:
             waker.wake()
         if not count:
-            # Not in step with the same chore of other processes.
+            # Random, so that processes do not run the same chore in step.
             await asyncio.sleep(chore.period_seconds * random.uniform(0.8, 1.0))

@@ -1,5 +1,5 @@
 """
-Ends waiting tasks whose `expires_at` passed.
+Cancels waiting tasks whose `expires_at` has passed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ BATCH = 1_000
 
 async def expire(db: Executor) -> int:
     """
-    Cancel waiting tasks that are too late now; return how many.
+    Cancel waiting tasks that have expired; return how many.
     """
     count = await upkeep.expire(db, limit=BATCH)
     if count:

@@ -1,5 +1,5 @@
 """
-Brings tasks that were submitted before their handler was known to the queue it asks for.
+Moves tasks that were submitted before their handler was known to the handler's queue.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from asyncflow.telemetry import events
 
 BATCH = 1_000
 SINCE_SECONDS = 3_600.0
-"""How long after a handler was first published on a queue to look for such tasks."""
+"""How long after a handler is first published on a queue such tasks are searched for."""
 
 LATE_SECONDS = 15.0
-"""How long after that an API process may not have heard of it yet, with room to spare."""
+"""How long an API process may take to learn of a published handler, with a margin."""
 
 
 async def move(db: Executor) -> int:
     """
-    Move tasks that nobody takes from `default` to their handler's queue; return how many.
+    Move tasks that no worker takes from `default` to their handler's queue; return how many.
     """
     count = await upkeep.move_to_handlers_queue(
         db,

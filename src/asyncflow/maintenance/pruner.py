@@ -1,5 +1,5 @@
 """
-Deletes what nobody needs any more: old finished tasks, and workers long gone.
+Deletes old finished tasks, and the rows of workers that ended long ago.
 """
 
 from __future__ import annotations

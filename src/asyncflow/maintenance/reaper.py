@@ -1,9 +1,9 @@
 """
-Finds attempts whose worker is gone, and settles them in its stead.
+Settles the attempts of dead workers.
 
-A dead worker's tasks are settled as crashed, by the same pure decision and the same fenced
-statements a worker uses. If the worker was not dead after all, its own settle and this one
-race for the lease, and one of them writes.
+They are settled as crashed, by the pure decision and the fenced statements that a worker uses. If
+the worker was alive after all, its own settle and this one race for the lease, and one of them
+writes.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ BATCH = 500
 
 class Reaper:
     """
-    Reaps again and again, and is slow to give up on workers that an outage kept away.
+    Declares workers dead, but not those that an outage kept away.
 
-    When PostgreSQL restarts its backends, another server takes over, a right is taken away for
-    a while or the schema is restored, every heartbeat is overdue for a moment, and nothing in the
-    database tells. Whoever could not use it knows.
+    When PostgreSQL restarts its backends, another server takes over, a right is revoked for a while
+    or the schema is restored, every heartbeat is overdue for a moment. The database does not show
+    that; a reaper that could not use it remembers.
 
-    A lease whose worker has no row was restored from a backup, maybe the row will be, too. It is
-    released, after the same time, and charged to nobody.
+    A lease whose worker has no row was restored from a backup, and the row may be restored, too.
+    After the same grace such a lease is released, which counts as no failure.
 
     Args:
-        grace_seconds: How long after an outage, or a start of PostgreSQL, living workers
-            have to be back.
+        grace_seconds: How long live workers may take to come back after an outage or a start of
+            PostgreSQL.
     """
 
     def __init__(self, *, grace_seconds: float = 10.0) -> None:
@@ -45,7 +45,7 @@ class Reaper:
 
     async def reap(self, db: Executor) -> int:
         """
-        Declare dead workers lost and settle what they ran; return how many attempts.
+        Declare workers dead and settle their attempts; return how many attempts.
 
         Raises:
             StoreError: Remembered as an outage.

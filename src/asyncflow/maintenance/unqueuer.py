@@ -1,5 +1,5 @@
 """
-Frees tasks that were queued for a broker which is not used any more.
+Frees tasks that were queued for a broker that is no longer used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ BATCH = 1_000
 
 async def unqueue(db: Executor) -> int:
     """
-    Put queued tasks back to pending, where workers without a broker look; return how many.
+    Put queued tasks back to pending, where workers without a broker find them; return how many.
     """
     count = await hints.unqueue_stranded(db, limit=BATCH)
     if count:

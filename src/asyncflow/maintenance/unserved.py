@@ -1,6 +1,6 @@
 """
-Notices tasks that no live worker offers: a worker that was not deployed, a queue with a typing
-mistake. Nothing else would tell.
+Notices tasks that no live worker offers: a worker was not deployed, or a queue's name is misspelt.
+Nothing else would report it.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from asyncflow.telemetry import events
 
 SAMPLE = 1_000
 DUE_FOR_SECONDS = 30.0
-"""Longer than workers take to be replaced."""
+"""Longer than a rolling deployment leaves a name without a worker."""
 
 NAMED_MAX = 20
 
 
 class UnservedWatch:
     """
-    Says so in the log, once when tasks begin to wait for nobody and once when they no longer do.
+    Logs when tasks start to wait without a worker that offers them, and when that ends.
     """
 
     def __init__(self, *, due_for_seconds: float = DUE_FOR_SECONDS) -> None:
         self._due_for_seconds = due_for_seconds
         self._known: set[tuple[str, str]] = set()
 
-    async def look(self, db: Executor) -> int:
+    async def check(self, db: Executor) -> int:
         """
-        Look once; returns 0, since it touches no task.
+        Check once; returns 0, since it changes no task.
         """
         found = await store.unserved(db, sample=SAMPLE, due_for_seconds=self._due_for_seconds)
-        # A new name for every task, say, must not fill the log.
+        # Bounded: an application that gives every task a new name must not fill the log.
         named = {(waiting.queue, waiting.name): waiting for waiting in found[:NAMED_MAX]}
         for key in named.keys() - self._known:
             waiting = named[key]

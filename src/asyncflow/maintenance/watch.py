@@ -1,5 +1,6 @@
 """
-Notices that no maintenance process is at work, for those that depend on one: API and workers.
+Notices that no maintenance process is running, for the processes that depend on one: API and
+workers.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ from asyncflow.store.database import Executor
 from asyncflow.store.presence import SILENT_SECONDS_MAX, presence
 from asyncflow.telemetry import events
 
-LOOK_SECONDS = 10.0
+CHECK_SECONDS = 10.0
 REPEAT_SECONDS = 600.0
 
 
 class MaintenanceWatch:
     """
-    Says so in the log when maintenance is gone, again every ten minutes, and when it is back.
+    Logs when maintenance is gone, again every ten minutes, and when it is back.
 
-    A process may start before maintenance does, so it waits for as long as a silence may last.
+    A process may start before maintenance does, so nothing is logged in its first seconds.
     """
 
     def __init__(self, db: Executor) -> None:
         self._db = db
         self._began_at = time.monotonic()
-        self._said_at: float | None = None
+        self._logged_at: float | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> MaintenanceWatch:
@@ -41,26 +42,26 @@ class MaintenanceWatch:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            # Whatever keeps it from looking is said by those that need the database.
+            await asyncio.sleep(CHECK_SECONDS)
+            # An outage of the database is logged by those that need it.
             with contextlib.suppress(Exception):
-                await self.look(now=time.monotonic())
+                await self.check(now=time.monotonic())
 
-    async def look(self, *, now: float) -> None:
+    async def check(self, *, now: float) -> None:
         """
-        Look once, and say what there is to say.
+        Check once, and log a change or a reminder.
 
         Args:
             now: In seconds of the monotonic clock.
         """
         found = await presence(self._db)
         if not found.is_gone:
-            if self._said_at is not None:
-                self._said_at = None
+            if self._logged_at is not None:
+                self._logged_at = None
                 events.maintenance_back()
             return
         is_too_early = now < self._began_at + SILENT_SECONDS_MAX
-        is_said = self._said_at is not None and now < self._said_at + REPEAT_SECONDS
-        if not is_too_early and not is_said:
-            self._said_at = now
+        is_logged = self._logged_at is not None and now < self._logged_at + REPEAT_SECONDS
+        if not is_too_early and not is_logged:
+            self._logged_at = now
             events.maintenance_gone(silent_seconds=found.silent_seconds)

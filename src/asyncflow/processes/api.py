@@ -45,7 +45,6 @@ async def serve_api(settings: Settings) -> None:
     from asyncflow.api.protocol import BoundedProtocol
     from asyncflow.maintenance.watch import MaintenanceWatch
     from asyncflow.store.wakeups import Waker
-    from asyncflow.transport.watch import BrokerWatch
 
     async with (
         _bound(settings) as listening,
@@ -55,7 +54,6 @@ async def serve_api(settings: Settings) -> None:
         await until_fit(db, settings, stop)
         async with (
             Catalogue(db) as catalogue,
-            BrokerWatch(settings.broker_url) as broker,
             MaintenanceWatch(db),
         ):
             waker = Waker(db)
@@ -64,7 +62,6 @@ async def serve_api(settings: Settings) -> None:
                 settings=settings,
                 catalogue=catalogue,
                 waker=waker,
-                broker_state=lambda: broker.state,
                 version=version("asyncflow"),
             )
             config = uvicorn.Config(

@@ -17,7 +17,7 @@ from uuid import UUID
 from asyncflow.store import hints
 from asyncflow.store.database import Executor
 from asyncflow.telemetry import events
-from asyncflow.telemetry.seldom import Seldom
+from asyncflow.telemetry.throttle import Throttle
 from asyncflow.transport.amqp import Channel, Connection, Delivery, MalformedFrame
 from asyncflow.transport.rabbitmq.message import decode_hints
 from asyncflow.transport.rabbitmq.topology import broker_queue, dropped
@@ -60,7 +60,7 @@ class DroppedHints:
 
     def __init__(self, *, prefix: str) -> None:
         self._prefix = prefix
-        self._seldom = Seldom()
+        self._throttle = Throttle()
         self._received: list[tuple[Channel, Delivery]] = []
 
     @asynccontextmanager
@@ -92,7 +92,7 @@ class DroppedHints:
         for channel, message in received:
             channel.ack(message.tag)
         for drop in found:
-            if count := self._seldom.count((drop.queue, drop.cause), len(drop.task_ids)):
+            if count := self._throttle.add((drop.queue, drop.cause), len(drop.task_ids)):
                 events.hints_dropped(queue=drop.queue, cause=drop.cause, count=count)
         return found
 

@@ -62,7 +62,7 @@ class Feed:
         ready = self._hints_ready(counts.messages, queued=queue.queued)
         await unqueue_lost(db, queue, ready=ready, older_than_seconds=self._times.lost_after)
         await self._mark(db, self.in_flight.pop(before=self._clock() - self._times.mark_after))
-        self.window = self.window.looked(ready=ready, slots=queue.slots, now=self._clock())
+        self.window = self.window.observed(ready=ready, slots=queue.slots, now=self._clock())
         sent = 0
         for packs in batches(await self._next(db, queue), pack=self.window.pack):
             sent += await self._send(db, channel, queue.name, packs)

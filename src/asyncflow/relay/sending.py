@@ -10,7 +10,7 @@ from typing import NamedTuple
 from asyncflow.relay.dropped import POLICIES, REFUSED
 from asyncflow.store.due import Admitted
 from asyncflow.telemetry import events
-from asyncflow.telemetry.seldom import Seldom
+from asyncflow.telemetry.throttle import Throttle
 from asyncflow.transport.amqp import Channel, Message, PublishResult
 from asyncflow.transport.rabbitmq.message import encode_hints
 from asyncflow.transport.rabbitmq.topology import broker_queue
@@ -56,7 +56,7 @@ class Sender:
     def __init__(self, *, prefix: str, timeout_seconds: float) -> None:
         self._prefix = prefix
         self._timeout_seconds = timeout_seconds
-        self._seldom = Seldom()
+        self._throttle = Throttle()
 
     async def publish(self, channel: Channel, queue: str, packs: Sequence[Pack]) -> Sent:
         """
@@ -83,5 +83,5 @@ class Sender:
 
     def _report_unsent(self, queue: str, count: int, refusal: str | None) -> None:
         reason = refusal or "The queue was deleted just now; it is declared again."
-        if count and (unsaid := self._seldom.count(reason, count)):
-            events.hints_not_sent(queue=queue, count=unsaid, reason=reason)
+        if count and (unlogged := self._throttle.add(reason, count)):
+            events.hints_not_sent(queue=queue, count=unlogged, reason=reason)

@@ -19,8 +19,8 @@ from asyncflow.store.database import Database, Executor, translated_errors
 RELAY_LOCK = 0x4153_594E_4352_4C59
 IDLE_SECONDS_MAX = 5
 
-LIMIT_IDLENESS = f"""
-    SELECT set_config('idle_session_timeout', '{IDLE_SECONDS_MAX}s', false)
+LIMIT_IDLENESS = """
+    SELECT set_config('idle_session_timeout', $1, false)
 """
 
 TRY_LOCK = """
@@ -29,11 +29,15 @@ TRY_LOCK = """
 
 
 @asynccontextmanager
-async def leadership(db: Database, *, purpose: str) -> AsyncIterator[Executor | None]:
+async def leadership(
+    db: Database, *, purpose: str, idle_seconds_max: float = IDLE_SECONDS_MAX
+) -> AsyncIterator[Executor | None]:
     """
     Try to become the relay's leader; yields the leader's connection, or None if another leads.
 
-    The leader must use the connection at least every few seconds or lose it.
+    Args:
+        idle_seconds_max: How long the leader may leave the connection unused before PostgreSQL
+            ends it.
 
     Raises:
         StoreUnavailable: PostgreSQL cannot be reached, or the connection was lost.
@@ -41,7 +45,7 @@ async def leadership(db: Database, *, purpose: str) -> AsyncIterator[Executor | 
     connection = await db.connect(purpose)
     try:
         with translated_errors():
-            yield connection if db.pooler or await _wins(connection) else None
+            yield connection if db.pooler or await _wins(connection, idle_seconds_max) else None
     finally:
         connection.terminate()
 
@@ -56,6 +60,6 @@ async def keep_leading(leader: Executor) -> None:
     await leader.execute("SELECT 1")
 
 
-async def _wins(connection: Executor) -> bool:
-    await connection.execute(LIMIT_IDLENESS)
+async def _wins(connection: Executor, idle_seconds_max: float) -> bool:
+    await connection.execute(LIMIT_IDLENESS, f"{idle_seconds_max * 1_000:.0f}ms")
     return bool(await connection.fetchval(TRY_LOCK, RELAY_LOCK))

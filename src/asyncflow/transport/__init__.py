@@ -1,21 +1,21 @@
 """
-The one seam: how a worker comes by its tasks.
+How a worker gets tasks: the one seam between PostgreSQL alone and RabbitMQ.
 
 A `Transport` turns "something may be due" into claims. Whatever carries the hint, a claim is
 one guarded statement in `store.claims`, so a hint that is lost, late, doubled or forged can
 neither lose a task nor run it twice. Everything after `take` is the same code.
 
-    postgres   no broker: a claim looks for due tasks itself, woken by NOTIFY
-    rabbitmq   hints arrive as messages; the relay (`maintenance.relay`) sends them
+    postgres   no broker: a claim finds due tasks itself, woken by NOTIFY
+    rabbitmq   hints arrive as messages; the relay (`relay.relay`) sends them
 
 The life of a hint:
 
-    take      the worker has free slots: wait for hints, claim, return what was won
+    take      the worker has free slots: wait for hints, claim, return the claims
     finished  the attempt is settled and committed: the hint may go (an ack)
     stop      take no more; hints without a claim go back for other workers
 
-A hint is acknowledged after the settle is committed, not before. That is manners, not
-safety: the row is the truth, and a redelivered hint meets a row that has moved on.
+A hint is acknowledged after its settle is committed. That keeps redeliveries rare; safety does not
+depend on it, because a redelivered hint meets a row that has moved on.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from asyncflow.store.claims import Offer
 @dataclass(frozen=True, slots=True)
 class Claimant:
     """
-    In whose name a transport claims.
+    The worker that a transport claims for.
 
     Attributes:
-        queues: Which queues to take from.
-        offers: Handler names it can run, with what each asks for.
+        queues: The queues to take from.
+        offers: The handler names it can run, with what each asks for.
     """
 
     worker_id: UUID
@@ -46,22 +46,24 @@ class Claimant:
 
 class Transport(Protocol):
     """
-    A worker's intake. See this package's docstring for the life of a hint.
+    A worker's source of tasks. See the package's docstring for the life of a hint.
     """
 
     async def take(self, slots: int, *, window: int) -> list[Claim]:
         """
         Wait until at least one task is claimed for this worker; claim at most `slots`.
 
-        `window` is how many unfinished claims the worker wants at most, all together.
-        Outages of PostgreSQL or RabbitMQ are waited out inside. After `stop` it returns
-        an empty list, also to a caller that was waiting already.
+        Outages of PostgreSQL or RabbitMQ are waited out inside. After `stop` it returns an empty
+        list, also to a caller that is already waiting.
+
+        Args:
+            window: The most unfinished claims that the worker wants in total.
         """
         ...
 
     def finished(self, claim: Claim) -> None:
         """
-        Let go of the claim's hint: its attempt is settled, or its lease is lost.
+        Release the claim's hint: its attempt is settled, or its lease is lost.
         """
         ...
 
@@ -73,6 +75,6 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """
-        Let go of every connection; hints of claims not yet finished go back.
+        Close every connection; hints of unfinished claims go back.
         """
         ...

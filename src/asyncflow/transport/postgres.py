@@ -52,7 +52,7 @@ class PostgresTransport:
 
     async def open(self) -> None:
         """
-        Begin to listen; does not wait for PostgreSQL.
+        Start to listen; does not wait for PostgreSQL.
         """
         await self._listener.__aenter__()
 
@@ -75,7 +75,7 @@ class PostgresTransport:
 
     def finished(self, claim: Claim) -> None:
         """
-        Nothing to let go of: there was no message.
+        Do nothing: there was no message.
         """
 
     async def stop(self) -> None:

@@ -27,8 +27,9 @@ class Ready(BaseModel):
     )
     schema_version: str
     broker: str = Field(
-        description="The state of RabbitMQ as seen by this process and the relay, or `not used`. "
-        "Tasks are accepted in any state."
+        description="The state of RabbitMQ as the relay last reported it: `up`, or `unusable: ` "
+        "with the reason; `unknown: …` without a maintenance process; or `not used`. Tasks are "
+        "accepted in any state."
     )
     maintenance: str = Field(
         description="`running`, or how long ago a maintenance process was last seen. Tasks are "

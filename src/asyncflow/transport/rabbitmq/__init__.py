@@ -1,3 +1,5 @@
 """
-Deliveries through RabbitMQ: only ids travel, and `transport` claims them.
+Tasks through RabbitMQ: only ids travel, and `transport` claims them.
+
+The relay shares `topology`, `ownership`, `message`, `queue_backoff` and `diagnosis`.
 """

@@ -1,8 +1,8 @@
 """
-What RabbitMQ's refusals mean, in a sentence for the person who can mend them.
+What RabbitMQ's refusals mean, in a sentence for the person who can fix them.
 
-RabbitMQ says what it refuses in the text that comes with a code. The texts are the same from 4.0
-to 4.3; one that is not known is shown as it is.
+RabbitMQ explains a refusal in the text beside its code. The texts are the same from 4.0 to 4.3; an
+unknown one is shown as it is.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _INVALID_ARGUMENT: Final = re.compile(r"invalid arg '(.*)' for queue")
 
 def explained(error: Exception, *, prefix: str = PREFIX) -> Finding:
     """
-    What is wrong, and what would mend it.
+    What is wrong, and how to fix it.
 
-    The finding may pass if it is an outage, and may not if somebody has to change something.
+    The finding may pass if it is an outage, and may not if a person has to change something.
 
     Args:
         error: A `TransportError`, or the `InvalidSettings` of a certificate that is gone.
@@ -98,7 +98,7 @@ def _closed(error: ChannelClosed, prefix: str) -> Finding:
             "RabbitMQ queues",
             f"{kind.capitalize()} {name!r} in virtual host {vhost!r} was declared by others, with "
             f"another {argument}.",
-            f"Delete it{how}; AsyncFlow declares it anew and sends again what was in it.",
+            f"Delete it{how}; AsyncFlow declares it again and resends what was in it.",
         )
     if _INVALID_ARGUMENT.search(error.text) or error.code == 540:
         return wrong(
@@ -106,7 +106,7 @@ def _closed(error: ChannelClosed, prefix: str) -> Finding:
             str(error),
             "AsyncFlow needs RabbitMQ 4.0 or newer, for quorum queues.",
         )
-    # 404: somebody deleted it just now, and it is declared at the next try.
+    # 404: it was deleted just now, and the next try declares it.
     return wrong("RabbitMQ", str(error), "", may_pass=True)
 
 
@@ -116,7 +116,7 @@ def _shared(vhost: str, *, ours: str, theirs: str, prefix: str) -> Finding:
         f"The names {prefix}.* in virtual host {vhost!r} belong to installation {theirs}; "
         f"this is {ours}.",
         f"Give this one a virtual host of its own, or another {BROKER_PREFIX}. Once the other has "
-        "ended, this one may have the names after ten minutes, or after "
+        "stopped, the names are free after ten minutes, or after "
         f"`rabbitmqctl delete_queue {marker_queue(prefix)} --vhost {vhost}`.",
     )
 

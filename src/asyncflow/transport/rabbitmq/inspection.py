@@ -1,7 +1,7 @@
 """
-Is this RabbitMQ fit for AsyncFlow? One finding per check, for `asyncflow doctor`.
+Checks whether RabbitMQ is fit for AsyncFlow, one finding per check, for `asyncflow doctor`.
 
-AMQP alone is asked, since the management plugin may be off or closed to us. Nothing is left
+Only AMQP is used, since the management plugin may be disabled or closed to us. Nothing is left
 behind: permissions, quorum queues and limits are tried out on a queue that is deleted at the end,
 and what others may have declared is compared only where it exists.
 """
@@ -34,18 +34,18 @@ from asyncflow.transport.rabbitmq.topology import (
 MAJOR_MIN = 4
 CALL_SECONDS = 5.0
 PROBES = 20
-"""As many hints as a queue holds ready at least, so a limit below that is one that matters."""
+"""About what the smallest window holds, so a limit below it matters."""
 
 
 async def inspect(
     url: str, *, installation: str | None, queues: Sequence[str], prefix: str = PREFIX
 ) -> list[Finding]:
     """
-    One finding per check, good ones too; after a wrong one the checks that need it are left out.
+    One finding per check, good ones too; checks that need a failed one are skipped.
 
     Args:
-        installation: Whose names ours are; None leaves that check out.
-        queues: The task queues that are in use.
+        installation: The installation that should own the names; None skips that check.
+        queues: The task queues in use.
     """
     try:
         connection = await connect(url, name="asyncflow doctor", timeout_seconds=CALL_SECONDS)
@@ -72,7 +72,7 @@ def _version(server: str) -> Finding:
     if major.isdecimal() and int(major) < MAJOR_MIN:
         return wrong(
             "RabbitMQ version",
-            f"{server} is too old: AsyncFlow gives messages back without a limit.",
+            f"{server} is too old: AsyncFlow returns messages to their queue without a limit.",
             f"Use RabbitMQ {MAJOR_MIN}.0 or newer.",
         )
     return fine("RabbitMQ version", f"It is {version}.")
@@ -80,7 +80,7 @@ def _version(server: str) -> Finding:
 
 async def _tried_out(connection: Connection, prefix: str) -> Finding:
     """
-    Declare, fill, read and delete a queue such as ours.
+    Declare, fill, read and delete a queue like ours.
     """
     what = "RabbitMQ permissions"
     queue = f"doctor-{uuid4().hex}"
@@ -98,7 +98,7 @@ async def _tried_out(connection: Connection, prefix: str) -> Finding:
             return wrong(
                 "RabbitMQ alarm",
                 "RabbitMQ takes no messages: it has a memory or disk alarm.",
-                "Give it memory or disk; tasks are accepted meanwhile, and wait.",
+                "Give it memory or disk; meanwhile tasks are accepted, and wait.",
                 may_pass=True,
             )
         return explained(error, prefix=prefix)
@@ -109,16 +109,16 @@ async def _tried_out(connection: Connection, prefix: str) -> Finding:
     if kept < PROBES:
         return doubtful(
             "RabbitMQ policies",
-            f"A queue such as {broker_queue('…', prefix=prefix)} kept {kept} of {PROBES} messages: "
+            f"A queue like {broker_queue('…', prefix=prefix)} kept {kept} of {PROBES} messages: "
             "a policy or operator policy limits its length, or their age.",
-            f"Leave out of it the names that begin with {prefix}.",
+            f"Exclude names that begin with {prefix}. from it.",
         )
     return fine(what, "Configure, write and read are granted, and quorum queues work.")
 
 
 async def _fill(channel: Channel, name: str) -> int:
     """
-    Send messages one by one, since limits take effect between them; return how many were kept.
+    Send messages one by one, since limits take effect in between; return how many were kept.
     """
     for _ in range(PROBES):
         [result] = await channel.publish(
@@ -136,7 +136,7 @@ async def _delete(connection: Connection, name: str) -> None:
         try:
             await channel.delete_queue(name)
         except TransportError:
-            pass  # It could not be made either.
+            pass  # It could not be declared either.
         finally:
             channel.abandon()
 
@@ -148,7 +148,7 @@ async def _sharing(connection: Connection, installation: str | None, prefix: str
     channel = await connection.channel()
     try:
         if await channel.inspect_queue(marker_queue(prefix)) is None:
-            return [fine(what, f"Nobody uses the names {prefix}.* here yet.")]
+            return [fine(what, f"The names {prefix}.* are not in use here yet.")]
         await own(channel, installation=installation, prefix=prefix, on_lost=channel.abandon)
     except TransportError as error:
         return [explained(error, prefix=prefix)]
@@ -168,7 +168,7 @@ async def _queues(connection: Connection, queues: Sequence[str], prefix: str) ->
             found.append(explained(error, prefix=prefix))
         finally:
             channel.abandon()
-    return found or [fine("RabbitMQ queues", "Those in use are as AsyncFlow declares them.")]
+    return found or [fine("RabbitMQ queues", "The queues in use are as AsyncFlow declares them.")]
 
 
 async def _unreadable(connection: Connection, prefix: str) -> list[Finding]:
@@ -183,6 +183,6 @@ async def _unreadable(connection: Connection, prefix: str) -> list[Finding]:
         doubtful(
             "RabbitMQ messages",
             f"{counts.messages} messages in {unreadable(prefix)} are not task ids.",
-            f"Find out who sends to {broker_queue('…', prefix=prefix)}, then purge the queue.",
+            f"Find out what sends to {broker_queue('…', prefix=prefix)}, then purge the queue.",
         )
     ]

@@ -37,7 +37,7 @@ from asyncflow.settings import masked
 from asyncflow.store import claims, hints
 from asyncflow.store.database import Database
 from asyncflow.telemetry import events
-from asyncflow.telemetry.seldom import Seldom
+from asyncflow.telemetry.throttle import Throttle
 from asyncflow.transport import Claimant
 from asyncflow.transport.amqp import BrokerTimeout, Channel, ChannelClosed, connect
 from asyncflow.transport.rabbitmq.consumer import Consumer
@@ -122,7 +122,7 @@ class RabbitTransport:
         self._ownership = Ownership(db, prefix=prefix, owned_seconds=times.owned)
         self._queue_backoff = QueueBackoff(times.backoff)
         self._connection_backoff = ConnectionBackoff(times.backoff)
-        self._seldom = Seldom()
+        self._throttle = Throttle()
         self._channel: Channel | None = None
         self._consumers: dict[str, Consumer] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -226,7 +226,7 @@ class RabbitTransport:
                 self._db, list(unclaimed), names=self._names, delay_seconds=self._times.decline
             )
             unknown = await hints.count_unknown(self._db, list(unclaimed))
-            if unknown and (count := self._seldom.count("unknown", unknown)):
+            if unknown and (count := self._throttle.add("unknown", unknown)):
                 events.hints_unknown(count=count)
         for pack in unclaimed.values():
             pack.settle_one()
