@@ -16,13 +16,13 @@ services, whatever one of them takes is accepted, for its queue, and a warning n
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jsonschema_rs
 
+from asyncflow.aio.background import Background
 from asyncflow.api.field_errors import payload_errors
 from asyncflow.domain.policy import DEFAULT_POLICY
 from asyncflow.errors import InvalidPayload, StoreUnavailable
@@ -52,18 +52,15 @@ class Catalogue:
         self._refresh_seconds = refresh_seconds
         self._known: dict[str, list[_Known]] = {}
         self._conflicts: set[str] = set()
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background(self._keep_fresh)
 
     async def __aenter__(self) -> Catalogue:
         await self._try_refresh()
-        self._task = asyncio.get_running_loop().create_task(self._keep_fresh())
+        self._background.start()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._background.stop()
 
     def queue_for(
         self, name: str, payload: dict[str, Any], *, wanted: str | None, pointer: str

@@ -12,7 +12,6 @@ broker belongs to its database: hints of another installation would be taken for
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.client
 import sys
 from collections.abc import AsyncIterator
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from asyncflow import __version__
+from asyncflow.aio.background import Background
 from asyncflow.cli.database import embedded_cluster
 from asyncflow.errors import InvalidSettings, NoDataFolder, NotConfirmed
 from asyncflow.processes.api import listen
@@ -103,13 +103,8 @@ async def develop(settings: Settings) -> int:
             await _migrate(url, settings)
             environment = as_environment(replace(settings, database_url=url))
             children = [Child(role, [role], environment) for role in ROLES]
-            announcing = asyncio.create_task(_announce(settings))
-            try:
+            async with Background(partial(_announce, settings), name="announce"):
                 return await supervisor.run(children)
-            finally:
-                announcing.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await announcing
 
 
 @asynccontextmanager

@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import time
 
+from asyncflow.aio.background import Background
+from asyncflow.errors import StoreError
 from asyncflow.store.database import Executor
 from asyncflow.store.presence import SILENT_SECONDS_MAX, presence
 from asyncflow.telemetry import events
@@ -28,23 +30,20 @@ class MaintenanceWatch:
         self._db = db
         self._began_at = time.monotonic()
         self._logged_at: float | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background(self._watch)
 
     async def __aenter__(self) -> MaintenanceWatch:
-        self._task = asyncio.get_running_loop().create_task(self._watch())
+        self._background.start()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._background.stop()
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             # An outage of the database is logged by those that need it.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(StoreError):
                 await self.check(now=time.monotonic())
 
     async def check(self, *, now: float) -> None:

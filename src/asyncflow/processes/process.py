@@ -7,7 +7,6 @@ ends; see `stopping`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -17,6 +16,8 @@ from typing import Any, NoReturn
 import uvloop
 
 from asyncflow import forking
+from asyncflow.aio.background import cancel
+from asyncflow.aio.waiting import set_within
 from asyncflow.findings import refuse_unfit
 from asyncflow.settings import Settings, required_database_url
 from asyncflow.stopping import end, end_on_signals, signals
@@ -94,16 +95,13 @@ async def until_stopped(duties: Sequence[Coroutine[Any, Any, None]], stop: Stop)
     Run endless duties side by side until a signal, or until one of them fails.
     """
     loop = asyncio.get_running_loop()
-    tasks = [loop.create_task(duty) for duty in duties]
-    stopping = loop.create_task(stop.wait())
+    tasks = [loop.create_task(duty) for duty in (*duties, stop.wait())]
     try:
-        done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
     finally:
-        for task in (*tasks, stopping):
-            task.cancel()
-        await asyncio.gather(*tasks, stopping, return_exceptions=True)
+        await cancel(*tasks)
 
 
 class Stop:
@@ -128,11 +126,14 @@ class Stop:
         """
         return self._asked.is_set()
 
-    async def wait(self) -> None:
+    async def wait(self, *, seconds: float | None = None) -> None:
         """
-        Wait for the first signal.
+        Wait for the first signal, for at most `seconds`; None waits for as long as it takes.
         """
-        await self._asked.wait()
+        if seconds is None:
+            await self._asked.wait()
+        else:
+            await set_within(self._asked, seconds)
 
     def receive(self, received: signal.Signals) -> None:
         """
@@ -193,6 +194,4 @@ async def until_fit(db: Database, settings: Settings, stop: Stop) -> None:
             return
         for finding in wrong:
             events.database_unavailable(where="start", reason=str(finding))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DATABASE_RETRY_SECONDS):
-                await stop.wait()
+        await stop.wait(seconds=DATABASE_RETRY_SECONDS)

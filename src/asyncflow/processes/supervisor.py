@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Self
 
+from asyncflow.aio.waiting import Delays, set_within
 from asyncflow.errors import ExitStatus
 from asyncflow.settings import PREFIX, Settings
 from asyncflow.stopping import signals
@@ -118,17 +119,14 @@ class Supervisor:
         """
         Run one child again and again until it stops for good; return its last status.
         """
-        pause_seconds = PAUSE_SECONDS_MIN
+        pauses = Delays(PAUSE_SECONDS_MIN, longest=PAUSE_SECONDS_MAX, jitter=0.0)
         while not self.stopping.is_set():
             started = time.monotonic()
             try:
                 child.process = await _start(child)
             except OSError as error:
                 # No memory or no more processes, for the moment.
-                events.child_process_ended(
-                    role=child.role, pid=0, status=str(error), restart_seconds=pause_seconds
-                )
-                pause_seconds = await self._pause(pause_seconds)
+                await self._pause(child.role, 0, str(error), pauses.next())
                 continue
             if self.stopping.is_set():
                 _terminate(child)
@@ -138,24 +136,13 @@ class Supervisor:
             if self.stopping.is_set() or status in (0, ExitStatus.REFUSED):
                 return status
             if time.monotonic() - started > STEADY_SECONDS:
-                pause_seconds = PAUSE_SECONDS_MIN
-            events.child_process_ended(
-                role=child.role,
-                pid=child.process.pid,
-                status=_in_words(status),
-                restart_seconds=pause_seconds,
-            )
-            pause_seconds = await self._pause(pause_seconds)
+                pauses.reset()
+            await self._pause(child.role, child.process.pid, _in_words(status), pauses.next())
         return 0
 
-    async def _pause(self, seconds: float) -> float:
-        """
-        Wait, unless asked to stop; return how long to wait the next time.
-        """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.stopping.wait()
-        return min(PAUSE_SECONDS_MAX, 2 * seconds)
+    async def _pause(self, role: str, pid: int, status: str, seconds: float) -> None:
+        events.child_process_ended(role=role, pid=pid, status=status, restart_seconds=seconds)
+        await set_within(self.stopping, seconds)
 
     async def _wait(self, process: asyncio.subprocess.Process) -> int:
         ended = asyncio.ensure_future(process.wait())

@@ -13,6 +13,8 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
+from asyncflow.aio.background import Background, start_task
+from asyncflow.aio.waiting import set_within
 from asyncflow.errors import StoreUnavailable
 from asyncflow.store.database import Database, Executor, translated_errors
 
@@ -50,7 +52,7 @@ class Waker:
         """
         self._wanted = True
         if self._sending is None:
-            self._sending = asyncio.get_running_loop().create_task(self._send())
+            self._sending = start_task(self._send(), name="wake-up")
 
     async def close(self) -> None:
         """
@@ -81,18 +83,15 @@ class Listener:
     def __init__(self, db: Database, on_wakeup: Callable[[], None]) -> None:
         self._db = db
         self._on_wakeup = on_wakeup
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background(self._listen)
 
     async def __aenter__(self) -> Listener:
         if not self._db.pooler:
-            self._task = asyncio.get_running_loop().create_task(self._listen())
+            self._background.start()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._background.stop()
 
     async def _listen(self) -> None:
         while True:
@@ -109,11 +108,8 @@ class Listener:
                 await connection.add_listener(CHANNEL, lambda *_: self._on_wakeup())
                 # What was notified before this moment went unheard.
                 self._on_wakeup()
-                while not broken.is_set():
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(CHECK_SECONDS):
-                            await broken.wait()
-                    # A connection can also die without a word; a statement finds out.
+                while not await set_within(broken, CHECK_SECONDS):
+                    # A connection can also die in silence; a statement finds out.
                     await connection.execute("SELECT 1")
         finally:
             connection.terminate()
