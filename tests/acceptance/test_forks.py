@@ -47,7 +47,7 @@ async def test_a_signal_to_the_group_stops_a_worker_once(
         assert 0 == await worker.exit_status()
         task = await system.get(running)
         assert ("COMPLETED", 1) == (task["status"], task["attempt"])
-        assert not worker.has_logged("process.hurried")
+        assert not worker.has_logged("process.force_quit")
         assert [child] == psutil.wait_procs([child], timeout=20)[0]
 
 

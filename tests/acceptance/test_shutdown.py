@@ -47,7 +47,7 @@ async def test_a_worker_that_stops_finishes_what_it_runs(system: System) -> None
     """
     Within the grace period a long task completes, once; tasks that only wait are not started.
     """
-    _, [worker], _ = await system.start(worker_concurrency=1)
+    _, [worker], _ = await system.start(worker_slots=1)
     running = await system.submit("work", {"seconds": 1})
     await system.journal.wait_for("start", running)
     waiting = await system.submit("work")
@@ -89,7 +89,7 @@ async def test_what_does_not_finish_in_time_is_given_back_unpunished(system: Sys
         assert task["attempts"][1]["worker_id"] == other.lines[0]["worker_id"]
 
 
-async def test_a_second_signal_hurries(system: System) -> None:
+async def test_a_second_signal_forces_the_process_to_quit(system: System) -> None:
     """
     The first signal would wait for a minute; the second gives back what runs, at once.
     """
@@ -99,7 +99,7 @@ async def test_a_second_signal_hurries(system: System) -> None:
 
     worker.send(signal.SIGTERM)
     stopping = await worker.log_event("process.stopping")
-    await system.until(lambda: is_hurried(worker), "it is in a hurry")
+    await system.until(lambda: is_forced_to_quit(worker), "it logs that it is forced to quit")
 
     assert await worker.exit_status(timeout_seconds=5) == 0
     assert stopping["running"] == 1
@@ -147,13 +147,13 @@ async def test_a_rolling_restart_of_all_workers_loses_and_fails_nothing(
     assert row["failures"] == 0
 
 
-async def is_hurried(worker: Process) -> bool:
+async def is_forced_to_quit(worker: Process) -> bool:
     """
     Ask once more: what follows the first signal at once is taken for its echo.
     """
     if worker.is_running:
         worker.send(signal.SIGTERM)
-    return worker.has_logged("process.hurried")
+    return worker.has_logged("process.force_quit")
 
 
 async def stop(worker: Process) -> None:

@@ -131,7 +131,7 @@ def test_the_second_signal_gives_a_task_back(env: dict[str, str], folder: Path) 
         _run_until_begun(dev, env, folder, seconds=600)
         dev.send(signal.SIGINT)
         dev.until("process.stopping.*worker")
-        dev.send_until(signal.SIGINT, "process.hurried.*worker")
+        dev.send_until(signal.SIGINT, "process.force_quit.*worker")
 
         assert dev.ended() == 0
         dev.until("attempt.settled.*outcome=release")

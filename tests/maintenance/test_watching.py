@@ -70,7 +70,7 @@ async def test_tasks_without_a_worker_are_named_once(db: Database) -> None:
         with capture_logs() as logs:
             assert 0 == await watch.check(db)
         return [
-            (event["event"], event["queue"], event["task"], event.get("count")) for event in logs
+            (event["event"], event["queue"], event["name"], event.get("count")) for event in logs
         ]
 
     await submit(db, 600, queue="nobody", name="work")

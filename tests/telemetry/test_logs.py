@@ -98,12 +98,12 @@ def test_an_event_is_one_json_object(stream: Stream) -> None:
 
     (line,) = stream.lines
     assert [
-        *("task_id", "task", "queue", "tenant", "attempt", "outcome", "run_seconds"),
+        *("task_id", "name", "queue", "tenant", "attempt", "outcome", "run_seconds"),
         *("event", "process", "level", "timestamp"),
     ] == list(line)
     assert (str(TASK_ID), 'ship "it"', 0.1235) == (
         line["task_id"],
-        line["task"],
+        line["name"],
         line["run_seconds"],
     )
     assert ("attempt.settled", "worker", "info") == (line["event"], line["process"], line["level"])
@@ -336,7 +336,7 @@ def an_attempt() -> Iterator[Context]:
     CURRENT.reset(token)
 
 
-OF_THE_ATTEMPT = {"task_id": str(TASK_ID), "task": "count", "attempt": 2}
+OF_THE_ATTEMPT = {"task_id": str(TASK_ID), "name": "count", "attempt": 2}
 
 
 def test_a_handler_may_log_through_the_standard_module(stream: Stream) -> None:

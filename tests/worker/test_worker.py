@@ -910,7 +910,7 @@ async def test_a_handler_that_blocks_the_loop_ends_its_worker_and_is_charged(
     assert "in stall" in attempt.failure["traceback"].splitlines()[1]
     assert await db.fetchval("SELECT bool_and(stopped_at IS NOT NULL) FROM asyncflow.workers")
     [line] = [json.loads(line) for line in ended.stderr.splitlines() if b"worker.stalled" in line]
-    assert (str(blocker), "work", 3) == (line["task_id"], line["task"], line["running"])
+    assert (str(blocker), "work", 3) == (line["task_id"], line["name"], line["running"])
     assert "in stall" in line["stack"]
 
 
@@ -928,7 +928,7 @@ async def test_if_nobody_can_tell_who_blocks_the_loop_those_who_might_are_charge
     charged = {row["name"]: row["failures"] for row in rows}
     assert {"work": 1, "loop_neighbour": 1, "thread_neighbour": 0} == charged
     [line] = [json.loads(line) for line in ended.stderr.splitlines() if b"worker.stalled" in line]
-    assert {"work", "loop_neighbour"} == set(line["task"].split(","))
+    assert {"work", "loop_neighbour"} == set(line["name"].split(","))
 
 
 async def test_an_idle_worker_stops_at_once(db: Database) -> None:

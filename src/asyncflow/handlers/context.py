@@ -159,7 +159,7 @@ class Context:
         """
         What every line of this attempt carries, whatever logs it.
         """
-        return {"task_id": str(self.task_id), "task": self.name, "attempt": self.attempt}
+        return {"task_id": str(self.task_id), "name": self.name, "attempt": self.attempt}
 
     def progress(self, fraction: float | None = None, message: str | None = None) -> None:
         """

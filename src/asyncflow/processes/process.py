@@ -140,7 +140,7 @@ class Stop:
         Act on one signal.
         """
         if self.asked:
-            events.process_hurried(signal=received.name)
+            events.process_force_quit(signal=received.name)
             self.on_second()
         else:
             events.process_stopping(signal=received.name, running=self.running())

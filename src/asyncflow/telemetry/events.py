@@ -39,11 +39,11 @@ def process_stopping(*, signal: str, running: int | None = None) -> None:
     log.info("process.stopping", signal=signal, **facts)
 
 
-def process_hurried(*, signal: str) -> None:
+def process_force_quit(*, signal: str) -> None:
     """
     A second signal: what still runs is given back at once.
     """
-    log.warning("process.hurried", signal=signal)
+    log.warning("process.force_quit", signal=signal)
 
 
 def signals_retaken(*, signals: str) -> None:
@@ -98,14 +98,14 @@ def attempt_settled(
         # Written thousands of times a second. By hand it costs half.
         log.json_lines.emit_encoded(
             "attempt.settled",
-            f'"task_id": "{task_id}", "task": {quoted(name)}, "queue": {quoted(queue)}, '
+            f'"task_id": "{task_id}", "name": {quoted(name)}, "queue": {quoted(queue)}, '
             f'"tenant": {tenant_id}, "attempt": {attempt}, "outcome": "complete", '
             f'"run_seconds": {round(run_seconds, 4)}',
         )
         return
     fields = {
         "task_id": str(task_id),
-        "task": name,
+        "name": name,
         "queue": queue,
         "tenant": tenant_id,
         "attempt": attempt,
@@ -126,14 +126,14 @@ def attempt_void(*, task_id: UUID, name: str, attempt: int, reason: str) -> None
     """
     An attempt's lease was lost; whatever it produced was thrown away.
     """
-    log.warning("attempt.void", task_id=str(task_id), task=name, attempt=attempt, reason=reason)
+    log.warning("attempt.void", task_id=str(task_id), name=name, attempt=attempt, reason=reason)
 
 
 def attempt_stuck(*, task_id: UUID, name: str, attempt: int) -> None:
     """
     A handler ignores that its attempt is over; its slot stays taken until it ends.
     """
-    log.error("attempt.stuck", task_id=str(task_id), task=name, attempt=attempt)
+    log.error("attempt.stuck", task_id=str(task_id), name=name, attempt=attempt)
 
 
 def settle_delayed(*, task_id: UUID, reason: str) -> None:
@@ -172,7 +172,7 @@ def worker_stalled(
         "worker.stalled",
         seconds=round(seconds, 1),
         task_id=",".join(str(task_id) for task_id, _ in blamed),
-        task=",".join(dict.fromkeys(name for _, name in blamed)),
+        name=",".join(dict.fromkeys(name for _, name in blamed)),
         running=running,
         stack=stack,
     )
@@ -352,7 +352,7 @@ def tasks_unserved(
     log.warning(
         "tasks.unserved",
         queue=queue,
-        task=name,
+        name=name,
         count=f"{count} or more" if is_more else count,
         waiting_seconds=round(waiting_seconds, 1),
     )
@@ -362,7 +362,7 @@ def tasks_served(*, queue: str, name: str) -> None:
     """
     What was reported as unserved no longer is: a worker offers it, or it is gone.
     """
-    log.info("tasks.served", queue=queue, task=name)
+    log.info("tasks.served", queue=queue, name=name)
 
 
 def maintenance_gone(*, silent_seconds: float | None) -> None:
