@@ -211,7 +211,7 @@ def _run(url: str, broker_url: str | None, place: Path, options: argparse.Namesp
     asyncflow = (sys.executable, "-m", "asyncflow")
     handlers = str(REPOSITORY / "bench" / "handlers.py")
     commands = [
-        (*asyncflow, "worker", "--handlers", handlers, "--concurrency", options.concurrency),
+        (*asyncflow, "worker", "--handlers", handlers, "--slots", options.slots),
         (*asyncflow, "maintenance"),
     ]
     with running(commands, environment=environment, log=log):
@@ -225,7 +225,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=3.0, help="of each phase")
     parser.add_argument("--per-second", type=float, default=1_000.0, help="0: a backlog")
     parser.add_argument("--drain", type=int, default=20_000, help="the backlog at the end")
-    parser.add_argument("--concurrency", default="100", help="slots of the worker")
+    parser.add_argument("--slots", default="100", help="slots of the worker")
     parser.add_argument("--engine", choices=["postgres", "rabbitmq"], default="postgres")
     return parser.parse_args()
 

@@ -78,7 +78,7 @@ async def erase(system: System, broker: Broker | None) -> Facts:
     A RabbitMQ with hints of a backlog in it gets an empty disk.
     """
     assert broker is not None, "erase needs --engine rabbitmq"
-    await system.start(workers=1, worker_concurrency=SLOTS)
+    await system.start(workers=1, worker_slots=SLOTS)
     accepted: list[str] = []
     while len(accepted) < BACKLOG:
         accepted += await system.submit_batch([_task(TASK_SECONDS)] * 1_000)
@@ -129,7 +129,7 @@ async def overload(system: System, _broker: Broker | None) -> Facts:
     A minute of five times what a worker can run, and submissions one by one all the while; then
     more workers come to its help, few with many slots: the tasks only wait, and cores are dear.
     """
-    apis, workers, maintenances = await system.start(worker_concurrency=SLOTS)
+    apis, workers, maintenances = await system.start(worker_slots=SLOTS)
     processes = [*apis, *workers, *maintenances]
     await _probe(system, 100)
     _, calm = await _probe(system, PROBES)
@@ -153,7 +153,7 @@ async def overload(system: System, _broker: Broker | None) -> Facts:
     probed_after, after = await _probe(system, PROBES)
     done = (await system.states(flood))["completed"]
     began = time.monotonic()
-    added = {"workers": WORKERS_ADDED, "worker_concurrency": SLOTS_ADDED}
+    added = {"workers": WORKERS_ADDED, "worker_slots": SLOTS_ADDED}
     await system.start(apis=0, maintenances=0, **added)
     await system.is_drained(timeout_seconds=END_SECONDS_MAX)
     drained_seconds = time.monotonic() - began

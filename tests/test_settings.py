@@ -56,16 +56,16 @@ def test_the_environment_wins_over_the_file_and_the_caller_over_both(
     Command line, environment, `.env`, default.
     """
     (bare_environment / ".env").write_text(
-        f"{PREFIX}API_PORT=1\n{PREFIX}WORKER_CONCURRENCY=2\n{PREFIX}RETENTION_DAYS=3\nOTHER=x\n"
+        f"{PREFIX}API_PORT=1\n{PREFIX}WORKER_SLOTS=2\n{PREFIX}RETENTION_DAYS=3\nOTHER=x\n"
     )
     monkeypatch.setenv(f"{PREFIX}API_PORT", "10")
-    monkeypatch.setenv(f"{PREFIX}WORKER_CONCURRENCY", "20")
+    monkeypatch.setenv(f"{PREFIX}WORKER_SLOTS", "20")
 
-    settings = load_settings(api_port=100, worker_concurrency=None)
+    settings = load_settings(api_port=100, worker_slots=None)
 
     assert (100, 20, 3.0) == (
         settings.api_port,
-        settings.worker_concurrency,
+        settings.worker_slots,
         settings.retention_days,
     )
 
@@ -107,7 +107,7 @@ def test_names_are_a_comma_separated_list(
         ("DATABASE_POOL_SIZE", "1"),
         ("DATABASE_URL", "mysql://host/db"),
         ("BROKER_URL", "http://host"),
-        ("WORKER_CONCURRENCY", "0"),
+        ("WORKER_SLOTS", "0"),
         ("LEASE_SECONDS", "nan"),
         ("HEARTBEAT_SECONDS", "0"),
         ("RETENTION_DAYS", "-1"),
@@ -245,9 +245,9 @@ def test_children_are_given_the_same_settings(monkeypatch: pytest.MonkeyPatch) -
     """
     Whether they came from options, variables or the defaults, and whatever they inherit.
     """
-    monkeypatch.setenv(f"{PREFIX}WORKER_CONCURRENCY", "20")
+    monkeypatch.setenv(f"{PREFIX}WORKER_SLOTS", "20")
     chosen = load_settings(
-        worker_concurrency=10, database_pooler=True, worker_handlers=("a", "b"), log_format="json"
+        worker_slots=10, database_pooler=True, worker_handlers=("a", "b"), log_format="json"
     )
 
     for name, value in as_environment(chosen).items():
@@ -331,11 +331,23 @@ def test_a_misspelt_setting_is_refused_with_the_right_name(
     """
     It would silently do nothing.
     """
-    (mistake,) = complaint(monkeypatch, WORKER_CONCURENCY="50")
+    (mistake,) = complaint(monkeypatch, WORKER_PROCESES="50")
 
     assert mistake == (
-        "ASYNCFLOW_WORKER_CONCURENCY is not a setting; did you mean ASYNCFLOW_WORKER_CONCURRENCY?"
+        "ASYNCFLOW_WORKER_PROCESES is not a setting; did you mean ASYNCFLOW_WORKER_PROCESSES?"
     )
+
+
+@pytest.mark.parametrize("name", ["WORKER_CONCURRENCY", "WORKER_CONCURENCY"])
+def test_a_word_of_other_systems_is_refused_with_ours(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """
+    What others call a worker's concurrency are its slots here.
+    """
+    (mistake,) = complaint(monkeypatch, **{name: "50"})
+
+    assert mistake == f"ASYNCFLOW_{name} is not a setting; did you mean ASYNCFLOW_WORKER_SLOTS?"
 
 
 @pytest.mark.parametrize("name", ["CONCURRENCY", "SHARDS"])
@@ -401,11 +413,9 @@ def test_a_wrong_option_is_named_as_it_was_typed(monkeypatch: pytest.MonkeyPatch
     """
     The environment says something else, and is not to blame.
     """
-    monkeypatch.setenv(f"{PREFIX}WORKER_CONCURRENCY", "5")
+    monkeypatch.setenv(f"{PREFIX}WORKER_SLOTS", "5")
 
     with pytest.raises(InvalidSettings) as refusal:
-        load_settings({"worker_concurrency": "--concurrency"}, worker_concurrency=0)
+        load_settings({"worker_slots": "--slots"}, worker_slots=0)
 
-    assert ["--concurrency: it must be a whole number from 1 to 10000."] == [
-        *refusal.value.mistakes
-    ]
+    assert ["--slots: it must be a whole number from 1 to 10000."] == [*refusal.value.mistakes]

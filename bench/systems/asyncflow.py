@@ -55,7 +55,7 @@ def worker_commands(processes: int, concurrency: str) -> list[list[str]]:
     command = ["env", *settings, program("asyncflow")]
     worker = [*command, "worker", "--handlers", HANDLERS]
     if concurrency:
-        worker += ["--concurrency", concurrency]
+        worker += ["--slots", concurrency]
     if processes > 1:
         worker += ["--processes", str(processes)]
     return [worker, [*command, "maintenance"]] if variant() == "rabbitmq" else [worker]

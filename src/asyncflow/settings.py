@@ -31,6 +31,9 @@ NOT_SETTINGS = re.compile(
 )
 """Variables that begin like ours without being meant for a process, without the prefix."""
 
+SYNONYMS = {"worker_concurrency": "worker_slots"}
+"""What other task queues call a setting of ours."""
+
 PREFIX_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
 Level = Literal["debug", "info", "warning", "error"]
@@ -65,7 +68,7 @@ class Settings:
 
     worker_handlers: Annotated[tuple[str, ...], names] = ()
     worker_queues: Annotated[tuple[str, ...], queues] = ()
-    worker_concurrency: Annotated[int, Range(1, 10_000, int)] = 10
+    worker_slots: Annotated[int, Range(1, 10_000, int)] = 10
     worker_processes: Annotated[int, Range(1, 256, int)] = 1
     heartbeat_seconds: Annotated[float, Range(0.05, 60)] = 1.0
     lease_seconds: Annotated[float, Range(0.5, 3_600)] = 15.0
@@ -151,12 +154,13 @@ def _misspelt(known: Sequence[str]) -> list[str]:
     # A setting that is silently not in force is found at night. Refused is only what can hardly
     # mean anything else: after a rollback the environment may hold settings of the newer version.
     mistakes = []
+    meanings = {variable(name): variable(name) for name in known}
+    meanings |= {variable(name): variable(meant) for name, meant in SYNONYMS.items()}
     for unknown in unknown_variables():
         from difflib import get_close_matches  # rarely needed, and not small
 
-        meant = get_close_matches(unknown, map(variable, known), n=1, cutoff=0.9)
-        if meant:
-            mistakes.append(f"{unknown} is not a setting; did you mean {meant[0]}?")
+        for close in get_close_matches(unknown, meanings, n=1, cutoff=0.9):
+            mistakes.append(f"{unknown} is not a setting; did you mean {meanings[close]}?")
     return mistakes
 
 

@@ -44,7 +44,7 @@ async def test_an_exhausted_worker_ends_with_status_70_whatever_is_left(alone: S
             # One that begins anew: forked for a test, it might have no processes of its own.
             python=Path(sys.executable),
             test_isolation="loop",
-            worker_concurrency=1,
+            worker_slots=1,
             stall_seconds=1,
             cancel_grace_seconds=0.1,
         )

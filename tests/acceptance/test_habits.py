@@ -81,7 +81,7 @@ async def start(system: System, where: str, python: Path) -> Process:
         handlers=[HABITS_FILE],
         python=python,
         test_isolation=where,
-        worker_concurrency=8,
+        worker_slots=8,
         shutdown_grace_seconds=GRACE_SECONDS,
     )
 

@@ -11,7 +11,7 @@ from tests.support.system import System
 
 TASKS = 30
 TASK_SECONDS = 0.3
-SLOTS_OPTION = ("--concurrency", "2")
+SLOTS_OPTION = ("--slots", "2")
 
 
 async def test_more_workers_share_evenly(system: System) -> None:
@@ -37,7 +37,7 @@ async def test_a_busy_worker_leaves_tasks_to_an_idle_one(system: System) -> None
     """
     No worker holds tasks back that it cannot start while another has a free slot.
     """
-    await system.start(workers=2, worker_concurrency=1)
+    await system.start(workers=2, worker_slots=1)
     long = await system.submit("work", {"seconds": 3})
     await system.journal.wait_for("start", long)
 

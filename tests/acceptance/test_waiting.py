@@ -171,7 +171,7 @@ async def test_an_urgent_task_overtakes_a_backlog(shared: System) -> None:
     backlog = await shared.submit_batch(
         [{"name": "work", "payload": {"seconds": 0.03}, "queue": "lane", "priority": 0}] * 80
     )
-    worker = await shared.start_worker("--queues", "lane", "--concurrency", "1")
+    worker = await shared.start_worker("--queues", "lane", "--slots", "1")
     await shared.journal.wait_for("start", backlog[0])
 
     urgent = await shared.submit("work", queue="lane", priority=9)

@@ -52,7 +52,7 @@ async def a_worker_on_paper(db: Database) -> None:
             name="paper",
             queues=("default",),
             handlers=(measuring.HANDLER,),
-            concurrency=1,
+            slots=1,
             heartbeat_seconds=60,
             lease_seconds=3600,
         ),

@@ -67,11 +67,11 @@ def test_settings_are_read_from_a_file_in_the_current_folder(tmp_path: Path) -> 
     """
     `.env` counts where the environment says nothing.
     """
-    (tmp_path / ".env").write_text("ASYNCFLOW_WORKER_CONCURRENCY=0\n")
+    (tmp_path / ".env").write_text("ASYNCFLOW_WORKER_SLOTS=0\n")
 
     ended = finished("worker", folder=tmp_path, env=environment())
 
-    assert ended.stderr.startswith("asyncflow: ASYNCFLOW_WORKER_CONCURRENCY: ")
+    assert ended.stderr.startswith("asyncflow: ASYNCFLOW_WORKER_SLOTS: ")
 
 
 def test_an_option_wins_over_the_environment(tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_an_option_wins_over_the_environment(tmp_path: Path) -> None:
     """
     env = environment(api_port=80_000)
 
-    ended = finished("worker", "--concurrency", "0", folder=tmp_path, env=env)
+    ended = finished("worker", "--slots", "0", folder=tmp_path, env=env)
 
-    assert "  --concurrency: it must be" in ended.stderr
+    assert "  --slots: it must be" in ended.stderr
 
 
 def test_a_database_that_cannot_be_reached_is_worth_another_try(tmp_path: Path) -> None:

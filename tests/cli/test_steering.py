@@ -34,7 +34,7 @@ def run(database_url: str, tmp_path: Path) -> Run:
 
 A_WORKER = """
     INSERT INTO asyncflow.workers
-           (id, name, queues, handlers, concurrency, heartbeat_seconds, lease_seconds)
+           (id, name, queues, handlers, slots, heartbeat_seconds, lease_seconds)
     VALUES ($1, 'host:7', '{default,mail}', '{wait}', 10, 1, 15)
 """
 
@@ -264,8 +264,7 @@ async def test_workers_are_listed_with_what_they_do(run: Run, database_url: str)
     shown = run("worker", "list").stdout
 
     assert [(str(worker_id), "host:7", ["default", "mail"], 1, 10, False)] == [
-        (w["id"], w["name"], w["queues"], w["running"], w["concurrency"], w["is_overdue"])
-        for w in alive
+        (w["id"], w["name"], w["queues"], w["running"], w["slots"], w["is_overdue"]) for w in alive
     ]
     assert "dead or cut off" in shown
 

@@ -57,8 +57,8 @@ def test_options_reach_every_worker(env: dict[str, str], tmp_path: Path) -> None
     """
     Also where the environment says otherwise, and where they say the default.
     """
-    env = {**env, "ASYNCFLOW_WORKER_CONCURRENCY": "3"}
-    arguments = ("--processes", "2", "--concurrency", "10", "--queues", "slow,fast")
+    env = {**env, "ASYNCFLOW_WORKER_SLOTS": "3"}
+    arguments = ("--processes", "2", "--slots", "10", "--queues", "slow,fast")
 
     with running("worker", *arguments, folder=tmp_path, env=env) as parent:
         line = parent.until(STARTED, times=2).string

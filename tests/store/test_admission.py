@@ -31,8 +31,8 @@ async def test_a_queue_is_open_while_a_live_worker_consumes_it(db: Database) -> 
     """
     With the names and slots of all its live workers together, and what is queued on it.
     """
-    await a_worker(db, queues=("a", "b"), handlers=("x", "y"), concurrency=3)
-    await a_worker(db, queues=("b",), handlers=("y", "z"), concurrency=4)
+    await a_worker(db, queues=("a", "b"), handlers=("x", "y"), slots=3)
+    await a_worker(db, queues=("b",), handlers=("y", "z"), slots=4)
     for state in (State.QUEUED, State.QUEUED, State.PENDING, State.RUNNING):
         await a_task(db, state=state, queue="b")
 

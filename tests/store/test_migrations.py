@@ -28,7 +28,7 @@ from asyncflow.store.grants import grants_for
 from asyncflow.store.inspection import inspect
 from asyncflow.store.migrations import migrate
 from asyncflow.store.schema import SCHEMA_VERSION, Schema, check_schema, read_schema
-from asyncflow.store.workers import Published, published_handlers
+from asyncflow.store.workers import Published, list_workers, published_handlers
 from tests.support.builders import a_task, new_task
 from tests.support.postgres import PostgresServer
 
@@ -397,13 +397,19 @@ def next_migration(tmp_path: Path) -> NextMigration:
             compatible_from=compatible_from,
         )
         (folder / "versions" / f"{NEXT_VERSION}_next.py").write_text(text)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(migrations, "FOLDER", folder)
-            patch.setattr(migrations, "SCHEMA_VERSION", NEXT_VERSION)
-            patch.setattr(schema, "SCHEMA_VERSION", NEXT_VERSION)
+        with _release(folder, NEXT_VERSION):
             yield
 
     return released
+
+
+@contextmanager
+def _release(folder: Path, version: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(migrations, "FOLDER", folder)
+        patch.setattr(migrations, "SCHEMA_VERSION", version)
+        patch.setattr(schema, "SCHEMA_VERSION", version)
+        yield
 
 
 EXPAND = "ALTER TABLE asyncflow.tasks ADD COLUMN colour text"
@@ -510,22 +516,61 @@ async def test_the_schema_knows_no_other_states(db: Database) -> None:
         await db.execute("UPDATE asyncflow.tasks SET state = 'lost'")
 
 
+# Upgrades keep what is there
+
+
+@pytest.fixture
+def at_version(tmp_path: Path) -> Callable[[str], AbstractContextManager[None]]:
+    """
+    Be an earlier version of AsyncFlow during a block: `migrate` stops at its schema.
+    """
+
+    @contextmanager
+    def released(version: str) -> Iterator[None]:
+        folder = tmp_path / "earlier"
+        shutil.copytree(migrations.FOLDER, folder, dirs_exist_ok=True)
+        for file in (folder / "versions").glob("[0-9]*.py"):
+            if file.name[:4] > version:
+                file.unlink()
+        with _release(folder, version):
+            yield
+
+    return released
+
+
 async def test_what_workers_published_before_0002_is_known_after_it(
-    database_url: str, fresh_db: Database
+    at_version: Callable[[str], AbstractContextManager[None]], empty_database_url: str
 ) -> None:
     """
     The API goes on choosing queues and checking payloads before the first new worker has started.
     """
-    for statement in (
-        "DROP TABLE asyncflow.maintenance",
-        "DROP TABLE asyncflow.publications",
-        "ALTER TABLE asyncflow.workers DROP COLUMN backoffs",
-        "ALTER TABLE asyncflow.workers DROP COLUMN handler_queues",
-        "UPDATE asyncflow.schema_version SET version_num = '0001'",
-        "INSERT INTO asyncflow.handlers VALUES ('mail', 'post', '{}', now())",
-    ):
-        await fresh_db.execute(statement)
+    with at_version("0001"):
+        await migrate(empty_database_url)
+    async with Database(empty_database_url) as db:
+        await db.execute("INSERT INTO asyncflow.handlers VALUES ('mail', 'post', '{}', now())")
 
-    assert "0001" == await migrate(database_url)
+        assert "0001" == await migrate(empty_database_url)
 
-    assert [Published("mail", "post", {})] == await published_handlers(fresh_db)
+        assert [Published("mail", "post", {})] == await published_handlers(db)
+
+
+async def test_the_slots_of_workers_survive_0004(
+    at_version: Callable[[str], AbstractContextManager[None]], empty_database_url: str
+) -> None:
+    """
+    The column was called concurrency before; the version that used the old name is refused.
+    """
+    with at_version("0003"):
+        await migrate(empty_database_url)
+    async with Database(empty_database_url) as db:
+        await db.execute(
+            "INSERT INTO asyncflow.workers"
+            " (id, name, queues, handlers, concurrency, heartbeat_seconds, lease_seconds)"
+            " VALUES (gen_random_uuid(), 'host:1', '{default}', '{}', 7, 1, 15)"
+        )
+
+        assert "0003" == await migrate(empty_database_url)
+
+        assert [7] == [worker.slots for worker in await list_workers(db)]
+        with at_version("0003"), pytest.raises(SchemaMismatch, match="deploy a newer version"):
+            await check_schema(db)

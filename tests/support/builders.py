@@ -159,7 +159,7 @@ async def a_worker(db: Executor, **changes: Any) -> Registration:
         "name": "host:1",
         "queues": (QUEUE,),
         "handlers": (NAME,),
-        "concurrency": 10,
+        "slots": 10,
         "heartbeat_seconds": 1.0,
         "lease_seconds": 15.0,
     }

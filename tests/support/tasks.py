@@ -78,7 +78,7 @@ def a_registration(
         name="test",
         queues=tuple(queues),
         handlers=tuple(names),
-        concurrency=slots,
+        slots=slots,
         heartbeat_seconds=heartbeat_seconds,
         lease_seconds=lease_seconds,
     )

@@ -57,7 +57,7 @@ OPTIONS = {
     "database_url": "--database-url",
     "broker_url": "--broker-url",
     "worker_queues": "--queues",
-    "worker_concurrency": "--concurrency",
+    "worker_slots": "--slots",
     "worker_processes": "--processes",
     "worker_handlers": "--handlers",
 }
@@ -65,8 +65,8 @@ OPTIONS = {
 
 host_option = click.option("--host", help="Address to listen on.")
 port_option = click.option("--port", type=int, help="Port to listen on.")
-concurrency_option = click.option(
-    "--concurrency", type=int, help="How many tasks a worker process runs at once."
+slots_option = click.option(
+    "--slots", type=int, help="How many tasks a worker process runs at once."
 )
 handlers_option = click.option(
     "--handlers",
@@ -111,7 +111,7 @@ def _sentences(error: AsyncFlowError) -> str:
 @app.command()
 @host_option
 @port_option
-@concurrency_option
+@slots_option
 @handlers_option
 @click.option(
     "--database-url",
@@ -131,7 +131,7 @@ def _sentences(error: AsyncFlowError) -> str:
 def dev(
     host: str | None,
     port: int | None,
-    concurrency: int | None,
+    slots: int | None,
     handlers: Sequence[str],
     database_url: str | None,
     broker_url: str | None,
@@ -151,7 +151,7 @@ def dev(
         log_format="console",
         api_host=host,
         api_port=port,
-        worker_concurrency=concurrency,
+        worker_slots=slots,
         worker_handlers=_names(handlers),
         database_url=_typed(database_url),
         broker_url=_typed(broker_url),
@@ -227,14 +227,14 @@ def api(host: str | None, port: int | None) -> None:
     metavar="NAME,…",
     help="Queues to take tasks from; all that its handlers name if left out.",
 )
-@concurrency_option
+@slots_option
 @click.option("--processes", type=int, help="How many worker processes.")
 @handlers_option
 @click.pass_context
 def worker(
     context: click.Context,
     queues: str | None,
-    concurrency: int | None,
+    slots: int | None,
     processes: int | None,
     handlers: Sequence[str],
 ) -> None:
@@ -245,7 +245,7 @@ def worker(
         return
     settings = _settings(
         worker_queues=queues,
-        worker_concurrency=concurrency,
+        worker_slots=slots,
         worker_processes=processes,
         worker_handlers=_names(handlers),
     )

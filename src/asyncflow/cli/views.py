@@ -108,7 +108,7 @@ def print_workers(workers: Sequence[Living]) -> None:
                 w.id,
                 w.name,
                 w.running,
-                w.concurrency,
+                w.slots,
                 ",".join(w.queues),
                 _time(w.started_at),
                 f"{w.silent_seconds:.1f} s",

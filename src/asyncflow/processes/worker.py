@@ -63,7 +63,7 @@ async def _work(settings: Settings, registry: Registry) -> int:
     """
     from asyncflow.maintenance.watch import MaintenanceWatch
 
-    asyncio.get_running_loop().set_default_executor(_executor(settings.worker_concurrency))
+    asyncio.get_running_loop().set_default_executor(_executor(settings.worker_slots))
     async with (
         database(settings, "asyncflow worker") as db,
         stop_signals(settings) as stop,
@@ -128,7 +128,7 @@ async def _make_worker(
         handlers=tuple(handler.name for handler in registry),
         handler_queues=tuple(handler.policy.queue for handler in registry),
         backoffs={handler.name: handler.policy.backoff for handler in registry},
-        concurrency=settings.worker_concurrency,
+        slots=settings.worker_slots,
         heartbeat_seconds=settings.heartbeat_seconds,
         lease_seconds=settings.lease_seconds,
         holds_lock=not settings.database_pooler,
@@ -152,7 +152,7 @@ async def _make_worker(
         worker_id=str(registration.id),
         queues=",".join(registration.queues),
         handlers=len(registration.handlers),
-        slots=registration.concurrency,
+        slots=registration.slots,
         broker="rabbitmq" if settings.broker_url else "none",
     )
     for handler in registry:
@@ -165,7 +165,7 @@ async def _make_worker(
         registration,
         registry=registry,
         isolation=Isolation(
-            slots=settings.worker_concurrency,
+            slots=settings.worker_slots,
             cancel_grace_seconds=settings.cancel_grace_seconds,
             result_bytes_max=settings.result_bytes_max,
             nursery=nursery,

@@ -39,7 +39,7 @@ OPEN_QUEUES = f"""
     -- in the order of `OpenQueue`
     SELECT open.queue, open.names, open.slots, hinted.count, hinted.since
       FROM (SELECT queue, array_agg(DISTINCT handler) AS names,
-                   sum(w.concurrency) FILTER (WHERE number = 1)::int AS slots
+                   sum(w.slots) FILTER (WHERE number = 1)::int AS slots
               FROM asyncflow.workers w,
                    unnest(w.queues) AS queue,
                    unnest(w.handlers) WITH ORDINALITY AS h (handler, number)

@@ -34,7 +34,7 @@ UNFINISHED_MAX = 100_000
 
 OFFERED = f"""
     SELECT count(w.id) AS workers,
-           coalesce(sum(w.concurrency), 0) AS slots,
+           coalesce(sum(w.slots), 0) AS slots,
            {is_paused("$2")} AS is_paused,
            (SELECT count(*)
               FROM (SELECT FROM asyncflow.tasks_live LIMIT $3) AS live) AS unfinished

@@ -107,7 +107,7 @@ LIST_QUEUES = f"""
          WHERE t.worker_id IS NOT NULL                  -- index tasks_running
          GROUP BY t.queue),
     serving AS MATERIALIZED (
-        SELECT queue, count(*) AS workers, sum(w.concurrency) AS slots
+        SELECT queue, count(*) AS workers, sum(w.slots) AS slots
           FROM asyncflow.workers w, unnest(w.queues) AS queue
          WHERE {IS_LIVE}
          GROUP BY queue),

@@ -51,7 +51,7 @@ class Registration:
     name: str
     queues: tuple[str, ...]
     handlers: tuple[str, ...]
-    concurrency: int
+    slots: int
     heartbeat_seconds: float
     lease_seconds: float
     holds_lock: bool = True
@@ -68,7 +68,7 @@ def lock_key(worker_id: UUID) -> int:
 
 REGISTER = """
     INSERT INTO asyncflow.workers
-           (id, name, queues, handlers, concurrency, lock_key, heartbeat_seconds, lease_seconds,
+           (id, name, queues, handlers, slots, lock_key, heartbeat_seconds, lease_seconds,
             handler_queues, backoffs)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json)
         ON CONFLICT (id) DO UPDATE
@@ -87,7 +87,7 @@ async def register(db: Executor, worker: Registration) -> None:
         worker.name,
         list(worker.queues),
         list(worker.handlers),
-        worker.concurrency,
+        worker.slots,
         lock_key(worker.id) if worker.holds_lock else None,
         worker.heartbeat_seconds,
         worker.lease_seconds,
@@ -259,7 +259,7 @@ class Living:
     name: str
     queues: Sequence[str]
     running: int
-    concurrency: int
+    slots: int
     started_at: datetime
     silent_seconds: float
     is_overdue: bool
@@ -272,7 +272,7 @@ LIST_WORKERS = f"""
          WHERE t.worker_id IS NOT NULL                  -- index tasks_running
          GROUP BY t.worker_id)
     -- in the order of `Living`
-    SELECT w.id, w.name, w.queues, coalesce(r.tasks, 0) AS running, w.concurrency, w.started_at,
+    SELECT w.id, w.name, w.queues, coalesce(r.tasks, 0) AS running, w.slots, w.started_at,
            extract(epoch FROM now() - w.heartbeat_at)::float8 AS silent_seconds,
            w.heartbeat_at < now() - w.lease_seconds * interval '1 second' AS is_overdue
       FROM asyncflow.workers w

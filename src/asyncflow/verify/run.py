@@ -181,7 +181,7 @@ async def _fleet(
             "shutdown_grace_seconds": GRACE_SECONDS,
             "cancel_grace_seconds": 0.5,
             "stall_seconds": STALL_SECONDS,
-            "worker_concurrency": max(SLOTS_MIN, int(plan.rate * SLOTS_PER_RATE)),
+            "worker_slots": max(SLOTS_MIN, int(plan.rate * SLOTS_PER_RATE)),
         },
         mutant=plan.mutant,
         clocks=_clocks(plan, broker),

@@ -83,7 +83,7 @@ class Worker:
         self._registry = registry
         self._isolation = isolation
         self._times = times
-        self._slots = registration.concurrency
+        self._slots = registration.slots
         self._pace = Pace(self._slots)
         self._waiting: deque[Attempt] = deque()
         self._attempts: dict[tuple[UUID, UUID], Attempt] = {}

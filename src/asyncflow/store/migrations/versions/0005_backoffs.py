@@ -5,8 +5,8 @@ The backoffs that workers' handlers declare, so that the reaper retries by the s
 from alembic import op
 
 revision = "0005"
-down_revision = "0003"
-compatible_from = "0003"
+down_revision = "0004"
+compatible_from = "0004"
 
 STATEMENTS = (
     # Of the handlers whose backoff is not the default, by name; NULL if there is none.
