@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from asyncflow.processes.supervisor import Child, Supervisor
+from asyncflow.processes.supervisor import SupervisedProcess, Supervisor
 from tests.support.programs import environment, finished, running
 
 STARTED = r"process\.started"
@@ -97,6 +97,6 @@ async def test_a_child_that_cannot_be_started_now_is_started_later(
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse_once)
     with Supervisor(grace_seconds=1) as supervisor:
-        assert 0 == await supervisor.run([Child("version", ["version"])])
+        assert 0 == await supervisor.run([SupervisedProcess("version", ["version"])])
 
     assert 2 == tries

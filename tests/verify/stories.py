@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asyncflow.verify.checker import Histories, Verdict, judge
+from asyncflow.verify.checker import Histories, Judgement, judge
 from asyncflow.verify.report import Onlooker
 
 Line = dict[str, Any]
@@ -132,7 +132,7 @@ class Story:
             if not (line["what"] == what and fields.items() <= line.items())
         ]
 
-    def judged(self, folder: Path) -> Verdict:
+    def judged(self, folder: Path) -> Judgement:
         """
         What the checker says.
         """
@@ -205,7 +205,7 @@ def a_good_run() -> Story:
         worker=None,
         failures=1,
         run_at=micros(1.75),
-        kind="Planned",
+        kind="PlannedFailure",
         message=f"planned failure, lease={FIRST_LEASE}",
     )
     story.seen(1.6, "read", task=TASK, status=200, state="RETRYING", generation=1, attempt=1)

@@ -307,11 +307,11 @@ def version() -> None:
 
 
 async def _several_workers(settings: Settings) -> int:
-    from asyncflow.processes.supervisor import Child, Supervisor, as_environment
+    from asyncflow.processes.supervisor import SupervisedProcess, Supervisor, as_environment
 
     one = replace(settings, worker_processes=1)
     children = [
-        Child(f"worker {number}", ["worker"], as_environment(one))
+        SupervisedProcess(f"worker {number}", ["worker"], as_environment(one))
         for number in range(1, settings.worker_processes + 1)
     ]
     with Supervisor(grace_seconds=settings.shutdown_grace_seconds) as supervisor:

@@ -29,7 +29,7 @@ from asyncflow.aio.background import Background
 from asyncflow.cli.database import embedded_cluster
 from asyncflow.errors import InvalidSettings, NoDataFolder, NotConfirmed
 from asyncflow.processes.api import listen
-from asyncflow.processes.supervisor import Child, Supervisor, as_environment
+from asyncflow.processes.supervisor import SupervisedProcess, Supervisor, as_environment
 from asyncflow.settings import PREFIX, Settings, masked, required_database_url
 from asyncflow.store.database import Database
 from asyncflow.store.schema import SCHEMA_VERSION, read_schema
@@ -102,7 +102,7 @@ async def develop(settings: Settings) -> int:
         async with _database(settings, supervisor) as url:
             await _migrate(url, settings)
             environment = as_environment(replace(settings, database_url=url))
-            children = [Child(role, [role], environment) for role in ROLES]
+            children = [SupervisedProcess(role, [role], environment) for role in ROLES]
             async with Background(partial(_announce, settings), name="announce"):
                 return await supervisor.run(children)
 

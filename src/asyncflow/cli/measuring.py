@@ -23,7 +23,7 @@ from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
 from asyncflow.errors import CannotMeasure
 from asyncflow.store import measurements, submit
 from asyncflow.store.database import Database
-from asyncflow.store.measurements import Course, Offer
+from asyncflow.store.measurements import Capacity, Course
 from asyncflow.store.wakeups import Waker
 
 HANDLER = "sample-task"
@@ -57,7 +57,7 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class Measurement:
     """
     What was measured.
 
@@ -95,27 +95,27 @@ class Bench:
             weight_max=BATCH_BYTES_MAX,
         )
 
-    async def offer(self) -> Offer:
+    async def capacity(self) -> Capacity:
         """
         Who will run the tasks.
 
         Raises:
             CannotMeasure: Nobody will.
         """
-        offer = await measurements.offer(self._db, HANDLER, self._queue)
-        if offer.is_paused:
+        capacity = await measurements.capacity(self._db, HANDLER, self._queue)
+        if capacity.is_paused:
             raise CannotMeasure(
                 f"Queue {self._queue!r} is paused; resume it or choose another with --queue."
             )
-        if not offer.workers:
+        if not capacity.workers:
             raise CannotMeasure(
                 f"No live worker offers {HANDLER!r} on queue {self._queue!r}. Every `asyncflow "
                 "worker` has this handler: start one, or choose a queue that is served with "
                 "--queue."
             )
-        return offer
+        return capacity
 
-    async def measure(self, count: int) -> Figures:
+    async def measure(self, count: int) -> Measurement:
         """
         Measure the latency of single tasks, then twice the throughput of `count` tasks.
 
@@ -123,7 +123,7 @@ class Bench:
             CannotMeasure: Tasks do not get finished.
         """
         await self._trickle(1)  # Everyone connects.
-        return Figures(
+        return Measurement(
             latency=await self._trickle(TRICKLE_TASKS),
             one_by_one=await self._one_by_one(count),
             in_batches=await self._in_batches(count),

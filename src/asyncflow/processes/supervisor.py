@@ -44,7 +44,7 @@ CHILD_OPTION = "--stop-with-parent"
 
 
 @dataclass(slots=True)
-class Child:
+class SupervisedProcess:
     """
     One supervised process.
 
@@ -75,7 +75,7 @@ class Supervisor:
         self.stopping = asyncio.Event()
         self._grace_seconds = grace_seconds
         self._signals = contextlib.ExitStack()
-        self._children: Sequence[Child] = ()
+        self._children: Sequence[SupervisedProcess] = ()
 
     def __enter__(self) -> Self:
         self._signals.enter_context(signals(lambda _: self.stop(), numbers=STOP_SIGNALS))
@@ -97,7 +97,7 @@ class Supervisor:
         for child in self._children:
             _terminate(child)
 
-    async def run(self, children: Sequence[Child]) -> int:
+    async def run(self, children: Sequence[SupervisedProcess]) -> int:
         """
         Run the children until all have ended; return the exit status of the whole.
 
@@ -115,7 +115,7 @@ class Supervisor:
                 self.stop()
         return ExitStatus.REFUSED if ExitStatus.REFUSED in statuses else int(any(statuses))
 
-    async def _keep(self, child: Child) -> int:
+    async def _keep(self, child: SupervisedProcess) -> int:
         """
         Run one child again and again until it stops for good; return its last status.
         """
@@ -155,7 +155,7 @@ class Supervisor:
         return await ended
 
 
-async def _start(child: Child) -> asyncio.subprocess.Process:
+async def _start(child: SupervisedProcess) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         # -P: modules in the current folder must not take the place of Python's own.
@@ -168,7 +168,7 @@ async def _start(child: Child) -> asyncio.subprocess.Process:
     )
 
 
-def _terminate(child: Child) -> None:
+def _terminate(child: SupervisedProcess) -> None:
     if child.process is not None and child.process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             child.process.terminate()

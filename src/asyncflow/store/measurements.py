@@ -14,7 +14,7 @@ from asyncflow.store.database import Executor
 from asyncflow.store.workers import IS_LIVE
 
 
-class Offer(NamedTuple):
+class Capacity(NamedTuple):
     """
     Who runs tasks of one name on one queue, and what stands in the way.
 
@@ -45,13 +45,13 @@ OFFERED = f"""
 """
 
 
-async def offer(db: Executor, name: str, queue: str) -> Offer:
+async def capacity(db: Executor, name: str, queue: str) -> Capacity:
     """
     Who would run a task of this name on this queue now.
     """
     row = await db.fetchrow(OFFERED, name, queue, UNFINISHED_MAX)
     assert row is not None
-    return Offer(row["workers"], row["slots"], row["is_paused"], row["unfinished"])
+    return Capacity(row["workers"], row["slots"], row["is_paused"], row["unfinished"])
 
 
 UNFINISHED = """

@@ -75,7 +75,7 @@ LOGGED = re.compile(rb'"event": "(attempt\.settled|attempt\.void)"')
 LOGGED_TASK = re.compile(rb'"task_id": "([^"]*)"')
 
 
-class Task:
+class TaskHistory:
     """
     Everything known of one task, in order.
 
@@ -199,7 +199,7 @@ class Histories:
         self._set_time(line)
         return line
 
-    def tasks(self) -> Iterator[Task]:
+    def tasks(self) -> Iterator[TaskHistory]:
         """
         Every task that anybody saw, once; may be called once.
         """
@@ -221,10 +221,10 @@ class Histories:
                 lines.setdefault(line["task_id" if is_log else "task"], []).append(line)
             part.close()
             for id, about in lines.items():
-                yield self._with_submission(Task(id, about))
+                yield self._with_submission(TaskHistory(id, about))
         self._invokes.close()
 
-    def _with_submission(self, task: Task) -> Task:
+    def _with_submission(self, task: TaskHistory) -> TaskHistory:
         source = task.row or next(iter(task.seen("submit.ok")), {})
         number = source.get("submission", source.get("n"))
         task.submission = None if number is None else self.invoke(number)
@@ -252,7 +252,7 @@ class Checker:
         self.beats: dict[str, list[int]] = defaultdict(list)
         self.stored: set[int] = set()
 
-    def run(self, look: Callable[[Task, list[Violation]], None]) -> list[Violation]:
+    def run(self, look: Callable[[TaskHistory, list[Violation]], None]) -> list[Violation]:
         """
         Every violation, worst first; `look` sees each task, with what is wrong about it.
         """
@@ -275,10 +275,10 @@ class Checker:
         self.violations.sort(key=lambda v: int(v.invariant[1:]))
         return self.violations
 
-    def _say(self, invariant: str, fact: str, task: Task | None = None) -> None:
+    def _say(self, invariant: str, fact: str, task: TaskHistory | None = None) -> None:
         self.violations.append(Violation(invariant, fact, task.id if task else None))
 
-    def _check_submission(self, task: Task) -> None:
+    def _check_submission(self, task: TaskHistory) -> None:
         for answer in task.seen("submit.ok"):
             if task.row is None:
                 self._say("I1", f"submission {answer['n']} was answered 202 and is lost", task)
@@ -309,7 +309,7 @@ class Checker:
             if 0 < count < len(numbers):
                 self._say("I1", f"{count} of the {len(numbers)} tasks of batch {batch} are stored")
 
-    def _check_chain(self, task: Task) -> None:
+    def _check_chain(self, task: TaskHistory) -> None:
         state: str | None = None
         generation = 1
         redrives = len(task.seen("redrive.invoke"))
@@ -348,7 +348,7 @@ class Checker:
                     if line["what"] == "db.lost" and silent < overdue - 0.1:
                         self._say("I3", f"worker {worker} was given up after {silent:.2f} s")
 
-    def _check_leases(self, task: Task) -> None:
+    def _check_leases(self, task: TaskHistory) -> None:
         seen = set()
         for move in task.moves:
             if move["new"] == "running" and move["old"] != "running":
@@ -361,7 +361,7 @@ class Checker:
                 if move["new"] in ("failed", "pending") and (gone is None or gone > move["seq"]):
                     self._say("I3", "it was taken from a worker that was not gone", task)
 
-    def _check_executions(self, task: Task) -> None:
+    def _check_executions(self, task: TaskHistory) -> None:
         starts, ends = task.seen("start"), task.seen("end")
         for start in starts:
             claim = task.claims.get(start["lease"])
@@ -383,7 +383,7 @@ class Checker:
         for end in ends:
             self._check_fence(task, end)
 
-    def _check_fence(self, task: Task, end: Line) -> None:
+    def _check_fence(self, task: TaskHistory, end: Line) -> None:
         """
         A handler in the loop can be stopped at once, so it must not go on when the worker has
         not been able to beat for a whole lease; unless the process stood still.
@@ -408,7 +408,7 @@ class Checker:
         if silent > self.lease_us + FENCE_SLACK_US:
             self._say("I4", f"it went on {silent / 1e6:.1f} s after its worker's last beat", task)
 
-    def _check_times(self, task: Task) -> None:
+    def _check_times(self, task: TaskHistory) -> None:
         for claim in task.claims.values():
             if claim["now"] < claim["old_run_at"]:
                 early = claim["old_run_at"] - claim["now"]
@@ -418,7 +418,7 @@ class Checker:
             if claim["cancel_requested"]:
                 self._say("I5", "it was claimed after its cancellation was asked for", task)
 
-    def _check_cancellation(self, task: Task) -> None:
+    def _check_cancellation(self, task: TaskHistory) -> None:
         asked = [line["us"] for line in task.seen("cancel.invoke")]
         for move in task.moves:
             if move["new"] != "cancelled" or move["old"] == "cancelled":
@@ -429,7 +429,7 @@ class Checker:
             elif not asked or asked[0] > move["us"] + CLOCK_SLACK_US:
                 self._say("I5", "it was cancelled and nobody had asked for it", task)
 
-    def _check_counts(self, task: Task) -> None:
+    def _check_counts(self, task: TaskHistory) -> None:
         releases = 0
         for move in task.moves:
             old, new = move["old"], move["new"]
@@ -454,7 +454,7 @@ class Checker:
         if releases > RELEASES_MAX:
             self._say("I6", f"{releases} attempts were charged to nobody", task)
 
-    def _check_backoff(self, task: Task, move: Line, charged: int) -> None:
+    def _check_backoff(self, task: TaskHistory, move: Line, charged: int) -> None:
         if not charged or move["kind"] in ("WorkerLost", "Crashed"):
             return  # After a crash the first retry is due at once.
         base, cap = self.h.plan["backoff"]
@@ -463,7 +463,7 @@ class Checker:
         if wait < 0.95 * least:
             self._say("I6", f"due again after {wait:.3f} s instead of {least:g} s", task)
 
-    def _check_result(self, task: Task) -> None:
+    def _check_result(self, task: TaskHistory) -> None:
         for move in task.moves:
             if move["old"] != "running":
                 continue
@@ -509,7 +509,7 @@ class Checker:
             if is_known and not fault["detail"].endswith("with 0"):
                 self._say("I13", f"{fault['target']} on SIGTERM: {fault['detail']}")
 
-    def _check_reads(self, task: Task) -> None:
+    def _check_reads(self, task: TaskHistory) -> None:
         latest: tuple[int, int, int] = (0, 0, 0)
         for read in task.seen("read"):
             if read["status"] == 404:
@@ -522,7 +522,7 @@ class Checker:
                 self._say("I14", f"a client read {latest} and later {now}", task)
             latest = max(latest, now)
 
-    def _check_logs(self, task: Task) -> None:
+    def _check_logs(self, task: TaskHistory) -> None:
         left = {(m["old_attempt"], m["new"]) for m in task.moves if m["old"] == "running"}
         lost = {m["old_attempt"] for m in task.moves if m["kind"] == "WorkerLost"}
         for line in task.logs:
@@ -553,7 +553,7 @@ def shortcomings(h: Histories, *, completed: int, fenced: int) -> list[str]:
 
 
 @dataclass
-class Verdict:
+class Judgement:
     """
     What the checker has to say.
 
@@ -569,8 +569,9 @@ class Verdict:
 
 
 def judge(
-    histories: Histories, look: Callable[[Task, list[Violation]], None] = lambda task, wrong: None
-) -> Verdict:
+    histories: Histories,
+    look: Callable[[TaskHistory, list[Violation]], None] = lambda task, wrong: None,
+) -> Judgement:
     """
     Judge a run. Its histories can be read only once; whoever wants to see the tasks too, looks on.
     """
@@ -578,7 +579,7 @@ def judge(
     violations = checker.run(look)
     reasons = shortcomings(histories, completed=checker.completed, fenced=checker.fenced)
     status = VIOLATED if violations else INVALID if reasons else PASSED
-    return Verdict(status, violations, reasons, checker.fenced)
+    return Judgement(status, violations, reasons, checker.fenced)
 
 
 def main() -> int:

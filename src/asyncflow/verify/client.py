@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from asyncflow.verify.history import History
-from asyncflow.verify.workload import Planned, Workload
+from asyncflow.verify.workload import PlannedTask, Workload
 
 TIMEOUT_SECONDS = 5.0
 RETRY_SECONDS = (0.1, 0.5)
@@ -74,7 +74,7 @@ class Clients:
                 await self._room.acquire()
                 group.create_task(self._submit(call, group))
 
-    async def _submit(self, call: list[Planned], group: asyncio.TaskGroup) -> None:
+    async def _submit(self, call: list[PlannedTask], group: asyncio.TaskGroup) -> None:
         try:
             for _ in range(TRIES_MAX):
                 if await self._is_answered(call, group):
@@ -86,7 +86,7 @@ class Clients:
         finally:
             self._room.release()
 
-    async def _is_answered(self, call: list[Planned], group: asyncio.TaskGroup) -> bool:
+    async def _is_answered(self, call: list[PlannedTask], group: asyncio.TaskGroup) -> bool:
         batch = {"batch": call[0].number} if len(call) > 1 else {}
         self._history.write_all(
             "submit.invoke",
@@ -126,7 +126,7 @@ class Clients:
             return await self._request("POST", "/tasks", bodies[0])
         return await self._request("POST", "/tasks/batch", {"tasks": bodies})
 
-    def _follow_up(self, planned: Planned, task: str) -> list[Coroutine[Any, Any, None]]:
+    def _follow_up(self, planned: PlannedTask, task: str) -> list[Coroutine[Any, Any, None]]:
         steps = []
         if planned.cancel_after is not None:
             steps.append(self._steer(task, "cancel", planned.cancel_after))
@@ -185,7 +185,7 @@ class Clients:
                 pass
 
 
-def _body(planned: Planned) -> Json:
+def _body(planned: PlannedTask) -> Json:
     if planned.expires_after is None:
         return planned.body
     expires_at = datetime.now(UTC) + timedelta(seconds=planned.expires_after)

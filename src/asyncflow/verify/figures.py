@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from asyncflow.verify.checker import Histories, Line, Task
+from asyncflow.verify.checker import Histories, Line, TaskHistory
 
 STRIKES = ("kill", "kill-worker", "pause", "cut-off", "hold-postgres")
 """Faults that can cost a worker its leases."""
@@ -65,7 +65,7 @@ class Figures:
             if (strike := self._strike(lines)) is not None
         }
 
-    def look(self, task: Task) -> None:
+    def look(self, task: TaskHistory) -> None:
         """
         Take a task into account.
         """
@@ -84,7 +84,7 @@ class Figures:
             if is_reaped:
                 self._note_rerun(move, task.moves[number + 1 :])
 
-    def _count(self, task: Task) -> None:
+    def _count(self, task: TaskHistory) -> None:
         if task.row is None:
             self._lost += bool(task.seen("submit.ok"))
             return

@@ -27,7 +27,7 @@ _histories: dict[int, History] = {}
 _forked: list[int] = []
 
 
-class Planned(Exception):
+class PlannedFailure(Exception):
     """
     A failure that belongs to the workload; its text names the lease it happened under.
     """
@@ -99,7 +99,7 @@ async def fail(
         if seconds:
             await asyncio.sleep(seconds)
         if context.attempt <= times:
-            raise Planned(context)
+            raise PlannedFailure(context)
         return _result(context, submission, pad)
 
 
@@ -109,7 +109,7 @@ async def doom(context: Context, submission: int, pad: str = "") -> None:
     Fail always.
     """
     with _written_down(context, "loop"):
-        raise Planned(context)
+        raise PlannedFailure(context)
 
 
 @handler("verify.crunch", isolation="process", backoff=BACKOFF)

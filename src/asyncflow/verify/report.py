@@ -13,9 +13,9 @@ from asyncflow.verify.checker import (
     INVARIANTS,
     VERDICTS,
     Histories,
+    Judgement,
     Line,
-    Task,
-    Verdict,
+    TaskHistory,
     Violation,
     judge,
 )
@@ -46,7 +46,7 @@ class Onlooker:
         self._histories = histories
         self._told: set[str] = set()
 
-    def look(self, task: Task, violations: list[Violation]) -> None:
+    def look(self, task: TaskHistory, violations: list[Violation]) -> None:
         """
         Take a task into account.
         """
@@ -57,7 +57,7 @@ class Onlooker:
             self.timelines[task.id] = timeline(self._histories, task)
 
 
-def write(folder: Path) -> tuple[Verdict, str]:
+def write(folder: Path) -> tuple[Judgement, str]:
     """
     Judge a run and leave `report.json` and `report.md` in its folder.
 
@@ -85,7 +85,7 @@ def write(folder: Path) -> tuple[Verdict, str]:
     return verdict, text
 
 
-def _counts(verdict: Verdict) -> dict[str, int]:
+def _counts(verdict: Judgement) -> dict[str, int]:
     found = Counter(v.invariant for v in verdict.violations)
     return {invariant: found[invariant] for invariant in INVARIANTS}
 

@@ -4,13 +4,13 @@ The story of one task: what everybody saw of it, in one order.
 
 from __future__ import annotations
 
-from asyncflow.verify.checker import Histories, Line, Task
+from asyncflow.verify.checker import Histories, Line, TaskHistory
 
 BEFORE_US, AFTER_US = 5_000_000, 1_000_000
 """How long before and after its life a fault is part of the story."""
 
 
-def timeline(h: Histories, task: Task) -> list[str]:
+def timeline(h: Histories, task: TaskHistory) -> list[str]:
     """
     A line for each thing that was seen, readable by a person.
     """
@@ -21,7 +21,7 @@ def timeline(h: Histories, task: Task) -> list[str]:
     return [f"{(at - origin) / 1e6:10.3f} s  {who:<16} {fact}" for at, who, fact in sorted(told)]
 
 
-def _by_clients(task: Task) -> list[tuple[int, str, str]]:
+def _by_clients(task: TaskHistory) -> list[tuple[int, str, str]]:
     told = []
     if task.submission is not None:
         told.append((task.submission["us"], "client", f"submits a {task.recipe} task"))
@@ -34,7 +34,7 @@ def _by_clients(task: Task) -> list[tuple[int, str, str]]:
     return told
 
 
-def _by_others(task: Task) -> list[tuple[int, str, str]]:
+def _by_others(task: TaskHistory) -> list[tuple[int, str, str]]:
     told = [(line["us"], "database", _move_in_words(line)) for line in task.history]
     for line in task.seen("start") + task.seen("end"):
         how = line.get("how", "starts")
@@ -42,7 +42,9 @@ def _by_others(task: Task) -> list[tuple[int, str, str]]:
     return told
 
 
-def _around(h: Histories, task: Task, *, first: int, last: int) -> list[tuple[int, str, str]]:
+def _around(
+    h: Histories, task: TaskHistory, *, first: int, last: int
+) -> list[tuple[int, str, str]]:
     told = []
     for line in h.kinds["fault.start"] + h.kinds["fault.end"]:
         if first - BEFORE_US < line["us"] < last + AFTER_US:

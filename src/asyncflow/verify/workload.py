@@ -20,7 +20,7 @@ REDRIVEN = frozenset({"doom", "exit"})
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedTask:
     """
     One task to submit and what its client does afterwards.
 
@@ -104,7 +104,7 @@ class Workload:
         mean = max(BATCH_SIZE_LEAST, (per_call - 1 + BATCH_SHARE) / BATCH_SHARE)
         self._batch_size_max = int(2 * mean)
 
-    def next_call(self) -> list[Planned]:
+    def next_call(self) -> list[PlannedTask]:
         """
         What the next request submits: one task, or a batch.
         """
@@ -113,7 +113,7 @@ class Workload:
         size = self._random.randint(2, self._batch_size_max)
         return [self._next(in_batch=True) for _ in range(size)]
 
-    def again(self, call: list[Planned]) -> list[Planned]:
+    def again(self, call: list[PlannedTask]) -> list[PlannedTask]:
         """
         The same tasks under new numbers, for a client that was not told what became of them.
 
@@ -121,12 +121,12 @@ class Workload:
         """
         return [self._renumbered(planned) for planned in call]
 
-    def _renumbered(self, planned: Planned) -> Planned:
+    def _renumbered(self, planned: PlannedTask) -> PlannedTask:
         number = next(self._numbers)
         payload = {**planned.body["payload"], "submission": number}
         return replace(planned, number=number, body={**planned.body, "payload": payload})
 
-    def _next(self, *, in_batch: bool) -> Planned:
+    def _next(self, *, in_batch: bool) -> PlannedTask:
         chance = self._random
         weights = IN_BATCHES if in_batch else ONE_BY_ONE
         [recipe] = chance.choices([*weights], [*weights.values()])
@@ -141,7 +141,7 @@ class Workload:
         }
         if chosen.delay is not None:
             body["delay_seconds"] = chance.uniform(*chosen.delay)
-        return Planned(
+        return PlannedTask(
             number,
             recipe,
             body,
