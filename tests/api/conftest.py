@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from asyncflow.api.app import create_app
 from asyncflow.api.catalogue import Catalogue
+from asyncflow.api.front.limits import BODY_SECONDS_MAX
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
 from asyncflow.store.wakeups import Waker
@@ -50,12 +51,29 @@ def catalogue(db: Database) -> Catalogue:
 
 
 @pytest.fixture
-async def app(db: Database, settings: Settings, catalogue: Catalogue) -> AsyncIterator[FastAPI]:
+def body_seconds_max() -> float:
+    """
+    The application's own limit, unless a test says otherwise.
+    """
+    return BODY_SECONDS_MAX
+
+
+@pytest.fixture
+async def app(
+    db: Database, settings: Settings, catalogue: Catalogue, body_seconds_max: float
+) -> AsyncIterator[FastAPI]:
     """
     The application as `processes` makes it.
     """
     waker = Waker(db)
-    yield create_app(db, settings, catalogue=catalogue, waker=waker, version="1.2.3")
+    yield create_app(
+        db,
+        settings,
+        catalogue=catalogue,
+        waker=waker,
+        version="1.2.3",
+        body_seconds_max=body_seconds_max,
+    )
     await waker.close()
 
 

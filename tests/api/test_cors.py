@@ -4,14 +4,13 @@ What browsers are told about pages of other origins.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from asyncflow.api.cors import with_cors
+from asyncflow.api.front.cors import with_cors
 from asyncflow.settings import Settings
 
 PAGE = "https://app.example.com"
@@ -32,22 +31,27 @@ ROUTES = [
 
 
 @pytest.fixture
-def settings(settings: Settings) -> Settings:
+def origins() -> tuple[str, ...]:
     """
-    Pages of two origins may use the API.
+    Pages of two origins may use the API, unless a test says otherwise.
     """
-    return replace(settings, api_cors_origins=(PAGE, "http://localhost:5173"))
+    return (PAGE, "http://localhost:5173")
 
 
 @pytest.fixture
-async def browser(app: FastAPI, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+def settings(settings: Settings, origins: tuple[str, ...]) -> Settings:
     """
-    A client of the application as `processes` serves it.
+    Settings that allow `origins`.
     """
-    allowing = with_cors(app, settings.api_cors_origins)
-    transport = httpx.ASGITransport(app=allowing)
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
-        yield client
+    return replace(settings, api_cors_origins=origins)
+
+
+@pytest.fixture
+def browser(client: httpx.AsyncClient) -> httpx.AsyncClient:
+    """
+    A client that a test sends headers of browsers with.
+    """
+    return client
 
 
 async def asked(
@@ -140,13 +144,12 @@ async def test_a_browser_that_asks_for_a_foreign_page_is_told_nothing(
     assert {"vary": "Origin"} == told(answer)
 
 
-async def test_an_asterisk_allows_every_origin(app: FastAPI) -> None:
+@pytest.mark.parametrize("origins", [("*",)])
+async def test_an_asterisk_allows_every_origin(browser: httpx.AsyncClient) -> None:
     """
     Answers do not differ then, so caches need not know.
     """
-    transport = httpx.ASGITransport(app=with_cors(app, ("*",)))
-    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
-        answer = await asked(client, "GET", "/tasks", FOREIGN)
+    answer = await asked(browser, "GET", "/tasks", FOREIGN)
 
     assert {"allow-origin": "*", "expose-headers": "allow, location, retry-after"} == told(answer)
 
@@ -155,4 +158,4 @@ async def test_without_origins_nothing_is_added_or_run(app: FastAPI) -> None:
     """
     It costs a submission nothing.
     """
-    assert app is with_cors(app, ())
+    assert app is with_cors(app, origins=())

@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 from structlog.testing import capture_logs
 
-from asyncflow.api.gate import Gate
+from asyncflow.api.front.gate import Gate
 from asyncflow.api.problems import KINDS
 from asyncflow.errors import Refusal
 from asyncflow.processes.api import serve_api
@@ -300,13 +300,13 @@ async def test_a_refusal_says_what_to_set(offline_client: httpx.AsyncClient) -> 
     cross_site = await offline_client.post("/tasks", headers={"Origin": "https://app.example.com"})
 
     assert misdirected.json()["detail"] == (
-        "This server does not answer to the host 'tasks.example.com:8443'. If it is to be reached "
-        "by that name, add the name, without a port, to ASYNCFLOW_API_HOSTS."
+        "This server does not answer to the host 'tasks.example.com:8443'. To accept that name, "
+        "add it, without a port, to ASYNCFLOW_API_HOSTS."
     )
     assert len(long.content) < 1_000
     assert (broken.status_code, broken.json()["instance"]) == (421, "/tasks")
     assert cross_site.json()["detail"] == (
-        "A page of https://app.example.com asked for this; other sites may only read. "
+        "The request comes from a page of https://app.example.com; other sites may only read. "
         "To allow an origin, add it to ASYNCFLOW_API_CORS_ORIGINS."
     )
 
@@ -356,7 +356,7 @@ async def test_a_body_that_a_form_could_send_does_not_act(
 
         assert answer.status_code == 415
         assert answer.json()["detail"] == (
-            "This takes no body; leave it out, or send JSON with Content-Type: application/json."
+            "This takes no body; remove it, or send JSON with Content-Type: application/json."
         )
 
 

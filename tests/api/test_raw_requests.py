@@ -20,7 +20,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from asyncflow.api.protocol import BoundedProtocol
+from asyncflow.api.front.protocol import BoundedProtocol
 from tests.api.raw_requests import Sent, cancelling, corpus, get, length, post
 from tests.support.live import PATIENCE_SECONDS, LiveApi, live_api
 from tests.support.postgres import PostgresServer

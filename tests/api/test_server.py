@@ -21,8 +21,7 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from asyncflow.api import body
-from asyncflow.api.protocol import BoundedProtocol
+from asyncflow.api.front.protocol import BoundedProtocol
 from asyncflow.errors import AddressTaken
 from asyncflow.processes import api as processes
 from asyncflow.processes.api import listen, serve_api
@@ -103,19 +102,6 @@ def status_of(answer: bytes) -> int:
 async def rows(db: Database) -> int:
     count: int = await db.fetchval("SELECT count(*) FROM asyncflow.tasks")
     return count
-
-
-def test_the_server_leaves_signals_to_the_process() -> None:
-    """
-    Uvicorn would replace the handlers of SIGINT and SIGTERM while it serves.
-    """
-    server = processes._server(uvicorn.Config("unused"))
-    before = signal.getsignal(signal.SIGTERM)
-
-    with server.capture_signals():
-        during = signal.getsignal(signal.SIGTERM)
-
-    assert before == during
 
 
 async def test_a_task_can_be_submitted_over_a_socket(port: int, db: Database) -> None:
@@ -218,6 +204,19 @@ async def test_what_is_loaded_at_the_start_is_not_looked_through_again(
         gc.unfreeze()
 
     assert frozen[0] > 10_000
+
+
+def test_the_server_leaves_signals_to_the_process() -> None:
+    """
+    Uvicorn would replace the handlers of SIGINT and SIGTERM while it serves.
+    """
+    server = processes._server(uvicorn.Config("unused"))
+    before = signal.getsignal(signal.SIGTERM)
+
+    with server.capture_signals():
+        during = signal.getsignal(signal.SIGTERM)
+
+    assert before == during
 
 
 async def test_a_port_that_is_taken_while_the_database_is_awaited_is_one_sentence(
@@ -368,13 +367,11 @@ async def test_a_client_that_leaves_after_its_body_leaves_one_task(port: int, db
     assert await rows(db) == 1
 
 
-async def test_a_body_that_never_comes_is_given_up(
-    port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("body_seconds_max", [0.2])
+async def test_a_body_that_never_comes_is_refused(port: int) -> None:
     """
-    408, and the connection is free again.
+    The answer is 408, and the connection is closed.
     """
-    monkeypatch.setattr(body, "BODY_SECONDS_MAX", 0.2)
     answer = await exchange(port, post(b'{"na', length=100))
 
     assert status_of(answer) == 408

@@ -35,10 +35,11 @@ def api_with_patience(database_url: str, folder: Path, *, seconds: int) -> Itera
     An API whose limits, up to 75 seconds by default, are all these seconds.
     """
     prelude = f"""
-from asyncflow.api import body
-from asyncflow.api.protocol import BoundedProtocol
+import functools
+from asyncflow.api import app
+from asyncflow.api.front.protocol import BoundedProtocol
 
-body.BODY_SECONDS_MAX = {seconds}
+app.create_app = functools.partial(app.create_app, body_seconds_max={seconds})
 BoundedProtocol.head_seconds_max = {seconds}
 BoundedProtocol.unread_seconds_max = {seconds}
 """

@@ -318,7 +318,7 @@ _STEPS = [
         statement="INSERT INTO asyncflow.tasks",
     ),
     _step(
-        *("api", "answer", "asyncflow.api.submissions:_send_accepted", "before"),
+        *("api", "answer", "asyncflow.api.routes.submissions:_send_accepted", "before"),
         story="submission",
     ),
     _step(*("api", "wake-up", "asyncflow.store.wakeups:send_wakeup", "before"), story="submission"),

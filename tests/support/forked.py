@@ -26,7 +26,7 @@ LOADED = (
     "asyncflow.processes.api",
     "asyncflow.processes.worker",
     "asyncflow.processes.maintenance",
-    *("asyncflow.api.app", "asyncflow.api.catalogue", "asyncflow.api.protocol", "uvicorn"),
+    *("asyncflow.api.app", "asyncflow.api.catalogue", "asyncflow.api.front.protocol", "uvicorn"),
     *("asyncflow.worker.worker", "asyncflow.handlers", "asyncflow.transport.rabbitmq.transport"),
     *("asyncflow.maintenance.chores", "asyncflow.relay.relay", "asyncflow.store.migrations"),
 )

@@ -1,32 +1,34 @@
 """
 The OpenAPI description: what FastAPI derives, and what it cannot know.
 
-It cannot know the plain endpoints that read their own bodies, nor that errors are problem
-documents.
+It cannot know the plain endpoint of `POST /tasks`, what operations read from their bodies by
+themselves, nor that errors are problem documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from asyncflow.api.examples import EXAMPLES
 from asyncflow.api.problems import KINDS, MEDIA_TYPE
-from asyncflow.wire.batches import SubmitBatch, SubmittedBatch
+from asyncflow.wire.batches import SubmitBatch
 from asyncflow.wire.problems import Problem
 from asyncflow.wire.submissions import SubmitTask, SubmittedTask
 
 DESCRIPTION = """
-Submit a task and get `202 Accepted` once it is committed to PostgreSQL: it survives any
-crash from there on. A worker runs the handler of its name; `GET /tasks/{id}` tells how far
-it is. Errors are problem documents (RFC 9457) that say what would have worked.
+Submit a task and get `202 Accepted` once it is committed to PostgreSQL: from then on it survives
+any crash. A worker runs the handler registered under the task's name; `GET /tasks/{id}` returns
+its status and, once completed, its result. Errors are problem documents (RFC 9457) that say what
+would be accepted.
 
-`Idempotency-Key` is not supported yet: a request for a change that has the header is refused
-with 501, so that no client relies on it.
+`Idempotency-Key` is not supported yet: a request that would change something and has this header
+is refused with 501, so that no client relies on it.
 """
 
 TAGS = [
@@ -35,7 +37,11 @@ TAGS = [
 ]
 
 _REFERENCE = "#/components/schemas/{model}"
-_SUBMISSION_PROBLEMS = (
+
+CHANGE_PROBLEMS = ("cross-site", "idempotency-key-unsupported")
+"""Possible answers of every operation that changes something."""
+
+SUBMISSION_PROBLEMS = (
     "malformed-json",
     "request-timeout",
     "body-too-large",
@@ -43,9 +49,9 @@ _SUBMISSION_PROBLEMS = (
     "invalid-task",
     "invalid-payload",
     "unavailable",
+    *CHANGE_PROBLEMS,
 )
-CHANGE_PROBLEMS = ("cross-site", "idempotency-key-unsupported")
-"""What every operation that changes something may answer."""
+"""Possible answers of the operations that submit tasks."""
 
 
 def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
@@ -59,6 +65,21 @@ def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
         status: _problem_response(" or ".join(texts).capitalize())
         for status, texts in sorted(titles.items())
     }
+
+
+def takes(model: type[BaseModel]) -> dict[str, Any]:
+    """
+    The description of an operation that reads a `model` from its body by itself.
+    """
+    content = {"application/json": {"schema": _reference(model)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def operation_id(route: APIRoute) -> str:
+    """
+    The name of the function that serves it: client generators name their methods by it.
+    """
+    return route.name
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
@@ -78,7 +99,6 @@ def describe(app: FastAPI) -> dict[str, Any]:
             (SubmitTask, "validation"),
             (SubmitBatch, "validation"),
             (SubmittedTask, "serialization"),
-            (SubmittedBatch, "serialization"),
             (Problem, "serialization"),
         ],
         ref_template=_REFERENCE,
@@ -89,11 +109,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
     for name, example in EXAMPLES.items():
         schemas[name]["examples"] = [example]
     paths = document["paths"]
-    document["paths"] = {
-        "/tasks": {"post": _SUBMIT, **paths.pop("/tasks")},
-        "/tasks/batch": {"post": _SUBMIT_BATCH},
-        **paths,
-    }
+    document["paths"] = {"/tasks": {"post": _SUBMIT, **paths.pop("/tasks")}, **paths}
     document["x-problems"] = {kind: told._asdict() for kind, told in KINDS.items()}
     return document
 
@@ -109,59 +125,32 @@ def _forget_default_errors(document: dict[str, Any]) -> None:
 
 
 def _problem_response(description: str) -> dict[str, Any]:
-    schema = {"$ref": _REFERENCE.format(model="Problem")}
-    return {"description": description, "content": {MEDIA_TYPE: {"schema": schema}}}
-
-
-def _operation(
-    *,
-    name: str,
-    summary: str,
-    description: str,
-    takes: str,
-    gives: str,
-    headers: Mapping[str, Any],
-    partly: str | None = None,
-) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=gives)}}}
     return {
-        "tags": ["tasks"],
-        "summary": summary,
         "description": description,
-        "operationId": name,
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model=takes)}}},
-        },
-        "responses": {
-            "202": {"description": "Stored.", "headers": dict(headers), "content": content},
-            **({"207": {"description": partly, "content": content}} if partly else {}),
-            **{
-                str(status): told
-                for status, told in problems(*_SUBMISSION_PROBLEMS, *CHANGE_PROBLEMS).items()
-            },
-        },
+        "content": {MEDIA_TYPE: {"schema": _reference(Problem)}},
     }
 
 
-_SUBMIT = _operation(
-    name="submit_task",
-    summary="Submit a task",
-    description="Answered once the task is committed. A name that no worker offers yet is "
-    "taken, too: the task waits until one does.",
-    takes="SubmitTask",
-    gives="SubmittedTask",
-    headers={
-        "Location": {"description": "Where to ask for it.", "schema": {"type": "string"}},
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REFERENCE.format(model=model.__name__)}
+
+
+_SUBMIT = {
+    "tags": ["tasks"],
+    "summary": "Submit a task",
+    "description": "Answered once the task is committed. A name that no worker offers yet is "
+    "accepted, too: the task waits until a worker offers it.",
+    "operationId": "submit_task",
+    **takes(SubmitTask),
+    "responses": {
+        "202": {
+            "description": "Stored.",
+            "headers": {
+                "Location": {"description": "The task's path.", "schema": {"type": "string"}}
+            },
+            "content": {"application/json": {"schema": _reference(SubmittedTask)}},
+        },
+        **{str(status): told for status, told in problems(*SUBMISSION_PROBLEMS).items()},
     },
-)
-_SUBMIT_BATCH = _operation(
-    name="submit_batch",
-    summary="Submit a batch",
-    description="Up to 1000 tasks: all of them are stored, or none. With `partial`, those that can "
-    "be are stored, and the answer says what is wrong with the others. Answered in their order.",
-    partly="Some could not be stored, or none: they are in `refused`.",
-    takes="SubmitBatch",
-    gives="SubmittedBatch",
-    headers={},
-)
+}
+"""FastAPI does not know the plain endpoint of `POST /tasks`."""

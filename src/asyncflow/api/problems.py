@@ -10,33 +10,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
-from uuid import uuid4
 
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from asyncflow.api.field_errors import parameter_errors
 from asyncflow.errors import (
-    AsyncFlowError,
     IllegalTransition,
     InvalidDocument,
     InvalidPayload,
     InvalidQuery,
     InvalidTask,
     MalformedJson,
-    Refusal,
     SchemaMismatch,
     StoreUnavailable,
     TaskNotFound,
 )
 
 MEDIA_TYPE = "application/problem+json"
-RETRY_AFTER_SECONDS = 1
 TEXT_LENGTH_MAX = 500
 """Longer pointers and details are cut; both may quote what was sent."""
 
@@ -158,87 +147,6 @@ KINDS = {
 }
 
 
-def install_problems(app: FastAPI) -> None:
-    """
-    Make `app` answer every error it knows with a problem document.
-    """
-    app.add_exception_handler(AsyncFlowError, answer_error)
-    app.add_exception_handler(RequestValidationError, answer_error)
-    app.add_exception_handler(HTTPException, answer_error)
-
-
-class Answering:
-    """
-    Wraps an endpoint that is served without FastAPI, and answers its errors the same way.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """
-        Serve one request.
-        """
-        try:
-            await self._app(scope, receive, send)
-        except AsyncFlowError as error:
-            response = await answer_error(Request(scope), error)
-            await response(scope, receive, send)
-
-
-async def answer_error(request: Request, error: Exception) -> Response:
-    """
-    The response that tells the client about `error`; raises it again if it is a fault of ours.
-    """
-    path = request.scope["path"]
-    match error:
-        case HTTPException(status_code=405):
-            return _method_not_allowed(request)
-        case HTTPException(status_code=404):
-            return problem("not-found", f"There is nothing at {path}{_hint(request.scope)}", path)
-        case RequestValidationError():
-            errors, count = parameter_errors(error)
-            return _response(invalid_document(InvalidQuery(errors, count=count), path))
-        case InvalidDocument() | InvalidQuery():
-            return _response(invalid_document(error, path))
-        case AsyncFlowError(problem_type=str(kind)):
-            return problem(kind, _detail(error), path, headers=_headers(error), **_members(error))
-        case _:
-            raise error
-
-
-def _detail(error: AsyncFlowError) -> str:
-    if isinstance(error, StoreUnavailable):
-        # PostgreSQL's own words may name hosts and users; they belong in the log.
-        return "The database cannot serve now; try again."
-    return str(error)
-
-
-def _headers(error: AsyncFlowError) -> Mapping[str, str] | None:
-    if isinstance(error, Refusal):
-        return error.headers
-    return {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.http_status == 503 else None
-
-
-def _members(error: AsyncFlowError) -> dict[str, str]:
-    return {"state": error.state.upper()} if isinstance(error, IllegalTransition) else {}
-
-
-def internal_problem(path: str, incident_id: str) -> Response:
-    """
-    The response to a fault of ours; tells nothing but where the log has more.
-    """
-    detail = f"Something went wrong on our side; the log has it as incident {incident_id}."
-    return problem("internal", detail, path, incident_id=incident_id)
-
-
-def new_incident_id() -> str:
-    """
-    A name for one fault, to find it in the log.
-    """
-    return uuid4().hex[:12]
-
-
 def problem(
     kind: str,
     detail: str,
@@ -251,6 +159,13 @@ def problem(
     A problem document of one of `KINDS` about a request for `path`, None if it is unknown.
     """
     return _response(_document(kind, detail, path, (), **members), headers)
+
+
+def invalid_problem(error: InvalidDocument | InvalidQuery, path: str) -> Response:
+    """
+    The response that points to the wrong places of a request for `path`.
+    """
+    return _response(invalid_document(error, path))
 
 
 def invalid_document(error: InvalidDocument | InvalidQuery, path: str) -> dict[str, Any]:
@@ -310,35 +225,3 @@ def _clipped(entry: Mapping[str, str]) -> dict[str, str]:
 
 def _cut(text: str) -> str:
     return text if len(text) <= TEXT_LENGTH_MAX else text[: TEXT_LENGTH_MAX - 1] + "…"
-
-
-def _hint(scope: Scope) -> str:
-    # Not a redirect: many clients would follow it with a GET, and a submission would be a list.
-    root_path = scope.get("root_path", "")
-    path = "/".join(["", *filter(None, _route_path(scope).lower().split("/"))])
-    other = {**scope, "path": root_path + path}
-    found = path != "/" and any(r.matches(other)[0] is not Match.NONE for r in scope["app"].routes)
-    return f"; did you mean {root_path}{path}?" if found else "."
-
-
-def _route_path(scope: Scope) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
-
-
-def _method_not_allowed(request: Request) -> Response:
-    allow = ", ".join(sorted(_allowed_methods(request.scope)))
-    if request.method == "OPTIONS":
-        return Response(status_code=204, headers={"Allow": allow})
-    path = request.scope["path"]
-    detail = f"{path} does not take {request.method}; it takes {allow}."
-    return problem("method-not-allowed", detail, path, headers={"Allow": allow})
-
-
-def _allowed_methods(scope: Scope) -> set[str]:
-    # Starlette's own answer names the first matching route only. A path of its own, such as
-    # /tasks/batch, is not also an id.
-    matching = [r for r in scope["app"].routes if r.matches(scope)[0] is not Match.NONE]
-    exact = [route for route in matching if route.path == _route_path(scope)]
-    methods = {"OPTIONS"}.union(*(route.methods for route in exact or matching))
-    return methods | {"HEAD"} if "GET" in methods else methods

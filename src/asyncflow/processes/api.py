@@ -41,8 +41,7 @@ async def serve_api(settings: Settings) -> None:
 
     from asyncflow.api.app import create_app
     from asyncflow.api.catalogue import Catalogue
-    from asyncflow.api.cors import with_cors
-    from asyncflow.api.protocol import BoundedProtocol
+    from asyncflow.api.front.protocol import BoundedProtocol
     from asyncflow.maintenance.watch import MaintenanceWatch
     from asyncflow.store.wakeups import Waker
 
@@ -65,7 +64,7 @@ async def serve_api(settings: Settings) -> None:
                 version=version("asyncflow"),
             )
             config = uvicorn.Config(
-                with_cors(app, settings.api_cors_origins),
+                app,
                 loop="none",
                 http=BoundedProtocol,
                 ws="none",

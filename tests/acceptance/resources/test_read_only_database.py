@@ -56,7 +56,7 @@ async def test_a_read_only_database_costs_time_and_no_task(system: System) -> No
         await system.finishes(load.accepted[-1], timeout_seconds=FLOWING_AGAIN_SECONDS)
 
     assert (503, 503) == (refused.status_code, ready.status_code)
-    assert refused.json()["detail"] == "The database cannot serve now; try again."
+    assert refused.json()["detail"] == "The database is unavailable; try again."
     assert refused.headers["Retry-After"]
     assert read["status"] == "RUNNING"
     assert {503} == set(load.refused)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
-from fastapi import FastAPI
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
@@ -27,16 +27,6 @@ ASSETS = {
     "/docs/page.js": ("page.js", "text/javascript"),
     "/docs/page.css": ("page.css", "text/css"),
 }
-
-
-def add_docs_routes(app: FastAPI) -> None:
-    """
-    Serve the docs page, the meaning of problem types, and a way to them from `/`.
-    """
-    for path, (name, media_type) in ASSETS.items():
-        app.add_route(path, _asset(name, media_type), include_in_schema=False)
-    app.add_route("/problems/{kind}", explain_problem, include_in_schema=False)
-    app.add_route("/", go_to_docs, include_in_schema=False)
 
 
 async def go_to_docs(request: Request) -> Response:
@@ -69,3 +59,10 @@ def _asset(name: str, media_type: str) -> Callable[[Request], Awaitable[Response
         )
 
     return asset
+
+
+router = APIRouter(include_in_schema=False)
+router.add_route("/", go_to_docs)
+router.add_route("/problems/{kind}", explain_problem)
+for _path, (_name, _media_type) in ASSETS.items():
+    router.add_route(_path, _asset(_name, _media_type))

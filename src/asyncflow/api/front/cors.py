@@ -1,10 +1,10 @@
 """
-Lets web pages of other origins use the API: what a browser wants to be told (Fetch, "CORS
-protocol"). Off unless origins are set; then it costs nothing.
+The headers that let web pages of other origins use the API (Fetch, "CORS protocol"). Off unless
+origins are set; then it costs nothing.
 
-It only adds headers, to every answer, those of problems and of OPTIONS included: OPTIONS is what a
-browser asks beforehand ("preflight"), and every path answers it already. Whether a page may change
-something is not decided here: a browser sends simple requests without asking.
+They are added to every answer, including problems and the answers to OPTIONS, with which a browser
+asks beforehand ("preflight"); every path answers OPTIONS anyway. Whether a page may change
+something is decided by `gate`: a browser sends simple requests without asking.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 EXPOSED = b"allow, location, retry-after"
 METHODS = b"GET, HEAD, POST"
 MAX_AGE_SECONDS = 600
-"""How long a browser need not ask again."""
+"""How long a browser may cache the answer to a preflight."""
 
 
-def with_cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
+def with_cors(app: ASGIApp, *, origins: tuple[str, ...]) -> ASGIApp:
     """
-    Let pages of `origins` use `app`; `*` is any. Without origins it is `app` itself.
+    Let pages of `origins` use `app`; "*" is any. Without origins it is `app` itself.
     """
     return _Cors(app, origins) if origins else app
 
@@ -31,8 +31,6 @@ class _Cors:
         self._origins = frozenset(origin.lower().encode() for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         added = self._headers_for(dict(scope["headers"]), scope["method"])
 
         async def adding(message: Message) -> None:

@@ -27,8 +27,8 @@ import httptools
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from asyncflow.api.guard import HEADERS
-from asyncflow.api.head import (
+from asyncflow.api.front.answers import HEADERS
+from asyncflow.api.front.head import (
     TARGET_BYTES_MAX,
     check_head,
     head_bytes,

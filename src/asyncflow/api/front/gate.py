@@ -1,26 +1,26 @@
 """
-What every request must pass before anything else looks at it.
+The `Host` and `Origin` headers that are accepted.
 
-A browser lets any web page send requests to any address, this machine's included, with whatever
-name the page was loaded under. Two rules keep such a page from driving an API that has no
+A browser lets any web page send requests to any address, this machine's included, under the name
+that the page was loaded from. Two rules keep such a page from driving an API that has no
 authentication:
 
 - `Host` names this server. A page that points its own domain at our address ("DNS rebinding") is
   same-origin to the browser and can read every answer, but it cannot change its name.
-- A request that changes something comes from no other site. Browsers say where a request comes
-  from in `Origin` and `Sec-Fetch-Site`, which pages cannot forge; other clients send neither.
+- A request that changes something does not come from another site. Browsers send its source in
+  `Origin` and `Sec-Fetch-Site`, which pages cannot forge; other clients send neither.
 
-And nothing is silently ignored that a client relies on: `Idempotency-Key`.
+A header that clients rely on is not ignored, either: `Idempotency-Key`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from re import compile as pattern
 
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asyncflow.errors import Refusal
 
@@ -32,15 +32,32 @@ _AUTHORITY = pattern(r"(\[[^\[\]]+\]|[^:\[\]]+)(?::[0-9]{0,5})?")
 _SHOWN_LENGTH_MAX = 100
 
 
+class Gated:
+    """
+    Lets through to `app` what passes `gate`.
+    """
+
+    def __init__(self, app: ASGIApp, *, gate: Gate) -> None:
+        self._app = app
+        self._gate = gate
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """
+        Serve one request.
+        """
+        self._gate.check(scope)
+        return self._app(scope, receive, send)
+
+
 class Gate:
     """
     The rules above, for one server.
 
     Args:
-        listens_on: The address or name the server listens on. If it listens on every address,
-            it answers to every address, though not to every name: a rebinding page needs a name.
-        hosts: Names and addresses it is reached by besides; "*" is any.
-        origins: Other sites whose pages may change something; "*" is any.
+        listens_on: The address or name the server listens on. If that is every address, any
+            address is accepted as `Host`, but not any name: a rebinding page needs a name.
+        hosts: Further names and addresses of the server; "*" accepts any.
+        origins: Other sites whose pages may change something; "*" accepts any.
     """
 
     def __init__(self, *, listens_on: str, hosts: Iterable[str], origins: Iterable[str]) -> None:
@@ -50,7 +67,7 @@ class Gate:
         self._answers_to_any_name = "*" in names
         self._answers_to_any_address = any(a.is_unspecified for a in self._addresses)
         self._origins = frozenset(origin.lower() for origin in origins)
-        # Clients repeat themselves, and this is on the way of every request.
+        # Every request asks, and clients repeat themselves.
         self._answers_to = lru_cache(maxsize=64)(self._is_named_by)
 
     def check(self, scope: Scope) -> None:
@@ -71,7 +88,7 @@ class Gate:
             self._check_change(scope["headers"])
 
     def _is_named_by(self, host: bytes) -> bool:
-        # A request without a host is none of a browser; old health checks send such.
+        # Browsers always send a host; old health checks do not.
         if not host or self._answers_to_any_name:
             return True
         authority = _AUTHORITY.fullmatch(host.decode("latin-1"))
@@ -93,14 +110,14 @@ class Gate:
             origins = ", ".join(sorted(told.get(b"origin", ()))) or "another site"
             raise Refusal(
                 "cross-site",
-                f"A page of {_shown(origins)} asked for this; other sites may only read. "
+                f"The request comes from a page of {_shown(origins)}; other sites may only read. "
                 "To allow an origin, add it to ASYNCFLOW_API_CORS_ORIGINS.",
             )
         if b"idempotency-key" in told:
             raise Refusal(
                 "idempotency-key-unsupported",
-                "Idempotency-Key is not supported yet, so a repetition would be a second task; "
-                "leave the header out. Nothing was done.",
+                "Idempotency-Key is not supported yet: a repeated request would submit a second "
+                "task. Remove the header. Nothing was done.",
             )
 
     def _is_cross_site(self, told: dict[bytes, set[str]]) -> bool:
@@ -108,7 +125,7 @@ class Gate:
         if origins and ("*" in self._origins or origins <= self._origins):
             return False
         if sites := told.get(b"sec-fetch-site"):
-            # The browser's own word; it holds even where a proxy has changed `Host`.
+            # The browser's own verdict; it holds even if a proxy has changed `Host`.
             return not sites <= {"same-origin", "none"}
         hosts = told.get(b"host", set()) - {""}
         return any(_authority_of(origin) not in hosts for origin in origins)
@@ -135,8 +152,8 @@ def _misdirected(host: bytes) -> Refusal:
     shown = _shown(host.decode("latin-1"))
     return Refusal(
         "misdirected",
-        f"This server does not answer to the host {shown!r}. If it is to be reached by that name, "
-        "add the name, without a port, to ASYNCFLOW_API_HOSTS.",
+        f"This server does not answer to the host {shown!r}. To accept that name, add it, without "
+        "a port, to ASYNCFLOW_API_HOSTS.",
     )
 
 

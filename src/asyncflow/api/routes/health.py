@@ -1,18 +1,20 @@
 """
-Health: `live` says that the process answers, `ready` that it can take tasks.
+Health: `live` says that the process answers, `ready` that it can accept tasks.
 
-Ready takes a real write, a schema that serves this version, and every right that a submission
-needs. RabbitMQ is reported but never makes the API unready: tasks are accepted without it.
+Ready requires a real write, a schema that serves this version, and every privilege that a
+submission needs. RabbitMQ is reported but never makes the API unready: tasks are accepted
+without it.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-from fastapi import FastAPI
+from fastapi import APIRouter
 from starlette.responses import Response
 
-from asyncflow.api.openapi import problems
+from asyncflow.api.dependencies import TheParts
+from asyncflow.api.openapi import operation_id, problems
 from asyncflow.errors import StoreUnavailable
 from asyncflow.store.database import Executor
 from asyncflow.store.presence import Presence, presence
@@ -22,47 +24,41 @@ from asyncflow.store.upkeep import probe
 from asyncflow.wire.health import Live, Ready
 
 PROBE_SECONDS_MAX = 3.0
-"""A probe that takes longer is as bad as none."""
+"""A slower probe counts as failed."""
 
 
-def add_health_routes(app: FastAPI, db: Executor, *, through_relay: bool) -> None:
+router = APIRouter(tags=["health"], generate_unique_id_function=operation_id)
+
+
+@router.get(
+    "/health/live",
+    summary="Liveness probe",
+    response_model=Live,
+    response_description="The process is alive.",
+    responses=problems(),
+)
+async def live() -> Response:
     """
-    Serve the probes of an orchestrator or load balancer.
-
-    Args:
-        through_relay: Whether tasks reach workers through the relay and RabbitMQ.
+    Answers without checking anything else: restart the process if it does not answer.
     """
+    return _json(Live())
 
-    @app.get(
-        "/health/live",
-        tags=["health"],
-        summary="Is the process alive?",
-        response_model=Live,
-        response_description="It is.",
-        responses=problems(),
-    )
-    async def live() -> Response:
-        """
-        Answers without looking at anything else: restart the process if it does not.
-        """
-        return _json(Live())
 
-    @app.get(
-        "/health/ready",
-        tags=["health"],
-        summary="Can it take tasks?",
-        response_model=Ready,
-        response_description="It can.",
-        responses=problems("unavailable", "schema-mismatch"),
-    )
-    async def ready() -> Response:
-        """
-        Writes to the database, checks its schema and whether it would take a task: send no
-        requests here if it fails. What keeps tasks from running, but not from being taken, makes it
-        `degraded`.
-        """
-        schema, maintenance = await _check(db)
-        return _json(_ready(schema, maintenance, through_relay=through_relay))
+@router.get(
+    "/health/ready",
+    summary="Readiness probe",
+    response_model=Ready,
+    response_description="The process can accept tasks.",
+    responses=problems("unavailable", "schema-mismatch"),
+)
+async def ready(parts: TheParts) -> Response:
+    """
+    Writes to the database, and checks its schema and whether it would store a task: send no
+    requests here while it fails. It is `degraded` if tasks are accepted but something prevents
+    them from running.
+    """
+    schema, maintenance = await _check(parts.db)
+    return _json(_ready(schema, maintenance, through_relay=parts.through_relay))
 
 
 def _ready(schema: Schema, maintenance: Presence, *, through_relay: bool) -> Ready:
