@@ -213,7 +213,7 @@ async def test_tasks_that_nobody_takes_end_the_measurement(
     monkeypatch.setattr(measuring, "STALL_SECONDS_MAX", 0.0)
     await a_worker_on_paper(db)
     bench = Bench(db, queue="default", payload_bytes=0)
-    await bench.offer()
+    await bench.runners()
 
     with pytest.raises(CannotMeasure, match="did not move"):
         await bench.measure(100)

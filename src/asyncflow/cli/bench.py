@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     from asyncflow.cli.measuring import Figures, Rate
     from asyncflow.settings import Settings
-    from asyncflow.store.measurements import Offer
+    from asyncflow.store.measurements import Runners
 
 
 @click.command()
@@ -55,38 +55,38 @@ def bench(count: int, queue: str, payload_bytes: int, keep: bool, as_json: bool)
             f"at most {settings.payload_bytes_max} bytes, by ASYNCFLOW_PAYLOAD_BYTES_MAX",
             param_hint="--payload-bytes",
         )
-    offer, figures, removed = asyncio.run(
+    runners, figures, removed = asyncio.run(
         _measured(settings, count=count, queue=queue, payload_bytes=payload_bytes, keep=keep)
     )
     if as_json:
-        click.echo(json.dumps(_as_json(offer, figures, removed)))
+        click.echo(json.dumps(_as_json(runners, figures, removed)))
     else:
-        click.echo("\n".join(_as_text(offer, figures, removed)))
+        click.echo("\n".join(_as_text(runners, figures, removed)))
 
 
 async def _measured(
     settings: Settings, *, count: int, queue: str, payload_bytes: int, keep: bool
-) -> tuple[Offer, Figures, int]:
+) -> tuple[Runners, Figures, int]:
     from asyncflow.cli.database import opened
     from asyncflow.cli.measuring import Bench
 
     async with opened(settings, size=4) as db:
         bench = Bench(db, queue=queue, payload_bytes=payload_bytes)
-        offer = await bench.offer()
+        runners = await bench.runners()
         try:
             figures = await bench.measure(count)
         finally:
             # Also after Ctrl-C, which ends the measurement and not the loop.
             await bench.close()
             removed = 0 if keep else await bench.remove()
-    return offer, figures, removed
+    return runners, figures, removed
 
 
-def _as_json(offer: Offer, figures: Figures, removed: int) -> dict[str, Any]:
+def _as_json(runners: Runners, figures: Figures, removed: int) -> dict[str, Any]:
     latency = figures.latency
     return {
-        "workers": offer.workers,
-        "slots": offer.slots,
+        "workers": runners.workers,
+        "slots": runners.slots,
         "latency": {
             "tasks": latency.completed,
             "start_ms": _percentiles(latency.start_seconds),
@@ -107,7 +107,7 @@ def _rounded(rate: Rate) -> dict[str, float]:
     return {name: round(value, 1) for name, value in asdict(rate).items()}
 
 
-def _as_text(offer: Offer, figures: Figures, removed: int) -> list[str]:
+def _as_text(runners: Runners, figures: Figures, removed: int) -> list[str]:
     from asyncflow.cli.measuring import BATCH_SIZE_MAX, CALLERS
 
     rates = {
@@ -118,7 +118,7 @@ def _as_text(offer: Offer, figures: Figures, removed: int) -> list[str]:
         "until it starts": figures.latency.start_seconds,
         "until it is finished": figures.latency.finish_seconds,
     }
-    lines = [_setting(offer), ""]
+    lines = [_setting(runners), ""]
     lines.append(f"{'tasks per second':28}{'tasks':>10}{'submitted':>12}{'completed':>12}")
     for what, rate in rates.items():
         speeds = f"{rate.submitted_per_second:12,.0f}{rate.completed_per_second:12,.0f}"
@@ -134,7 +134,7 @@ def _as_text(offer: Offer, figures: Figures, removed: int) -> list[str]:
     return lines
 
 
-def _setting(offer: Offer) -> str:
-    workers = f"{offer.workers} worker process{'es' if offer.workers > 1 else ''}"
-    beside = f", beside {offer.unfinished:,} other tasks" if offer.unfinished else ""
-    return f"{workers}, {offer.slots} slots{beside}"
+def _setting(runners: Runners) -> str:
+    workers = f"{runners.workers} worker process{'es' if runners.workers > 1 else ''}"
+    beside = f", beside {runners.unfinished:,} other tasks" if runners.unfinished else ""
+    return f"{workers}, {runners.slots} slots{beside}"

@@ -23,7 +23,7 @@ from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
 from asyncflow.errors import CannotMeasure
 from asyncflow.store import measurements, submit
 from asyncflow.store.database import Database
-from asyncflow.store.measurements import Course, Offer
+from asyncflow.store.measurements import Course, Runners
 from asyncflow.store.wakeups import Waker
 
 HANDLER = "sample-task"
@@ -95,25 +95,25 @@ class Bench:
             weight_max=BATCH_BYTES_MAX,
         )
 
-    async def offer(self) -> Offer:
+    async def runners(self) -> Runners:
         """
         Who will run the tasks.
 
         Raises:
             CannotMeasure: Nobody will.
         """
-        offer = await measurements.offer(self._db, HANDLER, self._queue)
-        if offer.is_paused:
+        runners = await measurements.runners(self._db, HANDLER, self._queue)
+        if runners.is_paused:
             raise CannotMeasure(
                 f"Queue {self._queue!r} is paused; resume it or choose another with --queue."
             )
-        if not offer.workers:
+        if not runners.workers:
             raise CannotMeasure(
                 f"No live worker offers {HANDLER!r} on queue {self._queue!r}. Every `asyncflow "
                 "worker` has this handler: start one, or choose a queue that is served with "
                 "--queue."
             )
-        return offer
+        return runners
 
     async def measure(self, count: int) -> Figures:
         """

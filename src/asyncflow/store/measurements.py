@@ -14,7 +14,7 @@ from asyncflow.store.database import Executor
 from asyncflow.store.workers import IS_LIVE
 
 
-class Offer(NamedTuple):
+class Runners(NamedTuple):
     """
     Who runs tasks of one name on one queue, and what stands in the way.
 
@@ -32,7 +32,7 @@ class Offer(NamedTuple):
 
 UNFINISHED_MAX = 100_000
 
-OFFERED = f"""
+RUNNERS = f"""
     SELECT count(w.id) AS workers,
            coalesce(sum(w.concurrency), 0) AS slots,
            {is_paused("$2")} AS is_paused,
@@ -45,13 +45,13 @@ OFFERED = f"""
 """
 
 
-async def offer(db: Executor, name: str, queue: str) -> Offer:
+async def runners(db: Executor, name: str, queue: str) -> Runners:
     """
     Who would run a task of this name on this queue now.
     """
-    row = await db.fetchrow(OFFERED, name, queue, UNFINISHED_MAX)
+    row = await db.fetchrow(RUNNERS, name, queue, UNFINISHED_MAX)
     assert row is not None
-    return Offer(row["workers"], row["slots"], row["is_paused"], row["unfinished"])
+    return Runners(row["workers"], row["slots"], row["is_paused"], row["unfinished"])
 
 
 UNFINISHED = """
