@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncflow.domain.outcome import (
+    OUTCOMES,
     Cancelled,
     Completed,
     Crashed,
@@ -20,7 +21,9 @@ from asyncflow.domain.outcome import (
     decide,
 )
 from asyncflow.domain.retry import Backoff
-from asyncflow.domain.states import TRANSITIONS, Event, State
+from asyncflow.domain.states import TERMINAL, TRANSITIONS, Event, State
+from asyncflow.verify.checker import SETTLED_AS
+from asyncflow.wire.tasks import AttemptView
 
 FAILURE = Failure("ValueError", "It did not work.")
 BACKOFF = Backoff(base_seconds=2.0, factor=2.0, cap_seconds=60.0, jitter=False)
@@ -118,3 +121,16 @@ def test_a_task_that_always_fails_ends_after_max_attempts(max_attempts: int, cra
         attempts += 1
 
     assert max_attempts == attempts
+
+
+def test_an_outcome_is_called_the_same_everywhere() -> None:
+    """
+    In rows, logs and the checker's history; HTTP shows the same words in capitals.
+    """
+    words = set(OUTCOMES.values())
+    shown = AttemptView.model_json_schema()["properties"]["outcome"]["enum"]
+
+    assert {event for event in Event if event in TRANSITIONS[State.RUNNING]} == set(OUTCOMES)
+    assert {word for word in words if word in TERMINAL} == {*TERMINAL}
+    assert words == set(SETTLED_AS)
+    assert {"RUNNING", *map(str.upper, words)} == set(shown)

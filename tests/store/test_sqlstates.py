@@ -11,7 +11,7 @@ import pytest
 
 from asyncflow.errors import StatementRefused, StoreUnavailable
 from asyncflow.store.database import translated_errors
-from asyncflow.store.sqlstates import KINDS, Kind, kind_of, kind_of_state
+from asyncflow.store.sqlstates import MEANINGS, Meaning, meaning_of, meaning_of_state
 
 PASSES_BY_ITSELF = {
     "42501": "a right is missing, or row-level security refuses",
@@ -50,14 +50,14 @@ PASSES_BY_ITSELF = {
     "ZZ999": "a state that nobody has heard of",
 }
 EXPECTED = {
-    "22P02": Kind.REFUSED,
-    "23505": Kind.REFUSED,
-    "54001": Kind.REFUSED,
-    "P0001": Kind.REFUSED,
-    "40001": Kind.ROLLED_BACK,
-    "40P01": Kind.ROLLED_BACK,
-    "42601": Kind.BUG,
-    "42P02": Kind.BUG,
+    "22P02": Meaning.REFUSED,
+    "23505": Meaning.REFUSED,
+    "54001": Meaning.REFUSED,
+    "P0001": Meaning.REFUSED,
+    "40001": Meaning.ROLLED_BACK,
+    "40P01": Meaning.ROLLED_BACK,
+    "42601": Meaning.BUG,
+    "42P02": Meaning.BUG,
 }
 
 
@@ -78,7 +78,7 @@ def test_every_error_that_the_client_knows_has_a_kind() -> None:
     states = {state for state in known if state is not None}
 
     assert len(states) > 200
-    assert [] == sorted(s for s in states if s not in KINDS and s[:2] not in KINDS)
+    assert [] == sorted(s for s in states if s not in MEANINGS and s[:2] not in MEANINGS)
 
 
 def test_the_table_has_no_state_that_does_not_exist() -> None:
@@ -88,7 +88,7 @@ def test_the_table_has_no_state_that_does_not_exist() -> None:
     states = {str(getattr(error, "sqlstate", "")) for error in errors(asyncpg.PostgresError)}
     states |= {f"{state[:2]}" for state in states}
 
-    assert set() == KINDS.keys() - states
+    assert set() == MEANINGS.keys() - states
 
 
 def test_an_error_of_the_connection_asks_for_another_one() -> None:
@@ -97,8 +97,8 @@ def test_an_error_of_the_connection_asks_for_another_one() -> None:
     """
     for base in (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
         for error in errors(base):
-            assert Kind.RECONNECT is kind_of(error.__new__(error))
-    assert None is kind_of(KeyError())
+            assert Meaning.RECONNECT is meaning_of(error.__new__(error))
+    assert None is meaning_of(KeyError())
 
 
 @pytest.mark.parametrize("state", PASSES_BY_ITSELF)
@@ -116,7 +116,7 @@ def test_what_passes_by_itself_is_waited_out(state: str) -> None:
 
     assert "4111" not in str(unavailable.value)
     assert state == unavailable.value.sqlstate
-    assert unavailable.value.session_lives is (kind_of(error) is Kind.WAIT)
+    assert unavailable.value.session_lives is (meaning_of(error) is Meaning.WAIT)
 
 
 @pytest.mark.parametrize("state", EXPECTED)
@@ -124,7 +124,7 @@ def test_what_does_not_pass_is_told_apart(state: str) -> None:
     """
     Values that cannot be stored, what can be repeated at once, and mistakes of ours.
     """
-    assert EXPECTED[state] is kind_of_state(state)
+    assert EXPECTED[state] is meaning_of_state(state)
 
 
 def test_an_error_that_ends_the_session_does_not_leave_it_alive() -> None:
@@ -147,7 +147,7 @@ def test_a_row_without_a_partition_is_not_the_fault_of_its_values() -> None:
     without = asyncpg.PostgresError.new({"C": "23514", "M": "no partition"})
     by_constraint = asyncpg.PostgresError.new({"C": "23514", "M": "no", "n": "tasks_check"})
 
-    assert Kind.WAIT is kind_of(without)
+    assert Meaning.WAIT is meaning_of(without)
     with pytest.raises(StatementRefused, match="tasks_check"), translated_errors():
         raise by_constraint
 

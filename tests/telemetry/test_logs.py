@@ -73,7 +73,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     logging.root.handlers[:] = handlers
 
 
-def settle(number: int = 1, outcome: str = "complete") -> None:
+def settle(number: int = 1, outcome: str = "completed") -> None:
     """
     Report the end of an attempt.
     """
@@ -113,12 +113,12 @@ def test_the_line_of_a_completed_attempt_has_the_shape_of_all_others(stream: Str
     """
     It is written in another way.
     """
-    settle(1, outcome="complete")
-    settle(1, outcome="release")
+    settle(1, outcome="completed")
+    settle(1, outcome="released")
 
     complete, release = stream.lines
     assert list(complete) == list(release)
-    assert complete | {"outcome": "release", "timestamp": release["timestamp"]} == release
+    assert complete | {"outcome": "released", "timestamp": release["timestamp"]} == release
 
 
 def test_an_event_without_fields_is_one_as_well(stream: Stream) -> None:
@@ -172,7 +172,7 @@ async def test_a_warning_does_not_wait_nor_does_what_came_before_it(stream: Stre
     The process may be about to die.
     """
     settle(1)
-    settle(2, outcome="fail")
+    settle(2, outcome="failed")
 
     assert [(1, "info"), (2, "warning")] == [(ln["attempt"], ln["level"]) for ln in stream.lines]
 
@@ -231,7 +231,7 @@ def test_what_is_below_the_level_is_not_written(
 
     settle(1)
     events.process_stopped()
-    settle(2, outcome="fail")
+    settle(2, outcome="failed")
 
     assert [2] == [line["attempt"] for line in stream.lines]
 

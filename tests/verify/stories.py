@@ -215,8 +215,8 @@ def a_good_run() -> Story:
     story.moved(2.1, "running", "completed", result_lease=SECOND_LEASE)
     story.seen(2.2, "read", task=TASK, status=200, state="COMPLETED", generation=1, attempt=2)
     settled = {"event": "attempt.settled", "task_id": TASK}
-    story.logs.append({**settled, "attempt": 1, "outcome": "retry"})
-    story.logs.append({**settled, "attempt": 2, "outcome": "complete"})
+    story.logs.append({**settled, "attempt": 1, "outcome": "retried"})
+    story.logs.append({**settled, "attempt": 2, "outcome": "completed"})
     story.gone(5.0, WORKER, how="stopped", silent=0.2)
     story.seen(4.0, "drained", unfinished=0, queues=[], redelivered=1)
     story.seen(4.1, "phase", phase="stopping")

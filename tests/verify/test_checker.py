@@ -186,7 +186,7 @@ def not_found(story: Story) -> None:
 
 def a_settlement_only_in_the_log(story: Story) -> None:
     story.logs.append(
-        {"event": "attempt.settled", "task_id": TASK, "attempt": 3, "outcome": "complete"}
+        {"event": "attempt.settled", "task_id": TASK, "attempt": 3, "outcome": "completed"}
     )
 
 

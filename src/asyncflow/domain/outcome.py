@@ -87,6 +87,19 @@ class Released:
 Outcome = Completed | Failed | Crashed | Cancelled | Released
 
 
+OUTCOMES = {
+    Event.COMPLETE: "completed",
+    Event.FAIL: "failed",
+    Event.CANCEL: "cancelled",
+    Event.RETRY: "retried",
+    Event.RELEASE: "released",
+}
+"""
+What an attempt that ended so is called: in its row, in logs and, in capitals, over HTTP. The first
+three are also the states that the task ends in.
+"""
+
+
 class Settlement(NamedTuple):
     """
     The transition an attempt ends with.
@@ -102,6 +115,13 @@ class Settlement(NamedTuple):
     delay_seconds: float = 0.0
     result: str | None = None
     failure: Failure | None = None
+
+    @property
+    def outcome(self) -> str:
+        """
+        One of `OUTCOMES`.
+        """
+        return OUTCOMES[self.event]
 
 
 _RELEASE = Settlement(Event.RELEASE)

@@ -108,7 +108,7 @@ class AttemptRecord:
     What is recorded of one execution of a task; the last one may still be running.
 
     Attributes:
-        outcome: `running`, or one of `domain.outcome.RECORDED`.
+        outcome: `running`, or one of `domain.outcome.OUTCOMES`.
         finished_at: None while it runs.
         failure: `{kind, message, traceback}` or None.
     """

@@ -25,7 +25,7 @@ import asyncpg
 from asyncflow.errors import StatementRefused, StoreUnavailable
 from asyncflow.forking import withhold
 from asyncflow.store.dsn import connection_arguments
-from asyncflow.store.sqlstates import MISSING, NO_RIGHT, Kind, kind_of, kind_of_state
+from asyncflow.store.sqlstates import MISSING, NO_RIGHT, Meaning, meaning_of, meaning_of_state
 
 TRIES_MAX = 5
 ACQUIRE_SECONDS_MAX = 3.0
@@ -158,7 +158,7 @@ class Database:
                 async with self._connection() as connection:
                     return list(await connection.fetch(query, *args))
             except StoreUnavailable as error:
-                if kind_of_state(error.sqlstate) is not Kind.ROLLED_BACK or not tries_left:
+                if meaning_of_state(error.sqlstate) is not Meaning.ROLLED_BACK or not tries_left:
                     raise
                 await asyncio.sleep(random.uniform(0.005, 0.1))
         raise AssertionError("unreachable")
@@ -235,7 +235,7 @@ class Database:
             try:
                 yield connection
             except Exception as error:
-                if kind_of(error) is Kind.RECONNECT and not isinstance(error, TimeoutError):
+                if meaning_of(error) is Meaning.RECONNECT and not isinstance(error, TimeoutError):
                     # Broken, or the server was demoted. New ones follow the DSN to wherever
                     # it leads now.
                     await self._expire(generation)
@@ -282,16 +282,16 @@ def translated_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = kind_of(error)
-        if kind is None or kind is Kind.BUG:
+        kind = meaning_of(error)
+        if kind is None or kind is Meaning.BUG:
             raise
-        if kind is Kind.REFUSED:
+        if kind is Meaning.REFUSED:
             constraint = getattr(error, "constraint_name", None)
             raise StatementRefused(type(error).__name__, constraint=constraint) from None
         raise _unavailable(error, kind) from error
 
 
-def _unavailable(error: Exception, kind: Kind) -> StoreUnavailable:
+def _unavailable(error: Exception, kind: Meaning) -> StoreUnavailable:
     if not isinstance(error, asyncpg.PostgresError):
         return StoreUnavailable(
             f"PostgreSQL cannot serve now: {str(error) or type(error).__name__}"
@@ -309,7 +309,7 @@ def _unavailable(error: Exception, kind: Kind) -> StoreUnavailable:
     return StoreUnavailable(
         f"PostgreSQL cannot serve now: {fact}",
         sqlstate=error.sqlstate,
-        session_lives=kind is not Kind.RECONNECT and not is_fatal,
+        session_lives=kind is not Meaning.RECONNECT and not is_fatal,
     )
 
 

@@ -31,15 +31,32 @@ POOLER_TRIES = 5
 DATABASE_URL = "ASYNCFLOW_DATABASE_URL"
 POOLER = "ASYNCFLOW_DATABASE_POOLER"
 
-FACTS = """
+
+def about_server(more: str) -> str:
+    """
+    The statement that reads what every check of a server needs, and `more` columns.
+
+    In `more`, `n` is the schema of AsyncFlow in `pg_namespace`; all NULL if there is none.
+    """
+    return f"""
     SELECT current_database() AS database,
            current_user AS role,
            current_setting('server_version') AS version,
            current_setting('server_version_num')::int AS version_number,
            current_setting('server_encoding') AS encoding,
+           current_setting('transaction_read_only') AS read_only,
+           pg_is_in_recovery() AS is_standby,
+           n.oid IS NOT NULL AS has_namespace,
+           coalesce(has_schema_privilege(n.oid, 'USAGE'), false) AS may_use_namespace,
+           {more}
+      FROM (SELECT) one
+      LEFT JOIN pg_namespace n ON n.nspname = 'asyncflow'
+"""
+
+
+FACTS = about_server("""
            current_setting('fsync') AS fsync,
            current_setting('synchronous_commit') AS synchronous_commit,
-           current_setting('transaction_read_only') AS read_only,
            current_setting('default_transaction_isolation') AS isolation,
            current_setting('search_path') AS search_path,
            current_setting('enable_seqscan') AS sequential_scans,
@@ -60,11 +77,8 @@ FACTS = """
            (SELECT setting::int
               FROM pg_settings
              WHERE name = 'idle_session_timeout') AS idle_session_timeout_ms,
-           pg_is_in_recovery() AS is_standby,
            pg_backend_pid() AS pid,
            extract(epoch FROM clock_timestamp())::float8 AS clock,
-           n.oid IS NOT NULL AS has_namespace,
-           coalesce(has_schema_privilege(n.oid, 'USAGE'), false) AS may_use_namespace,
            ARRAY (SELECT r.name || ' on ' || c.relname
                     FROM pg_class c
                    CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) r(name)
@@ -74,9 +88,7 @@ FACTS = """
                      AND (r.name = 'SELECT' OR c.relname NOT IN ('schema_version', 'tenants'))
                      AND NOT has_table_privilege(c.oid, r.name)
                    ORDER BY c.relname, r.name) AS missing_rights
-      FROM (SELECT) one
-      LEFT JOIN pg_namespace n ON n.nspname = 'asyncflow'
-"""
+""")
 
 BACKEND = """
     SELECT pg_backend_pid()

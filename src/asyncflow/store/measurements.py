@@ -32,7 +32,7 @@ class Capacity(NamedTuple):
 
 UNFINISHED_MAX = 100_000
 
-OFFERED = f"""
+RUNNERS = f"""
     SELECT count(w.id) AS workers,
            coalesce(sum(w.slots), 0) AS slots,
            {is_paused("$2")} AS is_paused,
@@ -49,7 +49,7 @@ async def capacity(db: Executor, name: str, queue: str) -> Capacity:
     """
     Who would run a task of this name on this queue now.
     """
-    row = await db.fetchrow(OFFERED, name, queue, UNFINISHED_MAX)
+    row = await db.fetchrow(RUNNERS, name, queue, UNFINISHED_MAX)
     assert row is not None
     return Capacity(row["workers"], row["slots"], row["is_paused"], row["unfinished"])
 

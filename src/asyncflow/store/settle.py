@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from asyncflow.domain.outcome import Failure, Settlement
+from asyncflow.domain.outcome import OUTCOMES, Failure, Settlement
 from asyncflow.domain.states import Event, State
 from asyncflow.store.claims import LEASE, OWN
 from asyncflow.store.database import Executor
@@ -83,13 +83,13 @@ def _back_to_pending(*, outcome: str, charge: str) -> str:
 
 
 SETTLE_RETRIED = _back_to_pending(
-    outcome="retried",
+    outcome=OUTCOMES[Event.RETRY],
     charge=f"""failures = t.failures + 1,
                failure = ($3::text[]){OWN}::json,
                run_at = now() + ($4::float8[]){OWN} * interval '1 second',""",
 )
 
-SETTLE_RELEASED = _back_to_pending(outcome="released", charge="")
+SETTLE_RELEASED = _back_to_pending(outcome=OUTCOMES[Event.RELEASE], charge="")
 
 _SETTLES = {
     Event.COMPLETE: SETTLE_COMPLETED,
@@ -97,15 +97,6 @@ _SETTLES = {
     Event.CANCEL: SETTLE_CANCELLED,
     Event.RETRY: SETTLE_RETRIED,
     Event.RELEASE: SETTLE_RELEASED,
-}
-
-# What a record says of an attempt that was settled so.
-_OUTCOMES = {
-    Event.COMPLETE: "completed",
-    Event.FAIL: "failed",
-    Event.CANCEL: "cancelled",
-    Event.RETRY: "retried",
-    Event.RELEASE: "released",
 }
 
 
@@ -195,9 +186,11 @@ async def recorded(db: Executor, settlings: Sequence[Settling]) -> list[bool]:
 
 def _as_recorded(settlement: Settlement) -> list[tuple[str, str | None]]:
     failure = _failure_json(settlement.failure)
-    written = [(_OUTCOMES[settlement.event], failure)]
+    written = [(settlement.outcome, failure)]
     if settlement.event in (Event.RETRY, Event.RELEASE):
-        written.append(("cancelled", failure or _JUST_CANCELLED))  # as `settle` may have it
+        written.append(
+            (OUTCOMES[Event.CANCEL], failure or _JUST_CANCELLED)
+        )  # as `settle` may have it
     return written
 
 

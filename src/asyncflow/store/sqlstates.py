@@ -5,7 +5,7 @@ PostgreSQL is often administered by others, who take rights away, restore a sche
 set timeouts while AsyncFlow runs. All of that passes, so it is waited out and charged to nobody.
 What does not pass is of two kinds: values that cannot be stored, and mistakes of ours.
 
-`KINDS` goes by SQLSTATE (PostgreSQL, "Error Codes"): the first two characters name a class, and
+`MEANINGS` goes by SQLSTATE (PostgreSQL, "Error Codes"): the first two characters name a class, and
 a state that differs from its class has an entry of its own. What is in neither, say from a newer
 server or from a pooler, cannot be our mistake: it is waited out. `database` turns kinds into
 errors.
@@ -18,7 +18,7 @@ from enum import Enum
 import asyncpg
 
 
-class Kind(Enum):
+class Meaning(Enum):
     """
     What an error means.
 
@@ -37,70 +37,70 @@ class Kind(Enum):
     BUG = "a mistake of ours"
 
 
-KINDS: dict[str, Kind] = {
-    "03": Kind.BUG,  # SQL statement not yet complete
-    "08": Kind.RECONNECT,  # connection exception
+MEANINGS: dict[str, Meaning] = {
+    "03": Meaning.BUG,  # SQL statement not yet complete
+    "08": Meaning.RECONNECT,  # connection exception
     # A trigger or function, which can only be somebody else's, judges the values.
-    "09": Kind.REFUSED,  # triggered action exception
-    "0A": Kind.RECONNECT,  # feature not supported: a plan cached by this session is out of date
-    "0B": Kind.BUG,  # invalid transaction initiation
-    "0F": Kind.BUG,  # locator exception
-    "0L": Kind.WAIT,  # invalid grantor
-    "0P": Kind.WAIT,  # invalid role specification
-    "0Z": Kind.REFUSED,  # diagnostics exception, in a function
-    "10": Kind.BUG,  # XQuery error
-    "20": Kind.REFUSED,  # case not found, in a function
-    "21": Kind.BUG,  # cardinality violation
-    "22": Kind.REFUSED,  # data exception
-    "23": Kind.REFUSED,  # integrity constraint violation
-    "24": Kind.BUG,  # invalid cursor state
-    "25": Kind.RECONNECT,  # invalid transaction state: read-only, or left behind by a pooler
-    "26": Kind.RECONNECT,  # invalid SQL statement name: prepared on another server connection
-    "27": Kind.REFUSED,  # triggered data change violation
-    "28": Kind.RECONNECT,  # invalid authorization specification
-    "2B": Kind.BUG,  # dependent privilege descriptors still exist
-    "2D": Kind.BUG,  # invalid transaction termination
-    "2F": Kind.REFUSED,  # SQL routine exception
-    "34": Kind.BUG,  # invalid cursor name
-    "38": Kind.REFUSED,  # external routine exception
-    "39": Kind.REFUSED,  # external routine invocation exception
-    "3B": Kind.BUG,  # savepoint exception
-    "3D": Kind.RECONNECT,  # invalid catalog name: the database does not exist
-    "3F": Kind.WAIT,  # invalid schema name
-    "40": Kind.ROLLED_BACK,  # transaction rollback
-    "40003": Kind.WAIT,  # statement completion unknown
+    "09": Meaning.REFUSED,  # triggered action exception
+    "0A": Meaning.RECONNECT,  # feature not supported: a plan cached by this session is out of date
+    "0B": Meaning.BUG,  # invalid transaction initiation
+    "0F": Meaning.BUG,  # locator exception
+    "0L": Meaning.WAIT,  # invalid grantor
+    "0P": Meaning.WAIT,  # invalid role specification
+    "0Z": Meaning.REFUSED,  # diagnostics exception, in a function
+    "10": Meaning.BUG,  # XQuery error
+    "20": Meaning.REFUSED,  # case not found, in a function
+    "21": Meaning.BUG,  # cardinality violation
+    "22": Meaning.REFUSED,  # data exception
+    "23": Meaning.REFUSED,  # integrity constraint violation
+    "24": Meaning.BUG,  # invalid cursor state
+    "25": Meaning.RECONNECT,  # invalid transaction state: read-only, or left behind by a pooler
+    "26": Meaning.RECONNECT,  # invalid SQL statement name: prepared on another server connection
+    "27": Meaning.REFUSED,  # triggered data change violation
+    "28": Meaning.RECONNECT,  # invalid authorization specification
+    "2B": Meaning.BUG,  # dependent privilege descriptors still exist
+    "2D": Meaning.BUG,  # invalid transaction termination
+    "2F": Meaning.REFUSED,  # SQL routine exception
+    "34": Meaning.BUG,  # invalid cursor name
+    "38": Meaning.REFUSED,  # external routine exception
+    "39": Meaning.REFUSED,  # external routine invocation exception
+    "3B": Meaning.BUG,  # savepoint exception
+    "3D": Meaning.RECONNECT,  # invalid catalog name: the database does not exist
+    "3F": Meaning.WAIT,  # invalid schema name
+    "40": Meaning.ROLLED_BACK,  # transaction rollback
+    "40003": Meaning.WAIT,  # statement completion unknown
     # A right, table, column or function that our statements need is missing or another: the
     # statements are tested against the schema, so somebody is changing that.
-    "42": Kind.WAIT,  # syntax error or access rule violation
-    "42601": Kind.BUG,  # syntax error
-    "42602": Kind.BUG,  # invalid name
-    "42622": Kind.BUG,  # name too long
-    "42712": Kind.BUG,  # duplicate alias
-    "42803": Kind.BUG,  # grouping error
-    "42939": Kind.BUG,  # reserved name
-    "42P02": Kind.BUG,  # undefined parameter
-    "42P03": Kind.BUG,  # duplicate cursor
-    "42P05": Kind.RECONNECT,  # duplicate prepared statement: a pooler's connection has it
-    "42P08": Kind.BUG,  # ambiguous parameter
-    "42P09": Kind.BUG,  # ambiguous alias
-    "42P11": Kind.BUG,  # invalid cursor definition
-    "42P14": Kind.BUG,  # invalid prepared statement definition
-    "42P18": Kind.BUG,  # indeterminate data type
-    "42P19": Kind.BUG,  # invalid recursion
-    "42P20": Kind.BUG,  # windowing error
-    "44": Kind.REFUSED,  # WITH CHECK OPTION violation
-    "53": Kind.WAIT,  # insufficient resources: disk, memory, configured limits
-    "53300": Kind.RECONNECT,  # too many connections
-    "54": Kind.REFUSED,  # program limit exceeded: JSON nested too deep for its stack, say
-    "55": Kind.WAIT,  # object not in prerequisite state: in use, lock_timeout
-    "57": Kind.RECONNECT,  # operator intervention: shutdown, starting, idle_session_timeout
-    "57014": Kind.WAIT,  # query canceled: statement_timeout, pg_cancel_backend
-    "58": Kind.WAIT,  # system error
-    "72": Kind.WAIT,  # snapshot too old
-    "F0": Kind.WAIT,  # configuration file error
-    "HV": Kind.WAIT,  # foreign data wrapper error
-    "P0": Kind.REFUSED,  # PL/pgSQL error: somebody's trigger judges the values
-    "XX": Kind.WAIT,  # internal error, corrupted data or index
+    "42": Meaning.WAIT,  # syntax error or access rule violation
+    "42601": Meaning.BUG,  # syntax error
+    "42602": Meaning.BUG,  # invalid name
+    "42622": Meaning.BUG,  # name too long
+    "42712": Meaning.BUG,  # duplicate alias
+    "42803": Meaning.BUG,  # grouping error
+    "42939": Meaning.BUG,  # reserved name
+    "42P02": Meaning.BUG,  # undefined parameter
+    "42P03": Meaning.BUG,  # duplicate cursor
+    "42P05": Meaning.RECONNECT,  # duplicate prepared statement: a pooler's connection has it
+    "42P08": Meaning.BUG,  # ambiguous parameter
+    "42P09": Meaning.BUG,  # ambiguous alias
+    "42P11": Meaning.BUG,  # invalid cursor definition
+    "42P14": Meaning.BUG,  # invalid prepared statement definition
+    "42P18": Meaning.BUG,  # indeterminate data type
+    "42P19": Meaning.BUG,  # invalid recursion
+    "42P20": Meaning.BUG,  # windowing error
+    "44": Meaning.REFUSED,  # WITH CHECK OPTION violation
+    "53": Meaning.WAIT,  # insufficient resources: disk, memory, configured limits
+    "53300": Meaning.RECONNECT,  # too many connections
+    "54": Meaning.REFUSED,  # program limit exceeded: JSON nested too deep for its stack, say
+    "55": Meaning.WAIT,  # object not in prerequisite state: in use, lock_timeout
+    "57": Meaning.RECONNECT,  # operator intervention: shutdown, starting, idle_session_timeout
+    "57014": Meaning.WAIT,  # query canceled: statement_timeout, pg_cancel_backend
+    "58": Meaning.WAIT,  # system error
+    "72": Meaning.WAIT,  # snapshot too old
+    "F0": Meaning.WAIT,  # configuration file error
+    "HV": Meaning.WAIT,  # foreign data wrapper error
+    "P0": Meaning.REFUSED,  # PL/pgSQL error: somebody's trigger judges the values
+    "XX": Meaning.WAIT,  # internal error, corrupted data or index
 }
 
 MISSING = frozenset({"3F000", "42P01", "42703", "42883", "42P10"})
@@ -110,28 +110,28 @@ NO_RIGHT = "42501"
 """A right is missing, or a row-level security policy lets nothing through."""
 
 
-def kind_of_state(sqlstate: str | None) -> Kind:
+def meaning_of_state(sqlstate: str | None) -> Meaning:
     """
     What this SQLSTATE means; None and unknown ones are waited out.
     """
     if sqlstate is None:
-        return Kind.WAIT
-    return KINDS.get(sqlstate) or KINDS.get(sqlstate[:2]) or Kind.WAIT
+        return Meaning.WAIT
+    return MEANINGS.get(sqlstate) or MEANINGS.get(sqlstate[:2]) or Meaning.WAIT
 
 
-def kind_of(error: BaseException) -> Kind | None:
+def meaning_of(error: BaseException) -> Meaning | None:
     """
     What this error means; None if it is neither PostgreSQL's nor the connection's.
     """
     match error:
         case asyncpg.CheckViolationError() if not error.constraint_name:
             # No constraint refuses the row: the partition that it belongs in is missing.
-            return Kind.WAIT
+            return Meaning.WAIT
         case asyncpg.PostgresError():
-            return kind_of_state(error.sqlstate)
+            return meaning_of_state(error.sqlstate)
         case asyncpg.InterfaceError() | asyncpg.InternalClientError() | OSError():
             # Closed, closing, silent for too long (TimeoutError is an OSError), or the server's
             # farewell is still being read.
-            return Kind.RECONNECT
+            return Meaning.RECONNECT
         case _:
             return None

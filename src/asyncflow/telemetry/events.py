@@ -92,14 +92,14 @@ def attempt_settled(
     """
     An attempt ended and its outcome is recorded.
     """
-    if not log.takes_info and outcome != "fail":
+    if not log.takes_info and outcome != "failed":
         return
-    if outcome == "complete" and log.json_lines is not None:
+    if outcome == "completed" and log.json_lines is not None:
         # Written thousands of times a second. By hand it costs half.
         log.json_lines.emit_encoded(
             "attempt.settled",
             f'"task_id": "{task_id}", "name": {quoted(name)}, "queue": {quoted(queue)}, '
-            f'"tenant": {tenant_id}, "attempt": {attempt}, "outcome": "complete", '
+            f'"tenant": {tenant_id}, "attempt": {attempt}, "outcome": "completed", '
             f'"run_seconds": {round(run_seconds, 4)}',
         )
         return
@@ -116,7 +116,7 @@ def attempt_settled(
         fields["failure"] = failure
     if retry_seconds is not None:
         fields["retry_seconds"] = round(retry_seconds, 3)
-    if outcome == "fail":
+    if outcome == "failed":
         log.warning("attempt.settled", **fields)
     else:
         log.info("attempt.settled", **fields)

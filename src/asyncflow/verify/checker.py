@@ -55,11 +55,11 @@ TABLE = {
 }  # fmt: skip
 TERMINAL = {"completed", "failed", "cancelled"}
 SETTLED_AS = {
-    "complete": {"completed"},
-    "fail": {"failed"},
-    "retry": {"pending", "cancelled"},
-    "release": {"pending", "cancelled"},
-    "cancel": {"cancelled"},
+    "completed": {"completed"},
+    "failed": {"failed"},
+    "retried": {"pending", "cancelled"},
+    "released": {"pending", "cancelled"},
+    "cancelled": {"cancelled"},
 }
 CHARGES = {("running", "pending"): {0, 1}, ("running", "failed"): {1}}
 RELEASES_MAX = 25

@@ -224,7 +224,7 @@ def _ack_before_settle() -> None:
     seconds=12.0,
 )
 def _right_missing_refused() -> None:
-    sqlstates.KINDS[sqlstates.NO_RIGHT] = sqlstates.Kind.REFUSED
+    sqlstates.MEANINGS[sqlstates.NO_RIGHT] = sqlstates.Meaning.REFUSED
 
 
 @_mutant(

@@ -287,7 +287,7 @@ class Attempt:
                 queue=claim.queue,
                 tenant_id=claim.tenant_id,
                 attempt=claim.attempt,
-                outcome=settlement.event,
+                outcome=settlement.outcome,
                 run_seconds=self._run_seconds,
                 failure=failure.kind if failure else None,
                 retry_seconds=settlement.delay_seconds if settlement.delay_seconds else None,

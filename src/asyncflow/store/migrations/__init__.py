@@ -40,7 +40,7 @@ from asyncflow.errors import MigrationRefused, StoreUnavailable
 from asyncflow.findings import refuse_unfit
 from asyncflow.store.database import Executor, Record, translated_errors
 from asyncflow.store.dsn import connection_arguments
-from asyncflow.store.inspection import encoding, unreachable, version
+from asyncflow.store.inspection import about_server, encoding, unreachable, version
 from asyncflow.store.schema import SCHEMA_VERSION, mismatch, read_schema
 
 FOLDER = Path(__file__).parent
@@ -110,16 +110,8 @@ async def _connect(arguments: dict[str, Any]) -> asyncpg.Connection[Record]:
 # Is there anything against it?
 
 
-RIGHTS = """
-    SELECT current_database() AS database,
-           current_user AS role,
-           current_setting('server_version') AS version,
-           current_setting('server_version_num')::int AS version_number,
-           current_setting('server_encoding') AS encoding,
-           pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on' AS is_read_only,
+RIGHTS = about_server("""
            has_database_privilege(current_database(), 'CREATE') AS may_create_namespace,
-           n.oid IS NOT NULL AS has_namespace,
-           coalesce(has_schema_privilege(n.oid, 'USAGE'), false) AS may_use,
            coalesce(has_schema_privilege(n.oid, 'CREATE'), false) AS may_create,
            ARRAY (SELECT c.relname::text
                     FROM pg_class c
@@ -135,9 +127,7 @@ RIGHTS = """
              WHERE c.relnamespace = n.oid
                AND c.relkind IN ('r', 'p')
                AND NOT pg_has_role(c.relowner, 'USAGE')) AS other_owner
-      FROM (SELECT) one
-      LEFT JOIN pg_namespace n ON n.nspname = 'asyncflow'
-"""
+""")
 
 
 async def _examine(arguments: dict[str, Any]) -> str | None:
@@ -164,7 +154,7 @@ async def _examine(arguments: dict[str, Any]) -> str | None:
 async def _version(connection: Executor, facts: Record) -> str | None:
     if facts["may_read"] is None:
         return None
-    if not (facts["may_read"] and facts["may_use"]):
+    if not (facts["may_read"] and facts["may_use_namespace"]):
         raise MigrationRefused(
             f"Role {facts['role']} may not read the schema's version; migrate as the owner, or "
             f"let the owner run what `asyncflow grants {facts['role']}` prints."
@@ -180,7 +170,7 @@ def _refuse_unless_possible(facts: Record) -> None:
     refuse_unfit(
         [version(facts["version"], facts["version_number"]), encoding(database, facts["encoding"])]
     )
-    if facts["is_read_only"]:
+    if facts["is_standby"] or facts["read_only"] == "on":
         raise MigrationRefused(
             "The server takes no writes: it is a standby, or default_transaction_read_only is on; "
             "migrate on the primary."
@@ -196,7 +186,7 @@ def _refuse_unless_possible(facts: Record) -> None:
             f"Role {role} may not create the schema asyncflow in database {database}; let its "
             f'owner run: CREATE SCHEMA asyncflow AUTHORIZATION "{role}".'
         )
-    if facts["has_namespace"] and not (facts["may_use"] and facts["may_create"]):
+    if facts["has_namespace"] and not (facts["may_use_namespace"] and facts["may_create"]):
         raise MigrationRefused(
             f"Role {role} may not create tables in the schema asyncflow of database {database}; "
             f'let its owner run: GRANT USAGE, CREATE ON SCHEMA asyncflow TO "{role}".'
