@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 
+from asyncflow.aio.background import Background
 from asyncflow.store.database import Executor
 from asyncflow.store.presence import SILENT_SECONDS_MAX, presence
 from asyncflow.telemetry import events
@@ -28,17 +29,14 @@ class MaintenanceWatch:
         self._db = db
         self._began_at = time.monotonic()
         self._logged_at: float | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background(self._watch)
 
     async def __aenter__(self) -> MaintenanceWatch:
-        self._task = asyncio.get_running_loop().create_task(self._watch())
+        self._background.start()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._background.stop()
 
     async def _watch(self) -> None:
         while True:
