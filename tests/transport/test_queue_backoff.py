@@ -46,22 +46,18 @@ def waits(backoff: ConnectionBackoff, count: int, *, may_pass: bool) -> list[flo
     """
     The waits after this many failures, one after another.
     """
-    seconds = []
-    for _ in range(count):
-        backoff.failed(may_pass=may_pass)
-        seconds.append(backoff.wait_seconds())
-    return seconds
+    return [backoff.next(may_pass=may_pass) for _ in range(count)]
 
 
 def test_what_only_a_person_can_change_is_tried_less_and_less_often() -> None:
     """
     A refused login costs RabbitMQ something, and its log a line; an outage passes by itself.
     """
-    backoff = ConnectionBackoff()
+    backoff = ConnectionBackoff(BackoffTimes())
 
     refused = waits(backoff, 9, may_pass=False)
     [lost] = waits(backoff, 1, may_pass=True)
-    backoff.worked()
+    backoff.reset()
     [refused_again] = waits(backoff, 1, may_pass=False)
 
     for seconds, longest in zip(refused, [1, 2, 4, 8, 15, 15, 15, 15, 15], strict=True):

@@ -22,7 +22,6 @@ handle of its rounds, so a round fails as soon as the lead is lost.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
 import time
@@ -32,6 +31,7 @@ from contextlib import aclosing
 from datetime import datetime
 from functools import partial
 
+from asyncflow.aio.waiting import set_within
 from asyncflow.errors import InvalidSettings, QueueUnusable, StoreUnavailable, TransportError
 from asyncflow.relay.dropped import DroppedHints
 from asyncflow.relay.feed import Feed
@@ -112,8 +112,7 @@ class Relay:
         async with Listener(self._db, self._woken.set), aclosing(self._due):
             while True:
                 may_pass = await self._relay_until_it_fails()
-                self._connection_backoff.failed(may_pass=may_pass)
-                await asyncio.sleep(self._connection_backoff.wait_seconds())
+                await asyncio.sleep(self._connection_backoff.next(may_pass=may_pass))
 
     async def _relay_until_it_fails(self) -> bool:
         """
@@ -151,7 +150,7 @@ class Relay:
             await declare_dead_letters(channel, prefix=self._prefix)
             await channel.confirm_select()
             events.broker_connected(role="relay", url=masked(self._broker_url))
-            self._connection_backoff.worked()
+            self._connection_backoff.reset()
             self._troubles.end(CONNECTION)
             await self._lead_whenever_elected(connection, channel)
         finally:
@@ -172,9 +171,7 @@ class Relay:
             while connection.is_open and receiving.is_open:
                 self._woken.clear()
                 rest_seconds = await self._run_unless_blocked(db, connection, channel)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(rest_seconds):
-                        await self._woken.wait()
+                await set_within(self._woken, rest_seconds)
 
     async def _run_unless_blocked(
         self, db: Executor, connection: Connection, channel: Channel

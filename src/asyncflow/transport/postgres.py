@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass
 from uuid import uuid4
 
+from asyncflow.aio.waiting import set_within
 from asyncflow.domain.task import Claim
 from asyncflow.errors import StoreError
 from asyncflow.store.database import Database
@@ -66,11 +67,11 @@ class PostgresTransport:
                 taken = await self._claim(slots)
             except StoreError as error:
                 events.database_unavailable(where="claim", reason=str(error))
-                await self._wait(random.uniform(*self._times.outage))
+                await set_within(self._woken, random.uniform(*self._times.outage))
                 continue
             if taken:
                 return taken
-            await self._wait(self._times.poll)
+            await set_within(self._woken, self._times.poll)
         return []
 
     def finished(self, claim: Claim) -> None:
@@ -102,10 +103,3 @@ class PostgresTransport:
             queues=self._queues,
             limit=slots,
         )
-
-    async def _wait(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._woken.wait()
-        except TimeoutError:
-            pass

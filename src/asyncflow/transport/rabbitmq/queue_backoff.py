@@ -8,8 +8,9 @@ that. So a queue that failed is skipped for a while (a circuit breaker), and ret
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field
+
+from asyncflow.aio.waiting import Delays
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,11 @@ class BackoffTimes:
     reconnect_seconds: tuple[float, float] = (0.2, 1.5)
     seconds_max: float = 15.0
 
-    def seconds(self, failures: int) -> float:
+    def delays(self, *, jitter: float) -> Delays:
         """
-        How long to wait after this many failures in a row, 1 or more.
+        Waits that grow.
         """
-        return min(self.seconds_max, 2.0 ** min(failures - 1, 10))
+        return Delays(min(1.0, self.seconds_max), longest=self.seconds_max, jitter=jitter)
 
 
 @dataclass(slots=True)
@@ -40,21 +41,21 @@ class QueueBackoff:
     """
 
     times: BackoffTimes = field(default_factory=BackoffTimes)
-    _failures: dict[str, int] = field(default_factory=dict)
+    _delays: dict[str, Delays] = field(default_factory=dict)
     _until: dict[str, float] = field(default_factory=dict)
 
     def failed(self, queue: str, *, now: float) -> None:
         """
         Skip `queue` for a while.
         """
-        failures = self._failures[queue] = self._failures.get(queue, 0) + 1
-        self._until[queue] = now + self.times.seconds(failures)
+        delays = self._delays.setdefault(queue, self.times.delays(jitter=0))
+        self._until[queue] = now + delays.next()
 
     def worked(self, queue: str) -> None:
         """
         Forget the failures of `queue`.
         """
-        self._failures.pop(queue, None)
+        self._delays.pop(queue, None)
         self._until.pop(queue, None)
 
     def skips(self, queue: str, *, now: float) -> bool:
@@ -64,37 +65,28 @@ class QueueBackoff:
         return now < self._until.get(queue, 0.0)
 
 
-@dataclass(slots=True)
 class ConnectionBackoff:
     """
     How long to wait before connecting again: a moment after an outage, longer after each refusal
     that a person has to resolve.
     """
 
-    times: BackoffTimes = field(default_factory=BackoffTimes)
-    _refusals: int = 0
-    _was_refused: bool = False
+    def __init__(self, times: BackoffTimes) -> None:
+        shortest, longest = times.reconnect_seconds
+        self._after_outage = Delays(longest, jitter=1 - shortest / longest)
+        self._after_refusal = times.delays(jitter=0.5)
 
-    def failed(self, *, may_pass: bool) -> None:
+    def next(self, *, may_pass: bool) -> float:
         """
-        Take the end of a connection into account.
+        The seconds to wait after a connection ended.
 
         Args:
-            may_pass: Whether it was an outage, which passes by itself.
+            may_pass: Whether an outage ended it, which passes by itself, rather than a refusal.
         """
-        self._was_refused = not may_pass
-        self._refusals += not may_pass
+        return (self._after_outage if may_pass else self._after_refusal).next()
 
-    def worked(self) -> None:
+    def reset(self) -> None:
         """
-        Forget the refusals.
+        Forget the refusals: RabbitMQ accepted a connection.
         """
-        self._refusals = 0
-
-    def wait_seconds(self) -> float:
-        """
-        A random time to wait now.
-        """
-        if self._was_refused:
-            return self.times.seconds(self._refusals) * random.uniform(0.5, 1.0)
-        return random.uniform(*self.times.reconnect_seconds)
+        self._after_refusal.reset()

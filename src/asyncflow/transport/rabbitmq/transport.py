@@ -31,6 +31,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID, uuid4
 
+from asyncflow.aio.background import cancel
+from asyncflow.aio.waiting import set_within
 from asyncflow.domain.task import Claim
 from asyncflow.errors import InvalidSettings, QueueUnusable, StoreError, TransportError
 from asyncflow.settings import masked
@@ -175,17 +177,13 @@ class RabbitTransport:
         self._changed.set()
         self._arrived.set()
         # The supervisor ends the consumers and gives back what they delivered meanwhile.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._times.stop_max):
-                await self._quiet.wait()
+        await set_within(self._quiet, self._times.stop_max)
 
     async def close(self) -> None:
         """
         See `Transport.close`.
         """
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel(*self._tasks)
 
     # From hints to claims
 
@@ -240,8 +238,7 @@ class RabbitTransport:
             finally:
                 self._forget_deliveries()
             if not self._stopped:
-                self._connection_backoff.failed(may_pass=may_pass)
-                await asyncio.sleep(self._connection_backoff.wait_seconds())
+                await asyncio.sleep(self._connection_backoff.next(may_pass=may_pass))
 
     async def _serve_until_it_fails(self) -> bool:
         """
@@ -274,7 +271,7 @@ class RabbitTransport:
                     channel, broker_queue(queue, prefix=self._prefix), on_hints=self._receive
                 )
             events.broker_connected(role="worker", url=masked(self._broker_url))
-            self._connection_backoff.worked()
+            self._connection_backoff.reset()
             self._channel = channel
             await self._consume(channel)
         finally:
