@@ -204,18 +204,15 @@ async def test_a_measurement_that_is_broken_off_leaves_no_tasks(
     assert (status, await tasks_in(db)) == (130, 0)
 
 
-async def test_tasks_that_nobody_takes_end_the_measurement(
-    db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_tasks_that_nobody_takes_end_the_measurement(db: Database) -> None:
     """
     With what may be wrong, and not by waiting for ever.
     """
-    monkeypatch.setattr(measuring, "STALL_SECONDS_MAX", 0.0)
     await a_worker_on_paper(db)
-    bench = Bench(db, queue="default", payload_bytes=0)
+    bench = Bench(db, queue="default", payload_bytes=0, stall_seconds=0.0)
     await bench.capacity()
 
-    with pytest.raises(CannotMeasure, match="did not move"):
+    with pytest.raises(CannotMeasure, match="made no progress"):
         await bench.measure(100)
     await bench.close()
     removed = await bench.remove()

@@ -64,8 +64,6 @@ def test_a_users_cluster_stays_that_users_under_sudo(folder):
     assert {path.stat().st_uid for path in theirs.rglob("*")} == {nobody.pw_uid}
 
 
-def test_an_account_that_somebody_else_has_just_made_is_used(folder, monkeypatch):
+def test_an_account_that_somebody_else_has_just_made_is_used(folder):
     """Of two processes that find no account, one makes it; `useradd` refuses the other."""
-    monkeypatch.setattr(account, "OWN_NAME", "nobody")
-
-    assert account._create_account(folder).pw_name == "nobody"
+    assert account._create_account(folder, "nobody").pw_name == "nobody"

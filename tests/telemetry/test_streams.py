@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from asyncflow.telemetry import streams
 from asyncflow.telemetry.streams import WRITE_BYTES_MAX, Outlet, own_stream
 
+ROOM_SECONDS = 0.05
 LINE = b"x" * 999 + b"\n"
 
 
@@ -49,11 +49,10 @@ class Pipe:
 
 
 @pytest.fixture
-def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe]:
+def pipe() -> Iterator[Pipe]:
     """
-    A pipe whose reader gets little time.
+    A pipe that holds little.
     """
-    monkeypatch.setattr(streams, "ROOM_SECONDS", 0.05)
     pipe = Pipe()
     yield pipe
     os.close(pipe.reading)
@@ -71,7 +70,7 @@ def test_what_is_written_arrives(pipe: Pipe) -> None:
     """
     Also more than fits into one write.
     """
-    outlet = Outlet(pipe.writing)
+    outlet = Outlet(pipe.writing, room_seconds=ROOM_SECONDS)
 
     assert 5 * WRITE_BYTES_MAX == outlet.write(b"y" * 5 * WRITE_BYTES_MAX)
 
@@ -82,7 +81,7 @@ def test_what_nobody_reads_is_lost_and_counted(pipe: Pipe) -> None:
     """
     Once there is room again, the reader learns how much it missed.
     """
-    outlet = Outlet(pipe.writing, report)
+    outlet = Outlet(pipe.writing, report, room_seconds=ROOM_SECONDS)
     pipe.fill()
 
     assert [len(LINE)] * 3 == [outlet.write(LINE) for _ in range(3)]
@@ -114,7 +113,7 @@ def test_only_the_first_write_waits_for_a_reader(
             return []
 
     monkeypatch.setattr("select.poll", Poll)
-    outlet = Outlet(pipe.writing)
+    outlet = Outlet(pipe.writing, room_seconds=ROOM_SECONDS)
     for _ in range(3):
         outlet.write(LINE)
 

@@ -79,10 +79,19 @@ class Bench:
     Args:
         queue: Where its tasks go; live workers must serve it.
         payload_bytes: How large each task's payload is made; what the handler needs at least.
+        stall_seconds: How long no task may finish before the measurement ends with an error.
     """
 
-    def __init__(self, db: Database, *, queue: str, payload_bytes: int) -> None:
+    def __init__(
+        self,
+        db: Database,
+        *,
+        queue: str,
+        payload_bytes: int,
+        stall_seconds: float = STALL_SECONDS_MAX,
+    ) -> None:
         self._db = db
+        self._stall_seconds = stall_seconds
         self._queue = queue
         self._payload = payload_of(payload_bytes)
         self._ids = TaskIds()
@@ -210,18 +219,18 @@ class Bench:
         return await measurements.course(self._db, task_ids)
 
     async def _until_finished(self, task_ids: Sequence[UUID]) -> None:
-        deadline = time.monotonic() + STALL_SECONDS_MAX
+        deadline = time.monotonic() + self._stall_seconds
         # A part at a time, and of it what is left: asking must not slow what it watches.
         for chunk in _chunks(task_ids, CHUNK):
             left: Sequence[UUID] = chunk
             while unfinished := await measurements.unfinished(self._db, left):
                 if len(unfinished) < len(left):
-                    deadline = time.monotonic() + STALL_SECONDS_MAX
+                    deadline = time.monotonic() + self._stall_seconds
                 elif time.monotonic() > deadline:
                     raise CannotMeasure(
-                        f"{len(unfinished)} tasks did not move for {STALL_SECONDS_MAX:g} seconds. "
-                        "Are all workers busy with other tasks? With RabbitMQ, does `asyncflow "
-                        "maintenance` run, and are both set to the same broker?"
+                        f"{len(unfinished)} tasks made no progress for {self._stall_seconds:g} "
+                        "seconds. Are all workers busy with other tasks? With RabbitMQ, is "
+                        "`asyncflow maintenance` running, and do both use the same broker?"
                     )
                 left = unfinished
                 await asyncio.sleep(POLL_SECONDS)

@@ -122,22 +122,22 @@ def _account(folder: Path) -> pwd.struct_passwd:
     return _create_account(folder)
 
 
-def _create_account(folder: Path) -> pwd.struct_passwd:
+def _create_account(folder: Path, name: str = OWN_NAME) -> pwd.struct_passwd:
     useradd = shutil.which("useradd")
     if useradd is None:
         raise NoServerAccount(folder, f"there is no user {PREFERRED_NAME!r} and no `useradd`")
     created = subprocess.run(
         [useradd, "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent"]
-        + ["--shell", "/usr/sbin/nologin", OWN_NAME],
+        + ["--shell", "/usr/sbin/nologin", name],
         capture_output=True,
         text=True,
     )
     try:
         # Whatever it says: another process may have been first.
-        return pwd.getpwnam(OWN_NAME)
+        return pwd.getpwnam(name)
     except KeyError:
         says = created.stderr.strip()
-        raise NoServerAccount(folder, f"`useradd {OWN_NAME}` says: {says}") from None
+        raise NoServerAccount(folder, f"`useradd {name}` says: {says}") from None
 
 
 def _keeping(capability: str, setpriv: str, uid: int, gid: int) -> tuple[str, ...]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 ROOM_SECONDS = 1.0
-"""How long a reader may take to make room before what is written is lost."""
 
 WRITE_BYTES_MAX = 4096
 """Larger writes may be torn apart in a pipe that several processes write to (PIPE_BUF), and may
@@ -37,13 +36,21 @@ class Outlet(io.RawIOBase):
     is shared by whoever runs in this process.
 
     Args:
-        report: What to write, once that is possible again, of so many writes that were lost.
+        report: Says what to write about a number of lost writes, once writing is possible again.
+        room_seconds: How long a reader may take to make room before what is written is lost.
     """
 
-    def __init__(self, descriptor: int, report: Callable[[int], str] | None = None) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        report: Callable[[int], str] | None = None,
+        *,
+        room_seconds: float = ROOM_SECONDS,
+    ) -> None:
         super().__init__()
         self._descriptor = descriptor
         self._report = report
+        self._room_seconds = room_seconds
         self._lost = 0
         self._has_reader = True
         is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
@@ -98,7 +105,7 @@ class Outlet(io.RawIOBase):
     def _waits_for_room(self) -> bool:
         room = select.poll()  # one for each call: threads must not share it
         room.register(self._descriptor, select.POLLOUT)
-        self._has_reader = bool(room.poll(1000 * ROOM_SECONDS if self._has_reader else 0))
+        self._has_reader = bool(room.poll(1000 * self._room_seconds if self._has_reader else 0))
         return self._has_reader
 
 
