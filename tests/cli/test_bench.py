@@ -111,7 +111,7 @@ async def test_the_figures_are_shown_for_people(
     assert "1 worker process, 10 slots" in ended.stdout
     assert "one by one, 32 callers" in ended.stdout
     assert "until it starts" in ended.stdout
-    assert "The tasks are still there." in ended.stdout
+    assert "The tasks were kept." in ended.stdout
     expected = 1 + measuring.TRICKLE_TASKS + 200
     assert await tasks_in(db) == expected
     completed = "SELECT count(*) FROM asyncflow.tasks WHERE state = 'completed'"
@@ -168,7 +168,7 @@ def test_a_database_without_a_schema_is_told_apart(empty_database_url: str, tmp_
     ("options", "fault"),
     [
         (("--payload-bytes", "2000000"), "ASYNCFLOW_PAYLOAD_BYTES_MAX"),
-        (("--queue", "two words"), "is no queue"),
+        (("--queue", "two words"), "invalid queue name"),
         (("--tasks", "0"), "--tasks"),
     ],
 )

@@ -286,8 +286,8 @@ def test_servers_that_are_set_are_left_alone(env: dict[str, str], folder: Path) 
     )
 
     with running("dev", folder=folder, env=env) as dev:
-        dev.until("ASYNCFLOW_DATABASE_URL is set and not used here; use it with --database-url.")
-        dev.until("ASYNCFLOW_BROKER_URL is set and not used here; use it with --broker-url.")
+        dev.until("ASYNCFLOW_DATABASE_URL is set but ignored here; use it with --database-url.")
+        dev.until("ASYNCFLOW_BROKER_URL is set but ignored here; use it with --broker-url.")
         dev.until("process.started.*worker_id=.*broker=none")
         dev.until("^Data .*embedded PostgreSQL")
         task_id = submit(dev)

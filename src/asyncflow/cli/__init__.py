@@ -2,15 +2,17 @@
 The command line: `asyncflow …`.
 
     app          every command, its options, and what it starts
-    dev          all of AsyncFlow on this machine under one parent
-    tasks        looking at tasks and steering them, over the store
-    queues       pausing and resuming queues
-    views        tasks as a person wants to see them
-    database     which database a command means
-    output       output that may lose its reader
+    dev          API, worker, maintenance and PostgreSQL on this machine under one parent
+    tasks        showing, listing and changing tasks
+    queues       listing, pausing and resuming queues
+    bench        measuring a deployment; `measuring` does the work
+    doctor       checking the servers
+    views        tasks, queues and workers as text
+    database     the database a command works on
+    output       standard streams that are closed at the start
 
 Commands import what they run when they run: a worker starts without the web framework, the
-migrations and Rich. No command decides anything; that is `processes`' and the store's.
+migrations and Rich. No command makes decisions; those belong to `processes` and the store.
 """
 
 from typing import NoReturn
@@ -20,9 +22,9 @@ __all__ = ["main"]
 
 def main() -> NoReturn:
     """
-    Run the command that the arguments name, and end.
+    Run the command that the arguments name, and exit.
     """
-    # Before the imports of the commands, which take longer than everything else here.
+    # Before importing the commands, which takes longer than everything else here.
     from asyncflow.cli.output import open_streams
     from asyncflow.first_process import step_aside
 

@@ -27,8 +27,8 @@ from asyncflow.verify.command import verify
 if TYPE_CHECKING:
     from asyncflow.settings import Settings
 
-FROM_SETTINGS = "the one that is set"
-"""What an option for a URL says if it is given without one."""
+FROM_SETTINGS = "from settings"
+"""The value of a URL option that is given without a URL."""
 
 
 @click.group(
@@ -61,18 +61,18 @@ OPTIONS = {
     "worker_processes": "--processes",
     "worker_handlers": "--handlers",
 }
-"""Which option overrides a setting."""
+"""The option that overrides each setting."""
 
 host_option = click.option("--host", help="Address to listen on.")
 port_option = click.option("--port", type=int, help="Port to listen on.")
 slots_option = click.option(
-    "--slots", type=int, help="How many tasks a worker process runs at once."
+    "--slots", type=int, help="Number of tasks a worker process runs at a time."
 )
 handlers_option = click.option(
     "--handlers",
     multiple=True,
     metavar="MODULE,…",
-    help="Modules with handlers, such as billing.tasks or billing/tasks.py.",
+    help="Modules with handlers, for example billing.tasks or billing/tasks.py.",
 )
 
 
@@ -80,9 +80,8 @@ def run_command() -> int:
     """
     Run the command that the arguments name; return the exit status.
 
-    Everything AsyncFlow raises on purpose ends as its sentence on standard error: with exit
-    status 1 if the same command may work later, with 3 if there is no such task or queue, and
-    with 2 otherwise.
+    An error that AsyncFlow raises on purpose is printed to standard error as a sentence, and the
+    exit status is the error's.
     """
     try:
         status = app.main(prog_name="asyncflow", standalone_mode=False)
@@ -104,7 +103,7 @@ def run_command() -> int:
 
 def _sentences(error: AsyncFlowError) -> str:
     if isinstance(error, InvalidSettings) and len(error.mistakes) > 1:
-        return "\n  ".join(["These settings cannot be used:", *error.mistakes])
+        return "\n  ".join(["Invalid settings:", *error.mistakes])
     return str(error)
 
 
@@ -118,16 +117,16 @@ def _sentences(error: AsyncFlowError) -> str:
     is_flag=False,
     flag_value=FROM_SETTINGS,
     metavar="[URL]",
-    help="Migrate and use this database; without a URL, that of ASYNCFLOW_DATABASE_URL.",
+    help="Migrate and use this database. Without a URL: ASYNCFLOW_DATABASE_URL.",
 )
 @click.option(
     "--broker-url",
     is_flag=False,
     flag_value=FROM_SETTINGS,
     metavar="[URL]",
-    help="Use this RabbitMQ; without a URL, that of ASYNCFLOW_BROKER_URL.",
+    help="Use this RabbitMQ. Without a URL: ASYNCFLOW_BROKER_URL.",
 )
-@click.option("--yes", is_flag=True, help="Do not ask before the database of the settings is used.")
+@click.option("--yes", is_flag=True, help="Use the configured database without asking.")
 def dev(
     host: str | None,
     port: int | None,
@@ -138,16 +137,16 @@ def dev(
     yes: bool,
 ) -> None:
     """
-    Run all of AsyncFlow on this machine, with a PostgreSQL of its own.
+    Run API, worker and maintenance on this machine, with an embedded PostgreSQL.
 
-    Data lives in .asyncflow/ of the current folder. ASYNCFLOW_DATABASE_URL and
-    ASYNCFLOW_BROKER_URL are not used unless an option says so.
+    Data is stored in .asyncflow/ in the current folder. ASYNCFLOW_DATABASE_URL and
+    ASYNCFLOW_BROKER_URL are ignored unless an option says to use them.
     """
     from asyncflow.cli.dev import chosen_servers, develop
     from asyncflow.processes.process import run
 
     settings = _settings(
-        # The log's reader is whoever started this, also when it goes through `tee`.
+        # For people, also when the output goes through `tee`.
         log_format="console",
         api_host=host,
         api_port=port,
@@ -173,11 +172,11 @@ def _typed(url: str | None) -> str | None:
     default=300,
     show_default=True,
     metavar="SECONDS",
-    help="How long to wait for other migrations and for sessions that hold tables.",
+    help="How long to wait for other migrations and for sessions that lock tables.",
 )
 def migrate(lock_seconds: float) -> None:
     """
-    Bring the database to the schema of this version. Safe to repeat, and at the same time.
+    Migrate the database to this version's schema. Idempotent; safe to run concurrently.
     """
     from asyncflow.settings import masked, required_database_url
     from asyncflow.store.migrations import migrate as bring_up_to_date
@@ -189,9 +188,9 @@ def migrate(lock_seconds: float) -> None:
     if before is None or before < SCHEMA_VERSION:
         change = f"is now {SCHEMA_VERSION}"
     elif before == SCHEMA_VERSION:
-        change = f"is at {before} already"
+        change = f"is already {before}"
     else:
-        change = f"is at {before}, which serves this version ({SCHEMA_VERSION}) too"
+        change = f"is {before}, which also serves this version ({SCHEMA_VERSION})"
     click.echo(f"The schema of {masked(url)} {change}.")
 
 
@@ -199,7 +198,7 @@ def migrate(lock_seconds: float) -> None:
 @click.argument("role")
 def grants(role: str) -> None:
     """
-    Print the SQL that gives ROLE the rights to run everything but migrations.
+    Print the SQL that lets ROLE run everything except migrations.
     """
     from asyncflow.store.grants import grants_for
 
@@ -225,10 +224,10 @@ def api(host: str | None, port: int | None) -> None:
 @click.option(
     "--queues",
     metavar="NAME,…",
-    help="Queues to take tasks from; all that its handlers name if left out.",
+    help="Queues to take tasks from. Default: the queues of its handlers.",
 )
 @slots_option
-@click.option("--processes", type=int, help="How many worker processes.")
+@click.option("--processes", type=int, help="Number of worker processes.")
 @handlers_option
 @click.pass_context
 def worker(
@@ -239,7 +238,7 @@ def worker(
     handlers: Sequence[str],
 ) -> None:
     """
-    Run tasks; or, as `worker list`, show who runs them.
+    Run tasks. `worker list` shows the workers that do.
     """
     if context.invoked_subcommand is not None:
         return
@@ -260,7 +259,7 @@ def worker(
 @tasks.json_option
 def list_workers(as_json: bool) -> None:
     """
-    List live workers: what they serve, how busy they are, when they were last heard of.
+    List live workers with their queues, load and last heartbeat.
     """
     from asyncflow.cli.views import print_json, print_workers
     from asyncflow.store import workers
@@ -275,7 +274,7 @@ def list_workers(as_json: bool) -> None:
 @app.command()
 def maintenance() -> None:
     """
-    Do the chores: recover tasks of dead workers, prune old ones, feed RabbitMQ. Run two.
+    Recover tasks of dead workers, prune old tasks, send hints to RabbitMQ. Run two.
     """
     from asyncflow.processes.maintenance import maintain
     from asyncflow.processes.process import run
@@ -289,7 +288,7 @@ def maintenance() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def psql(arguments: Sequence[str]) -> None:
     """
-    Open psql on the database of AsyncFlow; arguments go to psql.
+    Open psql on AsyncFlow's database; arguments are passed on to psql.
     """
     from asyncflow.cli.database import become_psql
 
@@ -299,7 +298,7 @@ def psql(arguments: Sequence[str]) -> None:
 @app.command()
 def version() -> None:
     """
-    Say which version this is.
+    Print the version.
     """
     from asyncflow import __version__
 

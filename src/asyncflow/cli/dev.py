@@ -1,12 +1,12 @@
 """
 `asyncflow dev`: all of AsyncFlow on this machine, under one parent.
 
-First a database: the embedded PostgreSQL, or the one that an option names. Then its schema, then
-API, worker and maintenance as supervised processes. PostgreSQL stops last.
+It starts the database (the embedded PostgreSQL, or the one that an option names), migrates it,
+and runs API, worker and maintenance as supervised processes. PostgreSQL stops last.
 
-Servers that are merely set are left alone. The settings of a project's folder often lead to
-production, where this would migrate the schema, and run tasks with whatever code is here. A
-broker belongs to its database: hints of another installation would be taken for nothing.
+Configured servers are not used unless an option says so. The settings in a project's folder often
+point to production, where this would migrate the schema and run tasks with local code. A
+broker belongs to its database: hints of another installation name tasks that do not exist there.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def chosen_servers(
     settings: Settings, *, database: str | None, broker: str | None, confirmed: bool
 ) -> Settings:
     """
-    The settings with only those servers in them that were asked for; says which were not.
+    The settings with only the servers that options name; prints which others are ignored.
 
     Args:
-        database, broker: What the options say: None if not given. A URL that was typed is in
-            `settings` already, and asked for beyond doubt.
-        confirmed: Whether the database of the settings may be used without asking.
+        database, broker: The options' values; None if not given. A URL that was typed is in
+            `settings` already and needs no confirmation.
+        confirmed: Whether the configured database may be used without asking.
 
     Raises:
-        NotConfirmed: The database of the settings was asked for, and nobody can be asked.
+        NotConfirmed: The configured database needs a confirmation, and there is no terminal.
     """
     if database is None:
         _say_ignored(settings.database_url, "DATABASE_URL", "--database-url")
@@ -71,7 +71,7 @@ def chosen_servers(
 def _say_ignored(url: str | None, variable: str, option: str) -> None:
     if url is not None:
         click.echo(
-            f"{PREFIX}{variable} is set and not used here; use it with {option}.",
+            f"{PREFIX}{variable} is set but ignored here; use it with {option}.",
             err=True,
         )
 
@@ -82,7 +82,7 @@ def _confirm(url: str, *, confirmed: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise NotConfirmed(deed)
-    click.confirm(f"This will {deed}. Go on?", abort=True, err=True)
+    click.confirm(f"This will {deed}. Continue?", abort=True, err=True)
 
 
 async def develop(settings: Settings) -> int:
@@ -93,10 +93,10 @@ async def develop(settings: Settings) -> int:
         AddressTaken: The API's port is in use; nothing was started.
         EmbeddedDatabaseError: The embedded PostgreSQL cannot run.
         SchemaMismatch: The database's schema is newer than this version.
-        StoreUnavailable: The database that an option named cannot be reached.
+        StoreUnavailable: The database named by an option cannot be reached.
     """
-    # Before anything is started, and before another program on that port could be taken
-    # for our API.
+    # Before anything starts, and before the readiness check could mistake another program on that
+    # port for our API.
     listen(settings.api_host, settings.api_port).close()
     with Supervisor(grace_seconds=settings.shutdown_grace_seconds) as supervisor:
         async with _database(settings, supervisor) as url:
@@ -118,7 +118,7 @@ async def _database(settings: Settings, supervisor: Supervisor) -> AsyncIterator
         Console().print(
             f"Setting up PostgreSQL in {cluster.folder} …", style="dim", highlight=False
         )
-    # Not interrupted by a signal, which must not leave a server behind; it takes a second.
+    # A signal must not interrupt this and leave a server behind; it takes a second.
     await asyncio.to_thread(cluster.start)
     try:
         yield cluster.url
@@ -141,7 +141,7 @@ async def _migrate(url: str, settings: Settings) -> None:
         found = await read_schema(db)
     if found is not None and found.serves_us:
         return
-    # Costs as much time as everything else here together, and is rarely needed.
+    # This import takes as long as everything else here together, and is rarely needed.
     from asyncflow.store.migrations import migrate
 
     await migrate(url, say=partial(click.echo, err=True))

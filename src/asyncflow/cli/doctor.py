@@ -1,8 +1,7 @@
 """
-`asyncflow doctor`: are the servers that others administer fit for AsyncFlow?
+`asyncflow doctor`: checks whether the servers are set up for AsyncFlow.
 
-Each server has a function in `INSPECTIONS` that returns its findings; nothing else is needed to
-add one.
+Each server has a function in `INSPECTIONS` that returns its findings; to add a server, add one.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per check.")
 def doctor(as_json: bool) -> None:
     """
-    Check PostgreSQL, RabbitMQ and maintenance: what is wrong, and what would mend it.
+    Check PostgreSQL, RabbitMQ and maintenance, and say how to fix what is wrong.
 
-    Exits with 2 if something is wrong. Changes nothing.
+    Changes nothing. The exit status is 2 if something is wrong.
     """
     from asyncflow.settings import load_settings
 
@@ -80,7 +79,7 @@ async def _rabbitmq(settings: Settings) -> Sequence[Finding]:
 
     queues: Sequence[str] = ()
     installation = None
-    # What is wrong with PostgreSQL has been said.
+    # Problems with PostgreSQL have been reported.
     with contextlib.suppress(Exception):
         async with opened(settings) as db:
             installation = await identity(db)
@@ -103,7 +102,7 @@ async def _maintenance(settings: Settings) -> Sequence[Finding]:
         async with opened(settings) as db:
             found = await presence(db)
     except Exception:
-        return []  # What is wrong with PostgreSQL has been said.
+        return []  # Problems with PostgreSQL have been reported.
     if found.is_gone:
         remedy = "Start `asyncflow maintenance`."
         return [doubtful(what, "No maintenance process is running.", remedy)]

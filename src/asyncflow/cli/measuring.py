@@ -1,9 +1,9 @@
 """
-The measuring behind `asyncflow bench`: submits tasks to a running deployment and learns from
-the database how they went. What is printed is in `bench`.
+The measurement behind `asyncflow bench`: submits tasks to a running deployment and reads their
+times from the database. `bench` prints the results.
 
-The tasks are submitted as the HTTP API submits them, in natural batches, but from this process:
-the figures are those of the database, the broker and the workers, not of HTTP.
+Tasks are submitted in natural batches, as the HTTP API does, but from this process: the figures
+cover the database, the broker and the workers, without HTTP.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ TRICKLE_SECONDS = 0.02
 STALL_SECONDS_MAX = 30.0
 POLL_SECONDS = 0.1
 CHUNK = 1_000
-"""Tasks per statement that asks or deletes."""
+"""Tasks per statement that reads or deletes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
     """
-    How fast some tasks went through.
+    The throughput of a number of tasks.
 
     Attributes:
-        completed: How many of the tasks ended well.
+        completed: How many of the tasks completed.
         submitted_per_second: Until the last was acknowledged.
         completed_per_second: Until the last was finished, by the database's clock. Workers
-            begin while the others are still being submitted.
+            start while later tasks are still being submitted.
     """
 
     tasks: int
@@ -59,12 +59,12 @@ class Rate:
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """
-    What was measured.
+    The results of one run.
 
     Attributes:
-        latency: Of single tasks on the idle system.
-        one_by_one: From `CALLERS` callers that wait for each answer.
-        in_batches: One batch after the other.
+        latency: Of single tasks on an idle system.
+        one_by_one: From `CALLERS` concurrent callers that wait for each answer.
+        in_batches: From one caller that submits one batch after another.
     """
 
     latency: Course
@@ -77,9 +77,9 @@ class Bench:
     One measurement of a deployment.
 
     Args:
-        queue: Where its tasks go; live workers must serve it.
-        payload_bytes: How large each task's payload is made; what the handler needs at least.
-        stall_seconds: How long no task may finish before the measurement ends with an error.
+        queue: The queue of its tasks; live workers must serve it.
+        payload_bytes: The size of each payload; a smaller one than the handler needs is enlarged.
+        stall_seconds: The measurement fails if no task finishes for this long.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class Bench:
 
     async def capacity(self) -> Capacity:
         """
-        Who will run the tasks.
+        The workers that will run the tasks.
 
         Raises:
-            CannotMeasure: Nobody will.
+            CannotMeasure: There are none, or the queue is paused.
         """
         capacity = await measurements.capacity(self._db, HANDLER, self._queue)
         if capacity.is_paused:
@@ -126,12 +126,12 @@ class Bench:
 
     async def measure(self, count: int) -> Measurement:
         """
-        Measure the latency of single tasks, then twice the throughput of `count` tasks.
+        Measure the latency of single tasks, then the throughput of `count` tasks twice.
 
         Raises:
-            CannotMeasure: Tasks do not get finished.
+            CannotMeasure: Tasks make no progress.
         """
-        await self._trickle(1)  # Everyone connects.
+        await self._trickle(1)  # Opens the connections.
         return Measurement(
             latency=await self._trickle(TRICKLE_TASKS),
             one_by_one=await self._one_by_one(count),
@@ -140,14 +140,14 @@ class Bench:
 
     async def close(self) -> None:
         """
-        Wait for what is on its way to the database.
+        Wait for submissions in flight.
         """
         await self._batcher.drain()
         await self._waker.close()
 
     async def remove(self) -> int:
         """
-        Delete every task that was submitted, but for those that run; return how many.
+        Delete the submitted tasks except those that are running; return how many.
         """
         removed = 0
         for chunk in _chunks(self._submitted, CHUNK):
@@ -199,7 +199,7 @@ class Bench:
         ]
 
     async def _submit(self, new: Sequence[NewTask]) -> list[None]:
-        # Before the answer, which may be lost: what may be stored will be removed.
+        # Before the submission, whose answer may be lost: what may be stored must be removed.
         self._submitted += [task.id for task in new]
         await submit.submit(self._db, new)
         self._waker.wake()
@@ -220,7 +220,7 @@ class Bench:
 
     async def _until_finished(self, task_ids: Sequence[UUID]) -> None:
         deadline = time.monotonic() + self._stall_seconds
-        # A part at a time, and of it what is left: asking must not slow what it watches.
+        # In chunks, and only what is left of each: polling must not slow the measurement.
         for chunk in _chunks(task_ids, CHUNK):
             left: Sequence[UUID] = chunk
             while unfinished := await measurements.unfinished(self._db, left):
@@ -238,13 +238,13 @@ class Bench:
 
 def payload_of(payload_bytes: int) -> str:
     """
-    A payload of so many bytes for the handler, or of as few as it needs, which does no work.
+    A payload of this size, or the smallest the handler accepts; it makes the handler do nothing.
     """
     least = '{"seconds":0}'
     if payload_bytes <= len(least):
         return least
     frame = '{"seconds":0,"filler":""}'
-    # Random, since PostgreSQL compresses what it can.
+    # Random, because PostgreSQL compresses values.
     filler = base64.b64encode(os.urandom(payload_bytes)).decode()
     return f'{frame[:-2]}{filler[: max(0, payload_bytes - len(frame))]}"}}'
 

@@ -1,5 +1,5 @@
 """
-`asyncflow queue …`: listing, pausing and resuming queues.
+`asyncflow queue …`: list, pause and resume queues.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def app() -> None:
 @json_option
 def list_queues(as_json: bool) -> None:
     """
-    List queues: what waits and runs on them, since when, and who serves them.
+    List queues with their waiting and running tasks, age and workers.
     """
     from asyncflow.cli.views import print_json, print_queues
     from asyncflow.store import queues
@@ -42,10 +42,10 @@ def list_queues(as_json: bool) -> None:
 
 @app.command()
 @queue_argument
-@click.option("--force", is_flag=True, help="Also a queue that does not exist yet.")
+@click.option("--force", is_flag=True, help="Also pause a queue that does not exist yet.")
 def pause(name: str, force: bool) -> None:
     """
-    Start no more tasks of a queue. What runs goes on, and tasks are still accepted.
+    Stop starting tasks of a queue. Running tasks continue, and new ones are accepted.
     """
     from asyncflow.store import queues
 
@@ -57,7 +57,7 @@ def pause(name: str, force: bool) -> None:
 @queue_argument
 def resume(name: str) -> None:
     """
-    Let tasks of a paused queue start again.
+    Start tasks of a paused queue again.
     """
     from asyncflow.store import queues
 

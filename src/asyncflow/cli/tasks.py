@@ -1,7 +1,7 @@
 """
-`asyncflow task …`: looking at tasks and steering them.
+`asyncflow task …`: show, list and change tasks.
 
-With `--json` a command prints what the HTTP API would answer; without, see `views`.
+With `--json` a command prints what the HTTP API would return; without it, see `views`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Result = TypeVar("Result")
 
 task_argument = click.argument("task_id", metavar="ID", type=click.UUID)
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print JSON, as the HTTP API answers."
+    "--json", "as_json", is_flag=True, help="Print JSON, as the HTTP API returns it."
 )
 
 
 @click.group("task")
 def app() -> None:
     """
-    Look at tasks and steer them.
+    Show, list, cancel, redrive and run tasks.
     """
 
 
@@ -55,18 +55,18 @@ def get(task_id: UUID, as_json: bool) -> None:
     "--status",
     "statuses",
     multiple=True,
-    help="Such as FAILED or running; repeat it for any of several.",
+    help="For example FAILED or running; repeat for several.",
 )
-@click.option("--name", help="Of the handler.")
-@click.option("--queue", help="Of this queue.")
+@click.option("--name", help="Name of the handler.")
+@click.option("--queue", help="Name of the queue.")
 @click.option(
     "--limit",
     type=click.IntRange(1, 500),
     default=20,
     show_default=True,
-    help="At most so many.",
+    help="Maximum number of tasks.",
 )
-@click.option("--cursor", help="Go on where the page before ended.")
+@click.option("--cursor", help="Continue from this cursor.")
 @json_option
 def list_tasks(
     statuses: Sequence[str],
@@ -84,7 +84,9 @@ def list_tasks(
     for status in statuses:
         if status.upper() not in read.STATUS_FILTERS:
             known = ", ".join(read.STATUS_FILTERS)
-            raise click.BadParameter(f"{status!r} is none of {known}", param_hint="--status")
+            raise click.BadParameter(
+                f"unknown status {status!r}; one of {known}", param_hint="--status"
+            )
 
     async def read_page(db: Database) -> Page:
         return await read.list_tasks(
@@ -113,7 +115,7 @@ def list_tasks(
 @json_option
 def cancel(task_id: UUID, as_json: bool) -> None:
     """
-    Cancel a waiting task, or ask the worker of a running one to stop it.
+    Cancel a waiting task, or ask its worker to stop a running one.
     """
     from asyncflow.store import steer
 
@@ -125,7 +127,7 @@ def cancel(task_id: UUID, as_json: bool) -> None:
 @json_option
 def run_now(task_id: UUID, as_json: bool) -> None:
     """
-    Let a task that waits for its time, or for its next attempt, be due now.
+    Make a scheduled or retrying task due now.
     """
     from asyncflow.store import steer
 
@@ -137,7 +139,7 @@ def run_now(task_id: UUID, as_json: bool) -> None:
 @json_option
 def redrive(task_id: UUID, as_json: bool) -> None:
     """
-    Give a failed or cancelled task a new generation, due now.
+    Run a failed or cancelled task again, with all its attempts.
     """
     from asyncflow.store import steer
 
@@ -159,7 +161,7 @@ def _waking(
 
 def run_with_database(operation: Callable[[Database], Coroutine[Any, Any, Result]]) -> Result:
     """
-    Do one thing with the database that the settings name, and return what came of it.
+    Run one operation on the configured database and return its result.
     """
     from asyncflow.cli.database import opened
     from asyncflow.settings import load_settings

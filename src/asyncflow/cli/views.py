@@ -1,7 +1,7 @@
 """
-Tasks, queues and workers as a person at a terminal wants to see them.
+Tasks, queues and workers as text for a person at a terminal.
 
-Into a pipe or a file goes the same text: nothing is wrapped or cut to a width.
+A pipe or a file gets the same text: nothing is wrapped or cut to a width.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _TOLD = frozenset(
     "created_at run_at expires_at queued_at started_at finished_at cancel_requested_at worker_id "
     "failure progress payload result waiting_for attempts".split()
 )
-"""What `_facts` tells in words of its own, or by the attempts. Any other column stands as it is."""
+"""Shown by `_facts` in its own words, or by the attempts. Other columns are shown as stored."""
 
 TEXT_LENGTH_MAX = 2_000
-"""Longer payloads and results are cut; `--json` has all of them, in characters."""
+"""In characters. Longer payloads and results are cut; `--json` has all of them."""
 
 
 def print_page(page: Page) -> None:
     """
-    Print one line per task, and how to see the rest.
+    Print one line per task, and how to get the next page.
     """
     if not page.tasks:
         _console().print("No such tasks.")
@@ -65,7 +65,7 @@ def print_task(task: Task) -> None:
     facts = [(label, _text(value)) for label, value in _facts(task)]
     width = max(len(label) for label, _ in facts)
     for label, value in facts:
-        # A traceback keeps its lines, and they stand below one another.
+        # A traceback keeps its lines, aligned below one another.
         for number, line in enumerate(value.split("\n")):
             start = Text(f"{label if number == 0 else '':{width}}  ", style="dim")
             console.print(start.append_text(line))
@@ -95,7 +95,7 @@ def print_queues(queues: Sequence[Queue]) -> None:
 
 def print_workers(workers: Sequence[Living]) -> None:
     """
-    Print one line per worker, with what to make of one that is silent.
+    Print one line per worker, with a note on one whose heartbeat is overdue.
     """
     if not workers:
         _console().print("No live workers.")
@@ -219,7 +219,7 @@ def _time(time: datetime) -> str:
 
 
 def _printable(text: str) -> str:
-    # What tasks say must not steer the terminal of whoever looks at them.
+    # A task's text must not control the reader's terminal.
     shown = "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
