@@ -1,12 +1,14 @@
 """
-JSON, strictly: bytes to values that PostgreSQL, JavaScript and every handler can take.
+JSON as PostgreSQL can keep it: read strictly, written compactly, with RFC 6901 pointers.
 
-Python's parser is generous where others are not. Refused here: duplicate keys, NaN and
-infinities, integers beyond 64 bits, NUL and lone surrogates in strings, deep nesting, any
-encoding but UTF-8 (RFC 8259 §8.1), a byte order mark.
-
-A good document costs one pass of the C parser and a few searches in C. Only a suspicious
+`parse` accepts what PostgreSQL, JavaScript and every handler can read. Python's parser accepts
+more; refused here are duplicate keys, NaN and infinities, integers beyond 64 bits, NUL and lone
+surrogates in strings, deep nesting, any encoding but UTF-8 (RFC 8259 §8.1), and a byte order
+mark. A good document costs one pass of the C parser and a few searches in C. Only a suspicious
 one is walked in Python, to say where it is wrong.
+
+`encode` and `storable_json` are for values of our own process, whose odd characters are
+replaced instead of refused.
 """
 
 from __future__ import annotations
@@ -21,15 +23,21 @@ from typing import Any
 from asyncflow.errors import FieldError, InvalidTask, MalformedJson
 
 DEPTH_MAX = 64
+"""Levels of nesting that `parse` accepts."""
+
 INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
 ERRORS_MAX = 20
-"""More wrong places than this are not listed."""
+"""An error lists no more wrong places than this."""
 
 WALKED_LENGTH_MAX = 1_000_000
-"""Longer documents are refused without saying where they are wrong: it would take seconds."""
+"""Longer documents are refused without saying where: finding out would take seconds."""
+
+encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+"""A value of plain JSON types as compact text."""
 
 # Backslashes pair up from the left: after an even number of them, `\\u0000` is NUL.
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_ESCAPES = re.compile(r"\\(?:u0000|.)")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 _NOT_A_BRACKET = re.compile(r"[^\[\]{}]+")
@@ -45,19 +53,11 @@ def parse(body: bytes) -> Any:
         MalformedJson: It is not JSON in UTF-8.
         InvalidTask: It is JSON that cannot be kept, with a pointer to each wrong place.
     """
-    text = _decoded(body)
+    text = _text(body)
     try:
-        value = _DECODER.decode(text)
+        value = _decoded(text, _DECODER)
     except _Suspicion:
         raise _refusal(text) from None
-    except json.JSONDecodeError as error:
-        raise MalformedJson(
-            f"The body is not JSON: {_lowered(error.msg)} at line {error.lineno}, "
-            f"column {error.colno}."
-        ) from None
-    except RecursionError:
-        raise _too_deep() from None
-    _check_depth(text)
     # Escapes are the only way in: raw NULs are no JSON and raw surrogates no UTF-8.
     if "\\u" in text and (_NUL.search(text) or _has_half_a_pair(text, value)):
         raise _refusal(text)
@@ -66,21 +66,76 @@ def parse(body: bytes) -> Any:
 
 def salvage(body: bytes) -> tuple[Any, Iterator[FieldError]]:
     """
-    What `parse` refused as `InvalidTask`: the value, read generously, and every wrong place.
+    What `parse` refused as `InvalidTask`: the value, read leniently, and every wrong place.
 
-    Only what holds no wrong place is as it was sent.
+    Only parts without a wrong place are as they were sent.
 
     Raises:
         InvalidTask: It is wrong as a whole, or too long to say where.
     """
-    text = _decoded(body)
+    text = _text(body)
     if len(text) > WALKED_LENGTH_MAX:
         raise _refusal(text)
-    faults = _walk(_slowly_parsed(text))
-    return _GENEROUS_DECODER.decode(text), faults
+    errors = _walk(_decoded(text, _MARKING_DECODER))
+    return _LENIENT_DECODER.decode(text), errors
 
 
-def _decoded(body: bytes) -> str:
+def is_deeper(text: str, depth_max: int) -> bool:
+    """
+    Whether JSON text is nested more deeply than this.
+    """
+    if text.count("{") + text.count("[") <= depth_max:
+        return False
+    # Strings end where they seem to, as `text` is JSON. Each round takes the innermost level
+    # away, in C.
+    brackets = _NOT_A_BRACKET.sub("", _STRING.sub("", text)).translate(_ONE_KIND)
+    for _ in range(depth_max):
+        brackets = brackets.replace("[]", "")
+        if not brackets:
+            return False
+    return True
+
+
+def utf8_length(text: str) -> int:
+    """
+    The bytes that `text` takes in UTF-8.
+    """
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def storable(text: str) -> str:
+    """
+    `text` with NUL and lone surrogates replaced by U+FFFD.
+    """
+    return _without_surrogates(text.replace("\x00", "\ufffd"))
+
+
+def storable_json(text: str) -> str:
+    """
+    JSON text, as `encode` writes it, with the same replaced in its strings.
+    """
+    if "\\u0000" in text:
+        text = _ESCAPES.sub(lambda m: "\ufffd" if m[0] == "\\u0000" else m[0], text)
+    return _without_surrogates(text)
+
+
+def pointer_to(*steps: str | int) -> str:
+    """
+    The JSON pointer that leads through these keys and indexes.
+    """
+    return "".join(f"/{str(step).replace('~', '~0').replace('/', '~1')}" for step in steps)
+
+
+def first_errors(errors: Iterable[FieldError]) -> tuple[list[FieldError], int]:
+    """
+    As many of them as are listed, and how many there are.
+    """
+    rest = iter(errors)
+    listed = list(itertools.islice(rest, ERRORS_MAX))
+    return listed, len(listed) + sum(1 for _ in rest)
+
+
+def _text(body: bytes) -> str:
     if not body.strip():
         raise MalformedJson("The body is empty; send a JSON object.")
     if body.startswith((b"\xef\xbb\xbf", b"\xfe\xff", b"\xff\xfe")) or b"\x00" in body[:4]:
@@ -91,9 +146,24 @@ def _decoded(body: bytes) -> str:
         raise MalformedJson(f"The body is not UTF-8: byte {error.start} is wrong.") from None
 
 
+def _decoded(text: str, decoder: json.JSONDecoder) -> Any:
+    try:
+        value = decoder.decode(text)
+    except json.JSONDecodeError as error:
+        raise MalformedJson(
+            f"The body is not JSON: {_lowered(error.msg)} at line {error.lineno}, "
+            f"column {error.colno}."
+        ) from None
+    except RecursionError:
+        raise _too_deep() from None
+    if is_deeper(text, DEPTH_MAX):
+        raise _too_deep()
+    return value
+
+
 class _Suspicion(Exception):
     """
-    Something to look at again, slowly.
+    Something to examine again, slowly.
     """
 
 
@@ -105,7 +175,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    # Python refuses to read thousands of digits; nobody else reads more than twenty.
+    # Python refuses to read thousands of digits; no 64-bit integer has more than twenty.
     if len(digits) > 20 or not INTEGER_MIN <= (value := int(digits)) <= INTEGER_MAX:
         raise _Suspicion
     return value
@@ -140,28 +210,14 @@ def _has_half_a_pair(text: str, value: Any) -> bool:
     return False
 
 
-def _check_depth(text: str) -> None:
-    if text.count("{") + text.count("[") > DEPTH_MAX and _is_too_deep(text):
-        raise _too_deep()
-
-
-def _is_too_deep(text: str) -> bool:
-    # `text` is JSON by now, so strings end where they seem to. Each round takes the
-    # innermost level away, in C.
-    brackets = _NOT_A_BRACKET.sub("", _STRING.sub("", text)).translate(_ONE_KIND)
-    for _ in range(DEPTH_MAX):
-        brackets = brackets.replace("[]", "")
-    return bool(brackets)
-
-
 def _too_deep() -> InvalidTask:
     return InvalidTask(
-        [FieldError("", f"is nested too deeply; at most {DEPTH_MAX} levels are kept")]
+        [FieldError("", f"is nested too deeply; at most {DEPTH_MAX} levels are accepted")]
     )
 
 
 _SOMETHING_ODD = (
-    "holds something that cannot be kept: a key twice, NaN or an infinity, a number beyond 64 "
+    "has something that cannot be stored: a duplicate key, NaN or an infinity, a number beyond 64 "
     "bits, NUL or half of a surrogate pair in a string"
 )
 
@@ -181,61 +237,38 @@ class _Odd:
         self.detail = detail
 
 
-def _checked_integer(digits: str) -> Any:
-    if len(digits) > 20 or not INTEGER_MIN <= int(digits) <= INTEGER_MAX:
+def _marked_integer(digits: str) -> Any:
+    try:
+        return _integer(digits)
+    except _Suspicion:
         return _Odd("is an integer beyond 64 bits; send it as a string")
-    return None
 
 
-def _checked_float(digits: str) -> Any:
-    if math.isinf(float(digits)):
+def _marked_float(digits: str) -> Any:
+    try:
+        return _float(digits)
+    except _Suspicion:
         return _Odd("is too large for a number; send it as a string")
-    return None
 
 
-def _checked_constant(name: str) -> Any:
+def _marked_constant(name: str) -> Any:
     return _Odd(f"is {name}, which JSON does not have; send null or a string")
 
 
-_SLOW_DECODER = json.JSONDecoder(
+_MARKING_DECODER = json.JSONDecoder(
     object_pairs_hook=_Pairs,
-    parse_int=_checked_integer,
-    parse_float=_checked_float,
-    parse_constant=_checked_constant,
+    parse_int=_marked_integer,
+    parse_float=_marked_float,
+    parse_constant=_marked_constant,
 )
-
-
-_GENEROUS_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits[:20]))
-
-
-def first_errors(faults: Iterable[FieldError]) -> tuple[list[FieldError], int]:
-    """
-    As many of them as are listed, and how many there are.
-    """
-    rest = iter(faults)
-    listed = list(itertools.islice(rest, ERRORS_MAX))
-    return listed, len(listed) + sum(1 for _ in rest)
+_LENIENT_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits[:20]))
 
 
 def _refusal(text: str) -> InvalidTask:
     if len(text) > WALKED_LENGTH_MAX:
         return InvalidTask([FieldError("", _SOMETHING_ODD)])
-    faults, count = first_errors(_walk(_slowly_parsed(text)))
+    faults, count = first_errors(_walk(_decoded(text, _MARKING_DECODER)))
     return InvalidTask(faults, count=count)
-
-
-def _slowly_parsed(text: str) -> Any:
-    try:
-        root = _SLOW_DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise MalformedJson(
-            f"The body is not JSON: {_lowered(error.msg)} at line {error.lineno}, "
-            f"column {error.colno}."
-        ) from None
-    except RecursionError:
-        raise _too_deep() from None
-    _check_depth(text)
-    return root
 
 
 def _walk(root: Any) -> Iterator[FieldError]:
@@ -246,7 +279,7 @@ def _walk(root: Any) -> Iterator[FieldError]:
                 case _Odd(detail=detail):
                     yield FieldError(pointer, detail)
                 case str():
-                    yield from _text_errors(pointer, value, "holds")
+                    yield from _text_errors(pointer, value, "contains")
                 case _Pairs():
                     yield from _key_errors(pointer, value)
                     stack.append(_members(pointer, value))
@@ -259,7 +292,7 @@ def _walk(root: Any) -> Iterator[FieldError]:
 
 
 def _members(pointer: str, pairs: _Pairs) -> Iterator[tuple[str, Any]]:
-    return ((joined(pointer, key), value) for key, value in pairs)
+    return ((pointer + pointer_to(key), value) for key, value in pairs)
 
 
 def _items(pointer: str, values: list[Any]) -> Iterator[tuple[str, Any]]:
@@ -272,23 +305,27 @@ def _key_errors(pointer: str, pairs: _Pairs) -> Iterator[FieldError]:
     for key, _ in pairs:
         if key in seen and key not in doubled:
             doubled.add(key)
-            yield FieldError(joined(pointer, key), "appears twice; a key may appear once")
+            yield FieldError(pointer + pointer_to(key), "appears twice; a key may appear once")
         seen.add(key)
-        yield from _text_errors(joined(pointer, key), key, "is a key with")
+        yield from _text_errors(pointer + pointer_to(key), key, "is a key with")
 
 
 def _text_errors(pointer: str, text: str, verb: str) -> Iterator[FieldError]:
     if "\x00" in text:
         yield FieldError(pointer, f"{verb} the character NUL (\\u0000), which cannot be stored")
     if _SURROGATE.search(text):
-        yield FieldError(pointer, f"{verb} half of a surrogate pair, which is no character")
+        yield FieldError(pointer, f"{verb} half of a surrogate pair, which is not a character")
 
 
-def joined(pointer: str, key: str) -> str:
-    """
-    The JSON pointer of `key` under `pointer`.
-    """
-    return f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}"
+def _without_surrogates(text: str) -> str:
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # UTF-16 joins two halves that belong together and replaces the others.
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _lowered(message: str) -> str:

@@ -22,13 +22,21 @@ PAYLOAD_BYTES_MAX = 100_000
 
 
 @pytest.fixture
-def settings() -> Settings:
+def body_bytes_max() -> int:
+    """
+    A limit that is quickly exceeded, unless a test says otherwise.
+    """
+    return BODY_BYTES_MAX
+
+
+@pytest.fixture
+def settings(body_bytes_max: int) -> Settings:
     """
     Settings with limits that are quickly exceeded, for a server that is called "api".
     """
     return Settings(
         api_hosts=("api",),
-        api_body_bytes_max=BODY_BYTES_MAX,
+        api_body_bytes_max=body_bytes_max,
         payload_bytes_max=PAYLOAD_BYTES_MAX,
     )
 

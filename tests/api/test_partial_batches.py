@@ -11,8 +11,8 @@ import json
 import httpx
 import pytest
 
-from asyncflow import jsontext
 from asyncflow.api.catalogue import Catalogue
+from asyncflow.jsontext import WALKED_LENGTH_MAX
 from asyncflow.store.database import Database
 from asyncflow.store.read import get
 from asyncflow.store.wakeups import Listener
@@ -175,16 +175,15 @@ async def test_what_is_wrong_with_a_batch_itself_refuses_it_as_a_whole(
     assert await stored(db) == 0
 
 
+@pytest.mark.parametrize("body_bytes_max", [2 * WALKED_LENGTH_MAX])
 async def test_a_large_batch_with_odd_json_is_refused_as_a_whole(
-    client: httpx.AsyncClient, db: Database, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, db: Database
 ) -> None:
     """
     Finding out where it is wrong would take seconds, in which no one else is served.
     """
-    monkeypatch.setattr(jsontext, "WALKED_LENGTH_MAX", 100)
-    answer = await posted(
-        client, batch(GOOD, '{"name":"x","payload":{"x":NaN}}', '{"name":"y"}' * 9)
-    )
+    blanks = " " * WALKED_LENGTH_MAX
+    answer = await posted(client, batch(GOOD, '{"name":"x","payload":{"x":NaN}}' + blanks))
 
     assert answer.status_code == 422
     assert "" == answer.json()["errors"][0]["pointer"]

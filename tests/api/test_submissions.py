@@ -248,7 +248,7 @@ async def test_a_payload_beyond_the_limit_is_refused(
     assert fits.status_code == 202
     assert exceeds.status_code == 422
     assert exceeds.json()["errors"][0]["pointer"] == "/payload"
-    assert f"at most {settings.payload_bytes_max} are kept" in exceeds.json()["detail"]
+    assert f"at most {settings.payload_bytes_max} are accepted" in exceeds.json()["detail"]
 
 
 async def test_a_batch_is_answered_in_its_order(client: httpx.AsyncClient, db: Database) -> None:

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from asyncflow.domain.policy import NAME_PATTERN
 from asyncflow.errors import FieldError, InvalidTask
-from asyncflow.jsontext import ERRORS_MAX, joined
+from asyncflow.jsontext import ERRORS_MAX, pointer_to
 from asyncflow.wire.batches import SubmitBatch
 from asyncflow.wire.submissions import SubmitTask
 from asyncflow.wire.tasks import CURSOR_PATTERN, TaskQuery
@@ -44,7 +44,9 @@ def refused_document(
     What is wrong with a body that should have been a `model`: the first places, and how many.
     """
     faults = [
-        FieldError(_pointer(mistake["loc"]), _sentence(mistake, _fields_at(mistake["loc"], model)))
+        FieldError(
+            pointer_to(*mistake["loc"]), _sentence(mistake, _fields_at(mistake["loc"], model))
+        )
         for mistake in mistakes[:limit]
     ]
     return InvalidTask(faults, count=len(mistakes))
@@ -73,24 +75,15 @@ def payload_errors(
         pointer: Where the payload is in the document.
     """
     for error in errors:
-        place = pointer
-        for step in error.instance_path:
-            place = joined(place, str(step))
+        place = pointer + pointer_to(*error.instance_path)
         match error.kind:
             case jsonschema_rs.ValidationErrorKind.Required(property=key):
-                yield FieldError(joined(place, str(key)), "is required")
+                yield FieldError(place + pointer_to(key), "is required")
             case jsonschema_rs.ValidationErrorKind.AdditionalProperties(unexpected=keys):
                 for key in keys:
-                    yield FieldError(joined(place, key), "is not a key the handler takes")
+                    yield FieldError(place + pointer_to(key), "is not a key the handler takes")
             case _:
                 yield FieldError(place, f"does not fit the handler's schema: {error.message}")
-
-
-def _pointer(location: Sequence[int | str]) -> str:
-    pointer = ""
-    for step in location:
-        pointer = joined(pointer, str(step))
-    return pointer
 
 
 def _fields_at(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:

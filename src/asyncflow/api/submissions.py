@@ -7,7 +7,6 @@ answer only after the commit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,6 +15,7 @@ from asyncflow.aio.batching import Batcher
 from asyncflow.api.catalogue import Catalogue
 from asyncflow.domain.task import NewTask, TaskIds
 from asyncflow.errors import FieldError, InvalidTask
+from asyncflow.jsontext import encode, utf8_length
 from asyncflow.store import submit as store
 from asyncflow.store.database import Executor
 from asyncflow.store.wakeups import Waker
@@ -24,8 +24,6 @@ from asyncflow.wire.submissions import SubmitTask
 IN_FLIGHT_MAX = 2
 BATCH_SIZE_MAX = 500
 BATCH_BYTES_MAX = 4 * 1024 * 1024
-
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class Submissions:
@@ -100,12 +98,12 @@ class Submissions:
     def _payload_text(self, payload: dict[str, Any], pointer: str) -> str:
         if not payload:
             return "{}"
-        text = _encode(payload)
-        size = len(text) if text.isascii() else len(text.encode())
+        text = encode(payload)
+        size = utf8_length(text)
         if size > self._payload_bytes_max:
             detail = (
                 f"takes {size} bytes as compact JSON; at most {self._payload_bytes_max} are "
-                "kept. Store large inputs elsewhere and send where they are"
+                "accepted. Store large inputs elsewhere and send their location"
             )
             raise InvalidTask([FieldError(f"{pointer}/payload", detail)])
         return text

@@ -29,6 +29,7 @@ from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, Required
 
 from asyncflow.errors import FieldError, HandlerError, InvalidPayload
 from asyncflow.handlers.context import Context
+from asyncflow.jsontext import pointer_to
 
 if typing.TYPE_CHECKING:
     from pydantic import ConfigDict, TypeAdapter
@@ -142,7 +143,7 @@ class NoArguments:
         keys = _json_object(self._name, payload)
         if keys and not self._ignores_extra:
             faults = [
-                FieldError(_pointer(key), "Unknown key; the handler takes none.") for key in keys
+                FieldError(pointer_to(key), "Unknown key; the handler takes none.") for key in keys
             ]
             raise InvalidPayload(self._name, faults)
         return {}
@@ -474,7 +475,7 @@ def _validated(
                 keys = ", ".join(takes())
                 detail = "Unknown key" + (f"; the handler takes {keys}." if keys else ".")
             path = _path(whole, error["loc"], is_missing=error["type"] == "missing")
-            faults.append(FieldError(_pointer(*path), detail))
+            faults.append(FieldError(pointer_to(*path), detail))
         # The faults quote no input: payloads may hold secrets, and failures are shown widely.
         raise InvalidPayload(name, faults) from None
 
@@ -507,10 +508,6 @@ def _path(whole: Any, location: tuple[int | str, ...], *, is_missing: bool) -> l
             path.append(step)
             place = place[step]
     return path
-
-
-def _pointer(*path: int | str) -> str:
-    return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in path)
 
 
 def _json_default(default: Any) -> dict[str, Any]:

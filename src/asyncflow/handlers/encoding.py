@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-import json
-import re
 import traceback
 from types import TracebackType
 from typing import Any
+
+from asyncflow.jsontext import encode, is_deeper, storable, storable_json, utf8_length
 
 RESULT_BYTES_MAX = 1 << 20
 RESULT_DEPTH_MAX = 512
@@ -29,10 +29,6 @@ LOST_COROUTINE = (
     "The handler returned a coroutine that nobody awaits. Declare the handler `async def`; "
     "if a decorator hides that, let the decorator return an `async def` function."
 )
-
-_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
-_ESCAPES = re.compile(r"\\(?:u0000|.)")
-_BRACKETS_OR_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 
 
 class Unstorable(Exception):
@@ -62,20 +58,20 @@ def encode_result(value: Any, *, bytes_max: int = RESULT_BYTES_MAX) -> str:
     if value is None:
         return "null"
     try:
-        text = _encode(value)
+        text = encode(value)
     except TypeError:
         text = _encode_rich(value, bytes_max)
     except (ValueError, RecursionError, MemoryError) as error:
         raise _not_json(value, error) from error
-    text = _storable_json(text)
-    size = len(text) if text.isascii() else len(text.encode())
+    text = storable_json(text)
+    size = utf8_length(text)
     if size > bytes_max:
         raise Unstorable(
             "ResultTooLarge",
             f"The result takes {size} bytes as JSON; at most {bytes_max} are kept. "
             "Store large results elsewhere and return where they are.",
         )
-    if text.count("[") + text.count("{") > RESULT_DEPTH_MAX and _depth(text) > RESULT_DEPTH_MAX:
+    if is_deeper(text, RESULT_DEPTH_MAX):
         raise Unstorable(
             "InvalidResult", f"The result is nested more than {RESULT_DEPTH_MAX} levels deep."
         )
@@ -146,19 +142,12 @@ def clip(text: str, bytes_max: int) -> str:
     return data[: bytes_max - 3].decode(errors="ignore") + "…"
 
 
-def storable(text: str) -> str:
-    """
-    `text` with NUL and lone surrogates replaced by U+FFFD.
-    """
-    return _without_surrogates(text.replace("\x00", "\ufffd"))
-
-
 def _encode_rich(value: Any, bytes_max: int) -> str:
     if inspect.iscoroutine(value):
         value.close()
         raise Unstorable("InvalidResult", LOST_COROUTINE)
     try:
-        return _encode(_plain(value, items_max=bytes_max // 2 + 1))
+        return encode(_plain(value, items_max=bytes_max // 2 + 1))
     except Exception as error:  # serialising may run the user's own code, which may raise anything
         raise _not_json(value, error) from error
 
@@ -209,36 +198,6 @@ def _not_json(value: Any, error: BaseException) -> Unstorable:
         f"The handler returned a value of type {type(value).__qualname__} that cannot be "
         f"written as JSON: {error_message(error)}",
     )
-
-
-def _storable_json(text: str) -> str:
-    if "\\u0000" in text:
-        # Backslashes pair up from the left: `\\u0000` is a backslash and five characters.
-        text = _ESCAPES.sub(lambda m: "\ufffd" if m[0] == "\\u0000" else m[0], text)
-    return _without_surrogates(text)
-
-
-def _without_surrogates(text: str) -> str:
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # UTF-16 joins two halves that belong together and replaces the others.
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for match in _BRACKETS_OR_STRINGS.finditer(text):
-        token = match[0]
-        if token in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif token in "]}":
-            depth -= 1
-    return deepest
 
 
 def _without_our_frames(tb: TracebackType | None) -> TracebackType | None:
