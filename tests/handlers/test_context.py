@@ -4,7 +4,6 @@ What a handler may see of its attempt and ask of its worker.
 
 import asyncio
 import datetime
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from asyncflow.domain.outcome import Completed, Failed
 from asyncflow.handlers import Context, Progress, current_context, load_handlers
 from asyncflow.handlers.calls import call_async
+from tests.support.builders import a_claim
 
 
 def a_context(
@@ -21,17 +21,8 @@ def a_context(
     """
     The context of a second attempt.
     """
-    return Context(
-        task_id=uuid.uuid4(),
-        name="sample",
-        queue="default",
-        attempt=2,
-        max_attempts=5,
-        lease_id=uuid.uuid4(),
-        tenant_id=1,
-        timeout_seconds=timeout_seconds,
-        on_progress=on_progress,
-    )
+    claim = a_claim(name="sample", attempt=2, timeout_seconds=timeout_seconds)
+    return Context(claim, on_progress=on_progress)
 
 
 @pytest.mark.parametrize(

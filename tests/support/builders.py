@@ -8,6 +8,7 @@ one that can exist; only time is cheated, by `backdate`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -73,6 +74,26 @@ def new_task(**changes: Any) -> NewTask:
         "payload": PAYLOAD,
     }
     return NewTask(**{**values, **changes})
+
+
+def a_claim(**changes: Any) -> Claim:
+    """
+    A claim that no database knows of.
+    """
+    values: dict[str, Any] = {
+        "task_id": _ids.next(),
+        "lease_id": uuid4(),
+        "tenant_id": DEFAULT_TENANT_ID,
+        "name": NAME,
+        "queue": QUEUE,
+        "attempt": 1,
+        "failures": 0,
+        "max_attempts": 5,
+        "timeout_seconds": 900.0,
+        "payload": PAYLOAD,
+        "claimed_at": datetime.now(UTC),
+    }
+    return Claim(**{**values, **changes})
 
 
 async def submitted(db: Executor, count: int, **changes: Any) -> list[UUID]:

@@ -24,6 +24,7 @@ from asyncflow.handlers.context import CURRENT, Context
 from asyncflow.telemetry import events, logs
 from asyncflow.telemetry.logs import configure_logs
 from asyncflow.telemetry.streams import WRITE_BYTES_MAX
+from tests.support.builders import a_claim
 
 PATIENCE_SECONDS = 30.0
 TASK_ID = UUID("0192f0c1-2345-7789-8abc-def012345678")
@@ -321,16 +322,7 @@ def an_attempt() -> Iterator[Context]:
     """
     ours = [each for each in logging.root.handlers if type(each).__module__ == logs.__name__]
     logging.root.handlers[:] = ours  # Pytest's own cannot print everything.
-    context = Context(
-        task_id=TASK_ID,
-        name="count",
-        queue="default",
-        attempt=2,
-        max_attempts=5,
-        lease_id=TASK_ID,
-        tenant_id=1,
-        timeout_seconds=60,
-    )
+    context = Context(a_claim(task_id=TASK_ID, name="count", attempt=2))
     token = CURRENT.set(context)
     yield context
     CURRENT.reset(token)

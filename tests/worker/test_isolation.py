@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from functools import partial
@@ -33,6 +32,7 @@ from asyncflow.handlers import (
 )
 from asyncflow.worker.children import Nursery
 from asyncflow.worker.isolation import Isolation, Run
+from tests.support.builders import a_claim
 from tests.worker import odd_handlers
 
 ISOLATIONS = ["loop", "thread", "process", "process-async"]
@@ -88,17 +88,8 @@ def a_context(
     """
     The context of a first attempt.
     """
-    return Context(
-        task_id=uuid.uuid4(),
-        name="odd",
-        queue="default",
-        attempt=1,
-        max_attempts=5,
-        lease_id=uuid.uuid4(),
-        tenant_id=1,
-        timeout_seconds=timeout_seconds,
-        on_progress=on_progress,
-    )
+    claim = a_claim(name="odd", timeout_seconds=timeout_seconds)
+    return Context(claim, on_progress=on_progress)
 
 
 class Begun:

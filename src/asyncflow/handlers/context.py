@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+from asyncflow.domain.task import Claim
 from asyncflow.telemetry.logs import log, take_fields_from
 
 MESSAGE_LENGTH_MAX = 500
@@ -41,15 +42,7 @@ class Context:
     One attempt, as its handler sees it.
 
     Args:
-        task_id: The task; the same in every attempt.
-        name: The handler's name.
-        queue: Where the task waited.
-        attempt: Which attempt this is; the first is 1.
-        max_attempts: How many failures end the task.
-        lease_id: Fresh for every attempt. Store it beside your own effects to refuse
-            those of an attempt that lost its lease.
-        tenant_id: Whose task it is.
-        timeout_seconds: How long this attempt may take from now on.
+        claim: The task, as it was claimed for this attempt.
         on_progress: Receives every report, in the thread that made it; must be quick,
             thread-safe and must not raise.
     """
@@ -60,47 +53,80 @@ class Context:
         "_on_progress",
         "_stop_asked",
         "_stop_seen",
-        "attempt",
+        "claim",
         "deadline_timestamp",
-        "lease_id",
-        "max_attempts",
-        "name",
-        "queue",
-        "task_id",
-        "tenant_id",
-        "timeout_seconds",
     )
 
     def __init__(
-        self,
-        *,
-        task_id: UUID,
-        name: str,
-        queue: str,
-        attempt: int,
-        max_attempts: int,
-        lease_id: UUID,
-        tenant_id: int,
-        timeout_seconds: float,
-        on_progress: Callable[[Progress], None] | None = None,
+        self, claim: Claim, *, on_progress: Callable[[Progress], None] | None = None
     ) -> None:
-        self.task_id = task_id
-        self.name = name
-        self.queue = queue
-        self.attempt = attempt
-        self.max_attempts = max_attempts
-        self.lease_id = lease_id
-        self.tenant_id = tenant_id
-        self.timeout_seconds = timeout_seconds
+        self.claim = claim
         self.start_clock()
         self._on_progress = on_progress
         self._stop_asked = False
         self._stop_seen = False
         self._logger: Any = None
 
+    @property
+    def task_id(self) -> UUID:
+        """
+        The task; the same in every attempt.
+        """
+        return self.claim.task_id
+
+    @property
+    def name(self) -> str:
+        """
+        The handler's name.
+        """
+        return self.claim.name
+
+    @property
+    def queue(self) -> str:
+        """
+        Where the task waited.
+        """
+        return self.claim.queue
+
+    @property
+    def attempt(self) -> int:
+        """
+        Which attempt this is; the first is 1.
+        """
+        return self.claim.attempt
+
+    @property
+    def max_attempts(self) -> int:
+        """
+        How many failures end the task.
+        """
+        return self.claim.max_attempts
+
+    @property
+    def lease_id(self) -> UUID:
+        """
+        Fresh for every attempt. Store it with your own effects to refuse those of an attempt
+        that lost its lease.
+        """
+        return self.claim.lease_id
+
+    @property
+    def tenant_id(self) -> int:
+        """
+        Whose task it is.
+        """
+        return self.claim.tenant_id
+
+    @property
+    def timeout_seconds(self) -> float:
+        """
+        How long this attempt may take, from its start.
+        """
+        return self.claim.timeout_seconds
+
     def start_clock(self) -> None:
         """
-        Let the attempt's time run from now on. Called by the code that runs the attempt.
+        Start the attempt's time. Called by the code that runs the attempt.
         """
         self.deadline_timestamp = time.time() + self.timeout_seconds
         self._deadline_monotonic = time.monotonic() + self.timeout_seconds

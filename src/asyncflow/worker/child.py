@@ -28,7 +28,7 @@ from asyncflow.errors import HandlerError
 from asyncflow.handlers.calls import call_async, call_blocking, failed
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.registry import DEFAULT_REGISTRY, Handler
-from asyncflow.worker.child_protocol import Message, Reader, read_context, write, write_outcome
+from asyncflow.worker.child_protocol import Message, Reader, read_claim, write, write_outcome
 from asyncflow.worker.garbage import Garbage
 
 PROGRESS_SECONDS = 0.05
@@ -146,7 +146,7 @@ class Attempt:
     def __init__(self, request: Message, *, on_progress: Callable[[Progress], None]) -> None:
         self.number: int = request["number"]
         self._request = request
-        self._context = Context(**read_context(request["context"]), on_progress=on_progress)
+        self._context = Context(read_claim(request["claim"]), on_progress=on_progress)
         self._cancel: Callable[[], object] | None = None
         self._is_stopping = False
         self._cancelled_the_task = False

@@ -4,7 +4,7 @@ What a worker, its nursery and its child processes say to each other, and how it
 Four bytes of length, big-endian, then JSON; nothing is ever unpickled. `number` counts the
 attempts of one child, so that a request to stop one cannot hit the next.
 
-    worker → child    {"do": "run", "number": 7, "handler": …, "payload": …, "context": {…}}
+    worker → child    {"do": "run", "number": 7, "handler": …, "payload": …, "claim": {…}}
                       {"do": "stop", "number": 7}
     child → worker    {"tell": "ready"}                                       once
                       {"tell": "started", "number": 7}
@@ -31,10 +31,12 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from asyncflow.domain.outcome import Completed, Failed, Failure, Outcome
+from asyncflow.domain.task import Claim
 from asyncflow.handlers.context import Context
 
 Message = dict[str, Any]
@@ -106,25 +108,25 @@ def read_outcome(written: Message) -> Outcome:
     return Failed(Failure(*written["failure"]), written["retryable"], written["after_seconds"])
 
 
-def write_context(context: Context) -> Message:
+def write_claim(context: Context) -> Message:
     """
-    A context's fields; its time is sent as what is left of it.
+    The claim that `context` holds, with what is left of its time; the payload goes by itself.
     """
+    claim = context.claim
     return {
-        "task_id": str(context.task_id),
-        "name": context.name,
-        "queue": context.queue,
-        "attempt": context.attempt,
-        "max_attempts": context.max_attempts,
-        "lease_id": str(context.lease_id),
-        "tenant_id": context.tenant_id,
+        **claim._asdict(),
+        "payload": "",
+        "task_id": str(claim.task_id),
+        "lease_id": str(claim.lease_id),
         "timeout_seconds": context.remaining_seconds(),
+        "claimed_at": claim.claimed_at.isoformat(),
     }
 
 
-def read_context(written: Message) -> dict[str, Any]:
+def read_claim(written: Message) -> Claim:
     """
-    The arguments for a `Context` like the one that `write_context` wrote.
+    The claim that `write_claim` wrote.
     """
     ids = {key: UUID(written[key]) for key in ("task_id", "lease_id")}
-    return {**written, **ids}
+    claimed_at = datetime.fromisoformat(written["claimed_at"])
+    return Claim(**{**written, **ids, "claimed_at": claimed_at})

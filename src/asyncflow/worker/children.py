@@ -27,7 +27,7 @@ from asyncflow.errors import ChildNotStarted, HandlerError
 from asyncflow.forking import withhold
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.registry import Handler
-from asyncflow.worker.child_protocol import Message, Reader, read_outcome, write, write_context
+from asyncflow.worker.child_protocol import Message, Reader, read_outcome, write, write_claim
 
 NURSERY = "asyncflow.worker.nursery"
 MEMORY_CHECK_SECONDS = 0.1
@@ -374,7 +374,7 @@ class Child(asyncio.Protocol):
                 "number": self.tasks,
                 "handler": handler.name,
                 "payload": payload,
-                "context": write_context(context),
+                "claim": write_claim(context),
                 "result_bytes_max": bytes_max,
             }
         )

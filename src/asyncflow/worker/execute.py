@@ -189,14 +189,7 @@ class Attempt:
     def _context(self) -> Context:
         claim, tools = self.claim, self._tools
         return Context(
-            task_id=claim.task_id,
-            name=claim.name,
-            queue=claim.queue,
-            attempt=claim.attempt,
-            max_attempts=claim.max_attempts,
-            lease_id=claim.lease_id,
-            tenant_id=claim.tenant_id,
-            timeout_seconds=claim.timeout_seconds,
+            claim,
             on_progress=lambda progress: tools.on_progress(claim, progress),
         )
 
