@@ -34,7 +34,6 @@ from asyncflow.store.wakeups import Waker
 from asyncflow.transport import postgres
 from asyncflow.transport.rabbitmq import transport as rabbitmq
 from asyncflow.transport.rabbitmq.queue_backoff import BackoffTimes
-from asyncflow.worker import execute as execute_module
 from asyncflow.worker import lease as lease_module
 from tests.support.postgres import PostgresServer
 from tests.support.roles import Administrator, administrator
@@ -399,7 +398,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr(wakeups, "RECONNECT_SECONDS", 0.03)
     monkeypatch.setattr(lease_module, "RETRY_SECONDS", 0.03)
-    monkeypatch.setattr(execute_module, "SETTLE_RETRY_SECONDS", SOON)
 
 
 async def take_and_give_back(thing: Thing, admin: Administrator, house: House) -> None:

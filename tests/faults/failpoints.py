@@ -346,7 +346,7 @@ _STEPS = [
     _step("worker", "due-claim", f"{CLAIMS}:claim_due", ALL, statement=RUNNING),
     _step("worker", "hinted-claim", f"{CLAIMS}:claim_hinted", ALL, statement=RUNNING),
     # Its attempt
-    _step("worker", "start", "asyncflow.worker.isolation:Isolation.start", "before"),
+    _step("worker", "start", "asyncflow.worker.isolation:Isolation.prepare", "before"),
     _step("loop", "start", NOTE, "after", counts=notes("start")),
     _step("loop", "end", NOTE, "after", counts=notes("end")),
     _step("thread", "start", NOTE, "after", counts=notes("start"), handler="step-in-thread"),
@@ -357,7 +357,7 @@ _STEPS = [
         counts=tells("started"),
         handler="step-in-process",
     ),
-    _step("worker", "outcome", "asyncflow.worker.execute:Attempt._on_run_end", "before"),
+    _step("worker", "outcome", "asyncflow.worker.attempt:Attempt._finish", "before"),
     _step(
         *("worker", "beat", f"{WORKERS}:heartbeat", ENDS),
         story="a while",

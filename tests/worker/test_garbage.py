@@ -4,20 +4,19 @@ Cyclic garbage is collected by what it holds, however few objects it is.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
 from collections.abc import Iterator
 
 import pytest
 
-from asyncflow.domain.outcome import Completed, Outcome
+from asyncflow.domain.outcome import Completed
 from asyncflow.handlers import DEFAULT_REGISTRY
 from asyncflow.worker.children import Nursery
 from asyncflow.worker.garbage import COLLECT_SECONDS, GROWTH_BYTES, LOOK_SECONDS, Garbage
 from asyncflow.worker.isolation import Isolation
 from tests.worker import odd_handlers
-from tests.worker.test_isolation import ISOLATIONS, a_context
+from tests.worker.test_isolation import ISOLATIONS, run
 
 MIB = 1 << 20
 
@@ -132,9 +131,7 @@ async def test_exceptions_that_handlers_keep_do_not_pile_up(
     async with Nursery(["tests.worker.odd_handlers"]) as nursery:
         isolation = Isolation(slots=1, nursery=nursery)
         for _ in range(200):
-            ended: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
-            isolation.start(found, "{}", a_context(), ended.set_result)
-            outcome = await ended
+            outcome = await run(isolation, found)
             assert isinstance(outcome, Completed)
             kept.append(json.loads(outcome.result))
         await isolation.close()

@@ -118,10 +118,19 @@ def begin(
     isolation: Isolation, handler: Handler, context: Context, payload: str = "{}"
 ) -> tuple[Run, asyncio.Future[Outcome | None]]:
     """
-    Start a run; the future is what it ends with.
+    Begin a run in a task, as an attempt does; the future is what it ends with.
     """
     ended: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
-    return isolation.start(handler, payload, context, ended.set_result), ended
+    run = isolation.prepare(handler, payload, context, ended.set_result)
+
+    async def work() -> None:
+        outcome = await run.outcome()
+        if not ended.done():
+            ended.set_result(outcome)
+
+    working = asyncio.get_running_loop().create_task(work())
+    ended.add_done_callback(lambda _: working)  # keeps it
+    return run, ended
 
 
 async def start(
@@ -175,16 +184,23 @@ async def test_an_attempt_finds_nothing_in_its_context_of_the_one_before(
     isolation: Isolation, before: str, where: str
 ) -> None:
     """
-    It begins within the end of that one; what modules set when they are imported is there.
+    It begins in the task of that one; what modules set when they are imported is there.
     """
-    ended: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
 
-    def begin_next(_: Outcome | None) -> None:
-        isolation.start(named("look", where), "{}", a_context(), ended.set_result)
+    async def work() -> Outcome | None:
+        marking = isolation.prepare(named("mark", before), "{}", a_context(), unexpected)
+        await marking.outcome()
+        looking = isolation.prepare(named("look", where), "{}", a_context(), unexpected)
+        return await looking.outcome()
 
-    isolation.start(named("mark", before), "{}", a_context(), begin_next)
+    assert Completed('["nobody","set at import",{}]') == await asyncio.wait_for(work(), 30)
 
-    assert Completed('["nobody","set at import",{}]') == await asyncio.wait_for(ended, 30)
+
+def unexpected(outcome: Outcome | None) -> None:
+    """
+    These handlers end.
+    """
+    raise AssertionError(outcome)
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
@@ -194,16 +210,14 @@ async def test_what_follows_an_attempt_runs_in_the_workers_context(
     """
     Its log lines, and the tasks that write its outcome together with those of others.
     """
-    ended: asyncio.Future[list[object]] = asyncio.get_running_loop().create_future()
 
-    def look(_: Outcome | None) -> None:
+    async def work() -> list[object]:
+        await isolation.prepare(named("mark", where), "{}", a_context(), unexpected).outcome()
         with pytest.raises(LookupError):
             current_context()
-        ended.set_result(odd_handlers.look())
+        return odd_handlers.look()
 
-    isolation.start(named("mark", where), "{}", a_context(), look)
-
-    assert ["nobody", "set at import", {}] == await asyncio.wait_for(ended, 30)
+    assert ["nobody", "set at import", {}] == await asyncio.wait_for(work(), 30)
 
 
 @pytest.mark.parametrize("where", ISOLATIONS)
@@ -508,7 +522,7 @@ async def test_what_a_handler_started_dies_with_it(isolation: Isolation) -> None
 WORKER = """
 import asyncio, sys
 sys.path[:] = {path!r}
-from tests.worker.test_isolation import a_context
+from tests.worker.test_isolation import a_context, begin
 from asyncflow.handlers import load_handlers
 from asyncflow.worker.children import Nursery
 from asyncflow.worker.isolation import Isolation
@@ -518,9 +532,8 @@ async def main():
     loop = asyncio.get_running_loop()
     handler = load_handlers(["tests.worker.odd_handlers"]).get({name!r})
     context = a_context(on_progress=lambda _: loop.call_soon_threadsafe(begun.set))
-    ended = loop.create_future()
     isolation = Isolation(slots=1, nursery=Nursery(["tests.worker.odd_handlers"]))
-    isolation.start(handler, "{{}}", context, ended.set_result)
+    _, ended = begin(isolation, handler, context)
     await begun.wait()
     print("begun", flush=True)
     await asyncio.wait([ended], timeout={patience})

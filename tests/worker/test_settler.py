@@ -17,7 +17,7 @@ from asyncflow.maintenance.reaper import Reaper
 from asyncflow.store import steer
 from asyncflow.store.database import Database
 from asyncflow.store.settle import Settling
-from asyncflow.worker.execute import make_settler
+from asyncflow.worker.settler import make_settler
 from tests.support.builders import SETTLEMENTS
 from tests.support.tasks import a_worker, claim, submit
 from tests.support.wire import Wire, laid

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from asyncflow.handlers import Handler, Registry, handler
 from asyncflow.worker.isolation import Isolation
 from asyncflow.worker.stall import Stall, look_at
-from tests.worker.test_isolation import a_context
+from tests.worker.test_isolation import a_context, begin
 
 PATIENCE_SECONDS = 30.0
 
@@ -53,10 +53,9 @@ async def seen_of(
     registry = Registry()
     handler("blocks", registry=registry)(function_of(blockade))
     context = a_context()
-    ended = asyncio.get_running_loop().create_future()
     watching = threading.Thread(target=blockade.look)
     watching.start()
-    Isolation(slots=1).start(_the_one(registry), "{}", context, ended.set_result)
+    _, ended = begin(Isolation(slots=1), _the_one(registry), context)
     await ended
     watching.join()
     return blockade.seen[0], str(context.task_id)

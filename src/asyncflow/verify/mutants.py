@@ -30,7 +30,7 @@ from asyncflow.store.settle import Settling
 from asyncflow.transport.amqp import Channel
 from asyncflow.transport.rabbitmq.message import Pack
 from asyncflow.transport.rabbitmq.transport import RabbitTransport
-from asyncflow.worker import execute, lease
+from asyncflow.worker import attempt, lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ def _crash_unpunished() -> None:
     def decide(what: outcome.Outcome, **facts: Any) -> outcome.Settlement:
         return original(Released() if isinstance(what, Crashed) else what, **facts)
 
-    for module in (execute, reaper):
+    for module in (attempt, reaper):
         module.decide = decide  # type: ignore[attr-defined]
 
 
@@ -203,19 +203,15 @@ def _settle_believed() -> None:
     rate=400.0,
 )
 def _ack_before_settle() -> None:
-    original = execute.Attempt._settle
+    async def settle(self: attempt.Attempt, settlement: Settlement) -> bool:
+        if self.void is not None:
+            return False
+        self.settlement, claim = settlement, self.claim
+        settled = self._tools.settler.submit(Settling(claim.task_id, claim.lease_id, settlement))
+        settled.add_done_callback(lambda settled: settled.cancelled() or settled.exception())
+        return True
 
-    def settle(self: execute.Attempt, settlement: Settlement) -> None:
-        original(self, settlement)
-        if self.void is None:
-            self._conclude(settlement, written=True)
-
-    def on_settled(self: Any, settlement: Settlement, settled: asyncio.Future[bool]) -> None:
-        if not settled.cancelled():
-            settled.exception()
-
-    execute.Attempt._settle = settle  # type: ignore[method-assign]
-    execute.Attempt._on_settled = on_settled  # type: ignore[method-assign]
+    attempt.Attempt._settle = settle  # type: ignore[method-assign]
 
 
 @_mutant(

@@ -58,12 +58,12 @@ class Listener(Protocol):
         The handler reported progress.
         """
 
-    def ended(self, outcome: Outcome, *, stop_seen: bool) -> None:
+    def child_ended(self, outcome: Outcome, *, stop_seen: bool) -> None:
         """
         The handler ended; the child is ready for another attempt.
         """
 
-    def died(self, end: Outcome, *, was_entered: bool) -> None:
+    def child_died(self, end: Outcome, *, was_entered: bool) -> None:
         """
         The child died; `was_entered` is False if it had not taken the attempt up.
         """
@@ -459,7 +459,9 @@ class Child(asyncio.Protocol):
                 self._listener.progressed(Progress(message["fraction"], message["message"]))
             case "ended":
                 listener, self._listener = self._listener, None
-                listener.ended(read_outcome(message["outcome"]), stop_seen=message["stop_seen"])
+                listener.child_ended(
+                    read_outcome(message["outcome"]), stop_seen=message["stop_seen"]
+                )
 
     async def _reap(self) -> None:
         words, status = await self._death
@@ -474,7 +476,7 @@ class Child(asyncio.Protocol):
             listener, self._listener = self._listener, None
             # A fresh child that dies at once would do so again; a warm one died idle.
             was_entered = self._was_entered or self.tasks == 1
-            listener.died(self._end(words, status), was_entered=was_entered)
+            listener.child_died(self._end(words, status), was_entered=was_entered)
 
     def _end(self, words: str, status: int) -> Outcome:
         if self._memory_found is not None:

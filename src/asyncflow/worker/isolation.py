@@ -24,8 +24,10 @@ import contextvars
 import math
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Coroutine
 from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from asyncflow.domain.outcome import Cancelled, Completed, Failed, Failure, Outcome
 from asyncflow.errors import ChildNotStarted
@@ -42,7 +44,8 @@ from asyncflow.worker.shortage import Shortage
 INTERRUPT_SECONDS = 0.5
 """How long a handler may take to stop when the worker no longer wants its outcome."""
 
-OnEnd = Callable[[Outcome | None], None]
+OnStuck = Callable[[Outcome | None], None]
+Result = TypeVar("Result")
 
 
 class Isolation:
@@ -67,8 +70,6 @@ class Isolation:
         tasks_per_child_max: int = 1_000,
         nursery: Nursery | None = None,
     ) -> None:
-        # As it is before any handler has run: with what modules of handlers set when imported.
-        self.own_context = contextvars.copy_context()
         self.cancel_grace_seconds = cancel_grace_seconds
         self.result_bytes_max = result_bytes_max
         self.alarm = Alarm()
@@ -80,21 +81,18 @@ class Isolation:
             nursery or Nursery(()), idle_max=slots, tasks_max=tasks_per_child_max
         )
 
-    def start(self, handler: Handler, payload: str, context: Context, on_end: OnEnd) -> Run:
+    def prepare(self, handler: Handler, payload: str, context: Context, on_stuck: OnStuck) -> Run:
         """
-        Begin one attempt.
+        Make the run of one attempt; awaiting its `outcome` begins it.
 
         Args:
             payload: JSON text.
             context: Made just now: the attempt's time runs from its making, or in a child
                 process from when that is ready.
-            on_end: Called once, in the loop's thread and after this function has returned,
-                whatever the handler does: with the outcome, or with None if the attempt was
-                interrupted and left nothing whole, or could not begin.
+            on_stuck: Called in the loop's thread, at most once, if a handler on the loop does not
+                stop: with the outcome of its attempt. What awaits `outcome` waits on.
         """
-        run = _KINDS[handler.isolation](self, handler, payload, context, on_end)
-        run.enter()
-        return run
+        return _KINDS[handler.isolation](self, handler, payload, context, on_stuck)
 
     @property
     def stuck(self) -> int:
@@ -164,7 +162,7 @@ class Alarm:
 
 class Run:
     """
-    One attempt at work: its deadline, its cancellation, its grace period, its end.
+    One call of a handler: its deadline, its cancellation, its grace period, its end.
 
     Subclasses know how their kind is asked to stop and what is done when that was in vain.
     All methods belong to the loop's thread.
@@ -176,42 +174,31 @@ class Run:
         handler: Handler,
         payload: str,
         context: Context,
-        on_end: OnEnd,
+        on_stuck: OnStuck,
     ) -> None:
         self.isolation = isolation
         self.handler = handler
         self.payload = payload
         self.context = context
+        self.on_stuck = on_stuck
         self.is_stopping = False
-        self.has_ended = False
+        self._is_over = False
         self._is_cancelled = False
         self._is_interrupted = False
-        self._on_end: OnEnd | None = on_end
 
-    def enter(self) -> None:
+    async def outcome(self) -> Outcome | None:
         """
-        Have the handler called, and start the attempt's time.
+        Call the handler and wait for its end; once.
+
+        Returns:
+            What the attempt came to, whatever the handler does; None if it was interrupted and
+            left nothing whole, or could not begin.
         """
         raise NotImplementedError
 
-    def start_clock(self) -> None:
-        """
-        Call `on_deadline` when the attempt's time is up.
-        """
-        self.isolation.alarm.set(self, time.monotonic() + self.context.remaining_seconds())
-
-    def fail_to_enter(self, reason: str) -> None:
-        """
-        The machine lacks what the handler needs to run in; its task is not to blame.
-        """
-        self.has_ended = True
-        self.isolation.shortage.meet(reason)
-        stopped = self.stopped(failed(asyncio.CancelledError())) if self.is_stopping else None
-        self._tell(stopped)
-
     def cancel(self) -> None:
         """
-        Stop it because somebody cancelled the task; what stops for it comes out as `Cancelled`.
+        Stop it because its task was cancelled; if it stops for that, it ends as `Cancelled`.
         """
         self._is_cancelled = True
         self._stop()
@@ -220,11 +207,11 @@ class Run:
         """
         Stop it without grace: the worker does not want its outcome any more.
 
-        A child is killed. The others get half a second: nobody waits for the outcome, but the
+        A child is killed. The others get half a second: nothing waits for the outcome, but the
         task may soon run elsewhere, and the two should not overlap. What an unaware handler
         returns in that time is whole and counts.
         """
-        if self._on_end is not None and not self._is_interrupted:
+        if not self._is_over and not self._is_interrupted:
             self._is_interrupted = self.is_stopping = True
             self.isolation.alarm.set(self, time.monotonic() + INTERRUPT_SECONDS)
             self.context.ask_to_stop()
@@ -237,23 +224,6 @@ class Run:
         """
         self.context.ask_to_stop()
 
-    def end(self, outcome: Outcome, *, stop_seen: bool) -> None:
-        """
-        The handler has ended.
-        """
-        # Its context variables end with it. What follows is the worker's: the settle, log lines,
-        # and above all the next attempt, which may begin within this end.
-        self.isolation.own_context.copy().run(self._end, outcome, stop_seen=stop_seen)
-
-    def _end(self, outcome: Outcome, *, stop_seen: bool) -> None:
-        self.has_ended = True
-        self.isolation.garbage.look()
-        self.isolation.stuck_runs.discard(self)
-        if self.is_stopping and (stop_seen or not isinstance(outcome, Completed)):
-            self._tell(self.stopped(outcome))
-        else:
-            self._tell(outcome)
-
     def on_deadline(self) -> None:
         """
         See `Alarm`: the attempt's time is up, or its grace period.
@@ -263,6 +233,14 @@ class Run:
             self.give_up()
         else:
             self._stop()
+
+    # For subclasses
+
+    def start_clock(self) -> None:
+        """
+        Let the attempt's time run from now on.
+        """
+        self.isolation.alarm.set(self, time.monotonic() + self.context.remaining_seconds())
 
     def ask_to_stop(self) -> None:
         """
@@ -277,19 +255,51 @@ class Run:
 
     def give_up(self) -> None:
         """
-        The grace period is over and the handler still runs.
+        The grace period is over and the handler still runs: end the attempt without it.
         """
+        self.end()
         self.isolation.stuck_runs.add(self)
-        events.attempt_stuck(
-            task_id=self.context.task_id, name=self.context.name, attempt=self.context.attempt
-        )
-        self._tell(
+        self.conclude(
             self.stopped(
                 None,
                 "It could not be stopped and still runs in the worker; "
                 'a handler with isolation="process" can be.',
             )
         )
+        events.attempt_stuck(
+            task_id=self.context.task_id, name=self.context.name, attempt=self.context.attempt
+        )
+
+    def conclude(self, outcome: Outcome | None) -> None:
+        """
+        Let the attempt go on with this outcome, whether or not its handler has ended.
+        """
+        raise NotImplementedError
+
+    def ended(self, outcome: Outcome, *, stop_seen: bool) -> Outcome | None:
+        """
+        The handler has ended: say what that means for the attempt.
+        """
+        self.end()
+        self.isolation.stuck_runs.discard(self)
+        self.isolation.garbage.look()
+        if self.is_stopping and (stop_seen or not isinstance(outcome, Completed)):
+            return self.stopped(outcome)
+        return outcome
+
+    def ended_unentered(self) -> Outcome | None:
+        """
+        It was stopped before the handler was entered.
+        """
+        return self.ended(failed(asyncio.CancelledError()), stop_seen=True)
+
+    def not_entered(self, reason: str) -> Outcome | None:
+        """
+        The machine lacks what the handler needs to run in; its task is not to blame.
+        """
+        self.end()
+        self.isolation.shortage.meet(reason)
+        return self.stopped(failed(asyncio.CancelledError())) if self.is_stopping else None
 
     def stopped(self, end: Outcome | None, remark: str = "") -> Outcome | None:
         """
@@ -306,57 +316,109 @@ class Run:
             message += f" {remark}"
         return Failed(Failure("TimedOut", message, traceback))
 
+    def end(self) -> None:
+        """
+        Its end is known: nothing stops it any more.
+        """
+        self._is_over = True
+        self.isolation.alarm.forget(self)
+
     def _stop(self) -> None:
-        if self._on_end is not None and not self.is_stopping:
+        if not self._is_over and not self.is_stopping:
             self.is_stopping = True
             grace = self.isolation.cancel_grace_seconds
             self.isolation.alarm.set(self, time.monotonic() + grace)
             self.context.ask_to_stop()
             self.ask_to_stop()
 
-    def _tell(self, outcome: Outcome | None) -> None:
-        on_end, self._on_end = self._on_end, None
-        if on_end is not None:
-            self.isolation.alarm.forget(self)
-            on_end(outcome)
-
 
 class LoopRun(Run):
     """
-    An `async def` handler, as an asyncio task of its own.
+    An `async def` handler, awaited inline in the asyncio task of its attempt.
+
+    It may outlive the attempt there: given up, `on_stuck` gets the outcome, and what `outcome`
+    returns later is nobody's.
     """
 
-    _task: asyncio.Task[None]
+    _task: asyncio.Task[Any] | None = None
 
-    def enter(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._call())
+    async def outcome(self) -> Outcome | None:
+        if self.is_stopping:
+            return self.ended_unentered()
+        self._task = asyncio.current_task()
         self.start_clock()
-
-    async def _call(self) -> None:
-        outcome = await call_async(
+        call = call_async(
             self.handler,
             self.payload,
             self.context,
             result_bytes_max=self.isolation.result_bytes_max,
         )
+        # In variables of its own: what follows in this task is the worker's, the settle and log
+        # lines above all.
+        outcome = await within(contextvars.copy_context(), call)
+        # From here on the task is not the handler's, and must not be cancelled for it.
+        self._task = None
         end_copy()
-        self.end(outcome, stop_seen=True)
+        return self.ended(outcome, stop_seen=True)
 
     def ask_to_stop(self) -> None:
-        self._task.cancel()
-        self._task.add_done_callback(self._never_entered)
+        if self._task is not None:
+            self._task.cancel()
 
     def give_up(self) -> None:
-        self._task.cancel()
+        self.ask_to_stop()
         super().give_up()
 
-    def _never_entered(self, task: asyncio.Task[None]) -> None:
-        # A task that is cancelled before its first step ends without running a line of ours.
-        if task.cancelled():
-            self.end(failed(asyncio.CancelledError()), stop_seen=True)
+    def conclude(self, outcome: Outcome | None) -> None:
+        self.on_stuck(outcome)
 
 
-class ThreadRun(Run):
+@types.coroutine
+def within(context: contextvars.Context, call: Coroutine[Any, Any, Result]) -> Any:
+    """
+    Await `call` in this task, with the variables of `context`.
+    """
+    step: Callable[[Any], Any] = call.send
+    value: Any = None
+    while True:
+        try:
+            waited_for = context.run(step, value)
+        except StopIteration as end:
+            return end.value
+        try:
+            step, value = call.send, (yield waited_for)
+        except BaseException as error:
+            step, value = call.throw, error
+
+
+class OutsideRun(Run):
+    """
+    A handler that runs outside of the event loop; its attempt waits for a future.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._outcome: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
+
+    async def outcome(self) -> Outcome | None:
+        if self.is_stopping:
+            self.conclude(self.ended_unentered())
+        else:
+            self.enter()
+        return await self._outcome
+
+    def enter(self) -> None:
+        """
+        Have the handler called, and start the attempt's time.
+        """
+        raise NotImplementedError
+
+    def conclude(self, outcome: Outcome | None) -> None:
+        if not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+
+class ThreadRun(OutsideRun):
     """
     A `def` handler, in one of the worker's threads.
     """
@@ -366,7 +428,7 @@ class ThreadRun(Run):
         try:
             self.isolation.threads.run(lambda: self._call(loop))
         except RuntimeError as error:
-            loop.call_soon(self.fail_to_enter, f"No thread could be started: {error}.")
+            self.conclude(self.not_entered(f"No thread could be started: {error}."))
         else:
             self.isolation.shortage.pass_by()
             self.start_clock()
@@ -383,13 +445,13 @@ class ThreadRun(Run):
         try:
             loop.call_soon_threadsafe(self._returned, outcome)
         except RuntimeError:
-            pass  # the loop is closed: the worker has gone and nobody waits for this thread
+            pass  # the loop is closed: the worker has gone, and its attempts with it
 
     def _returned(self, outcome: Outcome) -> None:
-        self.end(outcome, stop_seen=self.context.stop_seen)
+        self.conclude(self.ended(outcome, stop_seen=self.context.stop_seen))
 
 
-class ChildRun(Run):
+class ChildRun(OutsideRun):
     """
     A handler in a child process. The child reports here, see `children.Listener`.
     """
@@ -405,11 +467,11 @@ class ChildRun(Run):
         try:
             child = await self.isolation.children.lend()
         except ChildNotStarted as error:
-            return self.fail_to_enter(str(error))
+            return self.conclude(self.not_entered(str(error)))
         self.isolation.shortage.pass_by()
         if self.is_stopping:
             self.isolation.children.take_back(child)
-            return self._end_unentered()
+            return self.conclude(self.ended_unentered())
         self._child = child
         # What it took to start a process is no part of the attempt.
         self.context.start_clock()
@@ -422,24 +484,21 @@ class ChildRun(Run):
             bytes_max=self.isolation.result_bytes_max,
         )
 
-    def _end_unentered(self) -> None:
-        if not self.has_ended:
-            self.end(failed(asyncio.CancelledError()), stop_seen=True)
-
     def progressed(self, progress: Progress) -> None:
         self.context.progress(progress.fraction, progress.message)
 
-    def ended(self, outcome: Outcome, *, stop_seen: bool) -> None:
+    def child_ended(self, outcome: Outcome, *, stop_seen: bool) -> None:
         self._let_go_of_child()
-        self.end(outcome, stop_seen=stop_seen)
+        self.conclude(self.ended(outcome, stop_seen=stop_seen))
 
-    def died(self, end: Outcome, *, was_entered: bool) -> None:
+    def child_died(self, end: Outcome, *, was_entered: bool) -> None:
         self._let_go_of_child()
         if self._is_killed:
+            self.end()
             grace = self.isolation.cancel_grace_seconds
-            self._tell(self.stopped(None, f"It did not stop within {grace:g} s and was killed."))
+            self.conclude(self.stopped(None, f"It did not stop within {grace:g} s and was killed."))
         elif was_entered or self.is_stopping:
-            self.end(end, stop_seen=True)
+            self.conclude(self.ended(end, stop_seen=True))
         else:
             # A warm child may die in the moment it is lent. Then the handler was not entered
             # and the task is not to blame: another child gets it.
@@ -454,7 +513,7 @@ class ChildRun(Run):
 
     def give_up(self) -> None:
         if self._child is None:
-            return self._end_unentered()
+            return self.conclude(self.ended_unentered())
         self._is_killed = True
         self._child.kill()
 

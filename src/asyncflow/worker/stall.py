@@ -38,25 +38,37 @@ class Stall(NamedTuple):
 
 def look_at(loop: asyncio.AbstractEventLoop, thread_id: int) -> Stall:
     """
-    See what the thread does that runs this loop. From another thread.
+    See what the thread that runs this loop is doing. From another thread.
     """
-    stack = _stack(sys._current_frames().get(thread_id))
-    task = asyncio.current_task(loop)
-    return Stall(stack, None if task is None else _attempt_of(task))
+    frames, caller = _frames_of_handler(sys._current_frames().get(thread_id))
+    lines = traceback.StackSummary.extract(reversed(frames)).format()
+    stack = clip_traceback("Traceback (most recent call last):\n" + "".join(lines))
+    return Stall(stack, _context_in(caller) or _context_of(asyncio.current_task(loop)))
 
 
-def _stack(frame: FrameType | None) -> str:
+def _frames_of_handler(
+    frame: FrameType | None,
+) -> tuple[list[tuple[FrameType, int]], FrameType | None]:
+    """
+    The frames up to what called the handler, innermost first, and that one.
+    """
     frames: list[tuple[FrameType, int]] = []
     while frame is not None and frame.f_globals.get("__name__") not in CALLERS:
         frames.append((frame, frame.f_lineno))
         frame = frame.f_back
-    lines = traceback.StackSummary.extract(reversed(frames)).format()
-    return clip_traceback("Traceback (most recent call last):\n" + "".join(lines))
+    return frames, frame
 
 
-def _attempt_of(task: asyncio.Task[Any]) -> Context | None:
+def _context_in(caller: FrameType | None) -> Context | None:
+    found = None if caller is None else caller.f_locals.get("context")
+    return found if isinstance(found, Context) else None
+
+
+def _context_of(task: asyncio.Task[Any] | None) -> Context | None:
     # Before Python 3.12 a task does not tell its context, but the garbage collector knows it. It
     # also knows that of whoever waits for the task, which is of the same attempt or of none.
+    if task is None:
+        return None
     contexts = [c for c in gc.get_referents(task) if isinstance(c, contextvars.Context)]
     attempts = {id(found): found for c in contexts if (found := c.get(CURRENT)) is not None}
     return next(iter(attempts.values())) if len(attempts) == 1 else None

@@ -30,10 +30,11 @@ from asyncflow.store.settle import Settling
 from asyncflow.store.workers import Held, Published, Registration
 from asyncflow.telemetry import events
 from asyncflow.transport import Transport
-from asyncflow.worker.execute import Attempt, Tools, make_settler
+from asyncflow.worker.attempt import Attempt, Tools
 from asyncflow.worker.isolation import Isolation
 from asyncflow.worker.lease import LeaseKeeper
 from asyncflow.worker.pace import Pace
+from asyncflow.worker.settler import make_settler
 from asyncflow.worker.stall import Stall, look_at
 
 TICK_SECONDS = 0.5
@@ -212,7 +213,7 @@ class Worker:
 
     def _start(self, attempt: Attempt) -> None:
         self._running += 1
-        attempt.begin()
+        attempt.start()
 
     def _free_slot(self, ran_seconds: float | None) -> None:
         # Before the settle: what waits for PostgreSQL needs no slot, only room in the window,
@@ -255,14 +256,14 @@ class Worker:
 
     def _give_back_all(self) -> None:
         for attempt in tuple(self._attempts.values()):
-            attempt.give_back()
+            attempt.release()
 
     def _give_back_waiting(self, *, older_than_seconds: float) -> int:
         count = 0
         horizon = time.monotonic() - older_than_seconds
         while self._waiting and self._waiting[0].taken_at <= horizon:
             attempt = self._waiting.popleft()
-            attempt.give_back()
+            attempt.release()
             # What was given back before it began is settled as a release.
             self._start(attempt)
             count += 1

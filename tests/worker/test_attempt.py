@@ -20,8 +20,7 @@ from asyncflow.errors import StoreUnavailable
 from asyncflow.store.settle import Settling
 from asyncflow.telemetry import events
 from asyncflow.telemetry.logs import Log
-from asyncflow.worker import execute as execute_module
-from asyncflow.worker.execute import REFUSALS_MAX, Attempt, Tools
+from asyncflow.worker.attempt import REFUSALS_MAX, Attempt, Tools
 from asyncflow.worker.isolation import Isolation, Run
 from tests.support.running import registry_of
 from tests.support.tasks import NAME, QUEUE
@@ -78,19 +77,11 @@ class NoMoreThreads(Isolation):
     A machine on its last legs.
     """
 
-    def start(self, *arguments: Any, **more: Any) -> Run:
+    def prepare(self, *arguments: Any, **more: Any) -> Run:
         """
         As `Thread.start` fails.
         """
         raise RuntimeError("can't start new thread")
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """
-    Try again at once.
-    """
-    monkeypatch.setattr(execute_module, "SETTLE_RETRY_SECONDS", (0.0, 0.001))
 
 
 class BrokenBackoff(Backoff):
@@ -150,6 +141,7 @@ def an_attempt(
             on_progress=lambda claim, progress: None,
             on_handler_end=on_handler_end or far_side.handler_ends.append,
             on_end=far_side.on_end,
+            settle_retry_seconds=(0.0, 0.001),
         ),
     )
 
@@ -158,7 +150,7 @@ async def execute(attempt: Attempt, far_side: FarSide) -> None:
     """
     Work it off, and see that it ends once.
     """
-    attempt.begin()
+    attempt.start()
     await asyncio.wait_for(far_side.has_ended.wait(), 10)
     assert [attempt] == far_side.ended
 
@@ -339,7 +331,7 @@ async def test_an_attempt_given_back_before_it_began_is_released() -> None:
     """
     far_side = FarSide()
     attempt = an_attempt(far_side)
-    attempt.give_back()
+    attempt.release()
 
     await execute(attempt, far_side)
 
@@ -358,3 +350,149 @@ async def test_an_attempt_void_before_it_began_writes_nothing() -> None:
     await execute(attempt, far_side)
 
     assert [] == far_side.events
+
+
+class Slow(FarSide):
+    """
+    A database that answers when it may.
+    """
+
+    def __init__(self, *answers: bool | Exception) -> None:
+        super().__init__(*answers)
+        self.may_answer = asyncio.Event()
+
+    async def settle(self, settlings: Sequence[Settling]) -> Sequence[bool]:
+        """
+        Answer for a batch of one, late.
+        """
+        answer = await super().settle(settlings)
+        await self.may_answer.wait()
+        return answer
+
+
+async def test_a_handler_that_cancels_its_task_as_it_returns_is_settled_with_its_result() -> None:
+    """
+    The cancellation would strike at the first wait after the handler: the settle.
+    """
+
+    async def cancel_itself() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        return "done"
+
+    far_side = FarSide()
+
+    await execute(an_attempt(far_side, function=cancel_itself), far_side)
+
+    assert {Event.COMPLETE} == set(far_side.events)
+
+
+async def test_a_handler_that_cancels_its_task_later_does_not_lose_the_settle() -> None:
+    """
+    It kept the task, which is its attempt's and waits for PostgreSQL by then.
+    """
+    kept: list[asyncio.Task[Any]] = []
+
+    async def keep_its_task() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        kept.append(task)
+        return "done"
+
+    far_side = Slow()
+    attempt = an_attempt(far_side, function=keep_its_task)
+    executing = asyncio.create_task(execute(attempt, far_side))
+    await far_side.tried.wait()
+
+    for _ in range(3):
+        kept[0].cancel()
+        await asyncio.sleep(0)
+    assert not far_side.has_ended.is_set()
+    far_side.may_answer.set()
+
+    await executing
+    assert {Event.COMPLETE} == set(far_side.events)
+
+
+async def test_a_handler_that_cancels_its_task_later_cannot_stop_tries_to_settle() -> None:
+    """
+    Nor while its attempt waits between two of them.
+    """
+    kept: list[asyncio.Task[Any]] = []
+
+    async def keep_its_task() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        kept.append(task)
+        return "done"
+
+    far_side = FarSide(*[StoreUnavailable("down")] * 20)
+    attempt = an_attempt(far_side, function=keep_its_task)
+    executing = asyncio.create_task(execute(attempt, far_side))
+    await far_side.tried.wait()
+
+    for _ in range(10):
+        kept[0].cancel()
+        far_side.tried.clear()
+        await far_side.tried.wait()
+
+    await executing
+    assert {Event.COMPLETE} == set(far_side.events)
+
+
+@pytest.mark.parametrize("is_void", [False, True])
+async def test_an_attempt_whose_handler_ignores_its_end_ends_without_it(is_void: bool) -> None:
+    """
+    Its settle moves to another task; when the handler ends at last, nothing more is written.
+    """
+    entered, may_end = asyncio.Event(), asyncio.Event()
+
+    async def ignore() -> str:
+        entered.set()
+        while not may_end.is_set():
+            try:
+                await may_end.wait()
+            except asyncio.CancelledError:
+                continue
+        return "too late"
+
+    far_side = FarSide()
+    isolation = Isolation(slots=1, cancel_grace_seconds=0.01)
+    attempt = an_attempt(far_side, function=ignore, isolation=isolation)
+    executing = asyncio.create_task(execute(attempt, far_side))
+    await entered.wait()
+
+    if is_void:
+        attempt.make_void("fenced")
+    else:
+        attempt.cancel()
+
+    await executing
+    assert ([] if is_void else [Event.CANCEL]) == far_side.events
+    assert 1 == isolation.stuck
+    may_end.set()
+    while isolation.stuck:  # noqa: ASYNC110 - a turn or two of the loop
+        await asyncio.sleep(0)
+    assert [attempt] == far_side.ended
+    assert ([] if is_void else [Event.CANCEL]) == far_side.events
+
+
+async def test_an_attempt_cancelled_before_its_first_step_is_settled() -> None:
+    """
+    Its handler is not entered.
+    """
+    entered = False
+
+    async def enter() -> None:
+        nonlocal entered
+        entered = True
+
+    far_side = FarSide()
+    attempt = an_attempt(far_side, function=enter)
+    attempt.start()
+
+    attempt.cancel()
+
+    await asyncio.wait_for(far_side.has_ended.wait(), 10)
+    assert ([Event.CANCEL], False) == (far_side.events, entered)
