@@ -1,29 +1,23 @@
 """
-The process that runs the chores and, with a broker, the relay.
+The process that runs the maintenance chores and, with a broker, the relay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
-
-from asyncflow.settings import Settings
-from asyncflow.telemetry import events
-
-if TYPE_CHECKING:
-    # Each process imports only what it runs: a worker starts without the web framework.
-
-    pass
+from typing import Any
 
 from asyncflow.processes.process import database, stop_signals, until_fit, until_stopped
+from asyncflow.settings import Settings
+from asyncflow.telemetry import events
 
 
 async def maintain(settings: Settings) -> None:
     """
-    The chores and, with a broker, the relay, until a signal.
+    Run the chores and, with a broker, the relay until a signal.
 
     Raises:
-        ServerUnfit: The database needs a migration, or another setting.
+        ServerUnfit: The database needs a migration or other settings.
     """
     from asyncflow.maintenance.chores import chores, run_chore
     from asyncflow.store.wakeups import Waker
