@@ -144,16 +144,16 @@ def test_a_wrong_value_is_one_sentence_that_names_the_variable(
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("API_PORT", "http", "it must be a whole number from 1 to 65535."),
-        ("LEASE_SECONDS", "inf", "it must be a number from 0.5 to 3600."),
-        ("DATABASE_POOLER", "2", "it must be true or false."),
-        ("LOG_LEVEL", "loud", "it must be debug, info, warning or error."),
-        ("BROKER_URL", "http://host", "it must begin with amqp:// or amqps://."),
+        ("API_PORT", "http", "must be a whole number from 1 to 65535."),
+        ("LEASE_SECONDS", "inf", "must be a number from 0.5 to 3600."),
+        ("DATABASE_POOLER", "2", "must be true or false."),
+        ("LOG_LEVEL", "loud", "must be debug, info, warning or error."),
+        ("BROKER_URL", "http://host", "must begin with amqp:// or amqps://."),
         (
             "API_HOSTS",
             "http://me:s3cret@host",
             (
-                "it must be names or IP addresses without scheme and port, such as "
+                "must be names or IP addresses without scheme and port, such as "
                 "tasks.example.com, or * for any."
             ),
         ),
@@ -161,7 +161,7 @@ def test_a_wrong_value_is_one_sentence_that_names_the_variable(
             "API_CORS_ORIGINS",
             "http://me:s3cret@host",
             (
-                "it must be origins, scheme and host without a path, such as "
+                "must be origins, scheme and host without a path, such as "
                 "https://app.example.com, or * for any."
             ),
         ),
@@ -169,7 +169,7 @@ def test_a_wrong_value_is_one_sentence_that_names_the_variable(
             "DATABASE_URL",
             "postgresql://me:s3cret@[host/db",
             (
-                "it must look like postgresql://user:password@host:port/name, with special "
+                "must look like postgresql://user:password@host:port/name, with special "
                 "characters in user, password and name percent-encoded, such as %40 for @ and %2F "
                 "for /."
             ),
@@ -418,4 +418,4 @@ def test_a_wrong_option_is_named_as_it_was_typed(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InvalidSettings) as refusal:
         load_settings({"worker_slots": "--slots"}, worker_slots=0)
 
-    assert ["--slots: it must be a whole number from 1 to 10000."] == [*refusal.value.mistakes]
+    assert ["--slots: must be a whole number from 1 to 10000."] == [*refusal.value.mistakes]

@@ -1,9 +1,9 @@
 """
-What a check of a server finds out, for `asyncflow doctor` and for every process that starts.
+The results of checking a server, for `asyncflow doctor` and for every process that starts.
 
-`store.inspection` checks PostgreSQL, and `transport` RabbitMQ; both return one finding per check,
-good ones too. A process refuses to start on a finding that is wrong, waits for one
-that may pass by itself, and logs one that is doubtful.
+`store.inspection` checks PostgreSQL and `transport.rabbitmq.inspection` RabbitMQ; both return one
+finding per check, including the good ones. A starting process refuses a finding that is wrong,
+waits for one that may pass, and logs one that is doubtful.
 """
 
 from __future__ import annotations
@@ -33,16 +33,14 @@ class Verdict(Enum):
 @dataclass(frozen=True, slots=True)
 class Finding:
     """
-    What one check found out.
-
-    No part of it holds a password or a payload: it is printed and logged.
+    The result of one check. It is printed and logged, so it contains no password and no payload.
 
     Attributes:
-        what: What was looked at, with the server first, such as `PostgreSQL encoding`.
+        what: What was checked, with the server first, such as `PostgreSQL encoding`.
         sentence: The fact, such as `The database's encoding is LATIN1.`
         remedy: What to do about it, as a sentence; empty if the verdict is OK.
-        may_pass: Whether something wrong may pass without anyone changing our settings, as an
-            outage does. A starting process waits for it.
+        may_pass: Whether what is wrong may pass without a change of settings, as an outage
+            does. A starting process waits for it.
     """
 
     what: str
@@ -71,31 +69,31 @@ class Finding:
 
 def fine(what: str, sentence: str) -> Finding:
     """
-    Nothing to do about `what`.
+    A finding that needs no action.
     """
     return Finding(what, Verdict.OK, sentence)
 
 
 def doubtful(what: str, sentence: str, remedy: str) -> Finding:
     """
-    `what` is worth a look.
+    A finding with which AsyncFlow works, but less well than it could.
     """
     return Finding(what, Verdict.DOUBTFUL, sentence, remedy)
 
 
 def wrong(what: str, sentence: str, remedy: str, *, may_pass: bool = False) -> Finding:
     """
-    AsyncFlow does not work with `what` as it is.
+    A finding with which AsyncFlow does not work.
     """
     return Finding(what, Verdict.WRONG, sentence, remedy, may_pass)
 
 
 def refuse_unfit(findings: Iterable[Finding]) -> None:
     """
-    Return unless something is wrong that will not pass by itself.
+    Raise if something is wrong that will not pass by itself.
 
     Raises:
-        ServerUnfit: With every such finding.
+        ServerUnfit: Lists every such finding.
     """
     refused = [str(found) for found in findings if found.is_wrong and not found.may_pass]
     if refused:

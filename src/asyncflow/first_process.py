@@ -1,11 +1,11 @@
 """
-What the first process of a container owes the others.
+The duties of process 1, the first process of a container.
 
-The kernel delivers it only the signals that it handles, so that a stop which comes before it is
-ready would be lost; and whatever lost its parent becomes its child, and stays a zombie until it
-is waited for. A process that runs handlers cannot wait for all its children: it would steal the
-ends of those that handlers wait for. So this process does that and nothing else, and what was
-asked for runs in a child. `tini` and `docker run --init` are the same.
+The kernel delivers process 1 only the signals that it handles, so a request to stop that comes
+before it is ready would be lost. And it becomes the parent of every orphan, which stays a zombie
+until its parent waits for it. A process that runs handlers cannot wait for all children: it would
+take the exit statuses that handlers wait for. So process 1 passes signals on and reaps, and the
+command runs in a child. `tini` and `docker run --init` do the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PASSED_ON = (
 
 def step_aside() -> None:
     """
-    Go on in a child if this is the first process; to be called before anything was begun.
+    Continue in a child if this is process 1; to be called before anything is started.
     """
     if os.getpid() != 1:
         return
@@ -38,10 +38,10 @@ def step_aside() -> None:
 
 def _stand_in_for(child: int) -> NoReturn:
     """
-    Reap every process that ends, and end as `child` does.
+    Reap every process that ends, and exit as `child` does.
     """
     while True:
         pid, status = os.wait()
         if pid == child:
             code = os.waitstatus_to_exitcode(status)
-            os._exit(code if code >= 0 else 128 - code)  # as shells say it
+            os._exit(code if code >= 0 else 128 - code)  # as shells report it

@@ -1,21 +1,21 @@
 """
-What a forked process does not get from a process of ours.
+What a process forked by a handler must not share with its AsyncFlow parent.
 
-Handlers may fork, most often by `multiprocessing`. The child is a copy that shares with its
-parent what must not be shared:
+Handlers may fork, most often through `multiprocessing`. The child is a copy that would share with
+its parent:
 
-- the parent's handlers for signals, and the descriptor that wakes its event loop: a signal to
-  the child would be ignored there and stop the parent;
-- our sockets: PostgreSQL would think a killed worker alive for as long as its child lives;
-- the kernel's list of what the loop watches: the end of a copied object would make the parent
-  deaf.
+- the signal handlers, and the descriptor that wakes the event loop: the child would ignore a
+  signal, and the parent would stop instead;
+- the sockets: PostgreSQL would consider a killed worker alive for as long as its child lives;
+- the event loop's epoll instance: a copied object that is closed in the child would be removed
+  from it, and the parent would no longer be woken.
 
-So a child begins with the signals as they were before us, and with /dev/null in place of those
-descriptors. Not closed: whatever holds their numbers may close them once more, when another file
-has them. Nothing is said on the connections; they are still the parent's.
+So a child starts with the signal handlers from before AsyncFlow, and with /dev/null in place of
+those descriptors. They are not closed, because their owner may close the same number again when
+it belongs to another file. Nothing is sent on the connections; they remain the parent's.
 
-A fork in C, past Python, is no concern of this: such a child runs nothing of ours, and a signal
-counts only in the process that it was sent to, see `stopping`.
+A fork in C code, without Python's `os.fork`, is not handled: such a child runs no code of
+AsyncFlow, and a signal affects only the process it was sent to, see `stopping`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from weakref import WeakKeyDictionary
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _Identity = tuple[int, int]
-"""Tells whether a descriptor is still the file that it was."""
+"""Device and inode: whether a descriptor still refers to the same file."""
 
 _withheld: WeakKeyDictionary[object, dict[int, _Identity]] = WeakKeyDictionary()
 
@@ -53,14 +53,15 @@ def withhold(owner: object, *descriptors: int) -> None:
 
 def free_children() -> None:
     """
-    From now on, what this process forks is free of it. Once per process, before it handles any
-    signal.
+    Make processes that are forked from now on independent of this one.
+
+    To be called once per process, before it handles any signal.
     """
     originals = {number: signal.getsignal(number) for number in SIGNALS}
 
     def hold_signals() -> None:
-        # Python forgets signals that arrive while it forks, and until it is free a child would
-        # pass them to its parent.
+        # Python drops signals that arrive during a fork, and a child that is not yet independent
+        # would pass them to its parent.
         _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def release_signals() -> None:
@@ -72,7 +73,7 @@ def free_children() -> None:
         for number, original in originals.items():
             signal.signal(number, signal.SIG_DFL if original is None else original)
         if signal.getsignal(signal.SIGCHLD) is None:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the event loop's, which tells ours
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # set by the event loop
         _replace_withheld()
         release_signals()
 
@@ -83,8 +84,8 @@ def free_children() -> None:
 
 def end_copy() -> None:
     """
-    End this process if it is a forked child whose handler has returned: what follows is the
-    parent's.
+    Exit if this process is a forked child whose handler has returned: what follows is for the
+    parent to do.
     """
     if _copies:
         os._exit(0)
@@ -92,7 +93,7 @@ def end_copy() -> None:
 
 def open_descriptors() -> set[int]:
     """
-    The descriptors that are open now; none where the system cannot list them.
+    The descriptors that are open now; empty where the system cannot list them.
     """
     try:
         listed = [int(name) for name in os.listdir("/proc/self/fd")]

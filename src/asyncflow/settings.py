@@ -1,10 +1,10 @@
 """
-Every setting, read once from the environment and `.env`, checked, and passed down.
+Every setting, read once from the environment and `.env`, validated, and passed down.
 
-Nothing else in AsyncFlow looks into the environment; some of it hands it on to child
-processes. `.env.example` lists the same names with their meaning; a test keeps the two in step.
+No other module reads the environment; some pass it on to child processes. `.env.example` explains
+the settings; a test keeps the two in step.
 
-Read by hand, because the libraries that do it are a quarter of an idle worker's memory.
+No library does this, because those that could are a quarter of an idle worker's memory.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from asyncflow.urls import masked as masked  # Settings that hold a URL are show
 
 PREFIX = "ASYNCFLOW_"
 NOT_SETTINGS = re.compile(
-    r"python|cache|test_.*"  # bin/setup and the tests read these
+    r"python|cache|test_.*"  # read by bin/setup and the tests
     # Kubernetes sets these for a Service whose name begins with `asyncflow`.
     r"|(.*_)?service_(host|port.*)|(.*_)?port_\d+_(tcp|udp).*"
 )
-"""Variables that begin like ours without being meant for a process, without the prefix."""
+"""Variables with our prefix, here without it, that are not meant for a process of ours."""
 
 SYNONYMS = {"worker_concurrency": "worker_slots"}
 """What other task queues call a setting of ours."""
@@ -43,10 +43,10 @@ Format = Literal["auto", "console", "json"]
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """
-    The settings of one process. See `.env.example` for what each is for.
+    The settings of one process; `.env.example` explains each.
 
-    Durations are in seconds and sizes in bytes, as the names say. What stands beside a type
-    reads the setting from text, or from what the command line gave, and checks it.
+    Durations are in seconds and sizes in bytes, as the names say. The annotation of a type reads
+    and validates the setting, given as text or as the value of a command line option.
     """
 
     database_url: Annotated[str | None, Url("postgresql", "postgres")] = None
@@ -86,10 +86,10 @@ class Settings:
 
 def load_settings(options: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
     """
-    Read the environment and `.env`; `overrides` (from the command line) win.
+    Read the environment and `.env`; `overrides`, from the command line, take precedence.
 
     Args:
-        options: What the user calls an overridden setting: `{"api_port": "--port"}`.
+        options: The option of each overridden setting, for errors: `{"api_port": "--port"}`.
 
     Raises:
         InvalidSettings: With one sentence per mistake, naming each variable or option.
@@ -107,7 +107,7 @@ def load_settings(options: Mapping[str, str] | None = None, **overrides: Any) ->
             values[name] = read(given[name])
         except ValueError as error:
             source = (options or {}).get(name) if name in typed else None
-            # The value is not echoed: a URL may hold a password.
+            # The value is not quoted: a URL may contain a password.
             mistakes.append(f"{source or variable(name)}: {error}.{_origin(given[name])}")
             unusable.add(name)
     settings = Settings(**values)
@@ -126,7 +126,7 @@ def variable(name: str) -> str:
 
 def unknown_variables() -> list[str]:
     """
-    Variables that begin like ours and are not settings: of another version, perhaps.
+    Variables with our prefix that are not settings of this version.
     """
     known = {field.name for field in fields(Settings)}
     return [
@@ -138,9 +138,9 @@ def unknown_variables() -> list[str]:
 
 def _variables() -> dict[str, str]:
     """
-    What the environment and `.env` say, by the settings' names.
+    The variables of the environment and `.env`, by the settings' names.
 
-    Empty text is the default, also where the environment says it and `.env` something else.
+    An empty value means the default, also if the environment is empty and `.env` is not.
     """
     given: dict[str, str] = {}
     for source in (_env_file(Path(".env")), os.environ):
@@ -151,8 +151,8 @@ def _variables() -> dict[str, str]:
 
 
 def _misspelt(known: Sequence[str]) -> list[str]:
-    # A setting that is silently not in force is found at night. Refused is only what can hardly
-    # mean anything else: after a rollback the environment may hold settings of the newer version.
+    # A setting that silently has no effect is noticed at night. Only near misses are refused: after
+    # a rollback the environment may contain settings of the newer version.
     mistakes = []
     meanings = {variable(name): variable(name) for name in known}
     meanings |= {variable(name): variable(meant) for name, meant in SYNONYMS.items()}
@@ -165,12 +165,12 @@ def _misspelt(known: Sequence[str]) -> list[str]:
 
 
 def _origin(given: Any) -> str:
-    # `API_PORT=tcp://10.0.0.7:3000`: so a pod learns of a Service named asyncflow-api.
+    # `API_PORT=tcp://10.0.0.7:3000` is set in pods by a Service named asyncflow-api.
     if not str(given).startswith(("tcp://", "udp://")):
         return ""
     return (
-        " Kubernetes sets such variables for a Service of a similar name; "
-        "`enableServiceLinks: false` in the pod's spec keeps them away."
+        " Kubernetes sets such variables for a Service with a similar name; "
+        "`enableServiceLinks: false` in the pod's spec prevents that."
     )
 
 
@@ -190,7 +190,7 @@ def _contradictions(settings: Settings, unusable: Set[str]) -> list[str]:
         mistakes.append(
             f"{PREFIX}LEASE_SECONDS={settings.lease_seconds:g} must be at least three times "
             f"{PREFIX}HEARTBEAT_SECONDS={settings.heartbeat_seconds:g}, "
-            "or a worker loses its leases to one slow heartbeat."
+            "or one slow heartbeat costs a worker its leases."
         )
     if not unusable & {"payload_bytes_max", "api_body_bytes_max"} and (
         settings.payload_bytes_max > settings.api_body_bytes_max
@@ -219,7 +219,7 @@ class Range:
             number = math.nan
         if not self.low <= number <= self.high:
             words = "a whole number" if self.kind is int else "a number"
-            raise ValueError(f"it must be {words} from {self.low} to {self.high}")
+            raise ValueError(f"must be {words} from {self.low} to {self.high}")
         return number
 
 
@@ -233,13 +233,13 @@ class OneOf:
 
     def __call__(self, given: str) -> str:
         if given.lower() not in self._words:
-            raise ValueError(f"it must be {', '.join(self._words[:-1])} or {self._words[-1]}")
+            raise ValueError(f"must be {', '.join(self._words[:-1])} or {self._words[-1]}")
         return given.lower()
 
 
 class Url:
     """
-    Leaves a URL as it is, if it has one of these schemes and its parts are beyond doubt.
+    Returns a URL unchanged if it has one of these schemes and is unambiguous.
     """
 
     def __init__(self, *schemes: str) -> None:
@@ -248,12 +248,12 @@ class Url:
     def __call__(self, given: str) -> str:
         if given.partition("://")[0] not in self._schemes:
             starts = " or ".join(f"{scheme}://" for scheme in self._schemes)
-            raise ValueError(f"it must begin with {starts}")
+            raise ValueError(f"must begin with {starts}")
         try:
             split_url(given)
         except UnclearUrl:
             raise ValueError(
-                f"it must look like {self._schemes[0]}://user:password@host:port/name, with "
+                f"must look like {self._schemes[0]}://user:password@host:port/name, with "
                 "special characters in user, password and name percent-encoded, such as %40 for "
                 "@ and %2F for /"
             ) from None
@@ -269,7 +269,7 @@ def yes_or_no(given: str | bool) -> bool:
         return True
     if word in ("false", "no", "off", "0", "f", "n"):
         return False
-    raise ValueError("it must be true or false")
+    raise ValueError("must be true or false")
 
 
 def names(given: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -282,12 +282,14 @@ def names(given: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def queues(given: str | tuple[str, ...]) -> tuple[str, ...]:
     """
-    Read a comma-separated list of names of queues; one that is named twice counts once.
+    Read a comma-separated list of queue names; duplicates count once.
     """
     listed = tuple(dict.fromkeys(names(given)))
     for name in listed:
         if not NAME_PATTERN.fullmatch(name):
-            raise ValueError(f"{name!r} is no queue; use 1 to 128 of A-Z a-z 0-9 . _ -")
+            raise ValueError(
+                f"invalid queue name {name!r}: 1 to 128 characters from A-Z a-z 0-9 . _ -"
+            )
     return listed
 
 
@@ -298,7 +300,7 @@ def hosts(given: str | tuple[str, ...]) -> tuple[str, ...]:
     listed = names(given)
     if not all(host == "*" or _HOST.fullmatch(host) or _is_ipv6(host) for host in listed):
         raise ValueError(
-            "it must be names or IP addresses without scheme and port, such as "
+            "must be names or IP addresses without scheme and port, such as "
             "tasks.example.com, or * for any"
         )
     return listed
@@ -311,7 +313,7 @@ def origins(given: str | tuple[str, ...]) -> tuple[str, ...]:
     listed = names(given)
     if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in listed):
         raise ValueError(
-            "it must be origins, scheme and host without a path, such as "
+            "must be origins, scheme and host without a path, such as "
             "https://app.example.com, or * for any"
         )
     return listed
@@ -319,11 +321,13 @@ def origins(given: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def root_path(given: str) -> str:
     """
-    Read the path under which a proxy serves the API; a slash at its end does not matter.
+    Read the path under which a proxy serves the API; a trailing slash is ignored.
     """
     path = given.rstrip("/")
     if path and not _ROOT_PATH.fullmatch(path):
-        raise ValueError("it must be a path such as /asyncflow, of A-Z a-z 0-9 . _ ~ -")
+        raise ValueError(
+            "must be a path such as /asyncflow, with characters from A-Z a-z 0-9 . _ ~ -"
+        )
     return path
 
 
@@ -344,10 +348,10 @@ def _is_ipv6(host: str) -> bool:
 
 def prefix(given: str) -> str:
     """
-    Read what names of our own begin with.
+    Read the prefix of our names in RabbitMQ.
     """
     if not PREFIX_PATTERN.fullmatch(given):
-        raise ValueError("use 1 to 32 of A-Z a-z 0-9 _ -")
+        raise ValueError("must be 1 to 32 characters from A-Z a-z 0-9 _ -")
     return given
 
 
@@ -362,9 +366,9 @@ def required_database_url(settings: Settings) -> str:
         raise InvalidSettings(
             [
                 (
-                    f"{PREFIX}DATABASE_URL is not set; give a PostgreSQL 15+ database such as "
+                    f"{PREFIX}DATABASE_URL is not set; use a PostgreSQL 15+ database such as "
                     "postgresql://user:password@host:5432/asyncflow "
-                    "(`asyncflow dev` needs none: it brings its own)."
+                    "(`asyncflow dev` needs none: it has an embedded one)."
                 )
             ]
         )

@@ -1,12 +1,12 @@
 """
-How a process of ours is told to stop, and how it ends.
+How an AsyncFlow process is asked to stop, and how it ends.
 
-Signals count only in the process that they were sent to. Python notes them on a descriptor that
-wakes the event loop, and a forked child may share that; so what an event loop reads there, which
-is how `add_signal_handler` works, may be meant for another process. A handler of Python's own
-runs where the signal arrived.
+A signal must affect only the process it was sent to. `add_signal_handler` does not ensure that: it
+reads signals from a descriptor that wakes the event loop, and a forked child may share this
+descriptor with its parent. A handler set with `signal.signal` runs in the process that got the
+signal, so these are used here.
 
-However a process ends, it ends by `end`: nothing that it still runs may keep it.
+Every process ends through `end`, which does not wait for anything that still runs.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ from asyncflow.telemetry import events
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 ECHO_SECONDS = 0.5
-"""Signals that follow one another faster are one wish: a terminal or a service manager signals a
-whole group of processes, and a parent in it passes on what it got."""
+"""Signals closer together than this count as one: a terminal or a service manager signals a whole
+process group, and a parent in that group passes the signal on as well."""
 
 CHECK_SECONDS = 0.5
 BLOCKED_SECONDS, BLOCKED_COUNT = 0.6, 6
 END_SECONDS = 0.4
-"""How long functions of `atexit` may take, and everything else between the decision to end and
-the end."""
+"""How long `atexit` functions and everything else may take from the call of `end` to the exit."""
 
 
 _ending = threading.Event()
@@ -49,11 +48,10 @@ def _nothing() -> None:
 
 def end(status: int, finish: Callable[[], object] = _nothing) -> NoReturn:
     """
-    End this process: run `finish` and what is registered with `atexit`, write what is buffered,
-    and go.
+    End this process: run `finish` and `atexit` functions, flush the standard streams, and exit.
 
-    Within `END_SECONDS`, whatever threads, executors, tasks and children of `multiprocessing`
-    are still there; those children are killed. Nobody is asked to stop, that was before.
+    This takes at most `END_SECONDS`, whatever threads, executors and tasks still run; children of
+    `multiprocessing` are killed. Nothing is asked to stop here; that has been done before.
     """
     _ending.set()
     if end_at_latest(status):
@@ -70,7 +68,7 @@ def end_at_latest(status: int) -> bool:
     End this process in `END_SECONDS`, whatever it does until then.
 
     Returns:
-        Whether the system had a thread for that.
+        False if the system had no thread for this.
     """
 
     def watch() -> None:
@@ -87,7 +85,7 @@ def end_at_latest(status: int) -> bool:
 def _leave(status: int) -> NoReturn:
     multiprocessing = sys.modules.get("multiprocessing")
     if multiprocessing is not None:
-        # They are part of attempts, and would run on beside those that replace them.
+        # They belong to attempts, and would run alongside the attempts that replace those.
         with contextlib.suppress(Exception):
             for child in multiprocessing.active_children():
                 child.kill()
@@ -96,10 +94,10 @@ def _leave(status: int) -> NoReturn:
 
 def end_on_signals() -> None:
     """
-    Until somebody asks for `signals`: end at once and well, since nothing was begun.
+    Exit with status 0 on a signal until `signals` is used: nothing has been started yet.
 
-    The default would end the process with another status, and the first process of a container
-    not at all.
+    By default the process would exit with another status, and as the first process of a
+    container it would not exit at all.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, _end_well)
@@ -112,7 +110,7 @@ def _end_well(number: int, frame: FrameType | None) -> None:
 
 class Signals:
     """
-    The signals of one process, by `signals`.
+    The signal handlers of one process, see `signals`.
     """
 
     def __init__(
@@ -134,7 +132,7 @@ class Signals:
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """
-        A signal came: have it received on the event loop, unless it is the echo of one.
+        Pass a signal on to the event loop, unless it repeats the one before.
         """
         is_first, now = self._passed_on_at == -math.inf, self._now()
         if now - self._passed_on_at < ECHO_SECONDS:
@@ -147,9 +145,9 @@ class Signals:
 
     def _end_if_blocked(self) -> None:
         """
-        When the grace period is over, end the process if its event loop stands still.
+        After the grace period, end the process if its event loop is blocked.
 
-        Somebody blocks it, and may do so for ever; what the loop was to do cannot be done.
+        The block may never end, and nothing that was left to the loop can be done.
         """
         assert self._grace_seconds is not None
         time.sleep(self._grace_seconds)
@@ -164,7 +162,7 @@ class Signals:
                     self._loop.call_soon_threadsafe(answered.set)
                 except RuntimeError:
                     return  # closed
-            # Counted, not measured: if the whole process stood still, its loop is not to blame.
+            # Counted, not measured: a frozen process is not a blocked event loop.
             time.sleep(BLOCKED_SECONDS / BLOCKED_COUNT)
             unanswered += 1
             if unanswered > BLOCKED_COUNT:
@@ -174,10 +172,10 @@ class Signals:
 
     def take(self) -> None:
         """
-        Handle the signals from now on, and take them back from whoever else does.
+        Handle the signals, and check from time to time that this is still so.
 
-        A handler or a library may handle them itself, by `signal.signal` or the event loop. The
-        process would be deaf from then on.
+        A task handler or a library may replace the signal handlers, through `signal.signal` or the
+        event loop; the process would then ignore a request to stop.
         """
         taken = [number for number in self._numbers if signal.getsignal(number) != self.handle]
         for number in taken:
@@ -188,7 +186,7 @@ class Signals:
 
     def give_back(self) -> None:
         """
-        Leave the signals to who handled them before.
+        Restore the signal handlers that were set before.
         """
         if self._timer is not None:
             self._timer.cancel()
@@ -204,11 +202,11 @@ def signals(
     grace_seconds: float | None = None,
 ) -> Iterator[Signals]:
     """
-    Have `receive` called on the running event loop for each signal that asks to stop.
+    Call `receive` on the running event loop for each signal that asks the process to stop.
 
     Args:
-        grace_seconds: After the first one, how long the event loop may be blocked before the
-            process ends all the same; None is for ever.
+        grace_seconds: How long after the first signal a blocked event loop is tolerated before
+            the process exits anyway; None is no limit.
     """
     handled = Signals(receive, numbers=numbers, grace_seconds=grace_seconds)
     handled.take()

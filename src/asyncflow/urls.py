@@ -1,11 +1,11 @@
 """
-URLs of servers, taken apart so that no piece of a password can be taken for anything else.
+Parses URLs of servers strictly, so that no part of a password is taken for anything else.
 
-A special character in a password that is not percent-encoded moves the borders of a URL: after
-`:a@b` the host is `b…`, after `:a/b` the port is `a`. Programs that go on from there print
-pieces of the password as a host, a port or a parameter. So the borders must be beyond doubt: one
-`@` at most, none of it behind the host, no `#`, no brackets but a host's, every `%` an escape.
-A URL that is not like this is refused with a sentence that repeats nothing of it.
+A special character in a password that is not percent-encoded shifts the parts of a URL: after
+`:a@b` the host is `b…`, after `:a/b` the port is `a`. Programs that accept such a URL print
+parts of the password as a host, a port or a parameter. So a URL must be unambiguous: at most one
+`@`, none after the host, no `#`, no brackets except around a host, and every `%` starts an
+escape. Any other URL is refused, with a sentence that quotes nothing from it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HOST = re.compile(r"(?P<name>[^\[\]:]*|\[[0-9A-Fa-f:.%]+\])(?::(?P<port>[0-9]{0
 
 class UnclearUrl(ValueError):
     """
-    A URL whose parts cannot be told apart beyond doubt, or that is not one.
+    A URL whose parts are ambiguous, or a text that is not a URL.
     """
 
 
@@ -33,10 +33,10 @@ class Parts:
 
     Attributes:
         user, password: None if the URL has none.
-        hosts: With their ports; both empty or None where the URL says nothing.
-        authority: User, password, hosts and ports as they stand in the URL.
-        path: Without the slash that begins it.
-        parameters: Of the query; of several with one name, the last.
+        hosts: Hosts and their ports; an empty string and None where the URL names none.
+        authority: User, password, hosts and ports as written in the URL.
+        path: Without the leading slash.
+        parameters: Of the query; the last one of each name.
     """
 
     scheme: str
@@ -50,10 +50,10 @@ class Parts:
 
 def split_url(url: str) -> Parts:
     """
-    Take a URL of a server apart.
+    Split a server's URL into its parts.
 
     Raises:
-        UnclearUrl: It is none, or a special character in it is not percent-encoded.
+        UnclearUrl: It is not a URL, or a special character in it is not percent-encoded.
     """
     _check_characters(url)
     scheme, separator, rest = url.partition("://")
@@ -78,9 +78,9 @@ def split_url(url: str) -> Parts:
 
 def masked(url: str) -> str:
     """
-    `url` fit for a log or a screen: its password, if any, reads `***`.
+    `url` for a log or a screen: `***` replaces its password, if any.
 
-    Where it is unclear what the password is, nothing is shown.
+    If it is unclear where the password ends, only the scheme is shown.
     """
     try:
         parts = split_url(url)
@@ -100,7 +100,7 @@ def _check_characters(url: str) -> None:
         raise UnclearUrl
     try:
         unquote(url, errors="strict").encode()
-        # Refuses characters that some programs take for `/`, `@` or `:`, and quotes them.
+        # Refuses characters that some programs treat as `/`, `@` or `:`. Its error quotes them.
         urlsplit(url)
     except ValueError:
         raise UnclearUrl from None
@@ -123,6 +123,6 @@ def _parameter(text: str) -> tuple[str, str]:
 
 def address(host: str, port: int) -> str:
     """
-    A host and a port as they are written in a URL: an IPv6 address has brackets.
+    A host and a port as written in a URL: an IPv6 address is put in brackets.
     """
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

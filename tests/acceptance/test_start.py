@@ -63,7 +63,7 @@ async def test_every_process_refuses_a_malformed_broker_url(
     url = "amqp://me:s3#cret@host/"
     async with System(database_url=database_url, broker_url=url, folder=tmp_path) as system:
         for said in await refusals(system):
-            assert said.startswith("asyncflow: ASYNCFLOW_BROKER_URL: it must look like amqp://")
+            assert said.startswith("asyncflow: ASYNCFLOW_BROKER_URL: must look like amqp://")
             assert "s3" not in said
             assert len(said.splitlines()) == 1
 

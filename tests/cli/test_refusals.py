@@ -82,7 +82,7 @@ def test_an_option_wins_over_the_environment(tmp_path: Path) -> None:
 
     ended = finished("worker", "--slots", "0", folder=tmp_path, env=env)
 
-    assert "  --slots: it must be" in ended.stderr
+    assert "  --slots: must be" in ended.stderr
 
 
 def test_a_database_that_cannot_be_reached_is_worth_another_try(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """
-As whom the embedded PostgreSQL runs when AsyncFlow is root.
+The account that the embedded PostgreSQL runs as when AsyncFlow is root.
 """
 
 import os
@@ -31,7 +31,7 @@ def account_of(cluster: Cluster) -> str:
     return psutil.Process(cluster.pid).username()
 
 
-def test_root_runs_the_server_as_somebody_else(folder):
+def test_root_runs_the_server_under_another_account(folder):
     """The server has an ordinary account, and all of its data belong to that account."""
     with Cluster(folder / "pg") as cluster:
         owner = pwd.getpwuid((folder / "pg" / "data").stat().st_uid).pw_name
@@ -52,7 +52,7 @@ def test_a_folder_that_only_root_may_enter_is_no_obstacle(folder):
 
 
 def test_a_users_cluster_stays_that_users_under_sudo(folder):
-    """Root runs the server as the owner of its folder, who can go on with it afterwards."""
+    """Root runs the server as the owner of its folder, who can use it afterwards."""
     nobody = pwd.getpwnam("nobody")
     theirs = folder / "pg"
     theirs.mkdir(mode=0o700)
@@ -64,6 +64,6 @@ def test_a_users_cluster_stays_that_users_under_sudo(folder):
     assert {path.stat().st_uid for path in theirs.rglob("*")} == {nobody.pw_uid}
 
 
-def test_an_account_that_somebody_else_has_just_made_is_used(folder):
+def test_an_account_that_another_process_has_just_made_is_used(folder):
     """Of two processes that find no account, one makes it; `useradd` refuses the other."""
     assert account._create_account(folder, "nobody").pw_name == "nobody"

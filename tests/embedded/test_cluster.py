@@ -38,7 +38,7 @@ threading.Event().wait()
 @pytest.fixture(scope="module")
 def made_folder() -> Iterator[Path]:
     """
-    A folder with a cluster that does not run, to be copied: making one takes a second.
+    A folder with a stopped cluster, to be copied, because initialising one takes a second.
     """
     with temporary_folder() as folder:
         with Cluster(folder):
@@ -95,7 +95,7 @@ async def test_only_the_owner_can_reach_the_server(cluster):
 
 @pytest.mark.parametrize("end", ["fast", "immediate", "kill"])
 async def test_commits_survive_however_the_server_ends(cluster, end):
-    """A committed row is there after a stop, a hasty stop and a crash, under the same URL."""
+    """A committed row is there after a fast stop, an immediate stop and a crash, under the same URL."""
     await ask(cluster.url, "CREATE TABLE kept AS SELECT 42 AS answer")
     url = cluster.url
 
@@ -110,7 +110,7 @@ async def test_commits_survive_however_the_server_ends(cluster, end):
 
 
 async def test_the_server_ends_with_a_killed_parent(folder):
-    """A parent that is killed leaves no server behind, and its folder can be used at once."""
+    """A parent that is killed leaves no server behind, and its folder can be used immediately."""
     command = [sys.executable, "-c", RUN_UNTIL_KILLED, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -128,7 +128,7 @@ def test_ctrl_c_in_the_terminal_does_not_reach_the_server(cluster):
 
 
 def test_a_folder_in_use_is_refused_with_the_owners_pid(cluster, folder):
-    """Two processes never share a folder, and the second learns whom to stop."""
+    """Two processes never share a folder, and the second learns which process to stop."""
     with pytest.raises(FolderInUse, match=f"in use by process {os.getpid()}"):
         Cluster(folder).start()
 
@@ -136,7 +136,7 @@ def test_a_folder_in_use_is_refused_with_the_owners_pid(cluster, folder):
 
 
 async def test_a_pid_file_that_names_an_innocent_process_is_no_obstacle(folder):
-    """After a crash the old pid may belong to anyone; the server starts all the same."""
+    """After a crash the old pid may belong to another process; the server starts all the same."""
     with Cluster(folder) as cluster:
         pid_file = folder / "data" / "postmaster.pid"
         left_behind = pid_file.read_text().replace(str(cluster.pid), str(os.getpid()), 1)
@@ -147,7 +147,7 @@ async def test_a_pid_file_that_names_an_innocent_process_is_no_obstacle(folder):
         assert await ask(cluster.url, "SELECT 1") == "1"
 
 
-async def test_an_interrupted_first_start_is_made_good(new_folder):
+async def test_an_interrupted_first_start_is_repeated(new_folder):
     """Half of an initdb is not taken for a cluster."""
     unfinished = new_folder / "data.unfinished"
     unfinished.mkdir(parents=True)
@@ -213,7 +213,7 @@ def test_a_damaged_folder_is_reported_in_one_sentence(folder):
 
 
 def test_a_folder_that_cannot_be_made_is_reported(new_folder):
-    """An error of the file system is translated, not passed on bare."""
+    """An error of the file system becomes an error of ours."""
     new_folder.write_text("")
 
     with pytest.raises(CannotStart, match="Not a directory"):

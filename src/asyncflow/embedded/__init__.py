@@ -1,8 +1,8 @@
 """
-The PostgreSQL that AsyncFlow brings along: `asyncflow dev` and the tests need none installed.
+The embedded PostgreSQL: `asyncflow dev` and the tests need no installed server.
 
 `cluster` runs one server in one folder; `account` finds the operating system user it
-runs as, which matters only for root. What is stored in it belongs to `asyncflow.store`.
+runs as, which matters only for root. The schema belongs to `asyncflow.store`.
 """
 
 from asyncflow.embedded.cluster import Cluster, program_path

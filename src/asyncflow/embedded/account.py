@@ -1,13 +1,12 @@
 """
-The operating system user an embedded PostgreSQL runs as.
+The operating system user that an embedded PostgreSQL runs as.
 
-PostgreSQL refuses to run as root. When AsyncFlow itself is root (a container, a bare
-server), the server gets an account without a password and without rights of its own.
-That account must still reach programs and data under folders it may not enter, such
-as /root, whose permissions are not ours to change. There it keeps one capability: to
-pass through folders.
+PostgreSQL refuses to run as root. When AsyncFlow itself runs as root, in a container or on a bare
+server, PostgreSQL gets an account without a password and without privileges. Its programs and
+data may be in folders that this account cannot enter, such as /root, whose permissions we must
+not change. In that case it keeps one capability, to pass through folders.
 
-Starting and stopping the server is `cluster`'s.
+`cluster` starts and stops the server.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from asyncflow.errors import NoServerAccount
 PREFERRED_NAME = "postgres"
 OWN_NAME = "asyncflow"
 
-# The first is enough; containers often withhold it and grant the second, wider one.
+# The first is enough, but containers often withhold it and grant the second, wider one.
 CAPABILITIES = ("dac_read_search", "dac_override")
 
 
@@ -36,8 +35,8 @@ class Launcher:
     """
     How to start a program as the server's account.
 
-    `uid` and `gid` are None when the program simply runs as the present user, or when
-    `prefix` is a command that changes the user by itself.
+    `uid` and `gid` are None if the program runs as the current user, or if `prefix` is a command
+    that changes the user.
     """
 
     prefix: tuple[str, ...] = ()
@@ -54,9 +53,9 @@ class Launcher:
         output: int | IO[bytes] = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
         """
-        Start a program in a session of its own, so that a Ctrl-C in the terminal passes it by.
+        Start a program in a session of its own, so that Ctrl-C in the terminal does not reach it.
 
-        `output` receives standard output and standard error together.
+        `output` receives both standard output and standard error.
         """
         return subprocess.Popen(
             [*self.prefix, *argv],
@@ -74,7 +73,7 @@ class Launcher:
 
     def take(self, path: Path) -> None:
         """
-        Make `path` the server account's own; nothing to do unless we are root.
+        Make the server's account the owner of `path`; does nothing unless we are root.
         """
         if self.owner is not None:
             os.chown(path, *self.owner)
@@ -82,17 +81,17 @@ class Launcher:
 
 def launcher_for(folder: Path, program: Path) -> Launcher:
     """
-    Find a way to run `program` with `folder` writable for it.
+    Find an account that can run `program` and write to `folder`.
 
     Raises:
-        NoServerAccount: We are root and there is no such way.
+        NoServerAccount: We are root, and no other account can.
     """
     if os.geteuid() != 0:
         return Launcher()
 
     account = _account(folder)
     owner = (account.pw_uid, account.pw_gid)
-    with contextlib.suppress(PermissionError):  # Then the probes below fail as well.
+    with contextlib.suppress(PermissionError):  # The probes below would then fail as well.
         os.chown(folder, *owner)
     candidates = [Launcher(uid=account.pw_uid, gid=account.pw_gid, owner=owner)]
     if setpriv := shutil.which("setpriv"):
@@ -107,7 +106,7 @@ def launcher_for(folder: Path, program: Path) -> Launcher:
 
 
 def _account(folder: Path) -> pwd.struct_passwd:
-    # A cluster that an ordinary user made stays that user's, also under sudo.
+    # A cluster that an ordinary user created still belongs to that user under sudo.
     owner = folder.stat().st_uid
     if owner != 0:
         try:
@@ -133,7 +132,7 @@ def _create_account(folder: Path, name: str = OWN_NAME) -> pwd.struct_passwd:
         text=True,
     )
     try:
-        # Whatever it says: another process may have been first.
+        # Even if useradd failed: another process may have created the account first.
         return pwd.getpwnam(name)
     except KeyError:
         says = created.stderr.strip()
@@ -141,8 +140,8 @@ def _create_account(folder: Path, name: str = OWN_NAME) -> pwd.struct_passwd:
 
 
 def _keeping(capability: str, setpriv: str, uid: int, gid: int) -> tuple[str, ...]:
-    # PostgreSQL looks for its own files with access(2), which ignores the capabilities
-    # of a user other than root unless no_setuid_fixup is set.
+    # PostgreSQL checks for its own files with access(2), which ignores the capabilities
+    # of users other than root unless no_setuid_fixup is set.
     return (
         setpriv,
         f"--reuid={uid}",
@@ -159,5 +158,5 @@ def _reaches(launcher: Launcher, program: Path, folder: Path) -> bool:
     probe = ["sh", "-c", 'test -x "$0" && test -w "$1"', str(program), str(folder)]
     try:
         return launcher.popen(probe, environment=os.environ).wait() == 0
-    except PermissionError:  # Some containers forbid even root to change the user.
+    except PermissionError:  # Some containers do not let even root change the user.
         return False

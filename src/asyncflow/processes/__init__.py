@@ -1,4 +1,4 @@
 """
-The only place that assembles pieces: one module per kind of process, each a straight line from
-settings to a clean exit. What they share is in `process`; `supervisor` runs several.
+The only package that assembles the others: one module per kind of process, each a straight line
+from settings to a clean exit. `process` has what they share; `supervisor` runs several.
 """

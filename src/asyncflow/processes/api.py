@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 from asyncflow.errors import AddressTaken
+from asyncflow.processes.process import database, stop_signals, until_fit
 from asyncflow.settings import Settings
 from asyncflow.telemetry import events
 from asyncflow.urls import address
@@ -19,20 +20,17 @@ if TYPE_CHECKING:
     # Each process imports only what it runs: a worker starts without the web framework.
     from uvicorn import Config, Server
 
-
-from asyncflow.processes.process import database, stop_signals, until_fit
-
 BACKLOG = 2_048
-"""Connections that may wait for the API to accept them."""
+"""Maximum number of connections that wait to be accepted."""
 
 
 async def serve_api(settings: Settings) -> None:
     """
-    The HTTP API, until a signal.
+    Serve the HTTP API until a signal.
 
     Raises:
         AddressTaken: Its port is in use.
-        ServerUnfit: The database needs a migration, or another setting.
+        ServerUnfit: The database needs a migration or other settings.
     """
     from importlib.metadata import version
     from ipaddress import ip_address
@@ -71,7 +69,7 @@ async def serve_api(settings: Settings) -> None:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
-                proxy_headers=False,  # Nobody asks where a request comes from.
+                proxy_headers=False,  # The client's address is not used.
                 server_header=False,
                 date_header=False,
                 timeout_keep_alive=settings.api_keep_alive_seconds,  # type: ignore[arg-type]
@@ -82,15 +80,15 @@ async def serve_api(settings: Settings) -> None:
             stop.on_first = lambda: setattr(server, "should_exit", True)
             stop.on_second = lambda: setattr(server, "force_exit", True)
             if not stop.asked:
-                # Before the log says so. Until somebody listens, several may be bound to one port.
+                # Before the event. Several sockets may bind to one port; only one can listen.
                 with _address_free(settings.api_host, settings.api_port):
                     listening.listen(BACKLOG)
                 url = f"http://{address(settings.api_host, settings.api_port)}"
                 events.process_started(url=url)
                 if not ip_address(listening.getsockname()[0]).is_loopback:
                     events.api_unprotected(host=settings.api_host)
-                # What is loaded by now stays to the end. Left to the garbage collector, it is
-                # looked through again every few seconds, and 20 ms long everybody waits.
+                # What is loaded by now stays. Otherwise the garbage collector would scan it every
+                # few seconds, and all requests would wait for 20 ms.
                 gc.freeze()
                 await server.serve(sockets=[listening])
             await waker.close()
@@ -118,7 +116,7 @@ async def _bound(settings: Settings) -> AsyncIterator[socket.socket]:
 
 def listen(host: str, port: int) -> socket.socket:
     """
-    Bind the API's address, before the server does, so that a taken port is one sentence.
+    Bind the API's address, before the server would, so that a taken port is reported clearly.
 
     Raises:
         AddressTaken: It cannot be bound.

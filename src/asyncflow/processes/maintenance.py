@@ -1,5 +1,5 @@
 """
-The process that runs the chores and, with a broker, the relay.
+The process that runs the maintenance chores and, with a broker, the relay.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from asyncflow.telemetry import events
 
 async def maintain(settings: Settings) -> None:
     """
-    Run the chores and, with a broker, the relay, until a signal.
+    Run the chores and, with a broker, the relay until a signal.
 
     Raises:
-        ServerUnfit: The database needs a migration, or another setting.
+        ServerUnfit: The database needs a migration or other settings.
     """
     from asyncflow.maintenance.chores import chores, run_chore
     from asyncflow.store.wakeups import Waker

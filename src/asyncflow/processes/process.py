@@ -1,7 +1,8 @@
 """
-What every process does at its edges: it waits for a reachable database, refuses one that cannot
-work, stops on SIGINT or SIGTERM, exits immediately on the second signal, leaves nothing open, and
-ends; see `stopping`.
+What every process does at its start and end.
+
+It waits for a reachable database, refuses one that cannot work, stops on SIGINT or SIGTERM, quits
+immediately on the second signal, leaves nothing open, and ends; see `stopping`.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ from asyncflow.telemetry import events
 
 DATABASE_RETRY_SECONDS = 1.0
 OTHER_CONNECTIONS = 2
-"""Connections outside the pool, at most: one for the lease or the relay, one for wake-ups."""
+"""Maximum connections outside the pool: one for leases or the relay, one for wake-ups."""
 
 LEFT_SECONDS = 0.1
-"""How long what handlers left in the event loop may take to be cancelled."""
+"""How long asyncio tasks that handlers left behind may take to be cancelled."""
 
 
 def run(begin: Callable[[], Coroutine[Any, Any, int | None]]) -> NoReturn:
     """
-    Run a process to its end on uvloop, and end with the exit status that it returns, or 0.
+    Run a process to its end on uvloop, and exit with the status that it returns, or 0.
 
-    Also in one whose handlers left something behind: threads, executors, tasks that take no
-    cancellation. Whatever the process raises is raised, for the caller to say and to `end`.
+    Threads, executors and uncancellable tasks that handlers left behind do not prevent that.
+    What the process raises is raised here, for the caller to report and to `end`.
 
     Args:
-        begin: Does what comes before there is an event loop, and returns the process.
+        begin: Does what must precede the event loop, and returns the process's coroutine.
     """
-    # What was imported is here to stay. Beyond it, many short-lived objects are alive at any
-    # time, and looking for cycles after every 700 new ones, Python's default, costs a worker
-    # that runs short tasks a fifth of its time and finds nothing.
+    # What has been imported stays. Besides that, many short-lived objects are alive at any time,
+    # and Python's default, a collection after every 700 new ones, costs a worker that runs short
+    # tasks a fifth of its time and finds nothing.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     forking.free_children()
@@ -65,11 +66,10 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 def _run_on(loop: asyncio.AbstractEventLoop, process: Coroutine[Any, Any, int | None]) -> int:
     """
-    Run to the end of `process`, whatever else tries to stop the loop.
+    Run to the end of `process`, even if something else stops the loop.
 
-    `sys.exit()` in an asyncio task or a callback that a handler started, or `loop.stop()`, stops
-    the loop, but is no reason for the process to end: the exception is that task's, and whoever
-    awaits it gets it.
+    `loop.stop()`, or `sys.exit()` in an asyncio task or callback that a handler started, stops the
+    loop but must not end the process: the exception belongs to that task and its awaiter.
     """
     main = loop.create_task(process)
     while not main.done():
@@ -106,11 +106,11 @@ async def until_stopped(duties: Sequence[Coroutine[Any, Any, None]], stop: Stop)
 
 class Stop:
     """
-    The wish to stop, as signals bring it.
+    A request to stop, made by signals.
 
     Attributes:
-        on_first, on_second: What the first signal asks for, and what every later one does.
-        running: How many attempts are under way, for the log.
+        on_first, on_second: Called for the first signal, and for every later one.
+        running: The number of attempts that are running, for the log.
     """
 
     def __init__(self) -> None:
@@ -122,13 +122,13 @@ class Stop:
     @property
     def asked(self) -> bool:
         """
-        Whether a signal came.
+        Whether a signal has come.
         """
         return self._asked.is_set()
 
     async def wait(self, *, seconds: float | None = None) -> None:
         """
-        Wait for the first signal, for at most `seconds`; None waits for as long as it takes.
+        Wait for the first signal, for at most `seconds`; None waits without a limit.
         """
         if seconds is None:
             await self._asked.wait()
@@ -137,7 +137,7 @@ class Stop:
 
     def receive(self, received: signal.Signals) -> None:
         """
-        Act on one signal.
+        Handle one signal.
         """
         if self.asked:
             events.process_force_quit(signal=received.name)
@@ -160,7 +160,7 @@ async def database(settings: Settings, name: str) -> AsyncIterator[Database]:
     if settings.broker_url is not None:
         from asyncflow.transport.amqp.url import parse_url
 
-        parse_url(settings.broker_url)  # A malformed one would be tried for ever.
+        parse_url(settings.broker_url)  # A malformed one would be retried endlessly.
     async with Database(
         required_database_url(settings),
         size=settings.database_pool_size,
@@ -173,12 +173,12 @@ async def database(settings: Settings, name: str) -> AsyncIterator[Database]:
 
 async def until_fit(db: Database, settings: Settings, stop: Stop) -> None:
     """
-    Return once the database is fit for us, or a signal comes.
+    Wait until the database is fit for AsyncFlow, or a signal comes.
 
-    What may pass by itself is waited for, and what works less well than it could is logged.
+    Findings that are doubtful are logged.
 
     Raises:
-        ServerUnfit: Something is wrong that will not pass.
+        ServerUnfit: Something is wrong that will not pass by itself.
     """
     while not stop.asked:
         findings = await inspect(

@@ -1,13 +1,13 @@
 """
-Keeps several processes of ours running under one parent: `asyncflow dev`, and a worker with
+Keeps several processes running under one parent, for `asyncflow dev` and for a worker with
 `--processes`.
 
-A child that ends unasked is started again, with a growing pause. A child that refuses to run
-(exit status 2: its settings, schema or handlers are wrong) has said why, and ends the whole.
+A child that ends unexpectedly is restarted, with a growing delay. A child that refuses to run
+(exit status 2: its settings, schema or handlers are wrong) has logged why, and ends all others.
 
-The first SIGINT, SIGTERM or SIGHUP asks all children to stop, later ones hurry them. Each
-child reads from a pipe that only the parent holds open; if the parent is killed, however
-suddenly, the pipe ends and the child stops as if it had been asked to.
+The first SIGINT, SIGTERM or SIGHUP asks all children to stop, later ones make them quit
+immediately. Each child reads from a pipe that only the parent holds open; if the parent is
+killed, the pipe ends and the child stops as on a signal.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from asyncflow.telemetry import events
 
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.25, 10.0
 STEADY_SECONDS = 10.0
-"""A child that ran this long was well; its next restart is a quick one again."""
+"""After a child has run this long, its next restart is a quick one again."""
 
 KILL_SECONDS = 15.0
-"""How long beyond their grace period children may take to stop before they are killed."""
+"""How long after their grace period children are killed."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 CHILD_OPTION = "--stop-with-parent"
-"""Before the command: this process was started by a supervisor."""
+"""Given before the command: a supervisor started this process."""
 
 
 @dataclass(slots=True)
@@ -49,11 +49,11 @@ class SupervisedProcess:
     One supervised process.
 
     Attributes:
-        role: What it is, for people.
-        arguments: Of `asyncflow`, for example ("worker", "--queues", "video").
-        environment: Added to the parent's; the place for what others must not read, since
-            arguments are public.
-        process: The running one; None before the first.
+        role: Its name in logs.
+        arguments: Arguments of `asyncflow`, for example ("worker", "--queues", "video").
+        environment: Added to the parent's. Secrets belong here, because other users can read
+            arguments.
+        process: The running process; None before the first.
     """
 
     role: str
@@ -64,11 +64,11 @@ class SupervisedProcess:
 
 class Supervisor:
     """
-    Receives the signals to stop from `with` on, and runs children until one came.
+    Receives signals inside its `with` block, and runs children until one comes.
 
     Args:
-        grace_seconds: How long after the first signal the children may take, plus a
-            margin, before they are killed.
+        grace_seconds: How long after the first signal the children may take to stop; after a
+            margin of `KILL_SECONDS` they are killed.
     """
 
     def __init__(self, *, grace_seconds: float) -> None:
@@ -91,7 +91,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """
-        Ask the children to stop; asked again, hurry them.
+        Ask the children to stop; the second call makes them quit immediately.
         """
         self.stopping.set()
         for child in self._children:
@@ -99,11 +99,11 @@ class Supervisor:
 
     async def run(self, children: Sequence[SupervisedProcess]) -> int:
         """
-        Run the children until all have ended; return the exit status of the whole.
+        Run the children until all have ended; return the exit status of the parent.
 
         Returns:
-            0 if all ended well after they were asked to stop, 2 if one refused to run, 1 if
-            one had to be killed or failed while it stopped.
+            0 if all stopped when asked, 2 if one refused to run, 1 if one failed or was killed
+            while it stopped.
         """
         self._children = children
         keeping = [asyncio.create_task(self._keep(child)) for child in children]
@@ -111,13 +111,13 @@ class Supervisor:
         for task in asyncio.as_completed(keeping):
             statuses.append(await task)
             if not self.stopping.is_set():
-                # Without the one that ended, the rest makes no sense.
+                # The others are of no use without the one that ended.
                 self.stop()
         return ExitStatus.REFUSED if ExitStatus.REFUSED in statuses else int(any(statuses))
 
     async def _keep(self, child: SupervisedProcess) -> int:
         """
-        Run one child again and again until it stops for good; return its last status.
+        Run one child, restart it until it stops for good, and return its last status.
         """
         pauses = Delays(PAUSE_SECONDS_MIN, longest=PAUSE_SECONDS_MAX, jitter=0.0)
         while not self.stopping.is_set():
@@ -125,14 +125,14 @@ class Supervisor:
             try:
                 child.process = await _start(child)
             except OSError as error:
-                # No memory or no more processes, for the moment.
+                # No memory or no more processes at the moment.
                 await self._pause(child.role, 0, str(error), pauses.next())
                 continue
             if self.stopping.is_set():
                 _terminate(child)
             status = await self._wait(child.process)
             if self.stopping.is_set() and status == -signal.SIGTERM:
-                return 0  # It was too young to know what the signal meant.
+                return 0  # The signal came before its handlers were set.
             if self.stopping.is_set() or status in (0, ExitStatus.REFUSED):
                 return status
             if time.monotonic() - started > STEADY_SECONDS:
@@ -158,12 +158,12 @@ class Supervisor:
 async def _start(child: SupervisedProcess) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
-        # -P: modules in the current folder must not take the place of Python's own.
+        # -P: modules in the current folder must not shadow Python's own.
         *("-P", "-m", "asyncflow", CHILD_OPTION),
         *child.arguments,
         env={**os.environ, **child.environment},
         stdin=asyncio.subprocess.PIPE,
-        # The terminal's Ctrl-C goes to the parent alone, which passes it on once.
+        # The terminal's Ctrl-C reaches only the parent, which passes it on once.
         start_new_session=True,
     )
 
@@ -182,10 +182,10 @@ def _in_words(status: int) -> str:
 
 def as_environment(settings: Settings) -> dict[str, str]:
     """
-    The variables that give a child these settings.
+    The environment variables that give a child these settings.
     """
-    # All of them, not those that differ from the defaults: an option may say the default again
-    # where the inherited environment says something else.
+    # All of them, not only those that differ from the defaults: an option may restore a default
+    # that the inherited environment overrides.
     return {PREFIX + name.upper(): _as_text(value) for name, value in asdict(settings).items()}
 
 
@@ -197,10 +197,10 @@ def _as_text(value: object) -> str:
 
 def stop_with_parent() -> None:
     """
-    In a supervised child: send ourselves a SIGTERM when the parent is gone.
+    In a supervised child: send this process a SIGTERM when the parent is gone.
     """
     pipe = os.dup(sys.stdin.fileno())
-    # What handlers start inherits standard input; they shall find it empty, not waiting.
+    # Programs that handlers start inherit standard input; it must be empty rather than block.
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, sys.stdin.fileno())
     os.close(nothing)

@@ -16,28 +16,26 @@ from uuid import uuid4
 
 from asyncflow.domain.policy import DEFAULT_POLICY
 from asyncflow.errors import WorkerExhausted, WorkerLost
+from asyncflow.processes.process import database, stop_signals, until_fit, until_stopped
 from asyncflow.settings import Settings
 from asyncflow.store.database import Database
 from asyncflow.telemetry import events
 
 if TYPE_CHECKING:
     # Each process imports only what it runs: a worker starts without the web framework.
-
     from asyncflow.handlers import Registry
     from asyncflow.transport import Transport
     from asyncflow.worker.children import Nursery
     from asyncflow.worker.worker import Worker
-
-from asyncflow.processes.process import database, stop_signals, until_fit, until_stopped
 
 THREADS_MIN, THREADS_PER_SLOT = 64, 4
 
 
 def work(settings: Settings) -> Coroutine[Any, Any, int]:
     """
-    Load the handlers, before there is an event loop, and return the work of a worker.
+    Load the handlers and return the coroutine of a worker.
 
-    A module may run a loop of its own while it is imported.
+    There is no event loop yet, because a module may run one of its own while it is imported.
 
     Raises:
         HandlerError: A module of handlers cannot be loaded.
@@ -45,21 +43,21 @@ def work(settings: Settings) -> Coroutine[Any, Any, int]:
     from asyncflow.handlers import load_handlers
 
     registry = load_handlers(settings.worker_handlers)
-    gc.freeze()  # Modules stay, and a full collection need not go through them.
+    gc.freeze()  # Modules stay, so a full collection need not scan them.
     return _work(settings, registry)
 
 
 async def _work(settings: Settings, registry: Registry) -> int:
     """
-    One worker, until a signal; declared lost, it starts again under a new id.
+    Run one worker until a signal; if it is declared dead, start it again under a new id.
 
     Returns:
-        The exit status: 0, or 70 if stuck handlers hold all its slots; then whoever supervises
-        it starts another.
+        The exit status: 0, or 70 if stuck handlers hold all its slots and its supervisor should
+        start another process.
 
     Raises:
         HandlerError: A module cannot be loaded for child processes.
-        ServerUnfit: The database needs a migration, or another setting.
+        ServerUnfit: The database needs a migration or other settings.
     """
     from asyncflow.maintenance.watch import MaintenanceWatch
 
@@ -71,7 +69,7 @@ async def _work(settings: Settings, registry: Registry) -> int:
         MaintenanceWatch(db),
     ):
         if any(handler.isolation == "process" for handler in registry):
-            # Now, so that child processes run what was loaded with the rest.
+            # Now, so that child processes run the same code as this one.
             try:
                 await until_stopped([nursery.start()], stop)
             except OSError as error:
@@ -95,8 +93,8 @@ async def _work(settings: Settings, registry: Registry) -> int:
 
 def _executor(slots: int) -> ThreadPoolExecutor:
     # For `asyncio.to_thread` and the like, which only handlers use. Python's default, four more
-    # than there are processors, is less than the slots of a worker: handlers would wait for one
-    # another, and time out without having begun. Threads are started when they are needed.
+    # threads than processors, is fewer than a worker's slots: handlers would wait for one
+    # another and time out before they start. Threads are started on demand.
     return ThreadPoolExecutor(max(THREADS_MIN, THREADS_PER_SLOT * slots), "asyncio")
 
 

@@ -1,3 +1,3 @@
 """
-What happened, told to operators: log lines now, one function per event.
+What operators learn about a running process: log lines, one function per event.
 """

@@ -1,8 +1,8 @@
 """
-Everything AsyncFlow reports about itself: one function per event, one stable name each.
+Every event that AsyncFlow logs: one function each, with a stable name.
 
-INFO is at most one line per attempt. WARNING means a person may care, ERROR that a person
-must. Payloads, results and secrets are never arguments here.
+INFO is at most one line per attempt. WARNING means that the event may need attention, ERROR that
+it does. Payloads, results and secrets are never arguments here.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def process_started(**facts: object) -> None:
 
 def settings_unknown(*, names: Sequence[str]) -> None:
     """
-    Variables that begin with ASYNCFLOW_ and are not settings of this version; they do nothing.
+    Variables that begin with ASYNCFLOW_ but are not settings of this version have no effect.
     """
     log.warning("settings.unknown", names=",".join(names))
 
 
 def process_stopping(*, signal: str, running: int | None = None) -> None:
     """
-    A signal asked a process to stop. `running` attempts of a worker may still finish; None for
-    processes that run none.
+    A signal asked the process to stop. `running` attempts of a worker may still finish; None for
+    processes that run no attempts.
     """
     facts = {} if running is None else {"running": running}
     log.info("process.stopping", signal=signal, **facts)
@@ -41,35 +41,35 @@ def process_stopping(*, signal: str, running: int | None = None) -> None:
 
 def process_force_quit(*, signal: str) -> None:
     """
-    A second signal: what still runs is given back at once.
+    A second signal came: running attempts are released now.
     """
     log.warning("process.force_quit", signal=signal)
 
 
 def signals_retaken(*, signals: str) -> None:
     """
-    A handler or a library had replaced what the process does on these signals.
+    A handler or library had replaced the handling of these signals; it has been restored.
     """
     log.warning("process.signals_retaken", signals=signals)
 
 
 def process_blocked() -> None:
     """
-    Asked to stop, a process cannot: its event loop is blocked. It ends all the same.
+    The grace period is over and the event loop is blocked; the process exits anyway.
     """
     log.error("process.blocked")
 
 
 def process_stopped() -> None:
     """
-    A process ended in good order.
+    The process ended gracefully.
     """
     log.info("process.stopped")
 
 
 def child_process_ended(*, role: str, pid: int, status: str, restart_seconds: float) -> None:
     """
-    A supervised process ended unasked; another starts after `restart_seconds`.
+    A supervised process ended unexpectedly; another starts after `restart_seconds`.
     """
     log.error("process.died", role=role, pid=pid, status=status, restart_seconds=restart_seconds)
 
@@ -95,7 +95,7 @@ def attempt_settled(
     if not log.takes_info and outcome != "failed":
         return
     if outcome == "completed" and log.json_lines is not None:
-        # Written thousands of times a second. By hand it costs half.
+        # Logged thousands of times per second; encoding it by hand halves the cost.
         log.json_lines.emit_encoded(
             "attempt.settled",
             f'"task_id": "{task_id}", "name": {quoted(name)}, "queue": {quoted(queue)}, '
@@ -124,14 +124,14 @@ def attempt_settled(
 
 def attempt_void(*, task_id: UUID, name: str, attempt: int, reason: str) -> None:
     """
-    An attempt's lease was lost; whatever it produced was thrown away.
+    An attempt's lease was lost; its outcome was discarded.
     """
     log.warning("attempt.void", task_id=str(task_id), name=name, attempt=attempt, reason=reason)
 
 
 def attempt_stuck(*, task_id: UUID, name: str, attempt: int) -> None:
     """
-    A handler ignores that its attempt is over; its slot stays taken until it ends.
+    A handler ignores that its attempt is over; its slot stays taken until it returns.
     """
     log.error("attempt.stuck", task_id=str(task_id), name=name, attempt=attempt)
 
@@ -148,14 +148,14 @@ def settle_delayed(*, task_id: UUID, reason: str) -> None:
 
 def worker_declared_lost(*, worker_id: UUID, name: str) -> None:
     """
-    The reaper gave up a worker that is dead or cut off.
+    The reaper declared a worker dead.
     """
     log.warning("worker.lost", worker_id=str(worker_id), name=name)
 
 
 def worker_fenced(*, worker_id: UUID, reason: str, running: int) -> None:
     """
-    This worker may no longer trust its leases and stopped what it was running.
+    This worker can no longer trust its leases and stopped its attempts.
     """
     log.error("worker.fenced", worker_id=str(worker_id), reason=reason, running=running)
 
@@ -164,9 +164,9 @@ def worker_stalled(
     *, seconds: float, blamed: Sequence[tuple[UUID, str]], running: int, stack: str
 ) -> None:
     """
-    A handler blocks the event loop: every `async def` attempt of this worker stands still.
+    A handler blocks the event loop, and with it every `async def` attempt of this worker.
 
-    `blamed` has id and name of the task that does it, or of all that might; `stack` says where.
+    `blamed` is the id and name of the task to blame, or of all that may be; `stack` shows where.
     """
     log.error(
         "worker.stalled",
@@ -180,43 +180,43 @@ def worker_stalled(
 
 def worker_exhausted(*, worker_id: UUID, slots: int) -> None:
     """
-    Every slot is taken by a handler that ignores that its attempt is over: the worker ends.
+    Handlers that ignore the end of their attempts hold every slot: the worker ends.
     """
     log.error("worker.exhausted", worker_id=str(worker_id), slots=slots)
 
 
 def handler_not_taken(*, name: str, queue: str, queues: Sequence[str]) -> None:
     """
-    This worker has a handler whose tasks wait in a queue that it does not take.
+    This worker has a handler whose queue it does not serve.
     """
     log.warning("handler.not_taken", name=name, queue=queue, queues=",".join(queues))
 
 
 def worker_starved(*, reason: str, pause_seconds: float) -> None:
     """
-    This machine lacks what an attempt needs to begin. Its task was given back, and the worker
-    takes no more for `pause_seconds`.
+    The machine has no process, thread or file descriptor left for an attempt: its task was
+    released, and the worker takes no more for `pause_seconds`.
     """
     log.warning("worker.starved", reason=reason, pause_seconds=pause_seconds)
 
 
 def loop_interrupted(*, reason: str) -> None:
     """
-    A task or callback that a handler left in the event loop tried to end the process.
+    An asyncio task or callback left behind by a handler tried to end the process.
     """
     log.error("loop.interrupted", reason=reason)
 
 
 def heartbeat_failed(*, reason: str) -> None:
     """
-    A heartbeat could not be written; leases hold for a while.
+    A heartbeat could not be written; the leases last a while longer.
     """
     log.warning("heartbeat.failed", reason=reason)
 
 
 def orphans_released(*, count: int) -> None:
     """
-    Claims whose answer never reached this worker were given back.
+    Claims whose answer never reached this worker were released.
     """
     log.warning("claims.orphaned", count=count)
 
@@ -226,29 +226,29 @@ def orphans_released(*, count: int) -> None:
 
 def database_unavailable(*, where: str, reason: str) -> None:
     """
-    PostgreSQL cannot serve; `where` waits and tries again.
+    PostgreSQL is unavailable; `where` waits and tries again.
     """
     log.warning("database.unavailable", where=where, reason=reason)
 
 
 def server_doubtful(*, what: str, reason: str) -> None:
     """
-    A check at the start found something that works, but less well or less safely than it could.
+    A check at the start found something that works less well or less safely than it could.
     """
     log.warning("server.doubtful", what=what, reason=reason)
 
 
 def broker_connected(*, role: str, url: str) -> None:
     """
-    A connection to RabbitMQ stands. `url` has its password masked.
+    A connection to RabbitMQ is open. The password in `url` is masked.
     """
     log.info("broker.connected", role=role, url=url)
 
 
 def broker_unavailable(*, role: str, reason: str, may_pass: bool) -> None:
     """
-    RabbitMQ cannot be reached or broke off, or, an error, refuses us until a person changes
-    something; tasks are accepted all the same.
+    RabbitMQ is unreachable or closed the connection. If that will not pass without a change, it
+    is logged as the error `broker.refused`. Tasks are accepted all the same.
     """
     if may_pass:
         log.warning("broker.unavailable", role=role, reason=reason)
@@ -258,49 +258,49 @@ def broker_unavailable(*, role: str, reason: str, may_pass: bool) -> None:
 
 def broker_queue_unusable(*, role: str, queue: str, reason: str) -> None:
     """
-    One queue in RabbitMQ does not answer or was declared otherwise; it is left alone for a while.
+    A queue in RabbitMQ does not answer or has other properties than ours; it is retried later.
     """
     log.error("broker.queue_unusable", role=role, queue=queue, reason=reason)
 
 
 def broker_blocked(*, role: str, reason: str) -> None:
     """
-    RabbitMQ refuses publishes: it is short of memory or disk.
+    RabbitMQ accepts no messages: it is short of memory or disk space.
     """
     log.warning("broker.blocked", role=role, reason=reason)
 
 
 def message_unreadable(*, queue: str, body_bytes: int) -> None:
     """
-    A message in one of our queues is not a task id; it was parked.
+    A message is not a hint; it was moved to the dead-letter queue.
     """
     log.warning("message.unreadable", queue=queue, body_bytes=body_bytes)
 
 
 def hints_not_sent(*, queue: str, count: int, reason: str) -> None:
     """
-    RabbitMQ did not take some hints; their tasks stay pending and go again.
+    RabbitMQ did not accept some hints; their tasks stay pending, and the relay sends them again.
     """
     log.warning("hints.not_sent", queue=queue, count=count, reason=reason)
 
 
 def hints_dropped(*, queue: str, cause: str, count: int) -> None:
     """
-    RabbitMQ itself took hints out of a queue, as a policy told it to; their tasks go again.
+    A policy made RabbitMQ drop hints from a queue; the relay sends them again.
     """
     log.warning("hints.dropped", queue=queue, cause=cause, count=count)
 
 
 def hints_unknown(*, count: int) -> None:
     """
-    Hints came for tasks that are not in this database; said at most once a minute.
+    Hints arrived for tasks that are not in this database; logged at most once a minute.
     """
     log.warning("hints.unknown", count=count)
 
 
 def hints_lost(*, queue: str, count: int) -> None:
     """
-    Queued tasks had no message any more; they are pending again.
+    Queued tasks had lost their message; they are pending again.
     """
     log.warning("hints.lost", queue=queue, count=count)
 
@@ -324,14 +324,14 @@ def tasks_expired(*, count: int) -> None:
 
 def tasks_unqueued(*, count: int) -> None:
     """
-    Tasks were queued for a broker that is not used any more; workers take them directly now.
+    Tasks were queued for a broker that is no longer used; workers take them directly now.
     """
     log.warning("tasks.unqueued", count=count)
 
 
 def tasks_moved(*, count: int) -> None:
     """
-    Tasks that waited in `default` since before their handler was known are in its queue now.
+    Tasks that waited in `default` since before their handler was known are in its own queue now.
     """
     log.info("tasks.moved", count=count)
 
@@ -347,7 +347,7 @@ def tasks_unserved(
     *, queue: str, name: str, count: int, is_more: bool, waiting_seconds: float
 ) -> None:
     """
-    No live worker offers this name on this queue, and `count` tasks wait for one; said once.
+    `count` tasks are due and no live worker offers their name on their queue; logged once.
     """
     log.warning(
         "tasks.unserved",
@@ -360,14 +360,14 @@ def tasks_unserved(
 
 def tasks_served(*, queue: str, name: str) -> None:
     """
-    What was reported as unserved no longer is: a worker offers it, or it is gone.
+    Tasks that were unserved no longer are: a worker offers them, or they are gone.
     """
     log.info("tasks.served", queue=queue, name=name)
 
 
 def maintenance_gone(*, silent_seconds: float | None) -> None:
     """
-    No maintenance process is at work, as an API or worker process sees it; said every ten minutes.
+    An API or worker process sees no active maintenance process; logged every ten minutes.
     """
     seconds = None if silent_seconds is None else round(silent_seconds, 1)
     log.warning("maintenance.gone", silent_seconds=seconds)
@@ -375,14 +375,14 @@ def maintenance_gone(*, silent_seconds: float | None) -> None:
 
 def maintenance_back() -> None:
     """
-    Maintenance is at work again.
+    Maintenance is active again.
     """
     log.info("maintenance.back")
 
 
 def chore_failed(*, chore: str, reason: str) -> None:
     """
-    A maintenance chore did not get through; it runs again at its next turn.
+    A maintenance chore failed; it runs again at its next turn.
     """
     log.warning("chore.failed", chore=chore, reason=reason)
 
@@ -392,27 +392,27 @@ def chore_failed(*, chore: str, reason: str) -> None:
 
 def api_unprotected(*, host: str) -> None:
     """
-    The API listens beyond this machine, and does not ask who is calling.
+    The API listens beyond this machine and has no authentication.
     """
     log.warning("api.unprotected", host=host)
 
 
 def handlers_conflict(*, name: str, queues: Sequence[str]) -> None:
     """
-    Live workers declare handlers of one name that take different payloads.
+    Live workers declare handlers with one name on several queues that accept different payloads.
     """
     log.warning("handlers.conflict", name=name, queues=",".join(queues))
 
 
 def payload_schema_unusable(*, name: str, reason: str) -> None:
     """
-    A worker published a payload schema that cannot be compiled; only workers check now.
+    A published payload schema cannot be compiled; only workers validate payloads now.
     """
     log.warning("payload_schema.unusable", name=name, reason=reason)
 
 
 def request_failed(*, incident_id: str, method: str, path: str, error: Exception) -> None:
     """
-    A request ended in an error of ours; the log line carries the traceback.
+    A request ended in an internal error; the log line carries the traceback.
     """
     log.error("request.failed", incident_id=incident_id, method=method, path=path, exc_info=error)

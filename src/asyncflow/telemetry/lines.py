@@ -1,9 +1,9 @@
 """
-How log lines leave the process: whole, in order, and not one system call each.
+Writes log lines whole and in order, without one system call for each.
 
-On an event loop lines wait until the end of its present turn and leave together, since a busy
-worker settles many attempts in one. Nothing waits longer: from a thread without a loop a line
-leaves at once, an urgent one from anywhere, and each takes along what waited before it.
+Lines from an event loop are written together at the end of its current turn, because a busy
+worker settles many attempts in one turn. A line from a thread without a loop and an urgent line are
+written immediately, together with all that wait.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._waiting: deque[str] = deque()
-        # Re-entrant: while a thread writes, the garbage collector may end something that logs.
+        # Re-entrant: while a thread writes, the garbage collector may run code that logs.
         self._flushing = threading.RLock()
         self._flusher: asyncio.AbstractEventLoop | None = None
         atexit.register(self.flush)
@@ -35,27 +35,27 @@ class Lines:
 
     def write(self, line: str, *, is_urgent: bool) -> None:
         """
-        Write `line`, which has no end of line yet: now, or at the end of this turn of the loop.
+        Write `line`, given without its newline, now or at the end of this turn of the loop.
         """
         self._waiting.append(line)
         loop = None if is_urgent else asyncio._get_running_loop()
         if loop is None:
             self.flush()
         elif self._flusher is not loop:
-            # That another loop is going to flush is no help: it may be busy or closed by then.
+            # Another loop's planned flush is not enough: it may be busy or closed by then.
             self._flusher = loop
             loop.call_soon(self.flush)
 
     def flush(self) -> None:
         """
-        Write what waits.
+        Write all waiting lines.
         """
         with self._flushing:
-            # First this: a line that is appended from now on plans a flush of its own.
+            # Reset this first: a line appended from now on must plan a flush of its own.
             self._flusher = None
             while self._waiting:
                 text = self._next_write()
-                with contextlib.suppress(Exception):  # a stream of somebody's own
+                with contextlib.suppress(Exception):  # the stream may be a user's
                     self._stream.write(text)
                     self._stream.flush()
 
@@ -67,7 +67,7 @@ class Lines:
         return "\n".join(lines) + "\n"
 
     def _forget(self) -> None:
-        # In a forked process: what waited is the parent's to write, and so is its lock to release.
+        # In a forked process: the waiting lines and the held lock belong to the parent.
         self._waiting.clear()
         self._flushing = threading.RLock()
         self._flusher = None

@@ -1,9 +1,9 @@
 """
-How log lines look: readable on a terminal, one JSON object per line elsewhere.
+The format of log lines: readable on a terminal, one JSON object per line elsewhere.
 
-Structlog draws the lines for terminals and takes those of handlers. JSON lines are made here:
-a busy worker writes thousands of them a second, and a process that never needs structlog is
-6 MB smaller.
+Structlog formats the lines for terminals, and handlers may log through it. JSON lines are
+formatted here: a busy worker writes thousands of them per second, and a process that does not
+import structlog is 6 MB smaller.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from asyncflow.telemetry.streams import own_stream
 
 Format = Literal["auto", "console", "json"]
 Emit = Callable[[str, str, dict[str, Any]], None]
-"""Takes an event's level, name and fields, which it may change."""
+"""Takes an event's level, name and fields. It may change the fields."""
 
 ENDS_MAX = 100
-"""Different ends of lines to remember; the events of handlers may be of any number."""
+"""How many encoded line endings to cache; handlers may log any number of different events."""
 
 QUIET = ("asyncio", "asyncpg", "alembic", "pamqp", "uvicorn")
-"""Libraries of our own, which have nothing to say to anybody below a warning."""
+"""Libraries that AsyncFlow itself uses; below WARNING they log nothing of use to operators."""
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 OURS = ("event", "exception", "level", "process", "timestamp")
-"""What every line has; a field of a handler's with one of these names gets a `_` behind it."""
+"""The fields of every line. A handler's field with one of these names gets a `_` appended."""
 
 PRINTED_LENGTH_MAX = 10_000
-"""Longer texts in place of what cannot be written are cut, in characters."""
+"""In characters. A longer text that stands for an unprintable value is cut."""
 
 
 def configure_logs(*, level: str, log_format: Format, process: str) -> None:
     """
     Set up logging for this process; lines go to standard error.
 
-    The standard module's records are lines like all others, with those of libraries. Nothing that
-    is logged raises, whatever it holds, and wherever standard error leads.
+    Records of the standard `logging` module, also those of libraries, become such lines. Logging
+    never raises, whatever is logged and whatever happens to standard error.
 
     Args:
         level: `debug`, `info`, `warning` or `error`.
         log_format: `auto` is `console` when standard error is a terminal, else `json`.
-        process: Which of AsyncFlow's processes this is; part of every line.
+        process: The kind of this process, such as `worker`; a field of every line.
     """
     is_console = log_format == "console" or (
         log_format == "auto" and sys.stderr is not None and sys.stderr.isatty()
@@ -69,9 +69,9 @@ def configure_logs(*, level: str, log_format: Format, process: str) -> None:
 
 def take_fields_from(source: Callable[[], dict[str, Any]]) -> None:
     """
-    Let `source` say whose code is logging, as fields of the line; empty if it is ours.
+    Add the fields that `source` returns to every line; during an attempt these identify it.
     """
-    global _fields_here  # noqa: PLW0603 - there is one context, and one who knows it
+    global _fields_here  # noqa: PLW0603 - one source per process
     _fields_here = source
 
 
@@ -80,9 +80,10 @@ _fields_here: Callable[[], dict[str, Any]] = dict
 
 class Log:
     """
-    Takes the events of `telemetry.events`, and those of handlers through structlog.
+    Receives the events of `telemetry.events`, and what handlers log through structlog.
 
-    Until it is configured, in programs of others above all, structlog has them as it stands.
+    Until it is configured, for example in a program that embeds AsyncFlow, events go to structlog
+    as configured there.
     """
 
     def __init__(self) -> None:
@@ -90,11 +91,10 @@ class Log:
 
     def configure(self, level: str, *, emit: Emit, json_lines: JsonLines | None = None) -> None:
         """
-        Pass on what is at or above `level`.
+        Emit events at or above `level`.
 
         Args:
-            emit: Takes it.
-            json_lines: What `emit` writes, if that is JSON.
+            json_lines: The writer behind `emit`, if it writes JSON.
         """
         self._level = level
         self._threshold = logging.getLevelNamesMapping()[level.upper()]
@@ -111,27 +111,27 @@ class Log:
 
     def info(self, event: str, **fields: Any) -> None:
         """
-        An event that is as it should be.
+        Log normal operation.
         """
         if self._threshold <= logging.INFO:
             self._emit("info", event, fields)
 
     def warning(self, event: str, **fields: Any) -> None:
         """
-        An event that may concern a person.
+        Log an event that may need attention.
         """
         if self._threshold <= logging.WARNING:
             self._emit("warning", event, fields)
 
     def error(self, event: str, **fields: Any) -> None:
         """
-        An event that a person must know; an exception as `exc_info` brings its traceback.
+        Log an event that needs attention; pass an exception as `exc_info` for its traceback.
         """
         self._emit("error", event, fields)
 
     def structlog(self) -> Any:
         """
-        A structlog logger whose lines are like all others of this process.
+        A structlog logger whose lines look like all others of this process.
         """
         import structlog
 
@@ -140,7 +140,7 @@ class Log:
 
     def adopt_structlog(self) -> None:
         """
-        Take what is logged through structlog, unless somebody has configured it otherwise.
+        Receive what is logged through structlog, unless a handler module has configured it.
         """
         if self.json_lines is not None and not self._is_structlog_adopted:
             self._is_structlog_adopted = True
@@ -162,14 +162,14 @@ class JsonLines:
         self, level: str, event: str, fields: dict[str, Any], *, is_urgent: bool = False
     ) -> None:
         """
-        Write it: by the end of this turn of the event loop if it is INFO and not urgent, else now.
+        Write an event, immediately or, if it is INFO and not urgent, in this turn of the loop.
         """
         error = fields.pop("exc_info", None)
         try:
             start = self._encode(fields)[1:-1]
         except BaseException:
-            # A key or a value that JSON cannot say. It may not even be printed: code of others
-            # that raises anything, as a KeyboardInterrupt, is no reason for a task to fail.
+            # JSON cannot represent a key or value. Even printing one may raise anything, such as
+            # KeyboardInterrupt, which must not fail the task.
             start = ", ".join(self._member(key, value) for key, value in fields.items())
         line = f"{{{start}, " if start else "{"
         line += self._end(level, event)
@@ -179,13 +179,13 @@ class JsonLines:
 
     def emit_now(self, level: str, event: str, fields: dict[str, Any]) -> None:
         """
-        Write it now: whoever says what it does next may end the process by that.
+        Write an event immediately, because the next thing the caller does may end the process.
         """
         self.emit(level, event, fields, is_urgent=True)
 
     def emit_encoded(self, event: str, fields: str) -> None:
         """
-        Write an INFO event whose fields are JSON already: members of an object, at least one.
+        Write an INFO event whose fields are encoded already, as at least one member of an object.
         """
         self._lines.write(f"{{{fields}, {self._end('info', event)}}}", is_urgent=False)
 
@@ -200,7 +200,7 @@ class JsonLines:
         return f"{self._encode(printed(key))}: {text}"
 
     def _end(self, level: str, event: Any) -> str:
-        # Encoding it for every line anew would be a third of the whole cost.
+        # Encoding this for every line would be a third of the whole cost.
         end = self._ends.get((level, event)) if isinstance(event, str) else None
         if end is None:
             event = event if isinstance(event, str) else printed(event)
@@ -212,7 +212,7 @@ class JsonLines:
 
 def printed(value: Any) -> str:
     """
-    `value` as text, whatever it does when it is printed.
+    `value` as text, even if printing it raises.
     """
     try:
         return (value if isinstance(value, str) else repr(value))[:PRINTED_LENGTH_MAX]
@@ -228,7 +228,7 @@ def _traceback(error: Any) -> str:
 
 
 def _lost_in_words(count: int) -> str:
-    return f"({count} writes to this log were lost: nobody read them)\n"
+    return f"({count} writes to this log were lost: it was not read in time)\n"
 
 
 def _timestamp() -> str:
@@ -244,7 +244,7 @@ def _second(second: int) -> str:
 
 class _Records(logging.Handler):
     """
-    Passes the standard module's records on, with what `extra` put into them.
+    Emits records of the standard `logging` module, with their `extra` fields.
     """
 
     def __init__(self, emit: Emit) -> None:
@@ -260,10 +260,10 @@ class _Records(logging.Handler):
             fields["stack"] = record.stack_info
         try:
             event = record.getMessage()
-        except BaseException:  # arguments that do not fit, or cannot be printed
+        except BaseException:  # arguments that do not match the message, or cannot be printed
             event = f"{printed(record.msg)} {printed(record.args)}"
         level = LEVELS[min(max(record.levelno, logging.DEBUG), logging.CRITICAL) // 10 - 1]
-        with contextlib.suppress(Exception):  # structlog may be configured by somebody else
+        with contextlib.suppress(Exception):  # structlog may be configured by a handler module
             self._pass_on(level, event, fields)
 
 
@@ -319,8 +319,8 @@ def _configure_console(level: str, process: str, stream: TextIO) -> None:
     import structlog
 
     def add_process(_: Any, __: str, event: Any) -> Any:
-        # The console shows it in front of the fields. By a processor, since context variables do
-        # not reach other threads.
+        # Shown in front of the fields. A processor adds it, because context variables do not reach
+        # other threads.
         logger = event.get("logger")
         event["logger"] = f"{process} {logger}" if logger else process
         return event
@@ -329,7 +329,7 @@ def _configure_console(level: str, process: str, stream: TextIO) -> None:
         colors=stream.isatty(),
         pad_event_to=24,
         sort_keys=False,
-        # Not the default, which prints local variables: payloads are among them.
+        # Not the default, which prints local variables, payloads among them.
         exception_formatter=structlog.dev.plain_traceback,
     )
 

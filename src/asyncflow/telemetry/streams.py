@@ -1,12 +1,12 @@
 """
-Standard output and error of a process that must go on whoever reads them.
+Standard output and error that neither fail nor block, whatever happens to their reader.
 
-A terminal is closed, the program behind a pipe has ended or been stopped, a disk is full, a
-handler closes `sys.stderr`: an ordinary stream then raises, or waits for ever and the event loop
-with it. Here what cannot be written is lost, and counted. A reader that is slow gets time, since
-a full pipe is nothing unusual; one that uses it up gets none until it reads again.
+If a terminal is closed, the program behind a pipe has ended or been stopped, a disk is full or a
+handler closes `sys.stderr`, an ordinary stream raises, or blocks and the event loop with it. Here
+what cannot be written is dropped and counted. A slow reader gets a second, because a full pipe is
+normal; one that uses it up gets none until it reads again.
 
-Lines leave when they are complete, so a process that is killed takes none along.
+Complete lines are written immediately, so a killed process loses none.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ if TYPE_CHECKING:
 ROOM_SECONDS = 1.0
 
 WRITE_BYTES_MAX = 4096
-"""Larger writes may be torn apart in a pipe that several processes write to (PIPE_BUF), and may
-wait although there is room."""
+"""Larger writes to a pipe that several processes share may be split (PIPE_BUF), and may block
+although there is room."""
 
 
 class Outlet(io.RawIOBase):
     """
-    Writes to a file descriptor, in bounded time and without errors. Closing it does nothing: it
-    is shared by whoever runs in this process.
+    Writes to a file descriptor, in bounded time and without errors.
+
+    Closing it does nothing, because all code in this process shares it.
 
     Args:
-        report: Says what to write about a number of lost writes, once writing is possible again.
-        room_seconds: How long a reader may take to make room before what is written is lost.
+        report: The text about a number of dropped writes, written once there is room again.
+        room_seconds: How long a write waits for room before it is dropped.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Outlet(io.RawIOBase):
 
     def write(self, data: ReadableBuffer, /) -> int:
         """
-        Write it all, or lose what is left of it.
+        Write all of `data`, or drop the rest.
         """
         whole = memoryview(data).cast("B")
         if self._lost and self._waits_for_room():
@@ -71,13 +72,13 @@ class Outlet(io.RawIOBase):
 
     def writable(self) -> bool:
         """
-        It always is.
+        Always true.
         """
         return True
 
     def fileno(self) -> int:
         """
-        The descriptor, also for programs that are to write there.
+        The descriptor, for example for child processes that should write to it.
         """
         return self._descriptor
 
@@ -89,7 +90,7 @@ class Outlet(io.RawIOBase):
 
     def close(self) -> None:
         """
-        Nothing: others write here, too.
+        Do nothing: other code writes here, too.
         """
 
     def _put(self, rest: memoryview) -> None:
@@ -111,8 +112,8 @@ class Outlet(io.RawIOBase):
 
 def guard_standard_streams() -> None:
     """
-    Let `print()` and everything else that writes to `sys.stdout` and `sys.stderr` neither fail nor
-    wait, and let nobody close them.
+    Make writes to `sys.stdout` and `sys.stderr`, such as `print()`, neither fail nor block, and
+    make closing them a no-op.
     """
     sys.stdout = _guarded(sys.stdout)
     sys.stderr = _guarded(sys.stderr)
@@ -120,8 +121,8 @@ def guard_standard_streams() -> None:
 
 def own_stream(stream: TextIO, report: Callable[[int], str]) -> TextIO:
     """
-    A stream to where `stream` leads, which it shares with nobody: handlers may close or replace
-    what they find. `stream` itself if it does not lead to a file.
+    A private stream to the same file as `stream`, because handlers may close or replace the public
+    one. `stream` itself if it has no file descriptor.
 
     Args:
         report: See `Outlet`.
@@ -141,7 +142,7 @@ def _guarded(stream: TextIO) -> TextIO:
 
 
 def _text(outlet: Outlet, *, encoding: str, errors: str | None) -> TextIO:
-    buffer = cast("IO[bytes]", outlet)  # It has all that a text stream needs.
+    buffer = cast("IO[bytes]", outlet)  # It has everything a text stream needs.
     return io.TextIOWrapper(buffer, encoding=encoding, errors=errors, line_buffering=True)
 
 
@@ -156,7 +157,7 @@ def _descriptor_of(stream: TextIO | None) -> int | None:
 
 
 def _own_descriptor(descriptor: int) -> int:
-    # A pipe that is opened anew does not make others wait less, who share the descriptor.
+    # A reopened pipe is non-blocking for us alone; the flag of a shared descriptor is shared.
     if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         with contextlib.suppress(OSError):
             return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)

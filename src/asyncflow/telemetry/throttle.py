@@ -1,5 +1,5 @@
 """
-One log line a minute for events that may happen thousands of times in it.
+At most one log line a minute for events that may happen thousands of times in it.
 """
 
 from __future__ import annotations
