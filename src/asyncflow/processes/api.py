@@ -11,16 +11,15 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 from asyncflow.errors import AddressTaken
+from asyncflow.processes.process import database, stop_signals, until_fit
 from asyncflow.settings import Settings
 from asyncflow.telemetry import events
 from asyncflow.urls import address
 
 if TYPE_CHECKING:
     # Each process imports only what it runs: a worker starts without the web framework.
+    from starlette.types import ASGIApp
     from uvicorn import Config, Server
-
-
-from asyncflow.processes.process import database, stop_signals, until_fit
 
 BACKLOG = 2_048
 """Connections that may wait for the API to accept them."""
@@ -37,11 +36,8 @@ async def serve_api(settings: Settings) -> None:
     from importlib.metadata import version
     from ipaddress import ip_address
 
-    import uvicorn
-
     from asyncflow.api.app import create_app
     from asyncflow.api.catalogue import Catalogue
-    from asyncflow.api.front.protocol import BoundedProtocol
     from asyncflow.maintenance.watch import MaintenanceWatch
     from asyncflow.store.wakeups import Waker
 
@@ -51,10 +47,7 @@ async def serve_api(settings: Settings) -> None:
         stop_signals(settings) as stop,
     ):
         await until_fit(db, settings, stop)
-        async with (
-            Catalogue(db) as catalogue,
-            MaintenanceWatch(db),
-        ):
+        async with Catalogue(db) as catalogue, MaintenanceWatch(db):
             waker = Waker(db)
             app = create_app(
                 db=db,
@@ -63,46 +56,53 @@ async def serve_api(settings: Settings) -> None:
                 waker=waker,
                 version=version("asyncflow"),
             )
-            config = uvicorn.Config(
-                app,
-                loop="none",
-                http=BoundedProtocol,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,  # Nobody asks where a request comes from.
-                server_header=False,
-                date_header=False,
-                timeout_keep_alive=settings.api_keep_alive_seconds,  # type: ignore[arg-type]
-                backlog=BACKLOG,
-                timeout_graceful_shutdown=int(settings.shutdown_grace_seconds),
-            )
-            server = _server(config)
+            server = _server(_config(app, settings))
             stop.on_first = lambda: setattr(server, "should_exit", True)
             stop.on_second = lambda: setattr(server, "force_exit", True)
             if not stop.asked:
-                # Before the log says so. Until somebody listens, several may be bound to one port.
+                # Before the log says so: until one listens, several sockets may be bound to a port.
                 with _address_free(settings.api_host, settings.api_port):
                     listening.listen(BACKLOG)
                 url = f"http://{address(settings.api_host, settings.api_port)}"
                 events.process_started(url=url)
                 if not ip_address(listening.getsockname()[0]).is_loopback:
                     events.api_unprotected(host=settings.api_host)
-                # What is loaded by now stays to the end. Left to the garbage collector, it is
-                # looked through again every few seconds, and 20 ms long everybody waits.
+                # What is loaded by now stays. The garbage collector would search it again every
+                # few seconds, and all requests would wait for 20 ms.
                 gc.freeze()
                 await server.serve(sockets=[listening])
             await waker.close()
     events.process_stopped()
 
 
+def _config(app: ASGIApp, settings: Settings) -> Config:
+    from uvicorn import Config
+
+    from asyncflow.api.front.protocol import BoundedProtocol
+
+    return Config(
+        app,
+        loop="none",
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # The source address of a request is not used.
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=settings.api_keep_alive_seconds,  # type: ignore[arg-type]
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=int(settings.shutdown_grace_seconds),
+    )
+
+
 def _server(config: Config) -> Server:
     from uvicorn import Server
 
     class OurServer(Server):
-        # Uvicorn would catch the signals itself and, once done, let them kill the process;
-        # ours ends with exit status 0.
+        # Uvicorn would catch the signals itself and, once done, let them kill the process. This
+        # one exits with 0.
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
