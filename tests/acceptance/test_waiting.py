@@ -64,7 +64,7 @@ async def test_a_task_that_expires_before_it_starts_never_runs(shared: System) -
     assert shared.journal.entries(task_id) == []
 
 
-async def test_a_waiting_task_is_cancelled_at_once(shared: System) -> None:
+async def test_a_waiting_task_is_cancelled_immediately(shared: System) -> None:
     """
     Cancelling a task that has not started is answered with CANCELLED; it never runs.
     """

@@ -1,5 +1,5 @@
 """
-The real application over a fresh database, and a client that speaks to it in process.
+The real application over a fresh database, and a client that calls it in its own process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAYLOAD_BYTES_MAX = 100_000
 @pytest.fixture
 def body_bytes_max() -> int:
     """
-    A limit that is quickly exceeded, unless a test says otherwise.
+    A low limit, unless a test overrides it.
     """
     return BODY_BYTES_MAX
 
@@ -32,7 +32,7 @@ def body_bytes_max() -> int:
 @pytest.fixture
 def settings(body_bytes_max: int) -> Settings:
     """
-    Settings with limits that are quickly exceeded, for a server that is called "api".
+    Settings with low limits, for a server named "api".
     """
     return Settings(
         api_hosts=("api",),
@@ -61,7 +61,7 @@ def catalogue(db: Database) -> Catalogue:
 @pytest.fixture
 def body_seconds_max() -> float:
     """
-    The application's own limit, unless a test says otherwise.
+    The application's default, unless a test overrides it.
     """
     return BODY_SECONDS_MAX
 
@@ -88,8 +88,8 @@ async def app(
 @pytest.fixture
 async def offline_client(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """
-    A client of an application whose database cannot be reached: what is refused all the
-    same was refused before anything was stored, and what is not refused answers 503.
+    A client of an application whose database cannot be reached: a refused request was refused
+    before the database was asked, and any other is answered with 503.
     """
     async with Database("postgresql://nobody@127.0.0.1:1/nothing") as db:
         waker = Waker(db)

@@ -1,6 +1,6 @@
 """
-A corpus of requests as bytes: right ones that look odd, wrong ones, and those with a second
-meaning. What the API has to make of each stands beside it.
+A corpus of requests as bytes: odd but valid ones, invalid ones, and ambiguous ones, each with
+what the API must make of it.
 
 Many carry a canary where only a body can be: a whole request that would cancel a task. It never
 runs, whatever stands before it.
@@ -94,7 +94,7 @@ def corpus(canary: bytes) -> Iterator[Sent]:
     yield from request_lines(canary)
     yield from targets()
     yield from versions()
-    yield from bodies_nobody_needs(canary)
+    yield from unneeded_bodies(canary)
     yield from pipelines(canary)
     yield from half_closed(canary)
 
@@ -141,7 +141,7 @@ def upgrades(canary: bytes) -> Iterator[Sent]:
         True,
     )
     offered = post(b"Connection: Upgrade\r\nUpgrade: h2c\r\n", length(TASK))
-    yield Sent("sixty offers at once", offered * 60, [202] * 60, True)
+    yield Sent("sixty pipelined offers", offered * 60, [202] * 60, True)
     yield Sent("an offer among others", get() + offered + get(), [200, 202, 200], True)
     old = b"GET /health/live HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
     yield Sent("an offer of HTTP/1.0", old, [200])
@@ -193,7 +193,7 @@ def expectations(canary: bytes) -> Iterator[Sent]:
     offer = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
     yield Sent("with an offer", post(offer, expect, length(TASK)), [202], True)
     yield Sent("and nothing else", get(expect), [200], True)
-    # Nobody asked for the rest, so nobody knows whether it is a body or the next request.
+    # The rest was not asked for, so it is unknown whether it is a body or the next request.
     unasked = get(expect, length(canary))
     yield Sent("answered unasked, and a body that does not come", unasked, [200])
     part = get(expect, b"Content-Length: 5000\r\n", body=canary)
@@ -267,7 +267,7 @@ def two_framings(canary: bytes) -> Iterator[Sent]:
 
 def codings(canary: bytes) -> Iterator[Sent]:
     """
-    Transfer codings that only somebody else would take for chunked.
+    Transfer codings that another server would take for chunked.
     """
     for text, status in CODINGS.items():
         sent = post(b"Transfer-Encoding:%b\r\n" % text, body=LAST + canary)
@@ -277,7 +277,7 @@ def codings(canary: bytes) -> Iterator[Sent]:
         yield Sent(f"coding{text!a} is fine", sent, [202], True)
     old = b"POST /tasks HTTP/1.0\r\n" + JSON + CHUNKED + b"\r\n" + chunks(TASK) + LAST
     yield Sent("a coding of HTTP/1.0, which has none", old + canary, [400])
-    yield Sent("codings that are taken", get(b"TE: trailers, chunked\r\n"), [200], True)
+    yield Sent("codings that are accepted", get(b"TE: trailers, chunked\r\n"), [200], True)
 
 
 CODINGS = {
@@ -352,7 +352,7 @@ def chunk_framings(canary: bytes) -> Iterator[Sent]:
     yield Sent("a long nothing", post(CHUNKED, body=b"000;a=b\r\n\r\n"), [400], True)
     # It has its answer when the fault comes; a second one would be that of the next request.
     unread = get(CHUNKED, body=b"zzz\r\n" + canary)
-    yield Sent("a wrong chunk that nobody needs", unread, [400])
+    yield Sent("a wrong chunk of an unneeded body", unread, [400])
 
 
 SIZES = [
@@ -364,7 +364,7 @@ SIZES = [
 
 def trailers(canary: bytes) -> Iterator[Sent]:
     """
-    What follows the last chunk is no part of the head.
+    What follows the last chunk is not part of the head.
     """
     for what, lines in {
         "a checksum": b"X-Checksum: 1\r\n",
@@ -500,7 +500,7 @@ def request_lines(canary: bytes) -> Iterator[Sent]:
 
 WRONG_FIRST_LINES = {
     "a method in small letters": b"get /health/live HTTP/1.1",
-    "a method nobody knows": b"SMUGGLE /health/live HTTP/1.1",
+    "an unknown method": b"SMUGGLE /health/live HTTP/1.1",
     "half a method": b"GE /health/live HTTP/1.1",
     "a method and a half": b"GETGET /health/live HTTP/1.1",
     "a method with nul": b"G\x00ET /health/live HTTP/1.1",
@@ -628,7 +628,7 @@ VERSIONS = {
 }
 
 
-def bodies_nobody_needs(canary: bytes) -> Iterator[Sent]:
+def unneeded_bodies(canary: bytes) -> Iterator[Sent]:
     """
     A body is a body, whether or not the operation has a use for it.
     """
@@ -657,7 +657,7 @@ def bodies_nobody_needs(canary: bytes) -> Iterator[Sent]:
 
 def pipelines(canary: bytes) -> Iterator[Sent]:
     """
-    Several requests at once: answered in their order, up to the first that ends it.
+    Pipelined requests: answered in their order, up to the first that ends the connection.
     """
     task = post(length(TASK))
     wrong = post(length(b"{"), body=b"{")

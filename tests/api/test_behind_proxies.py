@@ -1,10 +1,10 @@
 """
-The corpus of raw requests behind the proxies that most people have: one answer for each request
-that the proxy saw, to the one who sent it; and nothing runs that it did not see.
+Common proxies in front of the API: each request that the proxy sees gets one answer, sent to its
+client, and nothing runs that the proxy did not see.
 
-Proxies refuse much of the corpus, and understand some of it otherwise than the API would. What
-counts is that the API reads what they pass on as they meant it: they keep connections to it, so
-if it did not, somebody else would get the wrong answer.
+Proxies refuse much of the corpus, and read some of it differently than the API would. The API must
+read what they forward as they meant it: proxies reuse connections, so another client would
+otherwise get the wrong answer.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def web_proxy(api: LiveApi, request: pytest.FixtureRequest) -> Iterator[Proxy]:
 @pytest.mark.skipif(sys.platform != "linux", reason="clients need addresses of their own")
 def test_a_proxy_and_the_api_read_the_same_requests(web_proxy: Proxy, api: LiveApi) -> None:
     """
-    Each entry comes from an address of its own, then somebody else asks something.
+    Each entry is sent from an address of its own; then another client sends a request.
     """
     exchanged = list(_exchange_all(web_proxy, api))
     logged = web_proxy.logged()
@@ -98,7 +98,7 @@ def test_a_proxy_may_pass_on_an_offer_long_before_the_body(
     web_proxy: Proxy, api: LiveApi, offer: bytes
 ) -> None:
     """
-    The body comes when the client was asked for it, and stays a body: one that is not JSON.
+    The body is sent once the client was asked for it, and stays a body that is not JSON.
     """
     task_id = api.send("POST", "/tasks", b'{"name":"canary"}').json["id"]
     body = cancelling(task_id)
@@ -136,7 +136,8 @@ def _exchange_all(proxy: Proxy, api: LiveApi) -> Iterator[Exchanged]:
 
 def _answers(received: bytes) -> Iterator[Answer]:
     """
-    Read what a proxy sent, which has more ways to say how long it is; interim answers do not count.
+    Read what a proxy sent, which has more ways to state its length; interim answers do not
+    count.
     """
     while received:
         head, _, received = received.partition(b"\r\n\r\n")
@@ -170,7 +171,7 @@ def _unchunked(received: bytes) -> tuple[bytes, bytes]:
 
 def _through(proxy: Proxy, sent: bytes, *, source: str) -> bytes:
     """
-    Send it all, say that nothing more comes, and read to the end.
+    Send everything, announce the end, and read to the end.
     """
     received = b""
     with socket.create_connection(

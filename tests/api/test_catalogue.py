@@ -42,7 +42,7 @@ async def test_a_known_name_gets_its_handlers_queue(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    Unless the submission names one; unknown names go to `default`.
+    A task gets its handler's queue unless it names one; unknown names go to `default`.
     """
     await publish(db, catalogue, {"type": "object"})
     known = await client.post("/tasks", json={"name": "charge"})
@@ -73,8 +73,8 @@ async def test_a_known_name_gets_its_handlers_queue(
         (
             {"order": 1, "a/b": 2, "c~": 3},
             {
-                "/payload/a~1b": "is not a key the handler takes",
-                "/payload/c~0": "is not a key the handler takes",
+                "/payload/a~1b": "is not a key that the handler accepts",
+                "/payload/c~0": "is not a key that the handler accepts",
             },
         ),
     ],
@@ -87,7 +87,7 @@ async def test_a_payload_its_handler_cannot_take_is_refused(
     faults: dict[str, str],
 ) -> None:
     """
-    422 with pointers below /payload, and below /tasks/N/payload in a batch.
+    The answer is 422 with pointers below /payload, or below /tasks/N/payload in a batch.
     """
     await publish(db, catalogue, SCHEMA)
     alone = await client.post("/tasks", json={"name": "charge", "payload": payload})
@@ -106,7 +106,7 @@ async def test_a_good_payload_and_any_format_pass(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    `format` is the worker's to judge: Pydantic takes more dates than JSON Schema does.
+    The worker judges `format`: Pydantic accepts more dates than JSON Schema does.
     """
     await publish(db, catalogue, SCHEMA)
     answer = await client.post(
@@ -120,7 +120,8 @@ async def test_many_faults_are_listed_briefly(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    At most twenty, and long values are cut; but it says how many there are.
+    At most twenty errors are listed, with long values cut, and the answer says how many there
+    are.
     """
     await publish(db, catalogue, {"type": "object", "additionalProperties": {"type": "integer"}})
     payload = {f"k{i}": "v" * 900 for i in range(100)}
@@ -129,7 +130,21 @@ async def test_many_faults_are_listed_briefly(
     assert answer.status_code == 422
     assert len(answer.json()["errors"]) == 20
     assert len(answer.content) < 20_000
-    assert answer.json()["detail"].endswith("… (One of 100 faults; the first 20 are in `errors`.)")
+    assert answer.json()["detail"].endswith("… (One of 100 errors; the first 20 are in `errors`.)")
+
+
+async def test_a_payload_of_many_values_is_refused_with_its_first_error(
+    client: httpx.AsyncClient, db: Database, catalogue: Catalogue
+) -> None:
+    """
+    Finding all of them would take seconds, in which no one else is served.
+    """
+    await publish(db, catalogue, {"properties": {"x": {"items": {"type": "integer"}}}})
+    payload = {"x": ["a"] * 50_000}
+    answer = await client.post("/tasks", json={"name": "charge", "payload": payload})
+
+    assert answer.status_code == 422
+    assert ["/payload/x/0"] == [error["pointer"] for error in answer.json()["errors"]]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +161,7 @@ async def test_a_schema_that_cannot_be_used_refuses_nothing(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue, schema: dict[str, Any]
 ) -> None:
     """
-    It is reported, nothing is fetched for it, and the worker checks the payload alone.
+    The schema is reported, nothing is fetched for it, and only the worker checks the payload.
     """
     await publish(db, catalogue, schema)
     answer = await client.post("/tasks", json={"name": "charge", "payload": {"x": 1}})
@@ -158,7 +173,7 @@ async def test_the_newest_schema_counts(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    A deployed handler that takes more is believed at the next refresh.
+    A newly deployed handler that accepts more is used from the next refresh on.
     """
     await publish(db, catalogue, SCHEMA)
     refused = await client.post("/tasks", json={"name": "charge", "payload": {"new": 1}})
@@ -170,7 +185,7 @@ async def test_the_newest_schema_counts(
 
 async def test_a_running_catalogue_learns_by_itself(db: Database) -> None:
     """
-    It looks again and again while it is entered.
+    The catalogue refreshes repeatedly while it is entered.
     """
     async with Catalogue(db, refresh_seconds=0.01) as catalogue:
         assert queue_of(catalogue) == "default"
@@ -184,7 +199,7 @@ async def test_a_running_catalogue_learns_by_itself(db: Database) -> None:
 
 async def test_an_outage_leaves_the_last_copy_in_use(db: Database) -> None:
     """
-    Entering without a database works, too.
+    Entering also works without a database.
     """
     catalogue = Catalogue(db, refresh_seconds=0.01)
     await publish_handlers(db, [Published("charge", "billing", SCHEMA)])
@@ -203,7 +218,7 @@ TO_ORDER, TO_ADDRESS = (
 
 async def two_services(db: Database, catalogue: Catalogue) -> list[UUID]:
     """
-    Two workers that declare `mail`, each in a queue of its own; the second is newer.
+    Two workers that declare `mail`, each in its own queue; the second is newer.
     """
     workers = []
     for queue, schema in (("shop", TO_ORDER), ("news", TO_ADDRESS)):
@@ -218,7 +233,8 @@ async def test_services_that_share_a_name_do_not_refuse_each_others_payloads(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    What either takes goes to its queue; a queue that is named is checked by its own service.
+    A payload that either accepts goes to its queue; if a queue is named, its own service checks
+    the payload.
     """
     await two_services(db, catalogue)
     to_order = {"name": "mail", "payload": {"order_id": 1}}
@@ -238,7 +254,7 @@ async def test_services_that_share_a_name_are_reported_once(
     db: Database, catalogue: Catalogue, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """
-    Whoever operates them should rename one.
+    The warning tells their operators to rename one.
     """
     await two_services(db, catalogue)
     await catalogue.refresh()
@@ -252,7 +268,7 @@ async def test_a_handler_whose_workers_are_gone_gives_way_to_one_that_lives(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    It was renamed or moved; with no live worker at all the newest counts.
+    It was renamed or moved; if no worker is live, the newest counts.
     """
     shop, news = await two_services(db, catalogue)
     await stop(db, news)

@@ -1,5 +1,5 @@
 """
-What browsers are told about pages of other origins.
+The CORS headers for pages of other origins.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROUTES = [
 @pytest.fixture
 def origins() -> tuple[str, ...]:
     """
-    Pages of two origins may use the API, unless a test says otherwise.
+    Pages of two origins may use the API, unless a test overrides it.
     """
     return (PAGE, "http://localhost:5173")
 
@@ -49,7 +49,7 @@ def settings(settings: Settings, origins: tuple[str, ...]) -> Settings:
 @pytest.fixture
 def browser(client: httpx.AsyncClient) -> httpx.AsyncClient:
     """
-    A client that a test sends headers of browsers with.
+    A client that sends the headers of a browser.
     """
     return client
 
@@ -58,7 +58,7 @@ async def asked(
     browser: httpx.AsyncClient, method: str, path: str, origin: str | None
 ) -> httpx.Response:
     """
-    The answer to a page, or to somebody else if there is no origin.
+    The answer to a page, or to another client if there is no origin.
     """
     headers = {"Origin": origin} if origin else {}
     return await browser.request(method, path, json={"name": "x"}, headers=headers)
@@ -66,7 +66,7 @@ async def asked(
 
 def told(answer: httpx.Response) -> dict[str, str]:
     """
-    What concerns a browser.
+    The headers that concern a browser.
     """
     return {
         name.removeprefix("access-control-"): value
@@ -80,7 +80,7 @@ async def test_a_page_of_an_allowed_origin_may_read_every_answer(
     browser: httpx.AsyncClient, method: str, path: str, status: int
 ) -> None:
     """
-    Problems included, and `Location` of what it submitted.
+    It can also read problems, and the `Location` of what it submitted.
     """
     answer = await asked(browser, method, path, PAGE)
 
@@ -97,7 +97,7 @@ async def test_others_are_told_nothing_but_that_answers_differ(
     browser: httpx.AsyncClient, origin: str | None
 ) -> None:
     """
-    So that no cache gives one page's answer to another.
+    `Vary` keeps a cache from giving one page's answer to another.
     """
     answers = [await asked(browser, "GET", path, origin) for path in ("/tasks", "/nothing")]
 
@@ -109,7 +109,7 @@ async def test_a_browser_that_asks_beforehand_is_told_what_it_may_send(
     browser: httpx.AsyncClient, method: str, path: str, status: int
 ) -> None:
     """
-    On every path, with every header that the page wants to send.
+    Every path accepts every header that the page wants to send.
     """
     answer = await browser.options(
         path,
@@ -136,7 +136,7 @@ async def test_a_browser_that_asks_for_a_foreign_page_is_told_nothing(
     browser: httpx.AsyncClient,
 ) -> None:
     """
-    Then it sends nothing.
+    The browser then does not send the request.
     """
     headers = {"Origin": FOREIGN, "Access-Control-Request-Method": "POST"}
     answer = await browser.options("/tasks", headers=headers)
@@ -147,7 +147,7 @@ async def test_a_browser_that_asks_for_a_foreign_page_is_told_nothing(
 @pytest.mark.parametrize("origins", [("*",)])
 async def test_an_asterisk_allows_every_origin(browser: httpx.AsyncClient) -> None:
     """
-    Answers do not differ then, so caches need not know.
+    Answers then do not differ by origin, so caches need not know.
     """
     answer = await asked(browser, "GET", "/tasks", FOREIGN)
 
@@ -156,6 +156,6 @@ async def test_an_asterisk_allows_every_origin(browser: httpx.AsyncClient) -> No
 
 async def test_without_origins_nothing_is_added_or_run(app: FastAPI) -> None:
     """
-    It costs a submission nothing.
+    The step costs a submission nothing.
     """
     assert app is with_cors(app, origins=())

@@ -1,5 +1,5 @@
 """
-The OpenAPI description and the docs page: complete, true, and served by ourselves.
+The OpenAPI description and the docs page are complete, true, and part of the package.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def model(name: str) -> type[BaseModel]:
 
 async def test_every_route_is_described(app: FastAPI, description: dict[str, Any]) -> None:
     """
-    Also the two that FastAPI knows nothing about.
+    That includes the one that FastAPI does not know.
     """
     served = {
         (method, route.path)  # type: ignore[attr-defined]
@@ -81,7 +81,7 @@ async def test_every_reference_resolves_and_every_shape_is_used(
     description: dict[str, Any],
 ) -> None:
     """
-    No dangling `$ref`, and nothing left over from FastAPI's own errors.
+    There is no dangling `$ref`, and nothing left of FastAPI's own errors.
     """
     schemas = description["components"]["schemas"]
     used = {node["$ref"] for node in nodes(description) if "$ref" in node}
@@ -91,7 +91,7 @@ async def test_every_reference_resolves_and_every_shape_is_used(
 
 async def test_every_operation_tells_its_errors(description: dict[str, Any]) -> None:
     """
-    As problem documents, with words for everything and unique ids.
+    They are problem documents with descriptions, and operation ids are unique.
     """
     ids = [operation["operationId"] for _, _, operation in operations(description)]
     assert len(set(ids)) == len(ids)
@@ -124,7 +124,7 @@ async def test_real_answers_fit_their_description(
     client: httpx.AsyncClient, description: dict[str, Any]
 ) -> None:
     """
-    What the API sends is what it says it sends.
+    The API's answers match its description.
     """
     submitted = await client.post("/tasks", json={"name": "x"})
     path = submitted.headers["location"]
@@ -155,7 +155,7 @@ async def test_real_answers_fit_their_description(
 
 async def test_the_limits_are_part_of_the_description(description: dict[str, Any]) -> None:
     """
-    A generated client can know them without asking.
+    A generated client knows the limits without sending a request.
     """
     fields = description["components"]["schemas"]["SubmitTask"]["properties"]
 
@@ -170,7 +170,7 @@ async def test_the_docs_page_needs_nothing_from_elsewhere(
     offline_client: httpx.AsyncClient,
 ) -> None:
     """
-    It works offline, and its Content-Security-Policy would stop anything foreign.
+    The page works offline, and its Content-Security-Policy would block anything foreign.
     """
     front = await offline_client.get("/")
     page = await offline_client.get("/docs")

@@ -1,9 +1,9 @@
 """
-Schemathesis reads the description of a live API and sends it what that allows, what it
-forbids, and what follows from earlier answers: nothing is our fault, every answer is one that
-is described, and every 202 is a row.
+Schemathesis reads the description of a live API and sends valid data, invalid data, and what
+follows from earlier answers. No answer is a server error, every answer is described, and every 202
+is a row.
 
-A run of seconds with one seed is part of the suite. More, as often as you like:
+A run of seconds with one seed is part of the suite. For more:
 
     ASYNCFLOW_TEST_FUZZ_CASES=20000 ASYNCFLOW_TEST_FUZZ_SEED=2 bin/test tests/api/test_fuzz.py
 """
@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(120 + CASES / 5)
 def test_the_api_does_what_its_description_says(database_url: str, tmp_path: Path) -> None:
     """
-    All phases and checks of Schemathesis, valid and invalid data, with NUL bytes.
+    All phases and checks of Schemathesis pass, with valid and invalid data and NUL bytes.
     """
     file = tmp_path / "answers"
     with live_api(database_url, tmp_path) as api:
@@ -52,7 +52,7 @@ def test_the_api_does_what_its_description_says(database_url: str, tmp_path: Pat
 
 def fuzz(url: str, answers: Path) -> str:
     """
-    Run Schemathesis to its end, without a complaint, and return what it said.
+    Run Schemathesis to its end, without a failure, and return its output.
     """
     run = subprocess.run(
         [

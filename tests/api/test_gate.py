@@ -1,6 +1,6 @@
 """
-A page in somebody's browser cannot drive the API, whatever names and headers it uses; other
-clients notice nothing of it.
+A page in a user's browser cannot drive the API, whatever names and headers it uses; other clients
+notice nothing.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ FOREIGN = [
 @pytest.mark.parametrize("listens_on", ["127.0.0.1", "::1", "0.0.0.0", "::", "10.0.0.5"])
 def test_this_machine_is_always_answered_and_foreign_names_never(listens_on: str) -> None:
     """
-    Whatever the server listens on: a page that rebinds its own name to our address is refused.
+    Whatever address the server listens on, a page that rebinds its own name to it is refused.
     """
     gate = a_gate(listens_on)
     hosts = [(b"host", host.encode("utf-8")) for host in [*LOOPBACK, *FOREIGN]]
@@ -128,7 +128,8 @@ def test_a_server_answers_to_where_it_listens_and_to_what_it_is_told(
     listens_on: str, hosts: tuple[str, ...], host: str, expected: str | None
 ) -> None:
     """
-    Its own address, every address if it listens on all of them, and configured names.
+    A server answers to its own address, to every address if it listens on all of them, and to
+    configured names.
     """
     gate = a_gate(listens_on, hosts=hosts)
 
@@ -137,7 +138,7 @@ def test_a_server_answers_to_where_it_listens_and_to_what_it_is_told(
 
 def test_one_foreign_host_among_several_is_enough() -> None:
     """
-    In either order; and a request without one, which no browser sends, goes on.
+    The order does not matter. A request without a host, which no browser sends, is accepted.
     """
     gate = a_gate()
     ours, foreign = (b"host", b"localhost"), (b"host", b"attacker.example")
@@ -148,7 +149,7 @@ def test_one_foreign_host_among_several_is_enough() -> None:
 
 def test_what_hosts_it_was_asked_for_is_not_kept_without_limit() -> None:
     """
-    Nobody can fill the memory with names.
+    No client can fill the memory with names.
     """
     gate = a_gate()
 
@@ -205,7 +206,7 @@ def test_only_pages_of_this_server_and_of_allowed_origins_change_something(
     headers: Headers, expected: str | None
 ) -> None:
     """
-    Reading is left to the browser, which shows no answer to a page of another origin.
+    Reading is left to the browser, which hides answers from pages of other origins.
     """
     gate = a_gate(origins=("https://App.example.com",))
 
@@ -219,7 +220,7 @@ def test_only_pages_of_this_server_and_of_allowed_origins_change_something(
 
 def test_every_origin_can_be_allowed() -> None:
     """
-    By those who have another way to know who is calling.
+    An asterisk is for operators who authenticate clients in another way.
     """
     gate = a_gate(origins=("*",))
 
@@ -260,7 +261,7 @@ async def test_every_path_is_behind_the_gate(
     offline_client: httpx.AsyncClient, path: str, kind: str
 ) -> None:
     """
-    With a problem document, and before anything is looked up: 503 would tell of the database.
+    The refusal is a problem document and precedes any lookup: 503 would reveal the database.
     """
     answer = await offline_client.post(path, json={"name": "x"}, headers=REFUSED[kind])
 
@@ -274,7 +275,7 @@ async def test_every_route_is_behind_the_gate(
     app: FastAPI, offline_client: httpx.AsyncClient
 ) -> None:
     """
-    Also those that only read: a rebinding page could see their answers.
+    That includes routes that only read: a rebinding page could read their answers.
     """
     routes = [
         (method, route.path.replace("{id}", TASK_ID).replace("{kind}", "internal"))  # type: ignore[attr-defined]
@@ -292,7 +293,7 @@ async def test_every_route_is_behind_the_gate(
 
 async def test_a_refusal_says_what_to_set(offline_client: httpx.AsyncClient) -> None:
     """
-    The operator who put a proxy in front reads it first; a long name is cut.
+    Its first reader is the operator of a new proxy; a long name is cut.
     """
     misdirected = await offline_client.get("/tasks", headers={"Host": "tasks.example.com:8443"})
     long = await offline_client.get("/tasks", headers={"Host": "x" * 10_000})
@@ -313,7 +314,7 @@ async def test_a_refusal_says_what_to_set(offline_client: httpx.AsyncClient) -> 
 
 async def test_a_refused_change_changes_nothing(client: httpx.AsyncClient, db: Database) -> None:
     """
-    Neither a submission nor a cancellation of a page elsewhere; the same without it acts.
+    A foreign page neither submits nor cancels; the same request without its origin does.
     """
     task = (await client.post("/tasks", json={"name": "x"})).json()
     page = {"Origin": "http://attacker.example", "Sec-Fetch-Site": "cross-site"}
@@ -374,7 +375,7 @@ async def test_a_command_needs_no_body(
     offline_client: httpx.AsyncClient, act: str, content: bytes, headers: dict[str, str]
 ) -> None:
     """
-    As `curl -X POST`, `curl -d ''` and client libraries send it.
+    `curl -X POST`, `curl -d ''` and client libraries all work.
     """
     answer = await offline_client.post(f"/tasks/{TASK_ID}/{act}", content=content, headers=headers)
 
@@ -385,11 +386,11 @@ async def test_a_command_needs_no_body(
     ("listens_on", "expected"),
     [("127.0.0.1", []), ("localhost", []), ("0.0.0.0", ["0.0.0.0"])],
 )
-async def test_listening_beyond_this_machine_is_warned_of(
+async def test_listening_beyond_this_machine_logs_a_warning(
     database_url: str, monkeypatch: pytest.MonkeyPatch, listens_on: str, expected: list[str]
 ) -> None:
     """
-    At the start, once: there is no authentication yet.
+    The warning is logged once, at the start: there is no authentication yet.
     """
     import uvicorn
 

@@ -1,5 +1,5 @@
 """
-The probes: live looks at nothing, ready at what taking a task needs.
+The probes: live checks nothing, ready checks what accepting a task needs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def through_rabbitmq(db: Database, settings: Settings) -> AsyncIterator[Fa
 
 async def test_a_process_without_a_database_is_live(offline_client: httpx.AsyncClient) -> None:
     """
-    Restarting it would not help.
+    Restarting the process would not help.
     """
     answer = await offline_client.get("/health/live")
 
@@ -44,7 +44,7 @@ async def test_a_process_without_a_database_is_live(offline_client: httpx.AsyncC
 
 async def test_ready_proves_a_write(client: httpx.AsyncClient, db: Database) -> None:
     """
-    200 with the schema's version and the broker's state, after a row was written.
+    The answer is 200 with the schema's version and the broker's state, after a row was written.
     """
     await sign(db, relay_trouble=None)
     before = await db.fetchval("SELECT written_at FROM asyncflow.probe")
@@ -64,7 +64,7 @@ async def test_a_database_that_takes_no_writes_is_not_ready(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    A read-only server answers queries, and must not get requests all the same.
+    A read-only server answers queries, but must not get requests.
     """
     name = await db.fetchval("SELECT current_database()")
     await db.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
@@ -84,7 +84,7 @@ async def test_a_database_that_would_refuse_a_submission_is_not_ready(
     right: str, postgres_server: PostgresServer, database_url: str, settings: Settings
 ) -> None:
     """
-    Whatever right it needs; a write to another table proves nothing.
+    Every privilege that a submission needs counts; a write to another table proves nothing.
     """
     async with (
         administrator(postgres_server, database_url) as admin,
@@ -107,7 +107,7 @@ async def test_a_database_that_would_refuse_a_submission_is_not_ready(
 
 async def test_a_wrong_schema_is_not_ready(client: httpx.AsyncClient, db: Database) -> None:
     """
-    503 that names both versions and what helps.
+    The answer is 503; it names both versions and the remedy.
     """
     await db.execute(
         "UPDATE asyncflow.schema_version SET version_num = '9999', compatible_from = '9999'"
@@ -124,7 +124,7 @@ async def test_a_newer_schema_that_serves_this_version_is_ready(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Deployments migrate first: the load balancer must keep the processes that run.
+    Deployments migrate first: the load balancer must keep the running processes.
     """
     await db.execute("UPDATE asyncflow.schema_version SET version_num = '9999'")
     answer = await client.get("/health/ready")
@@ -137,7 +137,7 @@ async def test_a_database_without_a_schema_is_not_ready(
     empty_database_url: str, settings: Settings
 ) -> None:
     """
-    The same for a database that was never migrated.
+    The same holds for a database that was never migrated.
     """
     async with Database(empty_database_url) as db:
         waker = Waker(db)
@@ -183,7 +183,7 @@ async def test_without_maintenance_ready_is_degraded(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    200, since tasks are accepted; but nobody must overlook it.
+    The status is 200, since tasks are accepted; `degraded` makes it visible.
     """
     never = (await client.get("/health/ready")).json()
     await sign(db, relay_trouble=None)

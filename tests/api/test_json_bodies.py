@@ -1,5 +1,5 @@
 """
-A corpus of bad JSON: every one is the client's fault, none is a 500, and none is stored.
+A corpus of bad JSON: each is the client's error, none is a 500, and none is stored.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ ACCEPTED: dict[str, bytes] = {
 @pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED)
 async def test_what_is_no_json_is_malformed(offline_client: httpx.AsyncClient, body: bytes) -> None:
     """
-    400, for both endpoints that take a body.
+    Both endpoints that read a body answer 400.
     """
     answers = [
         await offline_client.post(path, content=body, headers=HEADERS)
@@ -167,7 +167,7 @@ async def test_json_that_cannot_be_kept_is_refused_with_pointers(
     offline_client: httpx.AsyncClient, body: bytes, pointers: list[str]
 ) -> None:
     """
-    422 with a pointer to each place, before the database is asked.
+    The answer is 422 with a pointer to each place, before the database is asked.
     """
     answer = await offline_client.post("/tasks", content=body, headers=HEADERS)
 
@@ -181,7 +181,7 @@ async def test_odd_but_good_json_is_taken_and_given_back(
     client: httpx.AsyncClient, body: bytes
 ) -> None:
     """
-    The payload that comes out equals the one that went in.
+    The payload that is returned equals the one that was sent.
     """
     submitted = await client.post("/tasks", content=body, headers=HEADERS)
     shown = await client.get(submitted.headers["location"])
@@ -194,7 +194,7 @@ async def test_the_sentence_tells_where_the_json_breaks(
     offline_client: httpx.AsyncClient,
 ) -> None:
     """
-    Line and column, as an editor counts them.
+    Line and column are counted as in an editor.
     """
     answer = await offline_client.post("/tasks", content=b'{"name":\n  oops}', headers=HEADERS)
 
@@ -213,7 +213,7 @@ def test_thousands_of_faults_are_listed_briefly() -> None:
 
 def test_a_very_long_document_is_refused_without_a_search() -> None:
     """
-    Pointing at the fault would hold up everyone else.
+    Locating the error would hold up every other client.
     """
     with pytest.raises(InvalidTask) as refused:
         parse(b"[" + b"1," * 1_000_000 + b"NaN]")
@@ -242,7 +242,7 @@ def test_a_very_long_document_is_refused_without_a_search() -> None:
 )
 def test_a_megabyte_of_anything_is_judged_quickly(body: bytes) -> None:
     """
-    No body stops the event loop for long: the work grows with its size, not faster.
+    No body stops the event loop for long: the work grows linearly with its size.
     """
     began = time.process_time()
     try:
@@ -268,7 +268,7 @@ json_values = st.recursive(
 @given(json_values, st.booleans())
 def test_every_good_value_is_read_as_it_was_written(value: object, escaped: bool) -> None:
     """
-    Whatever JSON can say and PostgreSQL can keep passes unchanged, escaped or not.
+    Every value that JSON can express and PostgreSQL can store passes unchanged, escaped or not.
     """
     assert parse(json.dumps(value, ensure_ascii=escaped).encode()) == value
 
@@ -276,8 +276,8 @@ def test_every_good_value_is_read_as_it_was_written(value: object, escaped: bool
 @given(st.text("\\u0dDcC8{[", max_size=60))
 def test_escapes_are_judged_as_the_parser_reads_them(inside: str) -> None:
     """
-    However backslashes, NULs and surrogates mix: refused exactly when what comes out of
-    the parser could not be stored.
+    However backslashes, NULs and surrogates mix, a text is refused exactly if the parsed value
+    could not be stored.
     """
     body = f'["{inside}"]'
     try:
@@ -302,7 +302,7 @@ def test_escapes_are_judged_as_the_parser_reads_them(inside: str) -> None:
 @given(st.binary())
 def test_any_bytes_are_read_or_refused(body: bytes) -> None:
     """
-    No input makes the reader fail in a way the API does not know.
+    No input makes the reader fail in an unexpected way.
     """
     try:
         parse(body)

@@ -1,5 +1,6 @@
 """
-A database that is away: quick refusals that say when to come back, and recovery by itself.
+During an outage of the database, the API refuses quickly, says when to retry, and recovers by
+itself.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from tests.support.postgres import PostgresServer
 UNKNOWN = "/tasks/0192f0c1-2b3c-7d4e-8f50-123456789abc"
 
 
-async def test_without_a_database_every_endpoint_asks_to_come_back(
+async def test_without_a_database_every_endpoint_asks_to_retry(
     offline_client: httpx.AsyncClient,
 ) -> None:
     """
-    503 with Retry-After; PostgreSQL's words, which name hosts and users, are not passed on.
+    The answer is 503 with Retry-After, without PostgreSQL's words, which name hosts and users.
     """
     answers = [
         await offline_client.post("/tasks", json={"name": "x"}),
@@ -43,7 +44,8 @@ async def test_the_api_recovers_by_itself_when_the_database_returns(
     client: httpx.AsyncClient, catalogue: Catalogue, postgres_server: PostgresServer
 ) -> None:
     """
-    Stopped as by a crash and started again: 503 meanwhile, 202 after, nothing answered is lost.
+    The database crashes and is started again: 503 meanwhile, 202 after, and nothing accepted is
+    lost.
     """
     kept = await client.post("/tasks", json={"name": "kept"})
     async with catalogue:

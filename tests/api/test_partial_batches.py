@@ -1,6 +1,6 @@
 """
-One wrong task refuses a batch, or with `partial` itself alone; either way the answer says what is
-wrong with it as if it had come alone.
+An invalid task refuses its batch, or only itself if the batch is `partial`; either way the answer
+describes its errors as if it had been sent alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ WRONG_ROWS: list[tuple[str, str, str]] = [
 @pytest.fixture(autouse=True)
 async def charge(db: Database, catalogue: Catalogue) -> None:
     """
-    A handler that says what it takes.
+    A handler that declares its payload.
     """
     schema = {"type": "object", "required": ["order"]}
     await publish_handlers(db, [Published("charge", "billing", schema)])
@@ -70,8 +70,8 @@ async def test_a_wrong_task_is_told_alike_alone_and_in_a_batch(
     client: httpx.AsyncClient, db: Database, row: str, kind: str, place: str
 ) -> None:
     """
-    The same kind of problem and the same sentence, at its place; without `partial` it refuses the
-    batch, with it the others are stored.
+    The problem and the sentence are the same, at the task's place; without `partial` it refuses
+    the batch, with it the others are stored.
     """
     alone = await client.post("/tasks", content=row, headers=JSON)
     whole = await posted(client, batch(GOOD, row, partial=False))
@@ -94,7 +94,7 @@ async def test_the_tasks_of_a_partial_batch_are_answered_at_their_places(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Null where one was refused; the others are stored as they were sent.
+    Null stands for a refused task; the others are stored as they were sent.
     """
     rows = [
         EXPIRED,
@@ -117,7 +117,7 @@ async def test_a_partial_batch_without_a_fault_is_stored_as_any_other(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    202, and nothing refused; so it is without `partial`.
+    The answer is 202 without refused tasks, as it is without `partial`.
     """
     answers = [
         await posted(client, batch(GOOD, GOOD, partial=partial)) for partial in (True, False)
@@ -132,7 +132,7 @@ async def test_a_partial_batch_of_wrong_tasks_only_stores_nothing(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    It is answered like any other: a client that sent one task need not ask differently.
+    It is answered like any other partial batch, so clients need no special case.
     """
     answer = await posted(client, batch(EXPIRED, "{}"))
 
@@ -166,7 +166,7 @@ async def test_what_is_wrong_with_a_batch_itself_refuses_it_as_a_whole(
     client: httpx.AsyncClient, db: Database, content: bytes, pointer: str
 ) -> None:
     """
-    `partial` forgives wrong tasks, nothing else.
+    `partial` forgives invalid tasks, nothing else.
     """
     answer = await posted(client, content)
 
@@ -180,7 +180,7 @@ async def test_a_large_batch_with_odd_json_is_refused_as_a_whole(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Finding out where it is wrong would take seconds, in which no one else is served.
+    Locating the error would take seconds, in which no other client is served.
     """
     blanks = " " * WALKED_LENGTH_MAX
     answer = await posted(client, batch(GOOD, '{"name":"x","payload":{"x":NaN}}' + blanks))
@@ -203,7 +203,7 @@ async def test_a_batch_with_faults_of_both_kinds_is_an_invalid_task(
     assert "/problems/invalid-payload" == payloads.json()["type"]
     assert "/problems/invalid-task" == both.json()["type"]
     assert (
-        "/tasks/0/payload/order is required. (One of 2 faults; see `errors`.)"
+        "/tasks/0/payload/order is required. (One of 2 errors; see `errors`.)"
         == (both.json()["detail"])
     )
 
@@ -215,11 +215,11 @@ async def test_a_refusal_says_how_many_faults_there_are(
     client: httpx.AsyncClient, row: str
 ) -> None:
     """
-    However they were found. The first twenty are listed.
+    The count is right however the errors were found. The first twenty are listed.
     """
     answer = await posted(client, batch(*[row] * 321, partial=False))
 
-    assert answer.json()["detail"].endswith(" (One of 321 faults; the first 20 are in `errors`.)")
+    assert answer.json()["detail"].endswith(" (One of 321 errors; the first 20 are in `errors`.)")
     assert 20 == len(answer.json()["errors"])
 
 
@@ -227,7 +227,7 @@ async def test_a_task_of_a_partial_batch_says_how_many_faults_it_has(
     client: httpx.AsyncClient,
 ) -> None:
     """
-    A thousand tasks with twenty faults each would be megabytes.
+    A thousand tasks with twenty listed errors each would be megabytes.
     """
     unknown = ",".join(f'"k{number}":1' for number in range(30))
     odd = ",".join(f'"k{number}":NaN' for number in range(30))
@@ -236,14 +236,14 @@ async def test_a_task_of_a_partial_batch_says_how_many_faults_it_has(
 
     for refused in answer.json()["refused"]:
         assert 5 == len(refused["problem"]["errors"])
-        assert "(One of 30 faults; the first 5 are in `errors`.)" in refused["problem"]["detail"]
+        assert "(One of 30 errors; the first 5 are in `errors`.)" in refused["problem"]["detail"]
 
 
 async def test_a_partial_batch_wakes_listeners_for_what_it_stored(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    And only for that.
+    Refused tasks wake no listener.
     """
     heard: asyncio.Queue[None] = asyncio.Queue()
     async with Listener(db, lambda: heard.put_nowait(None)):

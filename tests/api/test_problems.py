@@ -1,5 +1,5 @@
 """
-Errors as problem documents, and what HTTP itself refuses.
+Errors as problem documents, and requests that HTTP itself rules out.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ async def test_a_submission_is_answered_alike_with_and_without_fastapi(
     app: FastAPI, client: httpx.AsyncClient, db: Database, content: bytes, content_type: str
 ) -> None:
     """
-    `POST /tasks` is served directly; without that short way FastAPI finds its route.
+    `POST /tasks` is served directly; without that shortcut FastAPI finds its route.
     """
     await db.execute("ALTER TABLE asyncflow.tasks ADD CHECK (name <> 'refused')")
     headers = {"Content-Type": content_type}
@@ -73,7 +73,7 @@ async def test_a_submission_does_not_pass_through_fastapi(
     app: FastAPI, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Its layers cost a third of the API's CPU, and do nothing for it.
+    FastAPI's router would double what a submission costs.
     """
     monkeypatch.setattr(app.router, "middleware_stack", None)
 
@@ -107,7 +107,7 @@ async def test_only_json_in_utf_8_is_read(
     offline_client: httpx.AsyncClient, content_type: str
 ) -> None:
     """
-    415, with the header that would have worked.
+    The answer is 415 and names the header that would be accepted.
     """
     answer = await offline_client.post(
         "/tasks", content=GOOD, headers={"Content-Type": content_type}
@@ -134,7 +134,7 @@ async def test_every_way_to_say_json_is_understood(
     offline_client: httpx.AsyncClient, content_type: str
 ) -> None:
     """
-    It gets as far as the database, which cannot be reached here.
+    The request gets as far as the database, which cannot be reached here.
     """
     answer = await offline_client.post(
         "/tasks", content=GOOD, headers={"Content-Type": content_type}
@@ -161,7 +161,7 @@ async def test_another_charset_is_named_as_what_is_wrong(
 
 def test_a_content_type_without_end_is_refused_in_no_time() -> None:
     """
-    A pattern that tries every way to split blanks would not end before the test's timeout.
+    A backtracking pattern would not end before the test's timeout.
     """
     headers = {b"content-type": b"application/json" + b" ; \t" * 20_000 + b"x"}
 
@@ -174,7 +174,7 @@ async def test_compressed_bodies_are_refused(
     offline_client: httpx.AsyncClient, encoding: str
 ) -> None:
     """
-    415 without looking inside: no decompression, no bomb.
+    The answer is 415 without decompressing anything, so there is no bomb.
     """
     answer = await offline_client.post(
         "/tasks",
@@ -191,7 +191,7 @@ async def test_a_body_beyond_the_limit_is_refused(
     offline_client: httpx.AsyncClient, settings: Settings, path: str, declared: bool
 ) -> None:
     """
-    413, whether the length was announced or not; the connection is given up.
+    The answer is 413, whether the length was announced or not; the connection is closed.
     """
     body = b'{"name":"x","payload":{"x":"%s"}}' % (b"y" * settings.api_body_bytes_max)
 
@@ -213,7 +213,7 @@ async def test_a_body_beyond_the_limit_is_refused(
 @pytest.mark.parametrize("path", ["/nothing", "/tasks/", "/Tasks", "/tasks/x/y", "/%00"])
 async def test_an_unknown_path_is_a_problem(offline_client: httpx.AsyncClient, path: str) -> None:
     """
-    404, and no redirect to a guess.
+    The answer is 404, without a redirect to a guess.
     """
     answer = await offline_client.get(path)
 
@@ -237,7 +237,7 @@ async def test_a_path_that_is_nearly_right_is_hinted_at(
     offline_client: httpx.AsyncClient, method: str, path: str, hint: str
 ) -> None:
     """
-    Not redirected to: clients follow with a GET, and a submission would list tasks.
+    There is no redirect: clients would follow it with a GET, and a submission would list tasks.
     """
     answer = await offline_client.request(method, f"http://api{path}")
 
@@ -247,7 +247,7 @@ async def test_a_path_that_is_nearly_right_is_hinted_at(
 
 async def test_an_unknown_path_gets_no_hint(offline_client: httpx.AsyncClient) -> None:
     """
-    Better none than a wrong one.
+    No hint is better than a wrong one.
     """
     answer = await offline_client.get("/nothing/")
 
@@ -271,7 +271,8 @@ async def test_a_wrong_method_is_told_the_right_ones(
     offline_client: httpx.AsyncClient, method: str, path: str, allow: str
 ) -> None:
     """
-    405 with every method of the path, not of the first route only; OPTIONS tells the same.
+    The answer is 405 with every method of the path, not only the first route's; OPTIONS lists
+    the same.
     """
     answer = await offline_client.request(method, path)
     options = await offline_client.options(path)
@@ -283,7 +284,7 @@ async def test_a_wrong_method_is_told_the_right_ones(
 
 async def test_head_is_answered_like_get(offline_client: httpx.AsyncClient) -> None:
     """
-    Probes that send HEAD get the status they would get with GET.
+    Probes that send HEAD get the status of GET.
     """
     assert (await offline_client.head("/health/live")).status_code == 200
     assert (await offline_client.head("/health/ready")).status_code == 503
@@ -291,11 +292,11 @@ async def test_head_is_answered_like_get(offline_client: httpx.AsyncClient) -> N
     assert (await offline_client.head("/tasks/x/cancel")).status_code == 405
 
 
-async def test_a_fault_of_ours_tells_nothing_but_its_incident(
+async def test_an_internal_error_shows_only_its_incident(
     app: FastAPI, client: httpx.AsyncClient
 ) -> None:
     """
-    500 with an id that the log line has, too; no traceback, no message.
+    The answer is 500 with an id that the log line has, too, without traceback or message.
     """
 
     async def broken() -> None:
@@ -320,7 +321,7 @@ async def test_every_answer_keeps_browsers_from_guessing_and_caching(
     offline_client: httpx.AsyncClient,
 ) -> None:
     """
-    The headers are there on good answers, problems and pages alike; CORS is off.
+    Good answers, problems and pages all have the headers; CORS is off.
     """
     origin = {"Origin": "http://evil.example"}
     for path in ("/health/live", "/health/ready", "/nothing", "/docs", "/openapi.json"):
@@ -336,7 +337,7 @@ async def test_the_type_of_a_problem_can_be_opened(
     offline_client: httpx.AsyncClient, kind: str
 ) -> None:
     """
-    Its URI leads to what it means.
+    Its URI leads to its meaning.
     """
     answer = await offline_client.get(f"/problems/{kind}")
 
@@ -348,7 +349,7 @@ async def test_an_unknown_problem_type_lists_the_known_ones(
     offline_client: httpx.AsyncClient,
 ) -> None:
     """
-    404 with the list.
+    The answer is 404 with the list.
     """
     answer = await offline_client.get("/problems/nothing")
 
@@ -358,7 +359,7 @@ async def test_an_unknown_problem_type_lists_the_known_ones(
 
 async def test_what_a_problem_quotes_is_cut(offline_client: httpx.AsyncClient) -> None:
     """
-    A key of 100 kB does not come back in full.
+    A key of 100 kB is not returned in full.
     """
     answer = await offline_client.post("/tasks", json={"name": "x", "k" * 100_000: 1})
 

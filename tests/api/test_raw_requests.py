@@ -1,9 +1,9 @@
 """
-Raw requests: one request, one answer, never a fault of ours, and nothing that was sent as a body
-is ever run as a request.
+Raw requests: one request gets one answer, never a server error, and no body is ever run as a
+request.
 
-To a live API over a socket; and to the protocol alone, where every way to cut them into packets can
-be tried.
+They are sent to a live API over a socket, and to the protocol alone, where every way to cut them
+into packets can be tried.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROBE = b"GET /probe HTTP/1.1\r\nHost: api\r\nConnection: close\r\n\r\n"
 
 class Answer(NamedTuple):
     """
-    One answer, as a client reads it that believes its lengths.
+    One answer, as read by a client that trusts its lengths.
     """
 
     status: int
@@ -42,7 +42,7 @@ class Answer(NamedTuple):
     @property
     def problem(self) -> str:
         """
-        Which problem it tells of; empty if it is none.
+        The kind of its problem; empty if it is none.
         """
         if self.headers.get("content-type") != "application/problem+json":
             return ""
@@ -69,7 +69,7 @@ def answers_in(received: bytes, *, with_bodies: bool = True) -> Iterator[Answer]
 
 class Watched(NamedTuple):
     """
-    A live API, and a task that nobody may cancel.
+    A live API, and a task that no request may cancel.
     """
 
     api: LiveApi
@@ -95,7 +95,7 @@ def watched(
 
 def test_the_corpus_is_large_and_says_each_thing_once() -> None:
     """
-    Under names of their own.
+    Every entry has a name and bytes of its own.
     """
     sents = list(corpus(cancelling(NOBODY)))
 
@@ -108,7 +108,8 @@ def test_the_corpus_is_large_and_says_each_thing_once() -> None:
 @pytest.mark.parametrize("what", WHATS, ids=lambda what: ascii(what)[1:-1])
 def test_every_request_gets_one_answer_and_no_body_is_run(watched: Watched, what: str) -> None:
     """
-    Each is followed by a question that only a connection which was read rightly answers rightly.
+    Each entry is followed by a request that is only answered correctly on a connection that was
+    read correctly.
     """
     sent = watched.corpus[what]
 
@@ -132,7 +133,7 @@ def test_an_answer_to_head_has_no_body_and_what_was_sent_with_it_is_one(
     watched: Watched, method: bytes
 ) -> None:
     """
-    Also if it is refused by the parser, which may not know yet what it refuses.
+    That holds even if the parser refuses the request before it knows the method.
     """
     canary = cancelling(watched.task_id)
 
@@ -150,7 +151,7 @@ def test_an_offer_to_upgrade_is_ignored_when_the_body_comes_later(
     watched: Watched, offer: bytes
 ) -> None:
     """
-    The API has read the head alone: it asks for the body, as the client wants it to.
+    The API has read only the head: it asks for the body, as the client expects.
     """
     body = cancelling(watched.task_id)
     head = post(
@@ -190,25 +191,25 @@ class Far(asyncio.Transport):
 
     def is_closing(self) -> bool:
         """
-        Whether the server has ended it.
+        Whether the server has closed it.
         """
         return self.closed
 
     def close(self) -> None:
         """
-        See it end.
+        Note that it ends.
         """
         self.closed = True
 
     def write_eof(self) -> None:
         """
-        See it end, for reading.
+        Note that nothing more can be read.
         """
         self.closed = True
 
     def get_write_buffer_size(self) -> int:
         """
-        Everything is read at once.
+        Everything is read immediately.
         """
         return 0
 
@@ -222,7 +223,7 @@ class Far(asyncio.Transport):
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     """
-    Answer a request with what it was.
+    Answer a request with its own contents.
     """
     body = b""
     more = True
@@ -249,7 +250,7 @@ SHORT = [
 
 async def answered(*packets: bytes) -> tuple[bytes, bool]:
     """
-    All that one connection receives, and whether it is over then.
+    Everything that one connection receives, and whether it has ended.
     """
     state, far = ServerState(), Far()
     protocol = BoundedProtocol(ECHOING, state, {})
@@ -269,7 +270,8 @@ async def answered(*packets: bytes) -> tuple[bytes, bool]:
 
 async def test_packets_make_no_difference() -> None:
     """
-    Cut in two anywhere, or a byte at a time: the application sees the same requests.
+    Cut in two anywhere, or sent byte by byte, the bytes are the same requests to the
+    application.
     """
     for sent in SHORT:
         whole = await answered(sent.bytes)

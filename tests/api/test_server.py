@@ -35,7 +35,7 @@ from tests.support.ports import free_port
 
 class ImpatientProtocol(BoundedProtocol):
     """
-    The protocol the API is served with, with little patience.
+    The API's protocol, with a short limit for heads.
     """
 
     head_seconds_max = 0.3
@@ -106,7 +106,7 @@ async def rows(db: Database) -> int:
 
 async def test_a_task_can_be_submitted_over_a_socket(port: int, db: Database) -> None:
     """
-    The whole path, with a body that comes in pieces.
+    The whole path works, with a body in several pieces.
     """
     request = post(b'{"name":"x"}', b"Connection: close")
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -134,7 +134,7 @@ async def test_the_gate_knows_headers_in_any_case(
     port: int, db: Database, header: bytes, status: int
 ) -> None:
     """
-    As they come over a socket, twice even.
+    Headers over a socket may be in any case, and repeated.
     """
     request = post(b'{"name":"x"}', b"Connection: close").replace(b"Host: api", header)
     answer = await exchange(port, request)
@@ -156,7 +156,7 @@ class Wire(asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """
-        What would be a system call, and a segment to the client.
+        Take what would be a system call, and a segment to the client.
         """
         assert not self.cut
         self.pieces.append(bytes(data))
@@ -171,7 +171,7 @@ class Wire(asyncio.Transport):
 
 def test_an_idle_connection_is_kept_as_long_as_it_is_set(database_url: str, tmp_path: Path) -> None:
     """
-    By default longer than usual load balancers keep theirs, which is a minute.
+    The default is longer than the minute of common load balancers.
     """
     with live_api(database_url, tmp_path, api_keep_alive_seconds=1.5) as api:
         began = time.monotonic()
@@ -240,7 +240,7 @@ async def test_a_port_that_is_taken_while_the_database_is_awaited_is_one_sentenc
 
 def test_an_ipv6_address_is_written_with_brackets() -> None:
     """
-    Else its last group would be the port.
+    Otherwise its last group would be read as the port.
     """
     with pytest.raises(AddressTaken, match=r"cannot listen on \[2001:db8::1\]:3000 "):
         listen("2001:db8::1", 3000)
@@ -253,7 +253,7 @@ def test_the_url_of_an_ipv6_address_can_be_opened_as_it_is_logged(
     database_url: str, tmp_path: Path
 ) -> None:
     """
-    From `process.started`.
+    `process.started` logs a URL that works.
     """
     with live_api(database_url, tmp_path, api_host="::1") as api:
         [started] = [line for line in api.lines if line["event"] == "process.started"]
@@ -265,7 +265,7 @@ def test_the_url_of_an_ipv6_address_can_be_opened_as_it_is_logged(
 
 async def test_an_answer_leaves_in_one_piece(app: FastAPI) -> None:
     """
-    Head and body together: each piece costs both sides a turn.
+    Head and body are sent together: each piece costs both sides a wakeup.
     """
     wire = Wire()
     protocol = BoundedProtocol(uvicorn.Config(app, log_config=None), ServerState(), {})
@@ -281,9 +281,9 @@ async def test_an_answer_leaves_in_one_piece(app: FastAPI) -> None:
     assert answer.endswith(b"}")
 
 
-async def test_an_answer_nobody_waits_for_any_more_is_dropped() -> None:
+async def test_an_answer_to_a_client_that_left_is_dropped() -> None:
     """
-    Also when the client leaves between the answer and its sending.
+    That includes a client that leaves between the answer and its sending.
     """
     wire = Wire()
     answered = asyncio.Event()
@@ -314,7 +314,7 @@ async def test_a_client_that_sends_too_much_reads_why(
     port: int, settings: Settings, chunked: bool
 ) -> None:
     """
-    413 reaches a client that sends everything before it reads; then the connection ends.
+    A client that sends everything before it reads gets the 413; then the connection ends.
     """
     content = b" " * (settings.api_body_bytes_max * 4)
     if chunked:
@@ -331,7 +331,7 @@ async def test_a_client_that_sends_too_much_reads_why(
     assert answer.endswith(b"}")
 
 
-async def test_a_large_body_that_was_only_announced_is_refused_at_once(
+async def test_a_large_body_that_was_only_announced_is_refused_immediately(
     port: int, settings: Settings
 ) -> None:
     """
@@ -348,7 +348,7 @@ async def test_a_client_that_leaves_mid_body_leaves_nothing(
     port: int, db: Database, sent: bytes
 ) -> None:
     """
-    Half a request is no request: nothing stored, nothing logged as a fault.
+    Half a request stores nothing and is not logged as an error.
     """
     await exchange(port, post(sent, length=100), then_close=True)
 
@@ -357,7 +357,7 @@ async def test_a_client_that_leaves_mid_body_leaves_nothing(
 
 async def test_a_client_that_leaves_after_its_body_leaves_one_task(port: int, db: Database) -> None:
     """
-    Whole requests count, whether or not anyone waits for the answer.
+    A complete request counts, whether or not the client waits for the answer.
     """
     await exchange(port, post(b'{"name":"x"}'), then_close=True)
 
@@ -378,9 +378,9 @@ async def test_a_body_that_never_comes_is_refused(port: int) -> None:
     assert b"/problems/request-timeout" in answer
 
 
-async def test_a_head_that_dribbles_is_given_up(port: int) -> None:
+async def test_a_head_that_dribbles_is_refused(port: int) -> None:
     """
-    408 after a bounded time, however regularly single bytes arrive.
+    The answer is 408 after a bounded time, however regularly single bytes arrive.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /health/live HTTP/1.1\r\nX-Slow: ")
@@ -397,9 +397,9 @@ async def test_a_head_that_dribbles_is_given_up(port: int) -> None:
     assert status_of(answer) == 408
 
 
-async def test_a_connection_that_says_nothing_is_given_up(port: int) -> None:
+async def test_a_connection_that_sends_nothing_is_closed(port: int) -> None:
     """
-    An open socket costs its holder as much as it costs us.
+    It is closed: an open socket costs the server as much as the client.
     """
     answer = await exchange(port, b"")
 
@@ -419,7 +419,7 @@ async def test_bytes_that_begin_no_request_hold_no_connection(
     port: int, request_bytes: bytes, drop: bytes
 ) -> None:
     """
-    After the answer they are no sign of life, however regularly they arrive.
+    After an answer they do not keep the connection open, however regularly they arrive.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request_bytes)
@@ -440,7 +440,7 @@ async def test_bytes_that_begin_no_request_hold_no_connection(
 
 async def test_a_head_without_end_is_refused(port: int) -> None:
     """
-    431 long before it fills our memory.
+    The answer is 431 long before the head fills the memory.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /health/live HTTP/1.1\r\n")
@@ -463,7 +463,7 @@ async def test_a_head_without_end_is_refused(port: int) -> None:
 
 async def test_a_connection_serves_many_requests(port: int, db: Database) -> None:
     """
-    Kept alive beyond the patience for a head, and pipelined requests are answered in order.
+    It is kept alive beyond the limit for a head, and pipelined requests are answered in order.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for name in (b"one", b"two"):
@@ -492,7 +492,7 @@ async def test_a_connection_serves_many_requests(port: int, db: Database) -> Non
 )
 async def test_ambiguous_requests_are_refused(port: int, request_bytes: bytes) -> None:
     """
-    400 and the end of the connection: no second reading, no smuggling.
+    The answer is 400 and the connection ends, so nothing can be smuggled.
     """
     answer = await exchange(port, request_bytes)
 

@@ -1,9 +1,9 @@
 """
-A hundred clients that hold their sockets and do nothing useful with them: everybody else is served
-all the same, and the server itself puts an end to each of them.
+A hundred clients hold their sockets and do nothing useful with them: every other client is served,
+and the server itself closes each of them.
 
-No speed is measured. First the server's patience has no end: a server that waited for any of them
-would wait for ever. Then it has hardly any, and every client waits to be ended.
+No speed is measured. First the server's limits are hours: if it waited for any of these clients, it
+would hang. Then they are a second, and every client waits to be closed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(600)  # Against a hang, not against a slow mach
 @contextlib.contextmanager
 def api_with_patience(database_url: str, folder: Path, *, seconds: int) -> Iterator[LiveApi]:
     """
-    An API whose limits, up to 75 seconds by default, are all these seconds.
+    An API whose limits, up to 75 seconds by default, are all set to `seconds`.
     """
     prelude = f"""
 import functools
@@ -59,7 +59,7 @@ def dribbling(head: bytes, drop: bytes = b"", *, leaves: bool = False) -> Slow:
     A client that sends `head`, and then `drop` again and again.
 
     Args:
-        leaves: It says that it will send nothing more after `head`, and waits.
+        leaves: It announces the end of its data after `head`, and waits.
     """
 
     async def run(port: int) -> None:
@@ -105,7 +105,7 @@ LEAVING: dict[str, Slow] = {
 @asynccontextmanager
 async def reading_nothing(port: int) -> AsyncIterator[None]:
     """
-    Clients that ask for some megabytes each and never read.
+    Clients that request some megabytes each and never read.
     """
     asked = b"GET /openapi.json HTTP/1.1\r\nHost: api\r\n\r\n" * 400
     with contextlib.ExitStack() as sockets:
@@ -118,11 +118,12 @@ async def reading_nothing(port: int) -> AsyncIterator[None]:
         yield
 
 
-async def test_slow_sockets_keep_nobody_else_from_being_served(
+async def test_slow_sockets_keep_no_other_client_from_being_served(
     database_url: str, tmp_path: Path
 ) -> None:
     """
-    Slow heads, slow bodies, idle and deaf ones at once, and none of them ever ends.
+    Slow heads, slow bodies, idle and deaf clients are connected at the same time, and none of
+    them ends.
     """
     with api_with_patience(database_url, tmp_path, seconds=3_600) as api:
         async with asyncio.TaskGroup() as group, reading_nothing(api.port):
@@ -145,7 +146,7 @@ async def test_slow_sockets_keep_nobody_else_from_being_served(
 
 async def test_the_server_ends_slow_sockets(database_url: str, tmp_path: Path) -> None:
     """
-    Whatever they do or leave undone; half closed ones as well.
+    Every kind of slow client is closed, including half-closed ones.
     """
     with api_with_patience(database_url, tmp_path, seconds=1) as api:
         async with asyncio.TaskGroup() as group, reading_nothing(api.port):
@@ -157,7 +158,7 @@ async def test_the_server_ends_slow_sockets(database_url: str, tmp_path: Path) -
 
 def submit(api: LiveApi) -> None:
     """
-    One request as everybody sends it, from connecting to the answer.
+    One ordinary request, from connecting to the answer.
     """
     with contextlib.closing(
         HTTPConnection("127.0.0.1", api.port, timeout=PATIENCE_SECONDS)
@@ -168,7 +169,7 @@ def submit(api: LiveApi) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     """
-    Wait until the state of the sockets is as it should be; they cannot call us.
+    Wait until the sockets are in the expected state; they cannot notify us.
     """
     while not condition():  # noqa: ASYNC110 - see above
         await asyncio.sleep(0.25)

@@ -1,5 +1,5 @@
 """
-`POST /tasks` and `POST /tasks/batch`: what is taken, what is stored, what is answered.
+`POST /tasks` and `POST /tasks/batch`: what is accepted, stored and answered.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ async def test_a_submitted_task_is_stored_before_it_is_answered(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    The smallest request there is: 202, a Location, and a row with the defaults.
+    The smallest request gets 202, a Location, and a row with the defaults.
     """
     answer = await client.post("/tasks", json={"name": "sample-task"})
 
@@ -55,7 +55,7 @@ async def test_a_submitted_task_is_stored_before_it_is_answered(
 
 async def test_every_field_reaches_the_row(client: httpx.AsyncClient, db: Database) -> None:
     """
-    What a submitter says about a task is what is stored, times in UTC.
+    Every field of a submission is stored, with times in UTC.
     """
     answer = await client.post(
         "/tasks",
@@ -99,7 +99,7 @@ async def test_a_delay_counts_from_the_databases_clock(client: httpx.AsyncClient
 
 async def test_a_payload_is_stored_as_compact_json(client: httpx.AsyncClient, db: Database) -> None:
     """
-    Spaces go, escapes become characters, the order of keys stays.
+    Spaces are removed, escapes become characters, and the order of keys stays.
     """
     body = b'{"name": "x", "payload": {"b" : 1.50, "a": "\\u00e9\\ud83c\\udf89\\/" }}'
     answer = await client.post("/tasks", content=body, headers={"Content-Type": "application/json"})
@@ -173,7 +173,8 @@ async def test_a_wrong_task_is_refused_with_a_pointer_to_each_fault(
     offline_client: httpx.AsyncClient, task: Any, pointers: list[str]
 ) -> None:
     """
-    422, every wrong place named, before the database is asked; the same inside a batch.
+    The answer is 422 and names every error, before the database is asked; the same holds inside
+    a batch.
     """
     alone = await offline_client.post("/tasks", json=task)
     batched = await offline_client.post("/tasks/batch", json={"tasks": [{"name": "good"}, task]})
@@ -189,7 +190,7 @@ async def test_a_wrong_task_is_refused_with_a_pointer_to_each_fault(
 
 async def test_a_fault_says_what_would_have_worked(offline_client: httpx.AsyncClient) -> None:
     """
-    The sentences people read, word by word.
+    The sentences that people read, word by word.
     """
     task = {
         "name": "a b",
@@ -202,7 +203,7 @@ async def test_a_fault_says_what_would_have_worked(offline_client: httpx.AsyncCl
     answer = await offline_client.post("/tasks", json=task)
 
     assert answer.json()["detail"] == (
-        "/name must be 1-128 characters from [A-Za-z0-9._-]. (One of 6 faults; see `errors`.)"
+        "/name must be 1-128 characters from [A-Za-z0-9._-]. (One of 6 errors; see `errors`.)"
     )
     assert {error["pointer"]: error["detail"] for error in answer.json()["errors"]} == {
         "/name": "must be 1-128 characters from [A-Za-z0-9._-]",
@@ -220,7 +221,7 @@ async def test_a_task_that_would_expire_before_its_delay_is_refused(
     client: httpx.AsyncClient,
 ) -> None:
     """
-    `expires_at` must lie behind `delay_seconds`, or the task could never run.
+    `expires_at` must be later than the end of `delay_seconds`, or the task could never run.
     """
     task = {"name": "x", "delay_seconds": 3600, "expires_at": in_seconds(1800)}
     refused = await client.post("/tasks", json=task)
@@ -253,7 +254,7 @@ async def test_a_payload_beyond_the_limit_is_refused(
 
 async def test_a_batch_is_answered_in_its_order(client: httpx.AsyncClient, db: Database) -> None:
     """
-    A thousand tasks at once, all stored, each answered at its place.
+    A thousand tasks in one batch are all stored, each answered at its place.
     """
     tasks = [{"name": f"n-{i}", "priority": i % 10, "payload": {"i": i}} for i in range(1000)]
     answer = await client.post("/tasks/batch", json={"tasks": tasks})
@@ -290,7 +291,7 @@ async def test_a_batch_with_a_fault_is_refused_as_a_whole(
     offline_client: httpx.AsyncClient, batch: Any, pointer: str
 ) -> None:
     """
-    Before the database is asked, with a pointer into the batch.
+    It is refused before the database is asked, with a pointer into the batch.
     """
     answer = await offline_client.post("/tasks/batch", json=batch)
 
@@ -302,7 +303,7 @@ async def test_a_batch_postgresql_refuses_is_stored_not_at_all(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    All or nothing also when the fault shows in the database only.
+    All or nothing also holds if only the database finds the error.
     """
     await db.execute("ALTER TABLE asyncflow.tasks ADD CHECK (name <> 'refused')")
     answer = await client.post("/tasks/batch", json={"tasks": [{"name": "x"}, {"name": "refused"}]})
@@ -315,7 +316,7 @@ async def test_concurrent_submissions_share_inserts_and_get_their_own_answers(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    200 clients at once: 200 rows, and every answer is about its own task.
+    200 concurrent clients get 200 rows, and each answer is about its own task.
     """
     answers = await asyncio.gather(
         *(client.post("/tasks", json={"name": f"n-{i}", "payload": {"i": i}}) for i in range(200))
@@ -334,7 +335,7 @@ async def test_a_task_postgresql_refuses_fails_alone(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    One bad row does not take the other submissions of its batch along.
+    One bad row does not fail the other submissions of its batch.
     """
     await db.execute("ALTER TABLE asyncflow.tasks ADD CHECK (name <> 'refused')")
     answers = await asyncio.gather(
@@ -349,7 +350,7 @@ async def test_a_due_submission_wakes_listeners_and_a_later_one_does_not(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Idle workers hear of a task at once, and are left alone for one that is not due.
+    Idle workers hear of a due task immediately, and of a later one not at all.
     """
     heard: asyncio.Queue[None] = asyncio.Queue()
     async with Listener(db, lambda: heard.put_nowait(None)):

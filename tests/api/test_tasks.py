@@ -34,7 +34,7 @@ async def settled(db: Database, settlement: Settlement) -> None:
     assert await builders.settled(db, claim.task_id, claim.lease_id, settlement)
 
 
-async def test_a_fresh_task_shows_that_nobody_offers_its_name(client: httpx.AsyncClient) -> None:
+async def test_a_fresh_task_shows_that_no_worker_offers_its_name(client: httpx.AsyncClient) -> None:
     """
     A due task without a worker says what it waits for.
     """
@@ -55,7 +55,8 @@ async def test_a_fresh_task_shows_that_nobody_offers_its_name(client: httpx.Asyn
 
 async def test_the_life_of_a_task_is_visible(client: httpx.AsyncClient, db: Database) -> None:
     """
-    RUNNING with a worker, RETRYING with an error, COMPLETED with result, attempts and timings.
+    It shows RUNNING with a worker, RETRYING with an error, COMPLETED with result, attempts and
+    timings.
     """
     task_id = await submitted(client)
     [claim] = await claimed_due(db)
@@ -90,7 +91,7 @@ async def test_a_result_is_given_out_as_it_was_stored(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    However deep it is nested and however long its integers are.
+    That holds for deep nesting and long integers.
     """
     result = "[" * 500 + "12345678901234567890123" + "]" * 500
     task_id = await submitted(client)
@@ -118,21 +119,21 @@ async def test_a_result_is_given_out_as_it_was_stored(
 )
 async def test_what_is_no_id_is_not_found(offline_client: httpx.AsyncClient, task_id: str) -> None:
     """
-    404 for each verb; without its dashes, or with more around them, a UUID is no id.
+    Each verb answers 404; without its dashes, or with more around it, a UUID is not an id.
     """
     assert [404, 404, 404, 404] == await statuses(offline_client, task_id)
 
 
 async def test_an_unknown_id_is_not_found(client: httpx.AsyncClient) -> None:
     """
-    404 for each verb.
+    Each verb answers 404.
     """
     assert [404, 404, 404, 404] == await statuses(client, "0192f0c1-2b3c-7d4e-8f50-123456789abc")
 
 
 async def test_an_id_may_be_in_upper_case(client: httpx.AsyncClient) -> None:
     """
-    As some languages print UUIDs; the answer has it in lower case.
+    Some languages print UUIDs like that; the answer has it in lower case.
     """
     task_id = await submitted(client)
     answers = [
@@ -157,7 +158,7 @@ async def statuses(client: httpx.AsyncClient, task_id: str) -> list[int]:
 
 async def test_pages_follow_each_other_without_gaps(client: httpx.AsyncClient) -> None:
     """
-    Newest first; what is submitted meanwhile moves nothing.
+    The newest task comes first; tasks submitted meanwhile shift nothing.
     """
     ids = [await submitted(client, payload={"i": i}) for i in range(5)]
     first = (await client.get("/tasks", params={"limit": 2})).json()
@@ -180,7 +181,7 @@ async def test_lists_filter_by_status_name_and_queue(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Each status people see can be asked for, in any case; filters combine.
+    Each status that users see can be requested, in any case; filters combine.
     """
     failed = await submitted(client)
     await settled(db, Settlement(Event.FAIL, failure=FAILURE))
@@ -246,7 +247,7 @@ async def test_lists_show_errors_without_tracebacks(
 
 def test_the_statuses_of_the_api_are_those_of_the_store() -> None:
     """
-    No status can be shown that cannot be asked for.
+    Every status that can be shown can be requested.
     """
     assert list(STATUSES) == list(STATUS_FILTERS)
 
@@ -287,7 +288,7 @@ async def test_a_wrong_query_is_refused_by_parameter(
     offline_client: httpx.AsyncClient, query: str, parameter: str
 ) -> None:
     """
-    422 that names the parameter; a misspelt filter must not list everything.
+    The answer is 422 and names the parameter; a misspelt filter must not list everything.
     """
     answer = await offline_client.get(f"/tasks?{query}")
 
@@ -308,9 +309,9 @@ async def test_a_wrong_status_lists_the_right_ones(offline_client: httpx.AsyncCl
     )
 
 
-async def test_a_waiting_task_is_cancelled_at_once(client: httpx.AsyncClient) -> None:
+async def test_a_waiting_task_is_cancelled_immediately(client: httpx.AsyncClient) -> None:
     """
-    200 with the cancelled task; a second time is a conflict that names its state.
+    The answer is 200 with the cancelled task; a second time is a conflict that names its state.
     """
     task_id = await submitted(client)
     cancelled = await client.post(f"/tasks/{task_id}/cancel")
@@ -328,7 +329,7 @@ async def test_a_waiting_task_is_cancelled_at_once(client: httpx.AsyncClient) ->
 
 async def test_a_running_task_is_asked_to_stop(client: httpx.AsyncClient, db: Database) -> None:
     """
-    202 while its worker has not stopped it yet.
+    The answer is 202 while its worker has not stopped it yet.
     """
     task_id = await submitted(client)
     await claimed_due(db)
@@ -340,7 +341,8 @@ async def test_a_running_task_is_asked_to_stop(client: httpx.AsyncClient, db: Da
 
 async def test_a_dead_letter_can_be_redriven(client: httpx.AsyncClient, db: Database) -> None:
     """
-    202, pending again in a new generation with its history; a pending task cannot be.
+    The answer is 202: pending in a new generation, with its history. A pending task cannot be
+    redriven.
     """
     task_id = await submitted(client)
     await settled(db, Settlement(Event.FAIL, failure=FAILURE))
@@ -359,7 +361,8 @@ async def test_a_task_that_waits_can_be_run_now(
     client: httpx.AsyncClient, db: Database, status: str
 ) -> None:
     """
-    202, and due; a redrive of it is a conflict that names the status it is shown with.
+    The answer is 202, and it is due; its redrive is a conflict that names the status shown to
+    users.
     """
     task_id = await submitted(client, delay_seconds=0 if status == "RETRYING" else 3600)
     if status == "RETRYING":

@@ -1,6 +1,6 @@
 """
-Bodies, types and ids that no client library would send, to a live API: the client's fault and
-named as such, or taken and given back unchanged. Never ours. What is odd as HTTP is in
+Bodies, types and ids that no client library would send, to a live API: each is refused as the
+client's error, or accepted and returned unchanged. None is a server error. Oddities of HTTP are in
 `raw_requests`.
 """
 
@@ -26,7 +26,7 @@ BODIES = list(corpus())
 
 class Counting:
     """
-    A live API, and how many tasks it said to have stored.
+    A live API, and how many tasks it said it stored.
     """
 
     def __init__(self, api: LiveApi) -> None:
@@ -48,8 +48,8 @@ def counting(
     postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Counting]:
     """
-    One API for all bodies. In the end every row was answered 202, every 202 is a row, and all
-    can be listed.
+    One API for all bodies. In the end every row was answered with 202, every 202 is a row, and
+    all can be listed.
     """
     database_url = postgres_server.create_database()
     with live_api(database_url, tmp_path_factory.mktemp("torture")) as api:
@@ -61,7 +61,7 @@ def counting(
 
 def listed(api: LiveApi) -> int:
     """
-    How many tasks there are to see.
+    How many tasks the API lists.
     """
     count, cursor = 0, ""
     while True:
@@ -85,7 +85,7 @@ async def stored(database_url: str) -> int:
 
 def test_the_corpus_is_large_and_says_each_thing_once() -> None:
     """
-    About 400 bodies, of both kinds, under names of their own.
+    There are about 400 bodies, of both kinds, each with a name of its own.
     """
     assert len(BODIES) >= 300
     assert len(BODIES) == len({body.what for body in BODIES})
@@ -98,7 +98,7 @@ def test_a_tortured_body_is_refused_with_its_fact_or_read_back_as_it_was(
     counting: Counting, body: Body
 ) -> None:
     """
-    Alone and as the second of a batch.
+    Each is sent alone and as the second of a batch.
     """
     alone = counting.post("/tasks", body.text)
     batch = b'{"tasks":[{"name":"first"},' + body.text + b"]}"
@@ -117,7 +117,7 @@ def test_a_tortured_body_is_refused_with_its_fact_or_read_back_as_it_was(
 
 def told_by(answer: Answer, kind: str, path: str) -> str:
     """
-    Every sentence of a problem document; fails if it is none, or another one.
+    Every sentence of a problem document; fails if it is none, or a different one.
     """
     assert answer.headers["content-type"] == "application/problem+json", answer
     problem = Problem.model_validate_json(answer.content)
@@ -161,7 +161,7 @@ def test_a_content_type_says_json_or_is_refused(
     counting: Counting, content_type: str, is_read: bool
 ) -> None:
     """
-    Nothing in between is guessed at, and none of them takes long.
+    Nothing in between is guessed at, and none takes long.
     """
     answer = counting.post("/tasks", b'{"name":"x"}', {"Content-Type": content_type})
 
@@ -203,7 +203,7 @@ def test_a_content_type_says_json_or_is_refused(
 )
 def test_what_is_nearly_an_id_is_not_found(counting: Counting, task_id: str) -> None:
     """
-    404 for every verb, by the wire's own spelling of it.
+    Every verb answers 404, in the spelling that was sent.
     """
     answers = [
         counting.api.send("GET", f"/tasks/{task_id}"),

@@ -1,6 +1,6 @@
 """
-A corpus of request bodies that are wrong, nearly wrong, or right and look wrong: some 400,
-made by the families below. What the API has to make of each stands beside it.
+A corpus of some 400 request bodies that are invalid, nearly invalid, or valid but suspicious, each
+with what the API must make of it.
 
 `test_json_bodies` has the bodies that were thought of one by one while the parser was
 written; here every place of a document meets every kind of damage.
@@ -23,7 +23,7 @@ class Body(NamedTuple):
     Attributes:
         what: For people; unique.
         text: The bytes that are sent.
-        kind: The problem it is answered with, a key of `KINDS`; None if it is taken.
+        kind: The problem it is answered with, a key of `KINDS`; None if it is accepted.
         fact: What that answer says, or where it points, as a regular expression.
     """
 
@@ -161,7 +161,7 @@ VALUES: dict[str, Any] = {
 
 def nearly_times() -> Iterator[Body]:
     """
-    Times that RFC 3339 has and those that only look like it, ours and PostgreSQL's words.
+    Times of RFC 3339, and those that resemble it or are PostgreSQL's own words.
     """
     for time in TIMES:
         yield Body(f"run_at {time}", json.dumps({"name": "x", "run_at": time}).encode())
@@ -235,7 +235,7 @@ NO_TIMES = [
 
 def numerals() -> Iterator[Body]:
     """
-    Numbers at the rim of what can be kept, and what is no number.
+    Numbers at the limits of what can be stored, and what is not a number.
     """
     for numeral in KEPT_NUMERALS:
         yield Body(f"numeral {numeral[:30]}", in_payload(numeral))
@@ -330,7 +330,7 @@ TEXTS = {
 
 def keys() -> Iterator[Body]:
     """
-    Keys that are the same, and keys that only look so.
+    Duplicate keys, and keys that only look like duplicates.
     """
     yield Body("keys that differ in case", in_payload('{"k":1,"K":2}'))
     yield Body("keys that look alike", in_payload('{"\\u00e9":1,"e\\u0301":2}'))

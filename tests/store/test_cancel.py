@@ -29,7 +29,7 @@ RACES = 1_000
 
 
 @pytest.mark.parametrize("state", [State.PENDING, State.QUEUED])
-async def test_a_waiting_task_is_cancelled_at_once(db: Database, state: State) -> None:
+async def test_a_waiting_task_is_cancelled_immediately(db: Database, state: State) -> None:
     """
     It never starts, and says why.
     """

@@ -1,8 +1,8 @@
 """
 A live API for tests: its own process, uvicorn and uvloop, real sockets, real PostgreSQL.
 
-Most tests of the API call the application in their own process, which is quicker; these are
-for what a caller sends that no client library would.
+Most tests of the API call the application in their own process, which is faster; these are for
+requests that no client library would send.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Answer(NamedTuple):
 
 class LiveApi:
     """
-    An API that answers; made by `live_api`.
+    A running API; made by `live_api`.
 
     Attributes:
-        lines: What it logged so far, oldest first.
-        noise: What it printed that was no log line.
+        lines: Its log lines so far, oldest first.
+        noise: Its output that is not log lines.
     """
 
     def __init__(self, process: subprocess.Popen[str], port: int) -> None:
@@ -73,7 +73,7 @@ class LiveApi:
     @property
     def connections(self) -> int:
         """
-        How many clients the process holds a socket for, whatever state it is in.
+        How many sockets of clients the process holds, in any state.
         """
         held = psutil.Process(self._process.pid).net_connections("tcp")
         return sum(c.laddr.port == self.port and c.status != psutil.CONN_LISTEN for c in held)
@@ -97,7 +97,7 @@ class LiveApi:
         Send bytes on a connection of their own and read until the server closes it.
 
         Args:
-            then_close: Say that nothing more will be sent.
+            then_close: Announce the end of the data.
         """
         address = ("127.0.0.1", self.port)
         with socket.create_connection(address, timeout=PATIENCE_SECONDS) as connection:
@@ -109,19 +109,19 @@ class LiveApi:
                 while chunk := connection.recv(65_536):
                     received += chunk
             except ConnectionResetError:
-                pass  # It did not read all that was sent.
+                pass  # The server did not read everything.
         return received
 
     def wait_until_started(self) -> None:
         """
-        Return when it listens.
+        Return once it listens.
         """
         started = self._started.wait(PATIENCE_SECONDS)
         assert started and self._process.poll() is None, self.noise
 
     def stop(self) -> int:
         """
-        Ask it to end and return its exit status.
+        Stop it and return its exit status.
         """
         self._process.send_signal(signal.SIGTERM)
         status = self._process.wait(PATIENCE_SECONDS)
@@ -130,7 +130,7 @@ class LiveApi:
 
     def end(self) -> None:
         """
-        See to it that it is gone.
+        Kill it, if it still runs.
         """
         self._process.kill()
         self._process.wait()
@@ -157,7 +157,7 @@ def live_api(
     database_url: str, folder: Path, *, prelude: str = "", **settings: object
 ) -> Iterator[LiveApi]:
     """
-    An API for one block, which must end in good order and without an error of ours.
+    An API for one block, which must exit with 0 and without having logged an error.
 
     Args:
         prelude: Python that its process runs first.

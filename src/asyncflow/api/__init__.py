@@ -1,24 +1,18 @@
 """
 HTTP in and out: bytes become `wire` models, errors become problem documents.
 
-    app           puts the pieces together
-    submissions   POST /tasks and POST /tasks/batch
-    tasks         read, list, cancel, run now, redrive
-    health        live and ready
-    catalogue     what workers published about their handlers
-    protocol      uvicorn's HTTP protocol with bounds, one reading of every request, and problems
-    head          what must hold for the head of a request
-    body          the bytes of a request: type, size, patience
-    batch         a batch's tasks, and what is wrong with which
-    jsontext   bytes to values, refusing what could not be stored
-    field_errors  Pydantic's and JSON Schema's errors as sentences with pointers
-    problems      every error as an RFC 9457 document
-    views         rows as `wire` models
-    gate          who may ask: the server's names, other sites' pages
-    guard         the outermost layer: headers, HEAD, the last resort for errors
-    cors          what browsers are told about pages of other origins
-    openapi       the description of it all, with `examples`
-    docs/         the page that shows it
+    app            puts the pieces together
+    front/         what every request passes, whatever its route
+    routes/        one router per resource, and POST /tasks
+    dependencies   what routes are given
+    submissions    from a submission to a stored task
+    catalogue      what workers published about their handlers
+    body           the body of a request: its type, and reading it
+    batch          a batch's tasks, and the errors of each
+    field_errors   errors of Pydantic and JSON Schema as sentences with pointers
+    problems       the kinds of problems, and RFC 9457 documents of them
+    views          rows as `wire` models
+    openapi        the description of it all, with `examples`
 
 No SQL and no policy: those are `store` and `domain`.
 """

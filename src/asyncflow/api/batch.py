@@ -1,8 +1,8 @@
 """
-A batch as it was sent: its tasks, and in a partial batch what is wrong in the place of one.
+A batch as it was sent: its tasks, and in a partial batch the errors of those that are invalid.
 
-A fault inside a task is that task's; a fault anywhere else is the batch's. Which of them it is, the
-place says: that of the strict reading of JSON, or that of the model.
+An error inside a task is that task's; an error anywhere else is the batch's. Its place tells which,
+whether strict JSON or the model found it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Refused: TypeAlias = InvalidTask | InvalidPayload
 T = TypeVar("T")
 
 ROW_ERRORS_MAX = 5
-"""How many wrong places of each task of a partial batch are listed."""
+"""How many errors of each task of a partial batch are listed."""
 
 _ROW = re.compile(r"/tasks/([0-9]+)(?:/|$)")
 
@@ -33,8 +33,8 @@ def read_batch(body: bytes) -> tuple[list[SubmitTask | Refused], bool]:
     The tasks of a batch in their order, and whether it is partial.
 
     Raises:
-        MalformedJson: It is no JSON.
-        InvalidTask: Something is wrong, and the batch is not partial or it is not in a task.
+        MalformedJson: It is not JSON.
+        InvalidTask: There is an error outside of a task, or the batch is not partial.
     """
     document, refusals = _parsed(body)
     try:
@@ -55,7 +55,7 @@ def read_batch(body: bytes) -> tuple[list[SubmitTask | Refused], bool]:
 
 def together(refusals: Sequence[Refused]) -> Refused:
     """
-    The refusal of a whole batch: of the kind that all of them are, else an `InvalidTask`.
+    The refusal of a whole batch: an `InvalidPayload` if all of them are, else an `InvalidTask`.
     """
     faults = [fault for error in refusals for fault in error.errors][:ERRORS_MAX]
     count = sum(error.count for error in refusals)
@@ -67,7 +67,7 @@ def together(refusals: Sequence[Refused]) -> Refused:
 
 def _parsed(body: bytes) -> tuple[Any, dict[int, Refused]]:
     """
-    The document, and in a partial batch the tasks that the strict reading of JSON refuses.
+    The document, and in a partial batch the tasks that strict JSON refuses.
     """
     try:
         return parse(body), {}

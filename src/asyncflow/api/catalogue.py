@@ -1,14 +1,14 @@
 """
-What workers published about their handlers, as the API uses it: the default queue of a
-name, and the JSON Schema of its payload.
+What workers published about their handlers: the default queue of a name, and the JSON Schema of
+its payload.
 
-A copy in memory, refreshed in the background: no submission waits for it, and an outage of
-the database leaves the last copy in use. A worker checks the payload again, so an old copy
-can make the API too generous or too strict for a moment, never a task wrong. Names that no
-worker ever published are taken as they are.
+The catalogue is a copy in memory, refreshed in the background: no submission waits for it, and
+during an outage of the database the last copy is used. A worker checks the payload again, so an
+old copy can make the API too lenient or too strict for a moment, but no task wrong. Names that no
+worker has published are accepted as they are.
 
 Names are global. If live workers declare one name with different payloads, most likely in two
-services, whatever one of them takes is accepted, for its queue, and a warning names both.
+services, a payload that one of them accepts goes to its queue, and a warning names both.
 
 `format` is not asserted: Pydantic in the worker knows better what it accepts as a date.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jsonschema_rs
@@ -26,12 +26,15 @@ from asyncflow.aio.background import Background
 from asyncflow.api.field_errors import payload_errors
 from asyncflow.domain.policy import DEFAULT_POLICY
 from asyncflow.errors import InvalidPayload, StoreUnavailable
-from asyncflow.jsontext import first_errors
+from asyncflow.jsontext import encode, first_errors
 from asyncflow.store.database import Executor
 from asyncflow.store.workers import Published, published_handlers
 from asyncflow.telemetry import events
 
 REFRESH_SECONDS = 2.0
+
+COMMAS_MAX = 2_000
+"""If a payload has more, only its first error is reported: finding each one takes 40 µs."""
 
 
 class _Known(NamedTuple):
@@ -44,7 +47,7 @@ class Catalogue:
     """
     The handlers known to this process. Enter it to keep it fresh.
 
-    Entering waits for a first look at the database, and goes on without it when that fails.
+    Entering waits for the first refresh, and continues without it if the database is unavailable.
     """
 
     def __init__(self, db: Executor, *, refresh_seconds: float = REFRESH_SECONDS) -> None:
@@ -67,13 +70,13 @@ class Catalogue:
     ) -> str:
         """
         The queue for a task of this name: the one its submitter wants, or else that of the
-        handler that takes its payload; `default` if the name is unknown.
+        handler that accepts its payload; `default` if the name is unknown.
 
         Args:
-            pointer: Where the payload is in the document, for the faults.
+            pointer: The payload's place in the document, for the errors.
 
         Raises:
-            InvalidPayload: No handler of this name takes the payload.
+            InvalidPayload: No handler of this name accepts the payload.
         """
         handlers = self._known.get(name)
         if handlers is None:
@@ -84,9 +87,9 @@ class Catalogue:
             if handler.validator is None or handler.validator.is_valid(payload):
                 return wanted or handler.queue
         assert handlers[0].validator is not None
-        errors = handlers[0].validator.iter_errors(payload)
-        faults, count = first_errors(payload_errors(errors, pointer))
-        raise InvalidPayload(name, faults, count=count)
+        found = _errors(handlers[0].validator, payload)
+        errors, count = first_errors(payload_errors(found, pointer))
+        raise InvalidPayload(name, errors, count=count)
 
     async def refresh(self) -> None:
         """
@@ -102,8 +105,8 @@ class Catalogue:
         self._report_conflicts()
 
     def _learned(self, name: str, published: Sequence[Published]) -> list[_Known]:
-        # A handler whose workers are gone stays known, but not beside one whose workers live: most
-        # likely its queue was changed.
+        # A handler without live workers stays known, unless there is another of its name that has
+        # some: most likely its queue was changed.
         live = [handler for handler in published if handler.is_live] or published[:1]
         before = {known.queue: known for known in self._known.get(name, ())}
         return [
@@ -136,6 +139,18 @@ class Catalogue:
             await self.refresh()
         except StoreUnavailable as error:
             events.database_unavailable(where="catalogue", reason=str(error))
+
+
+def _errors(
+    validator: jsonschema_rs.Validator, payload: dict[str, Any]
+) -> Iterator[jsonschema_rs.ValidationError]:
+    if encode(payload).count(",") <= COMMAS_MAX:
+        yield from validator.iter_errors(payload)
+        return
+    try:
+        validator.validate(payload)
+    except jsonschema_rs.ValidationError as error:
+        yield error
 
 
 def _validator(name: str, schema: Mapping[str, Any]) -> jsonschema_rs.Validator | None:

@@ -1,5 +1,5 @@
 """
-What answers look like, for the description of the API.
+Example answers for the description of the API.
 """
 
 from __future__ import annotations
@@ -97,4 +97,4 @@ EXAMPLES = {
     },
     "Problem": PROBLEM,
 }
-"""One answer for each shape of `wire` that the API gives, by the shape's name."""
+"""One answer for each model of `wire` that the API returns, by the model's name."""

@@ -1,5 +1,5 @@
 """
-What Pydantic and JSON Schema complain about, as sentences that say what would have worked.
+The errors of Pydantic and JSON Schema as sentences that say what would be accepted.
 
 Every `detail` continues its pointer: "/priority must be at most 9".
 """
@@ -41,7 +41,7 @@ def refused_document(
     mistakes: Sequence[ErrorDetails], model: type[BaseModel], *, limit: int = ERRORS_MAX
 ) -> InvalidTask:
     """
-    What is wrong with a body that should have been a `model`: the first places, and how many.
+    What is wrong with a body that is not a `model`: the first errors, and how many there are.
     """
     faults = [
         FieldError(
@@ -54,11 +54,11 @@ def refused_document(
 
 def parameter_errors(error: RequestValidationError) -> tuple[list[tuple[str, str]], int]:
     """
-    The first wrong query parameters, the name of each and what is wrong with it; and how many.
+    The first invalid query parameters, each with what is wrong with it; and how many there are.
     """
     fields = list(TaskQuery.model_fields)
     mistakes = error.errors()
-    # ("query", name), with the number of the value behind if there can be several.
+    # ("query", name), followed by the index of the value if there can be several.
     faults = [
         (str(mistake["loc"][1]), _sentence(mistake, fields)) for mistake in mistakes[:ERRORS_MAX]
     ]
@@ -69,10 +69,10 @@ def payload_errors(
     errors: Iterator[jsonschema_rs.ValidationError], pointer: str
 ) -> Iterator[FieldError]:
     """
-    Every wrong place of a payload that breaks its handler's JSON Schema.
+    Every error of a payload that breaks its handler's JSON Schema.
 
     Args:
-        pointer: Where the payload is in the document.
+        pointer: The payload's place in the document.
     """
     for error in errors:
         place = pointer + pointer_to(*error.instance_path)
@@ -81,7 +81,9 @@ def payload_errors(
                 yield FieldError(place + pointer_to(key), "is required")
             case jsonschema_rs.ValidationErrorKind.AdditionalProperties(unexpected=keys):
                 for key in keys:
-                    yield FieldError(place + pointer_to(key), "is not a key the handler takes")
+                    yield FieldError(
+                        place + pointer_to(key), "is not a key that the handler accepts"
+                    )
             case _:
                 yield FieldError(place, f"does not fit the handler's schema: {error.message}")
 

@@ -56,13 +56,13 @@ SUBMISSION_PROBLEMS = (
 
 def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
     """
-    The responses an operation answers problems of these `kinds` with, and those of every one.
+    The responses for problems of these `kinds`, and for those that every operation may answer.
     """
     titles: dict[int, list[str]] = {}
     for kind in (*kinds, "misdirected", "internal"):
         titles.setdefault(KINDS[kind].status, []).append(KINDS[kind].title)
     return {
-        status: _problem_response(" or ".join(texts).capitalize())
+        status: _problem_response(" or ".join([texts[0], *map(_lowered, texts[1:])]))
         for status, texts in sorted(titles.items())
     }
 
@@ -124,6 +124,10 @@ def _forget_default_errors(document: dict[str, Any]) -> None:
                 del operation["responses"]["422"]
 
 
+def _lowered(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
 def _problem_response(description: str) -> dict[str, Any]:
     return {
         "description": description,
@@ -138,8 +142,8 @@ def _reference(model: type[BaseModel]) -> dict[str, str]:
 _SUBMIT = {
     "tags": ["tasks"],
     "summary": "Submit a task",
-    "description": "Answered once the task is committed. A name that no worker offers yet is "
-    "accepted, too: the task waits until a worker offers it.",
+    "description": "Answers once the task is committed. A name that no worker offers yet is "
+    "accepted, too: the task waits for a worker that offers it.",
     "operationId": "submit_task",
     **takes(SubmitTask),
     "responses": {

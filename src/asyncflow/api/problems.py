@@ -1,8 +1,9 @@
 """
-Every error as an RFC 9457 problem document, mapped in one place.
+The kinds of problems, and RFC 9457 documents of them.
 
-`KINDS` lists what can go wrong and is part of the API: a `type` never changes its meaning.
-Its URIs are relative, so that they work behind any host name, and can be opened.
+`KINDS` is part of the API: a `type` never changes its meaning. Its URIs are relative, so that they
+work behind any host name, and can be opened. Which error becomes which problem is in
+`front.answers`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from asyncflow.errors import (
 
 MEDIA_TYPE = "application/problem+json"
 TEXT_LENGTH_MAX = 500
-"""Longer pointers and details are cut; both may quote what was sent."""
+"""Longer pointers and details are shortened; both may quote the request."""
 
 
 class Kind(NamedTuple):
     """
-    One kind of problem; `meaning` says what happened and what the caller can do.
+    One kind of problem; `meaning` says what happened and what the client can do.
     """
 
     status: int
@@ -44,8 +45,8 @@ KINDS = {
     "malformed-request": Kind(
         400,
         "Malformed request",
-        "The request is not HTTP/1.1, or could be read in more than one way. Nothing was done, and "
-        "the connection is closed.",
+        "The request is not valid HTTP/1.1, or could be read in more than one way. Nothing was "
+        "done, and the connection is closed.",
     ),
     "malformed-json": Kind(
         MalformedJson.http_status,
@@ -55,14 +56,14 @@ KINDS = {
     "cross-site": Kind(
         403,
         "Cross-site request",
-        "A web page of another site asked for a change. Pages of origins listed in "
-        "ASYNCFLOW_API_CORS_ORIGINS may do that; no other does. Nothing was done.",
+        "A web page of another site requested a change. Only pages of origins listed in "
+        "ASYNCFLOW_API_CORS_ORIGINS may do that. Nothing was done.",
     ),
     "task-not-found": Kind(
         TaskNotFound.http_status,
         "Task not found",
-        "There is no task of this id. It may never have existed, or it finished so long ago "
-        "that the retention period has passed.",
+        "No task with this id. It may never have existed, or it was deleted when its retention "
+        "period ended.",
     ),
     "not-found": Kind(404, "Not found", "There is nothing at this path; see /docs."),
     "method-not-allowed": Kind(
@@ -72,14 +73,14 @@ KINDS = {
     "illegal-transition": Kind(
         IllegalTransition.http_status,
         "Not possible in this state",
-        "The task's present state does not allow the request; nothing was changed. The member "
-        "`state` names that state.",
+        "The task's current state does not allow the request; nothing was changed. `state` is "
+        "that state.",
     ),
     "body-too-large": Kind(
-        413, "Body too large", "The body is larger than the server takes. Nothing was stored."
+        413, "Body too large", "The body is larger than the server accepts. Nothing was stored."
     ),
     "target-too-long": Kind(
-        414, "Target too long", "The path with its query is longer than the server takes."
+        414, "Target too long", "The path and query are longer than the server accepts."
     ),
     "unsupported-media-type": Kind(
         415,
@@ -95,54 +96,54 @@ KINDS = {
     "invalid-task": Kind(
         InvalidTask.http_status,
         "Invalid task",
-        "The body is JSON, but not a task or batch that can be stored. The member `errors` "
-        "points to each wrong place, or to the first of many. Nothing was stored.",
+        "The body is JSON, but not a task or batch that can be stored. `errors` points to each "
+        "error, or to the first of many. Nothing was stored.",
     ),
     "invalid-payload": Kind(
         InvalidPayload.http_status,
         "Invalid payload",
-        "The payload does not fit what the handler of this name says it takes, and nothing else "
-        "is wrong with the task or its batch. The member `errors` points to each wrong place, or "
-        "to the first of many. Nothing was stored.",
+        "The payload does not fit the schema of the handler with this name; nothing else is wrong "
+        "with the task or its batch. `errors` points to each error, or to the first of many. "
+        "Nothing was stored.",
     ),
     "invalid-query": Kind(
         InvalidQuery.http_status,
         "Invalid query",
-        "The member `errors` names each wrong query parameter.",
+        "`errors` names each invalid query parameter.",
     ),
     "head-too-large": Kind(
-        431, "Head too large", "The request's headers are larger than the server takes."
+        431, "Head too large", "The request's headers are larger than the server accepts."
     ),
     "internal": Kind(
         500,
         "Internal error",
-        "A fault of ours. The server's log has the details under `incident_id`.",
+        "An error in the server. Its log has the details under `incident_id`.",
     ),
     "idempotency-key-unsupported": Kind(
         501,
         "Idempotency-Key not supported",
         "The request has the header Idempotency-Key, which this version does not support: a "
-        "repetition would be a second task. Leave the header out. Nothing was done.",
+        "repeated request would submit a second task. Remove the header. Nothing was done.",
     ),
     "not-implemented": Kind(
         501,
         "Not implemented",
-        "The request asks for a part of HTTP that this server does not have: a tunnel (CONNECT), "
-        "or a transfer coding other than chunked.",
+        "The request uses a part of HTTP that this server does not support: a tunnel (CONNECT) or "
+        "a transfer coding other than chunked.",
     ),
     "unavailable": Kind(
         StoreUnavailable.http_status,
         "Unavailable",
-        "The database cannot serve now; try again after Retry-After seconds. If the connection "
-        "to it broke during a submission, that task may have been stored all the same.",
+        "The database is unavailable; try again after Retry-After seconds. If the connection to "
+        "it broke during a submission, that task may have been stored nevertheless.",
     ),
     "schema-mismatch": Kind(
         SchemaMismatch.http_status,
         "Wrong database schema",
-        "The database's schema does not serve this version: migrate, or deploy a newer version.",
+        "The database schema does not fit this version: migrate it, or deploy a newer version.",
     ),
     "http-version": Kind(
-        505, "HTTP version not supported", "The server speaks HTTP/1.1 and HTTP/1.0."
+        505, "HTTP version not supported", "The server supports HTTP/1.1 and HTTP/1.0."
     ),
 }
 
@@ -156,21 +157,25 @@ def problem(
     **members: str,
 ) -> Response:
     """
-    A problem document of one of `KINDS` about a request for `path`, None if it is unknown.
+    The response with a problem of one of `KINDS`.
+
+    Args:
+        path: The request's; None if it could not be read.
+        members: Further members of the document.
     """
     return _response(_document(kind, detail, path, (), **members), headers)
 
 
 def invalid_problem(error: InvalidDocument | InvalidQuery, path: str) -> Response:
     """
-    The response that points to the wrong places of a request for `path`.
+    The response that points to the errors of a request for `path`.
     """
     return _response(invalid_document(error, path))
 
 
 def invalid_document(error: InvalidDocument | InvalidQuery, path: str) -> dict[str, Any]:
     """
-    The problem document that points to the wrong places of a request for `path`.
+    The problem document that points to the errors of a request for `path`.
     """
     if isinstance(error, InvalidQuery):
         entries = [{"parameter": name, "detail": text} for name, text in error.errors]
@@ -180,9 +185,9 @@ def invalid_document(error: InvalidDocument | InvalidQuery, path: str) -> dict[s
     detail = _cut(f"{place} {entries[0]['detail']}.")
     if error.count > len(entries):
         listed = f"the first {len(entries)} are in" if len(entries) > 1 else "this one is in"
-        detail += f" (One of {error.count} faults; {listed} `errors`.)"
+        detail += f" (One of {error.count} errors; {listed} `errors`.)"
     elif len(entries) > 1:
-        detail += f" (One of {error.count} faults; see `errors`.)"
+        detail += f" (One of {error.count} errors; see `errors`.)"
     return _document(error.problem_type, detail, path, entries)
 
 
@@ -214,7 +219,7 @@ def _response(document: dict[str, Any], headers: Mapping[str, str] | None = None
 
 def as_json(document: Any) -> bytes:
     """
-    JSON in UTF-8; half a surrogate pair, which a pointer may quote, becomes "?".
+    JSON in UTF-8; half of a surrogate pair, which a pointer may quote, becomes "?".
     """
     return json.dumps(document, ensure_ascii=False).encode(errors="replace")
 

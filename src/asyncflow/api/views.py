@@ -1,7 +1,7 @@
 """
 Rows of the store as the shapes of `wire`.
 
-Payload and result are JSON text in the database and go out as they are: parsing and writing
+Payload and result are JSON text in the database and are sent as they are: parsing and writing
 them again would cost time and, for a deeply nested result, fail.
 """
 
@@ -37,8 +37,8 @@ def submitted_json(task: NewTask, submitted: Submitted) -> str:
     """
     A `wire.SubmittedTask` as JSON text.
 
-    Written by hand, because it is written for every task: that takes a third of the time the
-    model takes. Nothing in it needs escaping: names and queues are of a small alphabet.
+    Written by hand, as every submission needs it: that takes a third of the model's time. Nothing
+    in it needs escaping: names and queues have a small alphabet.
     """
     created_at = rfc3339(submitted.created_at)
     run_at = created_at

@@ -18,6 +18,7 @@ from asyncflow.urls import address
 
 if TYPE_CHECKING:
     # Each process imports only what it runs: a worker starts without the web framework.
+    from starlette.types import ASGIApp
     from uvicorn import Config, Server
 
 BACKLOG = 2_048
@@ -35,11 +36,8 @@ async def serve_api(settings: Settings) -> None:
     from importlib.metadata import version
     from ipaddress import ip_address
 
-    import uvicorn
-
     from asyncflow.api.app import create_app
     from asyncflow.api.catalogue import Catalogue
-    from asyncflow.api.front.protocol import BoundedProtocol
     from asyncflow.maintenance.watch import MaintenanceWatch
     from asyncflow.store.wakeups import Waker
 
@@ -49,10 +47,7 @@ async def serve_api(settings: Settings) -> None:
         stop_signals(settings) as stop,
     ):
         await until_fit(db, settings, stop)
-        async with (
-            Catalogue(db) as catalogue,
-            MaintenanceWatch(db),
-        ):
+        async with Catalogue(db) as catalogue, MaintenanceWatch(db):
             waker = Waker(db)
             app = create_app(
                 db=db,
@@ -61,33 +56,18 @@ async def serve_api(settings: Settings) -> None:
                 waker=waker,
                 version=version("asyncflow"),
             )
-            config = uvicorn.Config(
-                app,
-                loop="none",
-                http=BoundedProtocol,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,  # The client's address is not used.
-                server_header=False,
-                date_header=False,
-                timeout_keep_alive=settings.api_keep_alive_seconds,  # type: ignore[arg-type]
-                backlog=BACKLOG,
-                timeout_graceful_shutdown=int(settings.shutdown_grace_seconds),
-            )
-            server = _server(config)
+            server = _server(_config(app, settings))
             stop.on_first = lambda: setattr(server, "should_exit", True)
             stop.on_second = lambda: setattr(server, "force_exit", True)
             if not stop.asked:
-                # Before the event. Several sockets may bind to one port; only one can listen.
+                # Before the log says so: until one listens, several sockets may be bound to a port.
                 with _address_free(settings.api_host, settings.api_port):
                     listening.listen(BACKLOG)
                 url = f"http://{address(settings.api_host, settings.api_port)}"
                 events.process_started(url=url)
                 if not ip_address(listening.getsockname()[0]).is_loopback:
                     events.api_unprotected(host=settings.api_host)
-                # What is loaded by now stays. Otherwise the garbage collector would scan it every
+                # What is loaded by now stays. The garbage collector would search it again every
                 # few seconds, and all requests would wait for 20 ms.
                 gc.freeze()
                 await server.serve(sockets=[listening])
@@ -95,12 +75,34 @@ async def serve_api(settings: Settings) -> None:
     events.process_stopped()
 
 
+def _config(app: ASGIApp, settings: Settings) -> Config:
+    from uvicorn import Config
+
+    from asyncflow.api.front.protocol import BoundedProtocol
+
+    return Config(
+        app,
+        loop="none",
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # The source address of a request is not used.
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=settings.api_keep_alive_seconds,  # type: ignore[arg-type]
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=int(settings.shutdown_grace_seconds),
+    )
+
+
 def _server(config: Config) -> Server:
     from uvicorn import Server
 
     class OurServer(Server):
-        # Uvicorn would catch the signals itself and, once done, let them kill the process;
-        # ours ends with exit status 0.
+        # Uvicorn would catch the signals itself and, once done, let them kill the process. This
+        # one exits with 0.
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield

@@ -29,8 +29,8 @@ class TaskQuery(BaseModel):
     status: list[Annotated[Status, BeforeValidator(_in_capitals)]] = Field(
         default=[], description="Case-insensitive. Repeat it to match any of several statuses."
     )
-    name: Name | None = None
-    queue: Name | None = None
+    name: Name | None = Field(default=None, description="Only tasks with this name.")
+    queue: Name | None = Field(default=None, description="Only tasks in this queue.")
     cursor: str | None = Field(
         default=None,
         pattern=CURSOR_PATTERN,

@@ -1,8 +1,8 @@
 """
-What must hold for the head of a request beyond what the parser checks, so that everyone who reads
-it reads the same request (RFC 9112): us, and whatever stands before us.
+The rules for the head of a request beyond those that the parser checks, so that we and every proxy
+before us read the same request (RFC 9112).
 
-Pure: `protocol` reads heads, asks here, and answers.
+Pure functions: `protocol` reads heads, applies the rules, and answers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import re
 from asyncflow.errors import Refusal
 
 TARGET_BYTES_MAX = 32 * 1024
-"""Path and query of a request, in bytes."""
+"""Longest path and query of a request."""
 
 Headers = list[tuple[bytes, bytes]]
 """Names in lower case."""
 
-# A second line of these would be a second meaning. Two lengths are refused by the parser.
+# Two lines of one of these could be read in two ways. The parser refuses two lengths itself.
 _ONCE = frozenset(
     (
         b"authorization",
@@ -47,7 +47,7 @@ def check_head(target: bytes, version: str, headers: Headers) -> bytes:
     if version != "1.1":
         _check_old_version(version, by_name)
     elif b"host" not in by_name:
-        raise malformed("there is no Host header")
+        raise malformed("the Host header is missing")
     if b"transfer-encoding" in by_name:
         _check_coding(by_name[b"transfer-encoding"])
     if not target.startswith(b"/"):
@@ -59,14 +59,14 @@ def check_head(target: bytes, version: str, headers: Headers) -> bytes:
 
 def head_bytes(target: bytes, headers: Headers) -> int:
     """
-    The size of a head, to within a few bytes.
+    The approximate size of a head.
     """
     return len(target) + sum(len(name) + len(value) + 4 for name, value in headers)
 
 
 def head_without_offer(method: bytes, target: bytes, version: str, headers: Headers) -> bytes:
     """
-    The head again, but for an offer to upgrade to another protocol.
+    The head, without its offer to upgrade to another protocol.
     """
     lines = [b"%b %b HTTP/%b" % (method, target, version.encode())]
     lines += [b"%b: %b" % header for header in headers if header[0] != b"upgrade"]
@@ -75,7 +75,7 @@ def head_without_offer(method: bytes, target: bytes, version: str, headers: Head
 
 def malformed(reason: str) -> Refusal:
     """
-    400, with a reason that ends the sentence.
+    400, with the reason, which completes a sentence.
     """
     return Refusal("malformed-request", f"The request is not valid HTTP/1.1: {reason}.")
 
@@ -84,7 +84,7 @@ def _check_repetitions(headers: Headers) -> None:
     seen: set[bytes] = set()
     for name, _ in headers:
         if name in seen and name in _ONCE:
-            raise malformed(f"there is more than one {name.decode().title()} header")
+            raise malformed(f"it has more than one {name.decode().title()} header")
         seen.add(name)
 
 
@@ -97,9 +97,9 @@ def _check_old_version(version: str, by_name: dict[bytes, bytes]) -> None:
 
 def unknown_version() -> Refusal:
     """
-    505: not even the rest of the head can be understood.
+    505: the rest of the head cannot be interpreted.
     """
-    return Refusal("http-version", "This server speaks HTTP/1.1 and HTTP/1.0.")
+    return Refusal("http-version", "This server supports HTTP/1.1 and HTTP/1.0.")
 
 
 def _check_coding(coding: bytes) -> None:
@@ -108,7 +108,7 @@ def _check_coding(coding: bytes) -> None:
         return
     if coding.rpartition(b",")[2].strip() != b"chunked":
         raise malformed("its Transfer-Encoding does not end in chunked")
-    raise Refusal("not-implemented", "The only Transfer-Encoding that is understood is chunked.")
+    raise Refusal("not-implemented", "The only supported Transfer-Encoding is chunked.")
 
 
 def _without_host(target: bytes, headers: Headers) -> bytes:

@@ -1,20 +1,23 @@
 """
-uvicorn's HTTP protocol with what it lacks: bounds, one reading of every request, and problem
-documents. And one saving: answers leave in one piece.
+uvicorn's HTTP protocol with what it lacks: limits, one reading of every request, and problem
+documents.
 
-**Bounds**: how long the head of a request may take to arrive, how large it may be, and how long a
+**Limits**: how long the head of a request may take to arrive, how large it may be, and how long a
 client may leave its answers unread. Without them a few hundred sockets that send one header byte
-every few seconds block a server indefinitely ("slowloris"), and so do those that read nothing;
-one that sends headers without end fills its memory. Bodies have their bounds in `body`. Idle
-connections are uvicorn's own `timeout_keep_alive`, as long as they say nothing at all.
+every few seconds block a server indefinitely ("slowloris"), and so do sockets that read nothing; a
+client that never ends its headers fills the server's memory. Bodies have their limits in `limits`.
+Idle connections end by uvicorn's own `timeout_keep_alive`, as long as they send nothing at all.
 
 **One reading**: every request gets one answer, in its turn, and no byte of a body is ever read as
-a request, nor the reverse. The parser takes an offer to upgrade (and CONNECT) for the end of HTTP,
-skips the body and reads what follows as the next request; uvicorn answers a request it cannot read
-at once, before those that were sent earlier, and goes on reading after a final answer to
-`Expect: 100-continue`, when it is unknown whether the body comes. Here an offer is ignored, as
-RFC 9110 7.8 wants it: its head is read a second time, without it. What cannot be read is answered
-in its turn, and nothing is read after it.
+a request, nor the reverse.
+
+- To the parser an offer to upgrade (or CONNECT) is the end of HTTP: it skips the body and reads
+  what follows as the next request. Here an offer is ignored, as RFC 9110 7.8 allows: its head is
+  read a second time, without the offer.
+- uvicorn answers a request that it cannot read immediately, before those that were sent earlier.
+  Here it is answered in its turn, and nothing is read after it.
+- uvicorn goes on reading after a final answer to `Expect: 100-continue`, when it is unknown
+  whether the body will come. Here the connection ends.
 """
 
 from __future__ import annotations
@@ -36,14 +39,12 @@ from asyncflow.api.front.head import (
     malformed,
     unknown_version,
 )
+from asyncflow.api.front.writes import JoinedWrites
 from asyncflow.api.problems import problem
 from asyncflow.errors import Refusal
 
-LINGER_SECONDS = 1.0
-"""How long what a refused client still sends is thrown away, so that it reads why."""
-
-# Words of the parser, which has no codes for them.
-_VERSION_FAULTS = ("Invalid HTTP version", "Pause on PRI/Upgrade")
+# The parser has no codes for its errors.
+_VERSION_ERRORS = ("Invalid HTTP version", "Pause on PRI/Upgrade")
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -69,13 +70,13 @@ class BoundedProtocol(HttpToolsProtocol):
     _read_bytes = 0
     _reads_no_more = False
     _unread_timer: asyncio.TimerHandle | None = None
-    _writes: _JoinedWrites
+    _writes: JoinedWrites
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """
-        A connection that never says anything must not stay, either.
+        Limit the time to the first head, too: a connection may never send anything.
         """
-        self._writes = _JoinedWrites(
+        self._writes = JoinedWrites(
             transport, self.loop, unread_seconds_max=self.unread_seconds_max
         )
         super().connection_made(cast(asyncio.Transport, self._writes))
@@ -83,7 +84,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """
-        Count bytes and seconds while a head is incomplete; most come whole.
+        Count bytes and seconds while a head is incomplete; most arrive whole.
         """
         if self._reads_no_more:
             return
@@ -107,8 +108,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._limit_head()
 
     def _read_without_offers(self, data: memoryview, at: int | None) -> None:
-        # The parser has taken a head that offers an upgrade for the last one, and `data` from `at`
-        # on for another protocol. A fresh parser knows of neither.
+        # To the parser, a head that offers an upgrade is the last one, and `data` from `at` on is
+        # another protocol. A new parser reads both as HTTP.
         while at is not None:
             head = head_without_offer(
                 self.parser.get_method(), self.url, self.parser.get_http_version(), self.headers
@@ -132,7 +133,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return None
 
     def _should_upgrade(self) -> bool:
-        # uvicorn asks if there is an offer, and then begins nothing. See `_read_without_offers`.
+        # uvicorn asks after an offer, and then starts no request. See `_read_without_offers`.
         return True
 
     def on_message_begin(self) -> None:
@@ -152,18 +153,19 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.url) > TARGET_BYTES_MAX:
             raise Refusal(
                 "target-too-long",
-                f"Path and query are too long; at most {TARGET_BYTES_MAX} bytes are taken.",
+                f"Path and query are too long; at most {TARGET_BYTES_MAX} bytes are accepted.",
             )
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """
-        What follows a chunked body is no part of the head: a proxy before us has not seen it.
+        One header. Those behind a chunked body are not part of the head: a proxy before us has
+        not seen them.
         """
         name = name.lower()
         if not self._head_expected:
-            # Only the parser would obey, and read nothing more.
+            # The parser alone would obey it, and read nothing more.
             if name in (b"connection", b"proxy-connection"):
-                raise malformed("there is a Connection header behind the body")
+                raise malformed("a Connection header follows the body")
             return
         value = value.rstrip()
         if name == b"expect" and value.lower() == b"100-continue":
@@ -176,12 +178,14 @@ class BoundedProtocol(HttpToolsProtocol):
         """
         read = self._read_bytes
         if self._head_bytes != -read or read > self.head_bytes_max:
-            # It came in several pieces or in a large one, so it may be large.
+            # It came in several pieces or in a large one, so it may be too large.
             if head_bytes(self.url, self.headers) > self.head_bytes_max:
                 raise self._too_large()
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise Refusal("not-implemented", "This server is not a proxy: it has no CONNECT.")
+                raise Refusal(
+                    "not-implemented", "This server is not a proxy: it does not support CONNECT."
+                )
             return
         version = self.parser.get_http_version()
         self.url = check_head(self.url, version, self.headers)
@@ -189,12 +193,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._begin(version)
 
     def _begin(self, version: str) -> None:
-        # What uvicorn's own does after a head, but for what we have no use for.
+        # What uvicorn does after a head, without the parts that AsyncFlow does not use.
         scope = self.scope
         scope["method"] = self.parser.get_method().decode("ascii")
         if version != "1.1":
             scope["http_version"] = version
-            self.expect_100_continue = False  # Its clients know no answer before the answer.
+            self.expect_100_continue = False  # HTTP/1.0 has no interim answers.
         url = httptools.parse_url(self.url)
         path = url.path.decode("ascii")
         scope["path"] = unquote(path) if "%" in path else path
@@ -227,8 +231,8 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _ending_if_unasked(self, cycle: RequestResponseCycle, app: Any) -> Any:
-        # Who is answered without having been asked for its body may send it or leave it. Only the
-        # end of the connection tells what comes next.
+        # A client that is answered before it was asked for its body may send it or not. What comes
+        # next is ambiguous, so the connection ends.
         async def asking(scope: Scope, receive: Receive, send: Send) -> None:
             async def sending(message: Message) -> None:
                 if cycle.waiting_for_100_continue and cycle.more_body:
@@ -242,11 +246,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """
-        The client sends no more; it gets the answers to what it sent whole.
+        The client sends no more; its complete requests are still answered.
         """
         self._writes.lingers = False
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
-            self.transport.close()  # Not by the event loop, which knows less of what was written.
+            # Closing is not left to the event loop, which does not know what is still unwritten.
+            self.transport.close()
             return None
         self._head_ended()
         self._reads_no_more = True
@@ -255,7 +260,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         """
-        The client does not read as fast as we answer.
+        The client reads more slowly than we answer.
         """
         super().pause_writing()
         if self._unread_timer is None:
@@ -263,17 +268,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         """
-        It has read most of it.
+        The client has read most of it.
         """
-        self._reading_awaited_no_more()
+        self._stop_unread_timer()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """
-        Nothing is awaited any more.
+        Stop the timers.
         """
         self._head_ended()
-        self._reading_awaited_no_more()
+        self._stop_unread_timer()
         super().connection_lost(exc)
 
     def _limit_head(self) -> None:
@@ -297,7 +302,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _reading_awaited_no_more(self) -> None:
+    def _stop_unread_timer(self) -> None:
         if self._unread_timer is not None:
             self._unread_timer.cancel()
             self._unread_timer = None
@@ -305,7 +310,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _too_large(self) -> Refusal:
         return Refusal(
             "head-too-large",
-            f"The headers are too large; at most {self.head_bytes_max} bytes are taken.",
+            f"The headers are too large; at most {self.head_bytes_max} bytes are accepted.",
         )
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -322,7 +327,7 @@ class BoundedProtocol(HttpToolsProtocol):
         earlier = self.cycle is not None and not self.cycle.response_complete
         if not is_in_head:
             if self.cycle.response_started:
-                # It has its answer; a second one would be taken for the next request's.
+                # It has its answer; a second one would be read as the answer to the next request.
                 self.cycle.keep_alive = False
                 if self.cycle.response_complete:
                     self.transport.close()
@@ -343,76 +348,19 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @staticmethod
     def _answer(refusal: Refusal) -> Any:
-        # Of a request that cannot be read, the path may be half a path.
+        # The path of a request that cannot be read may be incomplete.
         answer = problem(refusal.problem_type, str(refusal), None, headers=refusal.headers)
         answer.raw_headers += HEADERS
         return answer
 
 
 def _refusal_for(error: httptools.HttpParserError) -> Refusal:
-    # What a callback raised is the parser's context.
+    # The parser raises its own error, with that of our callback as its context.
     if isinstance(error.__context__, Refusal):
         return error.__context__
     reason = str(error)
-    if reason in _VERSION_FAULTS:
+    if reason in _VERSION_ERRORS:
         return unknown_version()
     if isinstance(error, httptools.HttpParserCallbackError):
         reason = "its target cannot be read"
     return malformed(reason[:1].lower() + reason[1:])
-
-
-class _JoinedWrites:
-    """
-    A transport that sends together what is written in one turn of the event loop.
-
-    uvicorn writes the head and the body of an answer apart. Each write is a system call that
-    wakes the client: a tenth of the API's CPU per submission goes into the second one.
-
-    Attributes:
-        lingers: Whether the client may still be sending when the connection closes: it would find
-            it reset, and might never read the answer.
-    """
-
-    def __init__(
-        self,
-        transport: asyncio.Transport,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        unread_seconds_max: float,
-    ) -> None:
-        self.lingers = False
-        self._transport = transport
-        self._loop = loop
-        self._unread_seconds_max = unread_seconds_max
-        self._written: list[bytes] = []
-        self._is_closing = False
-
-    def write(self, data: bytes) -> None:
-        if not self._written:
-            self._loop.call_soon(self._flush)
-        self._written.append(data)
-
-    def is_closing(self) -> bool:
-        return self._is_closing or self._transport.is_closing()
-
-    def close(self) -> None:
-        self._flush()
-        self._is_closing = True
-        if self.lingers and not self._transport.is_closing():
-            self.lingers = False
-            self._transport.write_eof()
-            self._loop.call_later(LINGER_SECONDS, self.close)
-            return
-        self._transport.close()
-        if self._transport.get_write_buffer_size():
-            # It closes once the client has read everything, which may be never.
-            self._loop.call_later(self._unread_seconds_max, self._transport.abort)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def _flush(self) -> None:
-        written, self._written = self._written, []
-        # The client may have left since it was written.
-        if written and not self.is_closing():
-            self._transport.write(b"".join(written))

@@ -1,8 +1,9 @@
 """
 The page at /docs: `openapi.json` for people, in one HTML file, one script and one style sheet.
 
-Served by ourselves, so that it works offline and under a Content-Security-Policy that lets
-nothing in from elsewhere. `/problems/{kind}` explains the kinds of problems.
+They are part of the package, so that the page works offline and under a strict
+Content-Security-Policy. `/problems/{kind}` explains the kinds of problems. Why this is not Redoc
+or Scalar: see docs/internals/decisions.md.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ASSETS = {
 
 async def go_to_docs(request: Request) -> Response:
     """
-    Lead people who open the server's address to the docs page.
+    Send people who open the server's address to the docs page.
     """
     return RedirectResponse(f"{request.scope.get('root_path', '')}/docs", 307)
 
@@ -42,7 +43,7 @@ async def explain_problem(request: Request) -> Response:
     """
     kind = KINDS.get(request.path_params["kind"])
     if kind is None:
-        raise Refusal("not-found", f"There is no problem of this kind; there are {_kinds()}.")
+        raise Refusal("not-found", f"No problem of this kind; the kinds are {_kinds()}.")
     return PlainTextResponse(f"{kind.title} (HTTP {kind.status})\n\n{kind.meaning}\n")
 
 

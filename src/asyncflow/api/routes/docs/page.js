@@ -132,7 +132,7 @@ function told(description, operation) {
         parameter.required))));
   }
   if (operation.requestBody) parts.push(node("h4", {}, "Body"), fields(description, bodySchema(description, operation)));
-  parts.push(node("h4", {}, "Answers"), answers(operation));
+  parts.push(node("h4", {}, "Responses"), answers(operation));
   return node("div", { class: "told" }, parts);
 }
 
@@ -151,7 +151,7 @@ function panel(description, operation) {
   const shape = answer.content?.["application/json"]?.schema;
   const command = curl(operation, body);
   const result = node("pre", {}, shape ? JSON.stringify(description.example(shape), null, 2) : "");
-  const heading = node("header", {}, node("span", {}, "Answer, for example"), node("span", { class: "status good" }, status));
+  const heading = node("header", {}, node("span", {}, "Example response"), node("span", { class: "status good" }, status));
   const made = node("aside", { class: "panel", "aria-label": `Example: ${operation.summary}` },
     node("header", {}, node("span", {}, "Request"),
       node("button", { class: "link", type: "button", onclick: () => navigator.clipboard?.writeText(command) }, "Copy")),
@@ -171,7 +171,7 @@ function tryIt(operation, body, heading, result) {
   const send = async (event) => {
     event.preventDefault();
     const [status, content] = await request(operation, inputs, text?.value);
-    heading.replaceChildren(node("span", {}, "Answer"),
+    heading.replaceChildren(node("span", {}, "Response"),
       node("span", { class: `status ${status < 400 ? "good" : "bad"}` }, String(status || "failed")));
     result.textContent = content;
   };
@@ -226,7 +226,7 @@ function contents(description) {
   ]);
   return [node("div", { class: "brand" }, info.title, node("small", {}, info.version)), groups,
     node("h2", {}, "reference"),
-    node("a", { href: "#problems" }, "Problems"), node("a", { href: "#shapes" }, "Shapes"),
+    node("a", { href: "#problems" }, "Problems"), node("a", { href: "#shapes" }, "Schemas"),
     node("a", { class: "plain", href: "openapi.json" }, "openapi.json")];
 }
 
@@ -240,9 +240,9 @@ function reference(description) {
   return [
     node("h1", {}, `${info.title} HTTP API`), node("p", { class: "lead" }, prose(info.description)), groups,
     node("h2", { class: "group", id: "problems" }, "Problems"),
-    node("p", { class: "quiet" }, "What the ", node("code", {}, "type"), " of a problem document can be."),
+    node("p", { class: "quiet" }, "The values of ", node("code", {}, "type"), " in a problem document."),
     node("dl", { class: "fields shape" }, Object.entries(problems ?? {}).map(problemSection)),
-    node("h2", { class: "group", id: "shapes" }, "Shapes"),
+    node("h2", { class: "group", id: "shapes" }, "Schemas"),
     Object.entries(description.schemas).filter(([, schema]) => schema.properties).map((entry) => shapeSection(description, entry)),
   ];
 }
@@ -255,7 +255,7 @@ async function draw() {
     main.replaceChildren(...reference(description).flat(3));
     if (location.hash) document.getElementById(location.hash.slice(1))?.scrollIntoView();
   } catch (error) {
-    main.replaceChildren(node("p", {}, `The description could not be read: ${error.message}`));
+    main.replaceChildren(node("p", {}, `The API description could not be loaded: ${error.message}`));
   }
 }
 
