@@ -1,9 +1,9 @@
 """
-What an attempt came to, and what should happen next.
+How an attempt ended, and what follows.
 
-`Outcome` is what running a handler produced, told by `worker/isolation`. `decide` turns it
-into a `Settlement`, the one transition that will be written. Pure: no clock, no I/O, and the
-random number is an argument.
+`Outcome` is the result of running a handler, as `worker/isolation` reports it. `decide` turns it
+into a `Settlement`, the one transition that is written. Pure: no clock, no I/O, and the random
+number is an argument.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from asyncflow.domain.states import Event
 @dataclass(frozen=True, slots=True)
 class Failure:
     """
-    Why an attempt did not complete, for people.
+    Why an attempt did not complete, for humans.
 
     Attributes:
-        kind: A stable word: an exception's qualified name, or one of ours such as `TimedOut`.
-        message: One or a few sentences; never longer than 4 KB.
+        kind: A stable identifier: an exception's qualified name, or one of ours such as `TimedOut`.
+        message: One or a few sentences, at most 4 KB.
         traceback: The handler's traceback, at most 16 KB; None if there is none.
     """
 
@@ -48,7 +48,7 @@ class Failed:
     Attributes:
         retryable: False ends the task now: a rejection, an exception listed in
             `never_retry`, a payload or result that can never be right.
-        after_seconds: The delay the handler asked for; None lets the backoff decide.
+        after_seconds: The delay that the handler asked for; None lets the backoff decide.
     """
 
     failure: Failure
@@ -61,8 +61,8 @@ class Crashed:
     """
     The process that ran the handler died, or its lease was lost.
 
-    Punished like a failure, so that a poison task ends as failed; but the first crash
-    retries at once, since most often the machine was at fault and not the task.
+    Charged like a failure, so that a poison task ends as failed; but the first crash is retried
+    immediately, since most often the machine was at fault and not the task.
     """
 
     failure: Failure
@@ -71,7 +71,7 @@ class Crashed:
 @dataclass(frozen=True, slots=True)
 class Cancelled:
     """
-    A cancellation was asked for and the handler has stopped.
+    The task was to be cancelled, and the handler has stopped.
     """
 
     failure: Failure
@@ -80,7 +80,7 @@ class Cancelled:
 @dataclass(frozen=True, slots=True)
 class Released:
     """
-    The worker gives the task back unpunished, for example at shutdown.
+    The worker puts the task back without charging it, for example at shutdown.
     """
 
 
@@ -102,7 +102,7 @@ three are also the states that the task ends in.
 
 class Settlement(NamedTuple):
     """
-    The transition an attempt ends with.
+    The transition with which an attempt ends.
 
     Attributes:
         event: COMPLETE, FAIL, RETRY, RELEASE or CANCEL.

@@ -1,8 +1,8 @@
 """
-How a task is treated unless its submitter says otherwise.
+How a task is handled unless its submission says otherwise.
 
-A handler declares a `Policy`; workers publish it, and the API fills in what a submission
-leaves open. Bounds of every number live here, once.
+A handler declares a `Policy`; it applies where a submission leaves something open. The bounds of
+every number are here, once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from asyncflow.domain.retry import Backoff
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
-"""What a handler's, task's or queue's name may look like; matched whole."""
+"""A valid name of a handler, task or queue; matched as a whole."""
 
 PRIORITY_LOWEST, PRIORITY_DEFAULT, PRIORITY_HIGHEST = 0, 4, 9
 """Higher goes first. RabbitMQ 4.0 treats 0-4 as normal and 5-9 as high; 4.3 orders all ten."""
@@ -26,13 +26,13 @@ DELAY_SECONDS_MAX = 400 * 86_400.0
 @dataclass(frozen=True, slots=True)
 class Policy:
     """
-    The treatment a handler asks for its tasks.
+    The settings of a handler for its tasks.
 
     Attributes:
-        queue: Where its tasks wait.
-        max_attempts: How many failed attempts end a task, 1 to 1000.
-        timeout_seconds: How long one attempt may take, up to 7 days.
-        backoff: The waits between attempts.
+        queue: The queue of its tasks.
+        max_attempts: The number of failures that ends a task, 1 to 1000.
+        timeout_seconds: Time limit of one attempt, up to 7 days.
+        backoff: The delays between attempts.
     """
 
     queue: str = "default"
@@ -42,12 +42,14 @@ class Policy:
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.queue):
-            raise ValueError(f"queue {self.queue!r}: use 1 to 128 of A-Z a-z 0-9 . _ -")
+            raise ValueError(
+                f"invalid queue name {self.queue!r}: 1-128 characters from [A-Za-z0-9._-]"
+            )
         if not 1 <= self.max_attempts <= MAX_ATTEMPTS_BOUND:
-            raise ValueError(f"max_attempts={self.max_attempts}: it must lie in 1 … 1000.")
+            raise ValueError(f"max_attempts={self.max_attempts} must be between 1 and 1,000")
         if not TIMEOUT_SECONDS_MIN <= self.timeout_seconds <= TIMEOUT_SECONDS_MAX:
             raise ValueError(
-                f"timeout_seconds={self.timeout_seconds}: it must lie in 0.001 … 604800 (7 days)."
+                f"timeout_seconds={self.timeout_seconds} must be between 0.001 and 604,800 (7 days)"
             )
 
 

@@ -2,13 +2,13 @@
 A task: as it is submitted, as it is stored, and as a worker claims it. A task's columns are
 declared here, once.
 
-What `NewTask` has is inserted; what `Task` has is read back and shown; what `Claim` has goes to
-the worker, and to the handler by its `Context`. SQL, JSON and the command line derive from these
-three (`store.columns`, `api.views`). So a new column is a line in those that shall carry it, and
-a migration.
+The fields of `NewTask` are inserted; those of `Task` are read back and shown; those of `Claim` go
+to the worker, and to the handler by its `Context`. SQL, JSON and the command line derive from these
+three (`store.columns`, `api.views`), so a new column is a migration and a line in each of the three
+that is to carry it.
 
 The id is a UUIDv7 (RFC 9562 §5.7), so that ids sort by submission and inserts touch the right
-edge of every index. It tells when a task was submitted and nothing else.
+edge of every index. It reveals when a task was submitted and nothing else.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Task:
     A task's row, read at one moment of the database's clock.
 
     Attributes:
-        status: What people call its state; see `states.display_status`.
+        status: Its state as users see it; see `states.display_status`.
         failure: Of the latest attempt that failed: `{kind, message, traceback}`.
         progress: `{fraction, message}` as the latest attempt reported it, complete once the task
             is; None if it reported none.
@@ -99,7 +99,7 @@ class Task:
 
 
 COMPUTED = frozenset({"status", "waiting_for", "attempts"})
-"""What of `Task` is no column of its row. Columns with a default are left out of lists."""
+"""Fields of `Task` that are not columns. Columns with a default are left out of lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class Claim(NamedTuple):
     Attributes:
         task_id: Its `id`.
         attempt: 1 for the first claim of the task, over all generations.
-        failures: Punished attempts before this one, in this generation.
+        failures: Failures charged before this attempt, in this generation.
         payload: JSON text.
         claimed_at: Its `started_at`, by the database's clock.
     """

@@ -3,8 +3,8 @@ Claiming tasks, and reporting their progress under the claim.
 
 A claim moves a task to `running` and stamps it with a `lease_id`, one fresh UUID per claim
 statement. Every later write of the attempt guards ``state = 'running' AND lease_id = …``. A
-worker whose lease was taken away, because it died, hung or was cut off, therefore updates
-zero rows: its result is void, and it learns so.
+worker that lost its lease, because it died, hung or was cut off, therefore updates zero rows and
+learns that its result is void.
 
 The lease has no expiry of its own. It lives as long as its worker is alive, which is one
 heartbeat row per worker (`store.workers`); `store.upkeep` finds the leases of dead workers,
@@ -25,7 +25,7 @@ from asyncflow.store.database import Executor
 
 class Offer(NamedTuple):
     """
-    A handler name a worker can run, with what its policy says if the task does not.
+    A handler name that a worker can run, with its policy for tasks that leave it open.
     """
 
     name: str
@@ -117,12 +117,12 @@ CLAIM_HINTED = f"""
         SELECT t.id
           FROM asyncflow.tasks t
          WHERE t.id = ANY ($6)
-           -- `pending` too: a hint may overtake the relay's note that it was sent.
+           -- `pending` too: a hint may arrive before the relay marks its task.
            AND t.state IN ('pending', 'queued')
            AND {admission.may_start(names="$3")}
            AND NOT {admission.is_paused("t.queue")}
          ORDER BY t.id
-           -- Waits for locked rows: the relay may be noting just now that it sent this hint.
+           -- Waits for locked rows: the relay may be marking this task just now.
            FOR UPDATE OF t)
     {_TAKE_CHOSEN}
 """
@@ -137,10 +137,9 @@ async def claim_hinted(
     offers: Sequence[Offer],
 ) -> list[Claim]:
     """
-    Take those of `task_ids` that may run now; the hints came through RabbitMQ.
+    Take the tasks among `task_ids` that may start now; their hints came through RabbitMQ.
 
-    Safe for any id at any time: only one caller wins, and a task that is running,
-    finished, paused, not due, or of a name not offered is left alone.
+    Safe for any id at any time: only one caller wins, and a task that may not start is left alone.
 
     Args:
         lease_id: Fresh for this call.
@@ -166,7 +165,7 @@ RECORD_PROGRESS = f"""
 
 async def record_progress(db: Executor, progress: Sequence[tuple[UUID, UUID, str]]) -> None:
     """
-    Show how far running attempts are: (task id, lease id, JSON text), once per task.
+    Write the progress of running attempts: (task id, lease id, JSON text), once per task.
     """
     ids, leases, texts = zip(*progress, strict=True)
     await db.execute(RECORD_PROGRESS, ids, leases, texts)

@@ -1,14 +1,14 @@
 """
 One bounded connection pool per process, with honest errors.
 
-`Database` runs single statements and short transactions. It retries what PostgreSQL rolled
-back for us (deadlocks, serialization failures) and turns every "cannot serve now" into
-`StoreUnavailable`, so that callers handle one name; `sqlstates` says what that is. It does not
-repeat a statement whose outcome is unknown: that is the caller's decision.
+`Database` runs single statements and short transactions. It retries statements that PostgreSQL
+rolled back (deadlocks, serialization failures) and turns every "cannot serve now" into
+`StoreUnavailable`, so that callers handle one error; `sqlstates` lists which errors those are. It
+never repeats a statement with an unknown outcome: that is the caller's decision.
 
-A firewall or a NAT may forget a connection without a word. So connections have TCP keepalives,
-which keep it from forgetting and find out soon if it does. And where one connection turns out to
-be dead, all that were open then are replaced: they went the same way.
+A firewall or a NAT may drop a connection silently. So connections have TCP keepalives, which
+prevent that, and detect it soon if it happens. And when one connection turns out to be dead, all
+connections that were open then are replaced: they took the same route.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ACQUIRE_SECONDS_MAX = 3.0
 """A request that has waited this long for a connection is better told to come back."""
 
 CANCEL_SHARE, CANCEL_SECONDS_MIN = 0.1, 0.5
-"""How much of its time a statement that takes too long leaves to PostgreSQL for ending it. A
-connection on which that is not confirmed is dead."""
+"""The share of a statement's time limit that PostgreSQL has to confirm its cancellation. A
+connection without that confirmation is dead."""
 
 KEEPALIVE = {
     "TCP_KEEPIDLE": 15,
@@ -41,7 +41,7 @@ KEEPALIVE = {
     "TCP_KEEPINTVL": 5,
     "TCP_KEEPCNT": 3,
 }
-"""In seconds; less than any firewall waits before it forgets a connection."""
+"""In seconds; less than the idle timeout of any firewall."""
 
 PLANNER = {
     "enable_seqscan": "off",
@@ -51,9 +51,9 @@ PLANNER = {
     "plan_cache_mode": "force_generic_plan",
     "jit": "off",
 }
-"""Every statement of ours has an index made for it, and the tables swing between empty and
-millions of rows faster than their statistics. A plan made while a table was empty would
-otherwise scan it for ever (measured: claims at 2 % of their rate).
+"""Every statement has an index made for it, and the tables swing between empty and millions of
+rows faster than their statistics. A plan made while a table was empty would otherwise scan the
+table as long as the connection lives (measured: claims at 2 % of their rate).
 
 For the same reason a statement about given tasks says ``t.id = ANY (…)`` instead of joining
 them: a join may be planned to read every running task and look for the few that are meant.
@@ -81,14 +81,14 @@ class Database:
     """
     The process's one way to PostgreSQL.
 
-    Opening does not connect; the first statement does, so that processes may start
-    before their database.
+    Opening does not connect; the first statement does, so that processes can start before their
+    database.
 
     Args:
         url: A `postgresql://` URL of the primary, see `dsn`.
-        size: Most connections at once.
-        timeout_seconds: Bound on waiting for a connection, and again on each statement, with
-            what it takes to end one that is too slow.
+        size: Maximum number of connections.
+        timeout_seconds: Limit on waiting for a connection, and again on each statement, including
+            the time to cancel one that is too slow.
         pooler: True when the DSN leads to PgBouncer in transaction mode: no prepared
             statements, no session settings.
         name: Shown in `pg_stat_activity`.
@@ -249,7 +249,7 @@ class Database:
 
     async def _expire(self, generation: int) -> None:
         """
-        Replace every connection as old as one that failed, unless somebody did already.
+        Replace every connection as old as one that failed, unless that has been done.
         """
         if generation == self._generation:
             self._generation += 1
@@ -257,8 +257,8 @@ class Database:
 
     async def _prepare(self, connection: Any) -> None:
         """
-        Keep this connection from forked children, and have the kernel end it soon after the other
-        end has gone without a word.
+        Keep this connection from forked children, and let the kernel close it soon after its other
+        end has vanished.
         """
         sock = connection._transport.get_extra_info("socket")
         if sock is None:
@@ -276,22 +276,22 @@ class Database:
 @contextmanager
 def translated_errors() -> Iterator[None]:
     """
-    Raise `StoreUnavailable` in place of the many ways in which PostgreSQL cannot serve, and
-    `StatementRefused` in place of errors that quote values; see `sqlstates`.
+    Raise `StoreUnavailable` for every way in which PostgreSQL cannot serve, and `StatementRefused`
+    for errors that quote values; see `sqlstates`.
     """
     try:
         yield
     except Exception as error:
-        kind = meaning_of(error)
-        if kind is None or kind is Meaning.BUG:
+        meaning = meaning_of(error)
+        if meaning is None or meaning is Meaning.BUG:
             raise
-        if kind is Meaning.REFUSED:
+        if meaning is Meaning.REFUSED:
             constraint = getattr(error, "constraint_name", None)
             raise StatementRefused(type(error).__name__, constraint=constraint) from None
-        raise _unavailable(error, kind) from error
+        raise _unavailable(error, meaning) from error
 
 
-def _unavailable(error: Exception, kind: Meaning) -> StoreUnavailable:
+def _unavailable(error: Exception, meaning: Meaning) -> StoreUnavailable:
     if not isinstance(error, asyncpg.PostgresError):
         return StoreUnavailable(
             f"PostgreSQL cannot serve now: {str(error) or type(error).__name__}"
@@ -299,7 +299,7 @@ def _unavailable(error: Exception, kind: Meaning) -> StoreUnavailable:
     # Without DETAIL, which may quote values.
     fact = str(error.args[0]) if error.args else type(error).__name__
     if "unsupported startup parameter" in fact:
-        # So PgBouncer refuses the settings that a connection of ours brings along.
+        # PgBouncer refuses the settings that our connections ask for.
         fact += " (behind PgBouncer, see ASYNCFLOW_DATABASE_POOLER)"
     elif error.sqlstate == NO_RIGHT:
         fact += "; `asyncflow grants` prints what a role needs"
@@ -309,7 +309,7 @@ def _unavailable(error: Exception, kind: Meaning) -> StoreUnavailable:
     return StoreUnavailable(
         f"PostgreSQL cannot serve now: {fact}",
         sqlstate=error.sqlstate,
-        session_lives=kind is not Meaning.RECONNECT and not is_fatal,
+        session_lives=meaning is not Meaning.RECONNECT and not is_fatal,
     )
 
 

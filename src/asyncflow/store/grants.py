@@ -1,6 +1,6 @@
 """
-The rights that API, workers, maintenance and the command line need, as SQL to be run by the role
-that migrates.
+The rights that API, workers, maintenance and the command line need, as SQL for the role that
+migrates.
 """
 
 from __future__ import annotations

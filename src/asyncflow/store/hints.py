@@ -1,6 +1,6 @@
 """
-Hints that go through RabbitMQ, as the rows of their tasks tell: which queues the relay may send
-for, which tasks are queued, which hints were lost.
+Hints in RabbitMQ, from the side of the rows: which queues the relay may send hints for, which
+tasks are queued, and which hints were lost.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from asyncflow.store.workers import HAS_NOT_ENDED
 
 class OpenQueue(NamedTuple):
     """
-    A queue that live workers consume and nobody paused.
+    A queue that live workers consume and that is not paused.
 
     Attributes:
-        names: The handler names some live worker offers on it.
-        slots: Attempts its live workers can run at once, together.
-        queued: Tasks on it that are queued now.
-        queued_since: From when on to count them next time: none that is queued was so before.
+        names: The handler names that its live workers offer.
+        slots: How many attempts its live workers can run at the same time, together.
+        queued: Its tasks that are queued now.
+        queued_since: Where to begin counting them next time: none of them was queued earlier.
     """
 
     name: str
@@ -34,7 +34,7 @@ class OpenQueue(NamedTuple):
     queued_since: datetime
 
 
-# $1 queues, $2 from when on to count: parallel arrays.
+# $1 queues, $2 where to begin counting: parallel arrays.
 OPEN_QUEUES = f"""
     -- in the order of `OpenQueue`
     SELECT open.queue, open.names, open.slots, hinted.count, hinted.since
@@ -49,7 +49,7 @@ OPEN_QUEUES = f"""
         ON counted.queue = open.queue
      CROSS JOIN LATERAL (
            SELECT count(*),
-                  -- A note that is being written now is a little older when it is there to see.
+                  -- A mark that is being written now becomes visible a little later.
                   least(min(t.queued_at), now()) - interval '15 seconds' AS since
              FROM asyncflow.tasks_live t
             WHERE {IS_QUEUED}                           -- index tasks_queued
@@ -64,11 +64,11 @@ async def open_queues(
     db: Executor, *, queued_since: Mapping[str, datetime] | None = None
 ) -> list[OpenQueue]:
     """
-    Every queue that tasks may be admitted to now.
+    Every queue that hints may be sent for now.
 
     Args:
-        queued_since: Per queue, count no task that was queued before. Beside an old transaction
-            the index has an entry for every task that was ever queued since it began.
+        queued_since: Per queue, count no task that was queued earlier. While an old transaction is
+            open, the index keeps an entry for every task that was queued since it began.
     """
     since = queued_since or {}
     rows = await db.fetch(OPEN_QUEUES, list(since.keys()), list(since.values()))
@@ -81,7 +81,7 @@ MARK_QUEUED = f"""
           FROM asyncflow.tasks t
          WHERE t.id = ANY ($1)
            AND t.state = 'pending'
-           -- Not if it was claimed meanwhile and came back, or was declined: its hint is used up.
+           -- Not if it was claimed meanwhile and put back, or was declined: its hint is used up.
            AND t.attempt = ($2::int[])[array_position($1::uuid[], t.id)]
            AND {IS_DUE}
          ORDER BY t.id
@@ -97,7 +97,8 @@ MARK_QUEUED = f"""
 
 async def mark_queued(db: Executor, sent: Sequence[Admitted]) -> None:
     """
-    Note that hints for these tasks are in RabbitMQ; those that moved on meanwhile are left.
+    Mark tasks as queued: their hints are in RabbitMQ. Tasks that moved on meanwhile stay as they
+    are.
     """
     await db.execute(MARK_QUEUED, [task.task_id for task in sent], [task.attempt for task in sent])
 
@@ -108,7 +109,7 @@ UNQUEUE = f"""
            queued_at = NULL,
            run_at = now() + $2 * interval '1 second'
      WHERE t.id = ANY ($1)
-       -- `pending` too: a hint may overtake the relay's note that it was sent.
+       -- `pending` too: a hint may arrive before the relay marks its task.
        AND t.state IN ('pending', 'queued')
        AND {IS_DUE}
        AND NOT {is_offered("$3")}
@@ -119,10 +120,10 @@ async def decline(
     db: Executor, task_ids: Sequence[UUID], *, names: Sequence[str], delay_seconds: float
 ) -> None:
     """
-    Give back due tasks whose hints reached a worker which offers only `names`.
+    Put due tasks back whose hints reached a worker that offers only `names`.
 
-    They become due again after `delay_seconds`, so that a worker that cannot run them
-    and the relay do not play ball with them.
+    They are due again after `delay_seconds`, so that their hints do not bounce between the relay
+    and a worker that cannot run them.
     """
     await db.execute(UNQUEUE, list(task_ids), delay_seconds, list(names))
 
@@ -136,7 +137,7 @@ COUNT_UNKNOWN = """
 
 async def count_unknown(db: Executor, task_ids: Sequence[UUID]) -> int:
     """
-    How many of these, all different, are no tasks of this database.
+    How many of these ids, all different, belong to no task of this database.
     """
     return int(await db.fetchval(COUNT_UNKNOWN, task_ids))
 
@@ -180,15 +181,15 @@ async def unqueue_lost(
     since: datetime | None = None,
 ) -> int:
     """
-    Put queued tasks whose hint must be lost back to pending, oldest first; return how many.
+    Put queued tasks back to pending whose hints must be lost, oldest first; return how many.
 
-    Of all queued tasks, at most `ready` can still have a hint, the number of messages
-    RabbitMQ held ready a moment ago; the surplus has none. Only tasks queued for longer than
-    `older_than_seconds` are taken for it: a younger one's hint may be on its way to a
-    worker. A wrong guess sends a second hint, which a claim ignores.
+    RabbitMQ held at most `ready` hints a moment ago, so of all queued tasks only as many can still
+    have one; the surplus has none. It is taken from tasks that have been queued for longer than
+    `older_than_seconds`: the hint of a younger one may be on its way to a worker. A wrong guess
+    sends a second hint, which a claim ignores.
 
     Args:
-        since: None of them was queued before; see `open_queues`.
+        since: None of them was queued earlier; see `open_queues`.
     """
     rows = await db.fetch(UNQUEUE_LOST, queue, older_than_seconds, ready, limit, since)
     return len(rows)
@@ -208,7 +209,7 @@ UNQUEUE_DROPPED = f"""
 
 async def unqueue_dropped(db: Executor, task_ids: Sequence[UUID]) -> int:
     """
-    Put those of these tasks that are queued back to pending: their hints were dropped.
+    Put the queued tasks among these back to pending: their hints were dropped.
     """
     return len(await db.fetch(UNQUEUE_DROPPED, task_ids))
 
@@ -226,8 +227,8 @@ UNQUEUE_STRANDED = f"""
 
 async def unqueue_stranded(db: Executor, *, limit: int) -> int:
     """
-    Put queued tasks back to pending where no broker is used any more; return how many.
+    Put queued tasks back to pending in a system that no longer uses a broker; return how many.
 
-    A worker that still uses one loses nothing by it: a hint may meet a pending task.
+    A worker that still uses one loses nothing: a hint may meet a pending task.
     """
     return len(await db.fetch(UNQUEUE_STRANDED, limit))

@@ -1,6 +1,6 @@
 """
-Is this PostgreSQL fit for AsyncFlow? One finding per check, for every starting process and for
-`asyncflow doctor`.
+Whether this PostgreSQL is fit for AsyncFlow: one finding per check, for every starting process and
+for `asyncflow doctor`.
 
 Everything is read in one statement from the catalogs, which any role may read, and judged by
 pure functions. Time zones and date styles have no check: values travel in binary, and nothing
@@ -63,7 +63,7 @@ FACTS = about_server("""
            current_setting('max_connections')::int
                - current_setting('superuser_reserved_connections')::int
                - coalesce(current_setting('reserved_connections', true)::int, 0) AS connections_max,
-           -- Of sessions of others, pg_stat_activity tells most roles next to nothing.
+           -- pg_stat_activity hides other roles' sessions from most roles.
            (SELECT sum(numbackends)::int
               FROM pg_stat_database) AS connections,
            (SELECT rolconnlimit FROM pg_roles WHERE rolname = current_user) AS role_connections_max,
@@ -98,11 +98,11 @@ BACKEND = """
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """
-    What PostgreSQL says of itself, and what we measured.
+    What PostgreSQL reports, and what we measured.
 
     Attributes:
-        has_pooler: Something between us and PostgreSQL has sessions of its own.
-        shares_sessions: It gives a session to others between our transactions.
+        has_pooler: A pooler between us and PostgreSQL has sessions of its own.
+        shares_sessions: It gives a session to other clients between our transactions.
         clock_ahead_seconds: How far PostgreSQL's clock is ahead of ours, less what the round trip
             leaves uncertain.
         schema: None if there is none, or if it may not be read.
@@ -138,12 +138,12 @@ class Facts:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
     """
-    What our settings say about the database.
+    What our settings claim and need.
 
     Attributes:
         pooler: Whether the URL is said to lead to PgBouncer in transaction mode.
         timeout_seconds: Of a statement.
-        connections: How many a process needs, at most.
+        connections: How many a process needs at most.
     """
 
     pooler: bool
@@ -153,13 +153,13 @@ class Expected:
 
 async def inspect(db: Database, *, timeout_seconds: float, connections: int) -> list[Finding]:
     """
-    Look at the database that `db` leads to; changes nothing.
+    Examine the database behind `db`; changes nothing.
 
     A database that cannot be reached is a finding too.
 
     Args:
-        timeout_seconds: How long we let a statement take.
-        connections: How many a process of ours needs, at most.
+        timeout_seconds: Our time limit for a statement.
+        connections: How many a process of ours needs at most.
     """
     expected = Expected(pooler=db.pooler, timeout_seconds=timeout_seconds, connections=connections)
     try:

@@ -1,10 +1,10 @@
 """
-Which installation of AsyncFlow this is, for what it shares with others: RabbitMQ.
+The identity of this installation of AsyncFlow, for a RabbitMQ that it shares with others.
 
-The database tells. Its server's identifier is given at `initdb` and its own number when it is
-created, so a dump that is restored elsewhere, as staging is from production, is another
-installation, and a standby that takes over is the same. A copy of the server's files is not told
-from its original.
+It comes from the database: the server's identifier, given at `initdb`, and the number of the
+database. So a dump that is restored elsewhere, as staging is from production, is another
+installation, and a standby that takes over is the same one. A copy of the server's files cannot be
+told from its original.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IDENTITY = """
 
 async def identity(db: Executor) -> str | None:
     """
-    A name for this installation, with the database's for people; None if PostgreSQL does not let us
+    The name of this installation, readable by the database's name in it; None if our role may not
     ask.
     """
     if not await db.fetchval(MAY_ASK):

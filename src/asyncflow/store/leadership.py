@@ -4,9 +4,9 @@ One leader among many processes, by a session advisory lock.
 The lock lives on the connection that the leader works on. If the process dies, PostgreSQL
 frees it; if the process freezes, the session times out after `IDLE_SECONDS_MAX` and frees it.
 
-Nothing may depend on there being only one leader: two of them waste work and harm nothing.
-Behind a pooler in transaction mode, where a session lock would stay with a connection that
-serves others, everybody leads.
+Nothing may depend on there being only one leader: two of them waste work and do no harm. Behind a
+pooler in transaction mode, where a session lock would stay with a connection that serves others,
+every process leads.
 """
 
 from __future__ import annotations

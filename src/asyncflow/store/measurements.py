@@ -1,6 +1,6 @@
 """
-What `asyncflow bench` asks of the database: who would run its tasks, how far they are, and when
-each was submitted, started and finished by the database's clock.
+What `asyncflow bench` asks the database: who would run its tasks, how many are unfinished, and
+when each was submitted, started and finished by the database's clock.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from asyncflow.store.workers import IS_LIVE
 
 class Capacity(NamedTuple):
     """
-    Who runs tasks of one name on one queue, and what stands in the way.
+    Who runs tasks of one name on one queue, and what competes with them.
 
     Attributes:
         workers: Live worker processes that offer the name on the queue.
-        slots: How many tasks they run at once, together.
-        unfinished: Other tasks that wait or run anywhere, counted up to `UNFINISHED_MAX`.
+        slots: How many tasks they can run at the same time, together.
+        unfinished: Other tasks that wait or run anywhere, at most `UNFINISHED_MAX`.
     """
 
     workers: int
@@ -63,7 +63,7 @@ UNFINISHED = """
 
 async def unfinished(db: Executor, task_ids: Sequence[UUID]) -> list[UUID]:
     """
-    Those of these tasks that still wait or run.
+    The tasks among these that still wait or run.
     """
     return [row["id"] for row in await db.fetch(UNFINISHED, task_ids)]
 
@@ -73,7 +73,7 @@ class Course(NamedTuple):
     How some tasks went, all of them finished.
 
     Attributes:
-        completed: How many, failed and cancelled ones not among them.
+        completed: How many, without failed and cancelled ones.
         seconds: From the first one's submission to the last one's end.
         start_seconds, finish_seconds: From a task's submission to its start, and to its end:
             the 50th, 95th and 99th percentile.
@@ -99,7 +99,7 @@ COURSE = """
 
 async def course(db: Executor, task_ids: Sequence[UUID]) -> Course:
     """
-    How these tasks went. Ask when every one of them is finished.
+    How these tasks went. Ask once all of them are finished.
     """
     row = await db.fetchrow(COURSE, task_ids)
     assert row is not None
@@ -125,9 +125,9 @@ REMOVE = """
 
 async def remove(db: Executor, task_ids: Sequence[UUID]) -> int:
     """
-    Delete these tasks, finished or still waiting, but for those that run; return how many.
+    Delete these tasks, finished or waiting, except running ones; return how many.
 
-    For a measurement's own tasks alone: a hint to one that is still on its way finds nothing,
-    and is forgotten.
+    For a measurement's own tasks only. A hint that is still on its way finds nothing and is
+    dropped.
     """
     return len(await db.fetch(REMOVE, task_ids))

@@ -1,5 +1,5 @@
 """
-Signs of life of maintenance, without which tasks of dead workers wait and, with RabbitMQ, none
+Signs of life from maintenance. Without it tasks of dead workers wait and, with RabbitMQ, no task
 starts.
 """
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from asyncflow.store.database import Executor
 
 SILENT_SECONDS_MAX = 30.0
-"""Longer than a restart. Maintenance that has been silent for longer is taken for gone."""
+"""Longer than a restart. Maintenance that has been silent for longer is considered gone."""
 
 
 class Presence(NamedTuple):
@@ -18,7 +18,7 @@ class Presence(NamedTuple):
     What is known of maintenance.
 
     Attributes:
-        silent_seconds: How long ago it was seen last; None if it never was.
+        silent_seconds: How long ago it was last seen; None if it never was.
         relay_trouble: Why it could not send hints then; None if it could, or need not.
     """
 
@@ -28,7 +28,7 @@ class Presence(NamedTuple):
     @property
     def is_gone(self) -> bool:
         """
-        Whether no maintenance process is at work.
+        Whether no maintenance process is running.
         """
         return self.silent_seconds is None or self.silent_seconds > SILENT_SECONDS_MAX
 
@@ -44,7 +44,7 @@ SIGN = """
 
 async def sign(db: Executor, *, relay_trouble: str | None) -> None:
     """
-    Let it be known that maintenance is at work.
+    Record that maintenance is running.
     """
     await db.execute(SIGN, relay_trouble)
 
@@ -58,7 +58,7 @@ PRESENCE = """
 
 async def presence(db: Executor) -> Presence:
     """
-    When maintenance was seen last, and what it said.
+    When maintenance was last seen, and what it reported.
     """
     row = await db.fetchrow(PRESENCE)
     return Presence(None, None) if row is None else Presence(*row)

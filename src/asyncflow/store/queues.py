@@ -1,7 +1,7 @@
 """
 Pausing, resuming and listing queues. A paused queue accepts tasks and starts none.
 
-Queues are not declared: one exists for as long as a task waits or runs on it, a live worker
+Queues are not declared: a queue exists as long as a task waits or runs on it, a live worker
 serves it, a handler names it, or it is paused.
 """
 
@@ -26,7 +26,7 @@ PAUSE = """
 
 async def pause(db: Executor, queue: str) -> None:
     """
-    Start no more tasks of `queue`, which need not exist yet; what runs goes on.
+    Stop starting tasks of `queue`, which need not exist yet. Running ones continue.
     """
     await db.execute(PAUSE, queue)
 
@@ -40,17 +40,17 @@ RESUME = """
 
 async def resume(db: Executor, queue: str) -> None:
     """
-    Let tasks of `queue` start again.
+    Start tasks of `queue` again.
     """
     await db.execute(RESUME, queue)
 
 
 async def check_exists(db: Executor, queue: str) -> None:
     """
-    Refuse a name that may be a slip of the finger.
+    Refuse a name that may be a typo.
 
     Raises:
-        QueueNotFound: There is no such queue.
+        QueueNotFound: No queue has this name.
     """
     known = [found.name for found in await list_queues(db, count_max=0)]
     if queue not in known:
@@ -63,11 +63,10 @@ class Queue:
     A queue at one moment of the database's clock.
 
     Attributes:
-        waiting: Tasks that are pending or queued, those of the future among them.
-        oldest_due_at: Since when the task that has waited longest could have started; None if
-            none is due.
-        workers, slots: Live worker processes that serve it, and how many tasks they can run
-            at the same time, on all of their queues.
+        waiting: Pending and queued tasks, including those that are not due yet.
+        oldest_due_at: When the task that has waited longest became due; None if none is due.
+        workers, slots: Live worker processes that serve it, and how many tasks they can run at
+            the same time, on all of their queues.
     """
 
     name: str
@@ -153,6 +152,6 @@ async def list_queues(db: Executor, *, count_max: int = COUNT_MAX) -> Sequence[Q
     Every queue that exists, by name.
 
     Args:
-        count_max: `Queue.waiting` counts up to so many pending and so many queued tasks.
+        count_max: `Queue.waiting` counts at most this many pending and as many queued tasks.
     """
     return [Queue(*row) for row in await db.fetch(LIST_QUEUES, count_max)]

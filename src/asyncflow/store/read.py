@@ -26,7 +26,7 @@ from asyncflow.store.workers import IS_LIVE
 @dataclass(frozen=True, slots=True)
 class Page:
     """
-    Part of a list, newest first; `next_cursor` is None on the last page.
+    One page of a list, newest first; `next_cursor` is None on the last page.
     """
 
     tasks: tuple[Task, ...]
@@ -68,13 +68,14 @@ GET = f"""
 
 async def get(db: Executor, tenant_id: int, task_id: UUID, *, through_relay: bool = False) -> Task:
     """
-    Read one task with its payload, result and every attempt.
+    Read one task with its payload, result and attempts.
 
     Args:
-        through_relay: Whether RabbitMQ carries hints, so that it takes maintenance to start a task.
+        through_relay: Whether RabbitMQ carries hints, so that tasks start only while maintenance
+            runs.
 
     Raises:
-        TaskNotFound: This tenant has no such task.
+        TaskNotFound: This tenant has no task with this id.
     """
     row = await db.fetchrow(GET, tenant_id, task_id, through_relay)
     if row is None:
@@ -118,8 +119,8 @@ async def list_tasks(
     One page of this tenant's tasks, newest first.
 
     Args:
-        statuses: Any of these, of `STATUS_FILTERS`; none lists every status.
-        cursor: The `next_cursor` of the page before; None starts at the newest.
+        statuses: Any of `STATUS_FILTERS`; none means every status.
+        cursor: The `next_cursor` of the previous page; None starts at the newest task.
         limit: 1 to 500 tasks.
 
     Raises:
@@ -148,7 +149,7 @@ async def list_tasks(
 
 def status_filter(statuses: Collection[str]) -> str:
     """
-    The condition of having any of these statuses, or of any task if there are none.
+    The condition that selects tasks with any of these statuses; all tasks if there are none.
     """
     # Always in the same order: each statement has its own plan.
     conditions = [f"({STATUS_FILTERS[status]})" for status in STATUS_FILTERS if status in statuses]
@@ -167,7 +168,7 @@ def _task(row: Record, columns: Sequence[str], **computed: Any) -> Task:
 def _progress(row: Record) -> dict[str, Any] | None:
     progress: dict[str, Any] | None = _json(row["progress"])
     if progress is not None and row["state"] == State.COMPLETED:
-        # The handler's last report came before its end, and is a moment old by then.
+        # The handler's last report came before its end.
         return {"fraction": 1.0, "message": None}
     return progress
 
@@ -185,7 +186,7 @@ def _attempts(row: Record) -> tuple[AttemptRecord, ...]:
         )
         for a in _json(row["attempts"]) or ()
     ]
-    # The row itself records the latest attempt until that is archived.
+    # The row itself is the record of the latest attempt until that is archived.
     if row["attempt"] and (not earlier or earlier[-1].attempt < row["attempt"]):
         earlier.append(
             AttemptRecord(

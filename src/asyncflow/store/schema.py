@@ -2,8 +2,8 @@
 Which schemas this version of AsyncFlow runs on.
 
 A version runs on its own schema and on newer ones that still serve it, so that a deployment can
-migrate first and replace the processes afterwards. The schema carries the oldest version that
-it serves; `migrations/` says how its authors keep that promise.
+migrate first and replace the processes afterwards. The schema records the oldest version that it
+serves; `migrations/` has the rules that keep this true.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ READ_SCHEMA = """
 
 class Schema(NamedTuple):
     """
-    The schema that a database has.
+    The schema of a database.
 
     Attributes:
         compatible_from: The schema version of the oldest AsyncFlow that it serves.
@@ -49,7 +49,7 @@ class Schema(NamedTuple):
 
 async def read_schema(db: Executor) -> Schema | None:
     """
-    The schema the database has; None if AsyncFlow was never migrated into it.
+    The database's schema; None if AsyncFlow was never migrated into it.
     """
     try:
         with translated_errors():
@@ -77,7 +77,7 @@ async def check_schema(db: Executor) -> Schema:
 
 def mismatch(found: Schema | None) -> SchemaMismatch:
     """
-    What to say about a schema that this version does not run on.
+    The error about a schema that this version does not run on.
     """
     if found is None:
         return SchemaMismatch(found=None, needed=SCHEMA_VERSION)

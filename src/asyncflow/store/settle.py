@@ -1,9 +1,9 @@
 """
-Writing how attempts ended, and asking which endings were written.
+Writing the outcomes of attempts, and asking which of them were written.
 
-Every statement is fenced: it guards ``state = 'running' AND lease_id = …``, so a worker whose
-lease was given away updates zero rows. The reaper settles the attempts of dead workers through
-this same file.
+Every statement is fenced: it guards ``state = 'running' AND lease_id = …``, so a worker that lost
+its lease updates zero rows. The reaper settles the attempts of dead workers by the same
+statements.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ SETTLE_CANCELLED = ending(
 
 def _back_to_pending(*, outcome: str, charge: str) -> str:
     """
-    A retry and a release both put the task back to pending, and keep the attempt's record
-    beside it, in one statement. They differ in what they charge.
+    A retry and a release both put the task back to pending and archive the attempt, in one
+    statement. They differ in what they charge.
     """
     return f"""
     WITH held AS MATERIALIZED (
@@ -112,12 +112,12 @@ class Settling(NamedTuple):
 
 async def settle(db: Executor, settlings: Sequence[Settling]) -> list[bool]:
     """
-    Write how attempts ended; safe to repeat when the outcome of a call is unknown.
+    Write the outcomes of attempts. Idempotent: repeat it if the outcome of a call is unknown.
 
     Returns:
-        Per settling, in order: True if it was written now, False if its lease was no
-        longer valid; then nothing changed, and the attempt's result is void. A repeated
-        call answers False for what an earlier one had written; see `recorded`.
+        Per settling, in order: True if it was written now, False if its lease was no longer
+        valid; then nothing changed, and the attempt's result is void. A repeated call answers
+        False for what an earlier one has written; see `recorded`.
     """
     by_event: defaultdict[Event, list[Settling]] = defaultdict(list)
     for settling in settlings:
@@ -126,8 +126,8 @@ async def settle(db: Executor, settlings: Sequence[Settling]) -> list[bool]:
     for event, group in by_event.items():
         written |= await _settle(db, event, group)
         if event in (Event.RETRY, Event.RELEASE):
-            # Not written: the lease is gone, or a cancellation was asked for meanwhile and
-            # the task must not wait for another attempt. The fence tells them apart.
+            # Not written: the lease is lost, or the task is to be cancelled and must not wait for
+            # another attempt. The fence tells the two apart.
             rest = [s for s in group if (s.task_id, s.lease_id) not in written]
             if rest:
                 written |= await _settle(db, Event.CANCEL, rest)
@@ -173,10 +173,10 @@ RECORDS = """
 
 async def recorded(db: Executor, settlings: Sequence[Settling]) -> list[bool]:
     """
-    Which of these settlements have been written, by whatever call.
+    Which of these settlements have been written, by any call.
 
-    The reaper settles under the same lease, so the record must also say what the settlement
-    says: how the attempt ended, and of what it failed.
+    The reaper settles under the same lease, so the record must also match the settlement: its
+    outcome and its failure.
     """
     ids, leases = [s.task_id for s in settlings], [s.lease_id for s in settlings]
     rows = await db.fetch(RECORDS, ids, leases)

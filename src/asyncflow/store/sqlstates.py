@@ -1,13 +1,13 @@
 """
-What an error of PostgreSQL means for whoever ran the statement, as a table.
+What an error of PostgreSQL means for the caller of the statement, as a table.
 
-PostgreSQL is often administered by others, who take rights away, restore a schema, fail over or
-set timeouts while AsyncFlow runs. All of that passes, so it is waited out and charged to nobody.
-What does not pass is of two kinds: values that cannot be stored, and mistakes of ours.
+PostgreSQL is often administered by others, who revoke rights, restore a schema, fail over or set
+timeouts while AsyncFlow runs. All of that passes, so it is waited out and counts against no task.
+Two kinds of errors do not pass: values that cannot be stored, and bugs of ours.
 
 `MEANINGS` goes by SQLSTATE (PostgreSQL, "Error Codes"): the first two characters name a class, and
-a state that differs from its class has an entry of its own. What is in neither, say from a newer
-server or from a pooler, cannot be our mistake: it is waited out. `database` turns kinds into
+a state that differs from its class has an entry of its own. A state without any entry, from a
+newer server or from a pooler, cannot be our bug: it is waited out. `database` turns kinds into
 errors.
 """
 
@@ -24,9 +24,9 @@ class Meaning(Enum):
 
     Attributes:
         REFUSED: The values of this statement are at fault; others may be stored.
-        ROLLED_BACK: PostgreSQL undid the statement; it can be repeated at once.
-        WAIT: PostgreSQL answers and cannot serve now. The session is as good as before.
-        RECONNECT: This session cannot serve, or not any more; another one may.
+        ROLLED_BACK: PostgreSQL undid the statement; it can be repeated immediately.
+        WAIT: PostgreSQL answers but cannot serve now. The session is intact.
+        RECONNECT: This session cannot serve, or no longer; another one may.
         BUG: The statement is wrong, whatever the server and the values.
     """
 
@@ -34,13 +34,13 @@ class Meaning(Enum):
     ROLLED_BACK = "undone, can be repeated"
     WAIT = "cannot serve now"
     RECONNECT = "this session cannot serve"
-    BUG = "a mistake of ours"
+    BUG = "a bug of ours"
 
 
 MEANINGS: dict[str, Meaning] = {
     "03": Meaning.BUG,  # SQL statement not yet complete
     "08": Meaning.RECONNECT,  # connection exception
-    # A trigger or function, which can only be somebody else's, judges the values.
+    # A trigger or function, never one of ours, judges the values.
     "09": Meaning.REFUSED,  # triggered action exception
     "0A": Meaning.RECONNECT,  # feature not supported: a plan cached by this session is out of date
     "0B": Meaning.BUG,  # invalid transaction initiation
@@ -70,7 +70,7 @@ MEANINGS: dict[str, Meaning] = {
     "40": Meaning.ROLLED_BACK,  # transaction rollback
     "40003": Meaning.WAIT,  # statement completion unknown
     # A right, table, column or function that our statements need is missing or another: the
-    # statements are tested against the schema, so somebody is changing that.
+    # statements are tested against the schema, so the schema is being changed.
     "42": Meaning.WAIT,  # syntax error or access rule violation
     "42601": Meaning.BUG,  # syntax error
     "42602": Meaning.BUG,  # invalid name
@@ -99,7 +99,7 @@ MEANINGS: dict[str, Meaning] = {
     "72": Meaning.WAIT,  # snapshot too old
     "F0": Meaning.WAIT,  # configuration file error
     "HV": Meaning.WAIT,  # foreign data wrapper error
-    "P0": Meaning.REFUSED,  # PL/pgSQL error: somebody's trigger judges the values
+    "P0": Meaning.REFUSED,  # PL/pgSQL error: a trigger judges the values
     "XX": Meaning.WAIT,  # internal error, corrupted data or index
 }
 
@@ -125,13 +125,13 @@ def meaning_of(error: BaseException) -> Meaning | None:
     """
     match error:
         case asyncpg.CheckViolationError() if not error.constraint_name:
-            # No constraint refuses the row: the partition that it belongs in is missing.
+            # No constraint refuses the row: its partition is missing.
             return Meaning.WAIT
         case asyncpg.PostgresError():
             return meaning_of_state(error.sqlstate)
         case asyncpg.InterfaceError() | asyncpg.InternalClientError() | OSError():
-            # Closed, closing, silent for too long (TimeoutError is an OSError), or the server's
-            # farewell is still being read.
+            # Closed, closing, timed out (TimeoutError is an OSError), or the server's last message
+            # is still being read.
             return Meaning.RECONNECT
         case _:
             return None

@@ -33,7 +33,7 @@ REQUEST_CANCEL = """
 """
 
 TRIES_MAX = 10
-"""A task may move between two looks at it (claimed, retried); it moves on in the end."""
+"""A task may move between two statements (claimed, retried), but not for long."""
 
 
 async def cancel(db: Executor, tenant_id: int, task_id: UUID) -> Task:
@@ -75,14 +75,14 @@ RUN_NOW = f"""
 
 async def run_now(db: Executor, tenant_id: int, task_id: UUID) -> Task:
     """
-    Let a task that waits for its time, or for its next attempt, be due now.
+    Make a scheduled or retrying task due now.
 
-    One that is due already is left as it is. Nothing else changes: neither the attempts before
-    it nor its place behind others.
+    A task that is due already is left as it is. Nothing else changes: neither its attempts so
+    far nor its place in the queue.
 
     Raises:
         TaskNotFound: This tenant has no such task.
-        IllegalTransition: It runs or is finished.
+        IllegalTransition: It is running or finished.
     """
     for _ in range(TRIES_MAX):
         brought_forward = await db.fetchval(RUN_NOW, tenant_id, task_id)
@@ -133,7 +133,8 @@ REDRIVE = """
 
 async def redrive(db: Executor, tenant_id: int, task_id: UUID) -> Task:
     """
-    Give a dead letter a new generation: pending now, with all its attempts before it again.
+    Start a new generation of a failed or cancelled task: pending, due now, with all its attempts
+    available again.
 
     Raises:
         TaskNotFound: This tenant has no such task.

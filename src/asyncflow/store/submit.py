@@ -16,7 +16,7 @@ from asyncflow.store.database import Executor
 
 class Submitted(NamedTuple):
     """
-    What the database decided about a task it took.
+    What the database decided about a new task.
     """
 
     status: str
@@ -46,14 +46,14 @@ SUBMIT = f"""
 
 async def submit(db: Executor, tasks: Sequence[NewTask]) -> list[Submitted]:
     """
-    Store new tasks, all or none; once this returns they survive any crash.
+    Store new tasks, all or none. Once this returns they survive any crash.
 
     Returns:
         In the order given.
 
     Raises:
-        StoreUnavailable: None of them is stored, unless the connection was lost while
-            PostgreSQL committed; then all may be.
+        StoreUnavailable: None of them is stored, unless the connection was lost while PostgreSQL
+            committed; then all of them may be.
     """
     if not tasks:
         return []
@@ -71,7 +71,7 @@ async def submit(db: Executor, tasks: Sequence[NewTask]) -> list[Submitted]:
 
 async def submit_nothing(db: Executor) -> None:
     """
-    Prove that PostgreSQL would take a submission: it checks every right that one needs.
+    Prove that PostgreSQL would take a submission: it checks every right that a submission needs.
 
     Raises:
         StoreUnavailable: It would not.

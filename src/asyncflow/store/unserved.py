@@ -1,5 +1,5 @@
 """
-Tasks that are due and that no live worker offers: they wait until somebody starts one.
+Tasks that are due and that no live worker offers: they wait until such a worker starts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from asyncflow.store.workers import HAS_NOT_ENDED
 @dataclass(frozen=True, slots=True)
 class Unserved:
     """
-    Tasks of one name on one queue that nobody runs.
+    Tasks of one name on one queue that no worker runs.
 
     Attributes:
-        count: How many, as far as was counted: the oldest `sample` per priority of a queue.
+        count: How many, among the oldest `sample` per priority of the queue.
         waiting_seconds: How long the oldest has been due.
     """
 
@@ -37,8 +37,8 @@ _OLDEST = first_of(
     limit="$1",
 )
 
-# $1 how many of a queue's oldest tasks to look at, per priority; $2 due for how long. What nobody
-# runs stays in front of what is run, so a look at the oldest is enough.
+# $1 how many of a queue's oldest tasks to read, per priority; $2 due for how long. Tasks that no
+# worker runs stay ahead of those that are run, so the oldest are enough.
 UNSERVED = f"""
     WITH RECURSIVE waiting (queue) AS (
         -- Each queue in one step by index tasks_due, however many tasks it holds.
@@ -73,8 +73,8 @@ UNSERVED = f"""
 
 async def unserved(db: Executor, *, sample: int, due_for_seconds: float) -> list[Unserved]:
     """
-    What has been due for a while and is offered by no live worker, the most first.
+    Tasks that have been due for a while and that no live worker offers, most first.
 
-    Paused queues are left out: somebody wants their tasks to wait.
+    Paused queues are left out: their tasks are meant to wait.
     """
     return [Unserved(*row) for row in await db.fetch(UNSERVED, sample, due_for_seconds)]

@@ -1,5 +1,5 @@
 """
-What maintenance does to tasks: finds leases of dead workers, expires, prunes.
+What maintenance does to tasks: finds the leases of dead workers, expires, moves, prunes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from asyncflow.store.workers import HAS_NOT_ENDED
 
 class LostLease(NamedTuple):
     """
-    A task that is running on paper only: its worker is lost, stopped or unknown.
+    A task whose row says running although its worker is lost, stopped or unknown.
 
     Attributes:
         backoff: What its handler asks for, in that worker; the default if it is not known.
-        worker_known: False if there is no row of its worker, so that nobody can tell what became
-            of it: the database was restored from a backup, or is being restored.
+        worker_known: False if its worker has no row, and its fate is unknown: the database was
+            restored from a backup, or is being restored.
     """
 
     task_id: UUID
@@ -54,7 +54,7 @@ async def lost_leases(
     db: Executor, *, limit: int, of_unknown_workers: bool = True
 ) -> list[LostLease]:
     """
-    Leases whose worker is gone, at most `limit`. Settle them by their `lease_id`.
+    Leases of workers that are gone, at most `limit`. Settle them under their `lease_id`.
     """
     rows = await db.fetch(LOST_LEASES, limit, of_unknown_workers)
     return [LostLease(**{**row, "backoff": _backoff(row["backoff"])}) for row in rows]
@@ -105,7 +105,7 @@ MOVE_TO_HANDLERS_QUEUE = f"""
                 WHERE {IS_PENDING}                  -- index tasks_due
                   AND t.queue = $1
                   AND t.name = handler.name
-                  -- Whoever asked for $1 later meant it.
+                  -- Later submissions asked for $1 on purpose.
                   AND t.created_at < handler.published_at + $3 * interval '1 second'
                 LIMIT $4
                   FOR UPDATE SKIP LOCKED) AS t
@@ -129,13 +129,13 @@ async def move_to_handlers_queue(
     """
     Move pending tasks from `queue` to the one that their handler asks for; return how many.
 
-    Only those that were submitted before it was published, when nobody could know where they
-    belong, and that no live worker takes from `queue`.
+    Only those that were submitted before the handler was published, when their queue could not be
+    known yet, and that no live worker takes from `queue`.
 
     Args:
         since_seconds: Leave out handlers that were published longer ago.
-        late_seconds: How long after the publication a submission may not have known of it.
-        limit: At most so many.
+        late_seconds: How long after the publication an API process may not have known of it.
+        limit: Maximum number of tasks.
     """
     rows = await db.fetch(MOVE_TO_HANDLERS_QUEUE, queue, since_seconds, late_seconds, limit)
     return len(rows)
@@ -161,7 +161,7 @@ PRUNE_FINISHED = """
 
 async def prune_finished(db: Executor, *, older_than_days: float, limit: int) -> int:
     """
-    Delete tasks finished longer ago than the retention, at most `limit`; return how many.
+    Delete tasks that finished before the retention period, at most `limit`; return how many.
     """
     return len(await db.fetch(PRUNE_FINISHED, older_than_days, limit))
 
@@ -174,7 +174,7 @@ PROBE = """
 
 async def probe(db: Executor) -> None:
     """
-    Prove that the database takes writes; readiness depends on it.
+    Prove that the database takes writes, for the readiness check.
 
     Raises:
         StoreUnavailable: It does not.

@@ -1,6 +1,6 @@
 """
 Wake-ups: "something is due" over LISTEN and NOTIFY, so that idle workers and the relay start
-at once instead of at their next poll.
+immediately instead of at their next poll.
 
 A wake-up carries nothing and may be lost: polling is the safety net. It is never sent inside
 a transaction that does work, because a commit that notifies takes a lock over the whole

@@ -2,13 +2,13 @@
 Worker processes as the database knows them: alive, stopped or lost.
 
 A worker is a fresh UUID per start, never a host name: a restarted pod must not heartbeat for
-its dead predecessor. One heartbeat row keeps all its leases. Beside it the worker holds a
-session advisory lock, so that a killed worker is known dead in seconds: the kernel closes
-its connection, PostgreSQL frees the lock. The heartbeat's age alone decides where a lock
-tells nothing: behind a pooler, or across a partition.
+its dead predecessor. One heartbeat row keeps all its leases. The worker also holds a session
+advisory lock, so that a killed worker is known to be dead within seconds: the kernel closes its
+connection and PostgreSQL frees the lock. Where a lock proves nothing, behind a pooler or across a
+partition, the age of the heartbeat alone decides.
 
-Once the reaper has marked a worker lost, no heartbeat revives it; it must come back as a
-new worker. Its leases were given away.
+Once the reaper has declared a worker lost, no heartbeat revives it; it must come back as a new
+worker. Its leases were given away.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IS_LIVE = f"""{HAS_NOT_ENDED}
 @dataclass(frozen=True, slots=True)
 class Registration:
     """
-    What a worker says of itself when it starts.
+    What a worker registers when it starts.
 
     Attributes:
         name: For people: host and process id.
@@ -43,8 +43,8 @@ class Registration:
         handler_queues: The queue that each of them asks for, in the same order.
         backoffs: The backoff that each of them asks for, by name. Stored if it differs from the
             default and is all data, so that the reaper can follow it.
-        holds_lock: Whether it will hold the lock of its id; False behind a pooler, where
-            its heartbeat alone tells that it lives.
+        holds_lock: Whether it will hold the lock of its id; False behind a pooler, where its
+            heartbeat is the only sign of life.
     """
 
     id: UUID
@@ -79,7 +79,7 @@ REGISTER = """
 
 async def register(db: Executor, worker: Registration) -> None:
     """
-    Make a worker known and alive.
+    Register a worker as alive.
     """
     await db.execute(
         REGISTER,
@@ -112,7 +112,7 @@ HOLD_LOCK = """
 
 async def hold_lock(connection: Executor, worker_id: UUID) -> bool:
     """
-    Take the lock that tells this worker lives, for as long as this connection does.
+    Take the lock that proves this worker alive, for as long as this connection lives.
     """
     return bool(await connection.fetchval(HOLD_LOCK, lock_key(worker_id)))
 
@@ -129,8 +129,8 @@ HEARTBEAT = """
 
 async def heartbeat(db: Executor, worker_id: UUID) -> bool:
     """
-    Keep every lease of this worker; False if it was given up for lost and must start anew, or if
-    it is not known at all.
+    Keep every lease of this worker; False if it was declared lost and must start again as another
+    worker, or if there is no row of it.
     """
     return await db.fetchval(HEARTBEAT, worker_id) is not None
 
@@ -145,8 +145,8 @@ IS_OVER = """
 
 async def is_over(db: Executor, worker_id: UUID) -> bool:
     """
-    Whether this worker was given up for lost, or stopped. It is not over if there is no row of
-    it, as while the database is being restored.
+    Whether this worker was declared lost or has stopped. A worker without a row is not over: the
+    database may be being restored.
     """
     return bool(await db.fetchval(IS_OVER, worker_id))
 
@@ -171,10 +171,10 @@ HELD = """
 
 async def held(db: Executor, worker_id: UUID, *, older_than_seconds: float) -> list[Held]:
     """
-    This worker's leases of some age, and every one that was asked to be cancelled.
+    This worker's leases older than this, and all of those whose task is to be cancelled.
 
-    A worker compares them with what it is running: what it does not know is a claim
-    whose answer never arrived.
+    A worker compares them with what it is running: one that it does not know is a claim whose
+    answer never arrived.
     """
     rows = await db.fetch(HELD, worker_id, older_than_seconds)
     return [Held(r["id"], r["lease_id"], r["cancel_requested"]) for r in rows]
@@ -190,7 +190,7 @@ STOP = """
 
 async def stop(db: Executor, worker_id: UUID) -> None:
     """
-    Say goodbye; leases it still held are reaped at once.
+    Sign this worker off; the next reap settles any lease it still holds.
     """
     await db.execute(STOP, worker_id)
 
@@ -201,8 +201,8 @@ MARK_LOST = f"""
       FROM (SELECT greatest(pg_postmaster_start_time(), now() - $2 * interval '1 second') AS ended)
            AS outage
      WHERE {HAS_NOT_ENDED}
-       -- While PostgreSQL was away nobody could beat, and every lock was freed. Who has beaten
-       -- since is judged as ever; only the others get time to come back.
+       -- While PostgreSQL was away no worker could beat, and every lock was freed. Workers that
+       -- have beaten since are judged as usual; the others get time to come back.
        AND (w.heartbeat_at > outage.ended
             OR outage.ended < now() - $1 * interval '1 second')
        AND (w.heartbeat_at < now() - w.lease_seconds * interval '1 second'
@@ -228,15 +228,15 @@ async def mark_lost(
     db: Executor, *, grace_seconds: float, outage_seconds_ago: float = OUTAGE_SECONDS_MAX
 ) -> list[tuple[UUID, str]]:
     """
-    Give up workers that are dead or cut off; return the id and name of each.
+    Declare workers lost that are dead or cut off; return the id and name of each.
 
     From here on they hold no lease: `upkeep.lost_leases` lists what they were running.
 
     Args:
-        grace_seconds: How long after an outage the silence and the free lock of a worker that
-            has not been back prove nothing.
-        outage_seconds_ago: When the caller last could not reach PostgreSQL. Its last start counts
-            as an outage in any case.
+        grace_seconds: How long after an outage neither silence nor a free lock counts against a
+            worker that has not been back.
+        outage_seconds_ago: When the caller last could not reach PostgreSQL. The start of the
+            server always counts as an outage.
     """
     ago = min(outage_seconds_ago, OUTAGE_SECONDS_MAX)
     rows = await db.fetch(MARK_LOST, grace_seconds, ago)
@@ -246,13 +246,13 @@ async def mark_lost(
 @dataclass(frozen=True, slots=True)
 class Living:
     """
-    A worker that neither said goodbye nor was declared lost.
+    A worker that has neither stopped nor been declared lost.
 
     Attributes:
         running: Tasks it holds a lease on.
         silent_seconds: Since its latest heartbeat, by the database's clock.
-        is_overdue: Its leases have run out; it is dead or cut off, and maintenance has not
-            noticed yet.
+        is_overdue: Its leases have run out: it is dead or cut off, and maintenance has not
+            declared it lost yet.
     """
 
     id: UUID
@@ -284,7 +284,7 @@ LIST_WORKERS = f"""
 
 async def list_workers(db: Executor) -> Sequence[Living]:
     """
-    Workers that are thought to live, the oldest first.
+    Workers that are considered alive, oldest first.
     """
     return [Living(*row) for row in await db.fetch(LIST_WORKERS)]
 
@@ -309,7 +309,7 @@ PRUNE_PUBLICATIONS = f"""
 
 async def prune(db: Executor) -> None:
     """
-    Forget workers that ended more than a day ago, and the queues that handlers have left.
+    Delete workers that ended more than a day ago, and publications that handlers have left.
     """
     await db.execute(PRUNE)
     await db.execute(PRUNE_PUBLICATIONS)
@@ -331,9 +331,9 @@ class Published(NamedTuple):
     What the API knows of a handler.
 
     Attributes:
-        queue: Where it asks its tasks to wait.
+        queue: The queue of its tasks, unless the submission names another.
         payload_schema: The JSON Schema of its payload.
-        is_live: Whether a live worker has declared it so.
+        is_live: Whether a live worker declares it on this queue.
     """
 
     name: str
@@ -344,7 +344,7 @@ class Published(NamedTuple):
 
 async def publish_handlers(db: Executor, handlers: Sequence[Published]) -> None:
     """
-    Tell the API about handlers; the newest word on a name and queue counts.
+    Publish handlers to the API; per name and queue, the latest publication counts.
     """
     await db.execute(
         PUBLISH_HANDLERS,
@@ -369,7 +369,7 @@ PUBLISHED_HANDLERS = f"""
 
 async def published_handlers(db: Executor) -> list[Published]:
     """
-    Every handler any worker ever published, the newest first.
+    Every handler that was ever published, newest first.
     """
     rows = await db.fetch(PUBLISHED_HANDLERS)
     return [

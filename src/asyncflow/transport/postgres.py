@@ -1,5 +1,5 @@
 """
-Tasks straight from PostgreSQL, without a broker: claim what is due, sleep until woken.
+Tasks directly from PostgreSQL, without a broker: claim what is due, sleep until woken.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
 Brings a database to the schema of this version, by Alembic.
 
-One file per version under `versions/`, plain SQL. Safe to run by many at once: an advisory
-lock lets the first one work and the others find nothing left to do.
+One file per version under `versions/`, plain SQL. Safe to run concurrently: an advisory lock lets
+one migration work, and the others find nothing left to do.
 
 **For authors of migrations.** Operators migrate first and replace their processes afterwards,
 so version N of the code runs on schema N + 1 for a while: expand, deploy, contract.
@@ -50,8 +50,8 @@ MIGRATION_LOCK = 0x4153_594E_4346_4C57
 
 LOCK_SECONDS = 300.0
 TABLE_LOCK_SECONDS = 5.0
-"""While a migration waits for a table, everybody else waits behind it. So it soon lets them pass,
-and tries again."""
+"""While a migration waits for a table, every other session waits behind it. So it soon lets them
+pass and tries again."""
 
 RETRY_SECONDS = 0.25
 REPORT_SECONDS = 5.0
@@ -70,7 +70,7 @@ async def migrate(
 
     Args:
         lock_seconds: How long to wait for another migration, or for sessions that hold tables.
-        say: Told for whom it waits.
+        say: Receives a line about what it is waiting for.
 
     Raises:
         MigrationRefused: A right is missing, or the schema belongs to another application.
@@ -107,7 +107,7 @@ async def _connect(arguments: dict[str, Any]) -> asyncpg.Connection[Record]:
     )
 
 
-# Is there anything against it?
+# What may prevent it
 
 
 RIGHTS = about_server("""
@@ -132,7 +132,7 @@ RIGHTS = about_server("""
 
 async def _examine(arguments: dict[str, Any]) -> str | None:
     """
-    The version of the schema, None if there is none; raises what is against a migration.
+    The version of the schema, None if there is none; raises whatever prevents a migration.
     """
     try:
         with translated_errors():
@@ -237,7 +237,7 @@ HOLDING = """
 
 async def _try_to_upgrade(connection: AsyncConnection) -> str | None:
     """
-    Upgrade if nobody is in the way; return who is.
+    Upgrade unless another session is in the way; return which one is.
     """
     try:
         async with connection.begin():
@@ -284,7 +284,7 @@ def _state_compatibility(connection: Connection, scripts: ScriptDirectory) -> No
 
 class _Patience:
     """
-    Waits for other sessions, reports it now and then, and stops at a deadline.
+    Waits for other sessions, reports that from time to time, and stops at a deadline.
     """
 
     def __init__(self, seconds: float, say: Say) -> None:
@@ -319,7 +319,7 @@ class _Patience:
 @contextmanager
 def _refusals() -> Iterator[None]:
     """
-    Raise what PostgreSQL said, out of SQLAlchemy's wrapping, as one sentence.
+    Raise PostgreSQL's own error, without SQLAlchemy's wrapping, as one sentence.
     """
     try:
         yield

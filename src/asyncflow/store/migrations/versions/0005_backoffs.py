@@ -1,5 +1,5 @@
 """
-The backoffs that workers' handlers declare, so that the reaper retries by the same policy.
+The backoffs that the handlers of a worker declare, so that the reaper retries by the same policy.
 """
 
 from alembic import op
@@ -9,7 +9,7 @@ down_revision = "0004"
 compatible_from = "0004"
 
 STATEMENTS = (
-    # Of the handlers whose backoff is not the default, by name; NULL if there is none.
+    # By name, of the handlers with a backoff other than the default; NULL if there is none.
     """
     ALTER TABLE asyncflow.workers
       ADD COLUMN backoffs json
