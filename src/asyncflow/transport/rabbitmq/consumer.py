@@ -1,5 +1,5 @@
 """
-Receives the messages of one queue, over one channel.
+Receives the messages of a worker's queues, over one channel.
 
 A message is unacknowledged from delivery to the end of the last attempt that came of it, so the
 broker's prefetch bounds how many hints are at one worker and leaves the others their share. Where
@@ -8,48 +8,103 @@ messages carry packs, the prefetch is that much smaller.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from asyncflow.errors import QueueUnusable
 from asyncflow.telemetry import events
-from asyncflow.transport.amqp import Channel, Delivery
+from asyncflow.transport.amqp import BrokerTimeout, Channel, ChannelClosed, Delivery
+from asyncflow.transport.rabbitmq.diagnosis import explained
 from asyncflow.transport.rabbitmq.message import Hint, Pack, decode_hints
+from asyncflow.transport.rabbitmq.queue_backoff import QueueBackoff
+from asyncflow.transport.rabbitmq.topology import broker_queue, declare_task_queue
 
 
-@dataclass(slots=True)
-class Prefetch:
+class Consumers:
     """
-    How many messages bring as many hints as a worker wants.
+    The consumers of one channel, one per queue.
+
+    A queue that cannot be used backs off, and costs the channel: the next one does without it.
+
+    Args:
+        on_hints: Called with the hints of messages that arrived together.
 
     Attributes:
-        messages: How many may be unacknowledged now.
-        hints_per_message: How many hints the largest recent messages had.
+        channel: The one that they share.
     """
 
-    messages: int = 0
-    hints_per_message: int = 1
+    def __init__(
+        self,
+        channel: Channel,
+        backoff: QueueBackoff,
+        *,
+        prefix: str,
+        on_hints: Callable[[list[Hint]], None],
+    ) -> None:
+        self.channel = channel
+        self._backoff = backoff
+        self._prefix = prefix
+        self._on_hints = on_hints
+        self._by_queue: dict[str, Consumer] = {}
 
-    def observe(self, hints: int) -> None:
+    @property
+    def queues(self) -> Collection[str]:
         """
-        Take the largest of some messages into account; forget a larger one by halves.
+        The queues that were added.
         """
-        self.hints_per_message = max(hints, self.hints_per_message // 2)
+        return self._by_queue.keys()
 
-    def wanted(self, window: int) -> int:
+    def are_far_from(self, window: int) -> bool:
         """
-        How many messages bring as many hints as `window`; at least 1 unless that is 0.
+        Whether to `adjust` them to this window.
         """
-        if self.hints_per_message == 1 or not window:
-            return window
-        # A pack counts until its last hint is used up, so one more keeps work coming.
-        return 1 + window // self.hints_per_message
+        return any(consumer.prefetch.is_far_from(window) for consumer in self._by_queue.values())
 
-    def is_far_from(self, window: int) -> bool:
+    async def add(self, queue: str) -> None:
         """
-        Whether changing the prefetch is worth the two calls it costs.
+        Declare a queue and add a consumer for it, which does not consume yet.
+
+        Raises:
+            QueueUnusable: It backs off.
         """
-        wanted = self.wanted(window)
-        return wanted >= 2 * self.messages or wanted <= self.messages // 4
+        with self._backing_off_if_unusable(queue):
+            await declare_task_queue(self.channel, queue, prefix=self._prefix)
+        name = broker_queue(queue, prefix=self._prefix)
+        self._by_queue[queue] = Consumer(self.channel, name, on_hints=self._on_hints)
+
+    async def adjust(self, window: int) -> None:
+        """
+        Have each queue send as many messages as bring `window` hints; 0 stops all consumers.
+
+        Raises:
+            QueueUnusable: It backs off.
+        """
+        for queue, consumer in self._by_queue.items():
+            if consumer.prefetch.is_far_from(window):
+                await self._adjust(queue, consumer, window)
+
+    async def _adjust(self, queue: str, consumer: Consumer, window: int) -> None:
+        former = consumer.tag
+        if window:
+            with self._backing_off_if_unusable(queue):
+                await consumer.begin(window)
+            self._backoff.worked(queue)
+        else:
+            consumer.pause()
+        if former is not None:
+            await self.channel.cancel(former)
+
+    @contextmanager
+    def _backing_off_if_unusable(self, queue: str) -> Iterator[None]:
+        try:
+            yield
+        except (BrokerTimeout, ChannelClosed) as error:
+            self._backoff.failed(queue, now=time.monotonic())
+            reason = str(explained(error, prefix=self._prefix))
+            events.broker_queue_unusable(role="worker", queue=queue, reason=reason)
+            raise QueueUnusable(queue, error) from error
 
 
 class Consumer:
@@ -115,3 +170,39 @@ class Consumer:
         """
         events.message_unreadable(queue=delivery.routing_key, body_bytes=len(delivery.body or b""))
         self._channel.nack(delivery.tag, requeue=False)
+
+
+@dataclass(slots=True)
+class Prefetch:
+    """
+    How many messages bring as many hints as a worker wants.
+
+    Attributes:
+        messages: How many may be unacknowledged now.
+        hints_per_message: How many hints the largest recent messages had.
+    """
+
+    messages: int = 0
+    hints_per_message: int = 1
+
+    def observe(self, hints: int) -> None:
+        """
+        Take the largest of some messages into account; forget a larger one by halves.
+        """
+        self.hints_per_message = max(hints, self.hints_per_message // 2)
+
+    def wanted(self, window: int) -> int:
+        """
+        How many messages bring as many hints as `window`; at least 1 unless that is 0.
+        """
+        if self.hints_per_message == 1 or not window:
+            return window
+        # A pack counts until its last hint is used up, so one more keeps work coming.
+        return 1 + window // self.hints_per_message
+
+    def is_far_from(self, window: int) -> bool:
+        """
+        Whether changing the prefetch is worth the two calls it costs.
+        """
+        wanted = self.wanted(window)
+        return wanted >= 2 * self.messages or wanted <= self.messages // 4

@@ -27,7 +27,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID, uuid4
 
@@ -41,8 +41,8 @@ from asyncflow.store.database import Database
 from asyncflow.telemetry import events
 from asyncflow.telemetry.throttle import Throttle
 from asyncflow.transport import Claimant
-from asyncflow.transport.amqp import BrokerTimeout, Channel, ChannelClosed, connect
-from asyncflow.transport.rabbitmq.consumer import Consumer
+from asyncflow.transport.amqp import Channel, connect
+from asyncflow.transport.rabbitmq.consumer import Consumers
 from asyncflow.transport.rabbitmq.diagnosis import explained
 from asyncflow.transport.rabbitmq.message import Hint, Pack
 from asyncflow.transport.rabbitmq.ownership import OWNED_SECONDS, Ownership
@@ -53,9 +53,7 @@ from asyncflow.transport.rabbitmq.queue_backoff import (
 )
 from asyncflow.transport.rabbitmq.topology import (
     PREFIX,
-    broker_queue,
     declare_dead_letters,
-    declare_task_queue,
 )
 
 
@@ -125,8 +123,7 @@ class RabbitTransport:
         self._queue_backoff = QueueBackoff(times.backoff)
         self._connection_backoff = ConnectionBackoff(times.backoff)
         self._throttle = Throttle()
-        self._channel: Channel | None = None
-        self._consumers: dict[str, Consumer] = {}
+        self._consumers: Consumers | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -264,91 +261,62 @@ class RabbitTransport:
             channel = await connection.channel()
             await self._ownership.claim(channel, on_lost=channel.abandon)
             await declare_dead_letters(channel, prefix=self._prefix)
+            consumers = Consumers(
+                channel, self._queue_backoff, prefix=self._prefix, on_hints=self._receive
+            )
             for queue in self._usable_queues():
-                with self._backing_off_if_unusable(queue):
-                    await declare_task_queue(channel, queue, prefix=self._prefix)
-                self._consumers[queue] = Consumer(
-                    channel, broker_queue(queue, prefix=self._prefix), on_hints=self._receive
-                )
+                await consumers.add(queue)
             events.broker_connected(role="worker", url=masked(self._broker_url))
             self._connection_backoff.reset()
-            self._channel = channel
-            await self._consume(channel)
+            self._consumers = consumers
+            await self._consume(channel, consumers)
         finally:
-            self._channel = None
+            self._consumers = None
             await connection.close()
 
     def _usable_queues(self) -> list[str]:
-        now = time.monotonic()
-        return [q for q in self._claimant.queues if not self._queue_backoff.skips(q, now=now)]
+        now, queues = time.monotonic(), dict.fromkeys(self._claimant.queues)
+        return [queue for queue in queues if not self._queue_backoff.skips(queue, now=now)]
 
-    @contextlib.contextmanager
-    def _backing_off_if_unusable(self, queue: str) -> Iterator[None]:
-        try:
-            yield
-        except (BrokerTimeout, ChannelClosed) as error:
-            # The next connection does without it, so that the other queues are served.
-            self._queue_backoff.failed(queue, now=time.monotonic())
-            reason = str(explained(error, prefix=self._prefix))
-            events.broker_queue_unusable(role="worker", queue=queue, reason=reason)
-            raise QueueUnusable(queue, error) from error
-
-    async def _consume(self, channel: Channel) -> None:
+    async def _consume(self, channel: Channel, consumers: Consumers) -> None:
         """
         Keep the consumers as this worker wants them, until the channel breaks.
         """
         broken = asyncio.ensure_future(channel.wait_closed())
+        broken.add_done_callback(lambda _: self._changed.set())
         try:
             while not broken.done():
                 self._changed.clear()
-                await self._adjust_consumers(channel)
+                await self._adjust(consumers)
                 if self._stopped:
                     # Attempts are still running; their acks need the channel.
                     await broken
-                changed = asyncio.ensure_future(self._changed.wait())
-                await asyncio.wait({broken, changed}, return_when=asyncio.FIRST_COMPLETED)
-                changed.cancel()
+                await self._changed.wait()
             if (reason := broken.result()) is not None:
                 raise reason
         finally:
             broken.cancel()
 
-    async def _adjust_consumers(self, channel: Channel) -> None:
+    async def _adjust(self, consumers: Consumers) -> None:
         window = 0 if self._paused or self._stopped else self._window
         if window:
             self._quiet.clear()
-        for queue, consumer in self._consumers.items():
-            if consumer.prefetch.is_far_from(window):
-                await self._adjust_consumer(channel, queue, consumer, window)
+        await consumers.adjust(window)
         if not window:
             _give_back(pack for _, pack in self._inbox)
             self._inbox.clear()
             self._quiet.set()
 
-    async def _adjust_consumer(
-        self, channel: Channel, queue: str, consumer: Consumer, window: int
-    ) -> None:
-        former = consumer.tag
-        if window:
-            with self._backing_off_if_unusable(queue):
-                await consumer.begin(window)
-            self._queue_backoff.worked(queue)
-        else:
-            consumer.pause()
-        if former is not None:
-            await channel.cancel(former)
-
     def _receive(self, hints: Sequence[Hint]) -> None:
         self._inbox.extend(hints)
         self._arrived.set()
-        if self._is_far_from(self._window):
+        if self._consumers is not None and self._consumers.are_far_from(self._window):
             self._changed.set()
 
     def _forget_deliveries(self) -> None:
         # The broker delivers them again. Claims already made carry on; their acks go nowhere.
         self._inbox.clear()
         self._claimed.clear()
-        self._consumers.clear()
         self._quiet.set()
 
     # The window
@@ -356,11 +324,8 @@ class RabbitTransport:
     def _resume(self, window: int) -> None:
         was_paused, self._paused = self._paused, False
         self._window = window
-        if was_paused or self._is_far_from(window):
+        if was_paused or (self._consumers is not None and self._consumers.are_far_from(window)):
             self._changed.set()
-
-    def _is_far_from(self, window: int) -> bool:
-        return any(c.prefetch.is_far_from(window) for c in self._consumers.values())
 
     def _pause(self) -> None:
         self._paused = True
@@ -373,12 +338,16 @@ class RabbitTransport:
             is_waiting = self._inbox and not self._taking and not self._paused
             if is_waiting and now - self._inbox[0][1].arrived > self._times.wait_max:
                 self._pause()
-            if self._channel is not None and self._consumers.keys() != {*self._usable_queues()}:
-                # A queue's backoff is over: connect again, with it; what is running goes on.
-                self._channel.abandon()
+            self._reconnect_after_a_backoff()
             for pack in self._claimed.values():
                 if now - pack.arrived > self._times.early_ack:
                     pack.settle()
+
+    def _reconnect_after_a_backoff(self) -> None:
+        consumers = self._consumers
+        if consumers is not None and consumers.queues != {*self._usable_queues()}:
+            # The next connection serves that queue too; what is running here goes on.
+            consumers.channel.abandon()
 
 
 def _give_back(packs: Iterable[Pack]) -> None:
