@@ -119,7 +119,8 @@ async def _make_worker(
     from asyncflow.transport import Claimant
     from asyncflow.transport.postgres import PostgresTransport
     from asyncflow.worker.isolation import Isolation
-    from asyncflow.worker.worker import Times, Worker
+    from asyncflow.worker.times import Times
+    from asyncflow.worker.worker import Worker
 
     registration = Registration(
         id=uuid4(),
