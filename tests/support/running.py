@@ -21,8 +21,8 @@ from asyncflow.store.database import Database
 from asyncflow.store.workers import Registration
 from asyncflow.transport import Claimant, Transport, postgres
 from asyncflow.transport.rabbitmq import transport as rabbitmq
-from asyncflow.worker.children import Nursery
-from asyncflow.worker.isolation import Isolation
+from asyncflow.worker.isolation.isolation import Isolation
+from asyncflow.worker.isolation.nursery import Nursery
 from asyncflow.worker.times import Times
 from asyncflow.worker.worker import Worker
 from tests.support.tasks import NAME, PATIENCE_SECONDS, a_registration

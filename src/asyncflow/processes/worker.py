@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from asyncflow.handlers import Registry
     from asyncflow.transport import Transport
-    from asyncflow.worker.children import Nursery
+    from asyncflow.worker.isolation.nursery import Nursery
     from asyncflow.worker.worker import Worker
 
 from asyncflow.processes.process import database, stop_signals, until_fit, until_stopped
@@ -101,7 +101,7 @@ def _executor(slots: int) -> ThreadPoolExecutor:
 
 
 def _make_nursery(settings: Settings, registry: Registry) -> Nursery:
-    from asyncflow.worker.children import Nursery
+    from asyncflow.worker.isolation.nursery import Nursery
 
     return Nursery(
         settings.worker_handlers,
@@ -118,7 +118,7 @@ async def _make_worker(
     from asyncflow.store.workers import Registration
     from asyncflow.transport import Claimant
     from asyncflow.transport.postgres import PostgresTransport
-    from asyncflow.worker.isolation import Isolation
+    from asyncflow.worker.isolation.isolation import Isolation
     from asyncflow.worker.times import Times
     from asyncflow.worker.worker import Worker
 

@@ -47,7 +47,9 @@ from asyncflow.handlers import Context, Progress, Registry
 from asyncflow.handlers.encoding import error_kind, error_message, error_traceback
 from asyncflow.store.settle import Settling
 from asyncflow.telemetry import events
-from asyncflow.worker.isolation import Isolation, LoopRun, Run
+from asyncflow.worker.isolation.isolation import Isolation
+from asyncflow.worker.isolation.loop import LoopRun
+from asyncflow.worker.isolation.run import Run
 
 REFUSALS_MAX = 3
 REASON_LENGTH_MAX = 1_000

@@ -17,7 +17,7 @@ from uuid import UUID
 from asyncflow.domain.task import Claim
 from asyncflow.transport import Transport
 from asyncflow.worker.attempt import Attempt
-from asyncflow.worker.isolation import Isolation
+from asyncflow.worker.isolation.isolation import Isolation
 from asyncflow.worker.pace import Pace
 
 LeaseKey = tuple[UUID, UUID]

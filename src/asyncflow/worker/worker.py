@@ -39,7 +39,7 @@ from asyncflow.telemetry import events
 from asyncflow.transport import Transport
 from asyncflow.worker.attempt import Attempt, Tools
 from asyncflow.worker.intake import Intake
-from asyncflow.worker.isolation import Isolation
+from asyncflow.worker.isolation.isolation import Isolation
 from asyncflow.worker.lease import LeaseKeeper
 from asyncflow.worker.progress import ProgressReports
 from asyncflow.worker.settler import make_settler
