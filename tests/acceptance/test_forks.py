@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from asyncflow.worker.children import NURSERY
+from asyncflow.worker.isolation.nursery import NURSERY
 from tests.acceptance.test_shutdown import no_sessions
 from tests.support.process import Process
 from tests.support.system import HANDLERS, System

@@ -34,7 +34,7 @@ from asyncflow.store.wakeups import Waker
 from asyncflow.transport import postgres
 from asyncflow.transport.rabbitmq import transport as rabbitmq
 from asyncflow.transport.rabbitmq.queue_backoff import BackoffTimes
-from asyncflow.worker import lease as lease_module
+from asyncflow.worker.times import Times
 from tests.support.postgres import PostgresServer
 from tests.support.roles import Administrator, administrator
 from tests.support.running import Running, a_running_worker, registry_of
@@ -377,6 +377,7 @@ async def a_house(
                 broker_url=broker_url,
                 postgres_times=postgres.Times(poll=0.05, outage=SOON),
                 rabbitmq_times=rabbitmq.Times(outage=SOON, backoff=BACKOFF),
+                times=Times(heartbeat_retry=0.03, settle_retry=SOON),
             )
         )
         catalogue = await stack.enter_async_context(Catalogue(of_api, refresh_seconds=0.05))
@@ -397,7 +398,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     Everybody tries again sooner than usual, or the matrix would mostly wait.
     """
     monkeypatch.setattr(wakeups, "RECONNECT_SECONDS", 0.03)
-    monkeypatch.setattr(lease_module, "RETRY_SECONDS", 0.03)
 
 
 async def take_and_give_back(thing: Thing, admin: Administrator, house: House) -> None:

@@ -44,7 +44,7 @@ FIRED = "ASYNCFLOW_TEST_FIRED"
 CONTROL = "ASYNCFLOW_TEST_CONTROL"
 """The port at which the test takes orders for its wires."""
 
-CHILD = "asyncflow.worker.nursery"
+CHILD = "asyncflow.worker.isolation.nursery_process"
 
 
 class Call(NamedTuple):
@@ -346,14 +346,14 @@ _STEPS = [
     _step("worker", "due-claim", f"{CLAIMS}:claim_due", ALL, statement=RUNNING),
     _step("worker", "hinted-claim", f"{CLAIMS}:claim_hinted", ALL, statement=RUNNING),
     # Its attempt
-    _step("worker", "start", "asyncflow.worker.isolation:Isolation.prepare", "before"),
+    _step("worker", "start", "asyncflow.worker.isolation.isolation:Isolation.prepare", "before"),
     _step("loop", "start", NOTE, "after", counts=notes("start")),
     _step("loop", "end", NOTE, "after", counts=notes("end")),
     _step("thread", "start", NOTE, "after", counts=notes("start"), handler="step-in-thread"),
     _step("child", "start", NOTE, "after", counts=notes("start"), handler="step-in-process"),
     _step("child", "end", NOTE, "after", counts=notes("end"), handler="step-in-process"),
     _step(
-        *("worker", "child-start", "asyncflow.worker.children:Child._receive", "after"),
+        *("worker", "child-start", "asyncflow.worker.isolation.child:Child._receive", "after"),
         counts=tells("started"),
         handler="step-in-process",
     ),

@@ -438,7 +438,7 @@ async def h(): ...
 Handler(name="f", function=f, isolation="thread").arguments('{"a": 1}', None)
 Handler(name="g", function=g, isolation="thread").arguments('{"a": 1}', None)
 Handler(name="h", function=h).arguments('{}', None)
-import asyncflow.worker.isolation, asyncflow.worker.child
+import asyncflow.worker.isolation.isolation, asyncflow.worker.isolation.child_process
 sys.exit("pydantic" in sys.modules)
 """
     path = f"import sys; sys.path[:] = {sys.path!r}\n"

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
@@ -21,10 +21,13 @@ from asyncflow.store.database import Database
 from asyncflow.store.workers import Registration
 from asyncflow.transport import Claimant, Transport, postgres
 from asyncflow.transport.rabbitmq import transport as rabbitmq
-from asyncflow.worker.children import Nursery
-from asyncflow.worker.isolation import Isolation
-from asyncflow.worker.worker import Times, Worker
+from asyncflow.worker.isolation.isolation import Isolation
+from asyncflow.worker.isolation.nursery import Nursery
+from asyncflow.worker.times import Times
+from asyncflow.worker.worker import Worker
 from tests.support.tasks import NAME, PATIENCE_SECONDS, a_registration
+
+TIMES = Times()
 
 
 @dataclass
@@ -55,7 +58,7 @@ async def a_running_worker(
     *functions: Callable[..., Any],
     slots: int = 4,
     grace_seconds: float = 5.0,
-    stall_seconds: float = 60.0,
+    times: Times = TIMES,
     heartbeat_seconds: float = 0.1,
     lease_seconds: float = 10.0,
     cancel_grace_seconds: float = 0.5,
@@ -94,7 +97,7 @@ async def a_running_worker(
         isolation=Isolation(
             slots=slots, cancel_grace_seconds=cancel_grace_seconds, nursery=nursery
         ),
-        times=Times(shutdown_grace=grace_seconds, stall=stall_seconds),
+        times=replace(times, shutdown_grace=grace_seconds),
     )
     ended = asyncio.create_task(worker.run())
     try:

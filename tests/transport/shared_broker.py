@@ -184,7 +184,7 @@ class System:
         while taken := await self.transport.take(slots, window=slots):
             await complete(self.db, taken)
             for claim in taken:
-                self.transport.finished(claim)
+                self.transport.let_go(claim)
 
 
 @asynccontextmanager

@@ -161,7 +161,7 @@ class Conformance:
                 taken.update(claim.task_id for claim in claims)
                 await complete(seam.db, claims)
                 for claim in claims:
-                    taker.finished(claim)
+                    taker.let_go(claim)
                 if len(taken) >= len(ids):
                     all_taken.set()
 
@@ -352,7 +352,7 @@ async def take_ids_one_by_one(seam: Seam, taker: Transport, count: int) -> list[
         [claim] = await take(taker)
         taken.append(claim.task_id)
         await complete(seam.db, [claim])
-        taker.finished(claim)
+        taker.let_go(claim)
     return taken
 
 

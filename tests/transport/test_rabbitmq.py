@@ -174,7 +174,7 @@ async def work_off(
         taken.update(claim.task_id for claim in claims)
         await complete(db, claims)
         for done in claims:
-            taker.finished(done)
+            taker.let_go(done)
 
 
 async def test_a_hint_sent_many_times_runs_its_task_once(workshop: Workshop) -> None:
@@ -211,7 +211,7 @@ async def test_a_pack_brings_all_its_tasks_and_is_kept_until_the_last_is_finishe
         mine += await take(dying, 7, window=PACK_MAX)
     await complete(workshop.db, mine)
     for done in mine[1:]:
-        dying.finished(done)
+        dying.let_go(done)
 
     await dying.close()
 
@@ -227,7 +227,7 @@ async def test_a_pack_whose_tasks_are_all_finished_is_gone(workshop: Workshop) -
     taker = await workshop.taker(slots=3)
 
     for done in await take(taker, 3):
-        taker.finished(done)
+        taker.let_go(done)
     await taker.close()
 
     assert 0 == await workshop.ready()
@@ -271,9 +271,9 @@ async def test_what_waits_in_a_pack_for_a_slot_goes_to_another_worker(workshop: 
     assert sorted(ids) == sorted(claim.task_id for claim in [mine, *theirs])
     assert [True, True, True] == await complete(workshop.db, [mine, *theirs])
     for done in theirs:
-        idle.finished(done)
+        idle.let_go(done)
     await idle.stop()
-    busy.finished(mine)
+    busy.let_go(mine)
     await busy.close()
     await idle.close()
     assert 0 == await workshop.ready()
@@ -294,10 +294,10 @@ async def test_stop_hands_back_a_pack_as_a_whole(workshop: Workshop) -> None:
 
     assert set(ids) - {mine.task_id} == {claim.task_id for claim in theirs}
     assert [True] == await complete(workshop.db, [mine])
-    leaving.finished(mine)
+    leaving.let_go(mine)
     await leaving.close()
     for done in theirs:
-        heir.finished(done)
+        heir.let_go(done)
     await heir.close()
     assert 0 == await workshop.ready()
 
@@ -311,7 +311,7 @@ async def test_a_worker_takes_fewer_packs_than_single_hints(workshop: Workshop) 
     taker = await workshop.taker(slots=window, times=nothing_goes_back)
     await workshop.send(await submit(workshop.db, PACK_MAX))
     for done in await take(taker, window):  # It learns that packs come.
-        taker.finished(done)
+        taker.let_go(done)
 
     await workshop.send(*[await submit(workshop.db, PACK_MAX) for _ in range(20)])
     taken = 0
@@ -391,7 +391,7 @@ async def test_hints_of_tasks_that_do_not_exist_are_dropped(workshop: Workshop) 
     [mine] = await take(taker, 4)
 
     assert task_id == mine.task_id
-    taker.finished(mine)
+    taker.let_go(mine)
     await taker.close()
     assert 0 == await workshop.ready()
 
@@ -465,7 +465,7 @@ async def test_a_finished_hint_is_gone(workshop: Workshop) -> None:
     taker = await workshop.taker()
     [mine] = await take(taker)
 
-    taker.finished(mine)
+    taker.let_go(mine)
     await taker.close()
 
     assert 0 == await workshop.ready()
@@ -483,7 +483,7 @@ async def test_stop_hands_back_exactly_what_was_not_claimed(workshop: Workshop) 
     await taker.stop()
 
     await workshop.until_ready(7)
-    taker.finished(mine)
+    taker.let_go(mine)
     await taker.close()
     assert 7 == await workshop.ready()
 
@@ -522,7 +522,7 @@ async def test_a_worker_that_gave_hints_back_takes_again_when_it_has_a_slot(
     await workshop.until_ready(1, rest)
 
     await complete(workshop.db, [mine])
-    taker.finished(mine)
+    taker.let_go(mine)
     [other] = await take(taker)
 
     assert set(ids) == {mine.task_id, other.task_id}
@@ -539,7 +539,7 @@ async def test_a_long_attempt_is_acknowledged_early(workshop: Workshop) -> None:
 
     # Its hint no longer counts, so the broker sends the next one; there is a slot for it.
     [other] = await take(taker)
-    taker.finished(slow)
+    taker.let_go(slow)
     await taker.close()
 
     assert set(ids) == {slow.task_id, other.task_id}
@@ -630,7 +630,7 @@ async def test_a_connection_the_broker_closed_is_replaced(
     """
     taker = await workshop.taker()
     await workshop.send(*await submit(workshop.db))
-    taker.finished(*await take(taker))
+    taker.let_go(*await take(taker))
     waiting = asyncio.create_task(take(taker))
     await close_connections(broker, workshop.broker_url)
 
@@ -666,7 +666,7 @@ async def test_after_a_reconnect_a_running_attempt_is_not_given_away(
 
     [theirs] = await take(taker, 1, window=2)
     assert other == theirs.task_id
-    taker.finished(mine)
+    taker.let_go(mine)
     assert [True] == await complete(workshop.db, [mine])
 
 
@@ -679,7 +679,7 @@ async def test_a_deleted_queue_is_declared_and_consumed_again(
     taker = await workshop.taker()
     await submit(workshop.db)
     [first] = await take(taker)
-    taker.finished(first)
+    taker.let_go(first)
     waiting = asyncio.create_task(take(taker))
 
     async with workshop.channel() as channel:
@@ -710,7 +710,7 @@ async def test_a_crashed_broker_costs_time_and_no_task(
 
     [mine] = await waiting
     assert task_id == mine.task_id
-    taker.finished(first)
+    taker.let_go(first)
 
 
 @pytest.mark.any_rabbitmq

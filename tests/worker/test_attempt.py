@@ -21,7 +21,8 @@ from asyncflow.store.settle import Settling
 from asyncflow.telemetry import events
 from asyncflow.telemetry.logs import Log
 from asyncflow.worker.attempt import REFUSALS_MAX, Attempt, Tools
-from asyncflow.worker.isolation import Isolation, Run
+from asyncflow.worker.isolation.isolation import Isolation
+from asyncflow.worker.isolation.run import Run
 from tests.support.running import registry_of
 from tests.support.tasks import NAME, QUEUE
 

@@ -12,9 +12,9 @@ import pytest
 
 from asyncflow.domain.outcome import Completed
 from asyncflow.handlers import DEFAULT_REGISTRY
-from asyncflow.worker.children import Nursery
-from asyncflow.worker.garbage import COLLECT_SECONDS, GROWTH_BYTES, LOOK_SECONDS, Garbage
-from asyncflow.worker.isolation import Isolation
+from asyncflow.worker.isolation.garbage import COLLECT_SECONDS, GROWTH_BYTES, LOOK_SECONDS, Garbage
+from asyncflow.worker.isolation.isolation import Isolation
+from asyncflow.worker.isolation.nursery import Nursery
 from tests.worker import odd_handlers
 from tests.worker.test_isolation import ISOLATIONS, run
 

@@ -30,8 +30,9 @@ from asyncflow.handlers import (
     current_context,
     handler,
 )
-from asyncflow.worker.children import Nursery
-from asyncflow.worker.isolation import Isolation, Run
+from asyncflow.worker.isolation.isolation import Isolation
+from asyncflow.worker.isolation.nursery import Nursery
+from asyncflow.worker.isolation.run import Run
 from tests.support.builders import a_claim
 from tests.worker import odd_handlers
 
@@ -524,8 +525,8 @@ import asyncio, sys
 sys.path[:] = {path!r}
 from tests.worker.test_isolation import a_context, begin
 from asyncflow.handlers import load_handlers
-from asyncflow.worker.children import Nursery
-from asyncflow.worker.isolation import Isolation
+from asyncflow.worker.isolation.nursery import Nursery
+from asyncflow.worker.isolation.isolation import Isolation
 
 async def main():
     begun = asyncio.Event()
@@ -575,7 +576,7 @@ async def test_children_leave_signals_to_their_worker(
     for process in psutil.Process().children(recursive=True):
         # Servers of other tests may have left a zombie among them.
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "asyncflow.worker.nursery" in process.cmdline():
+            if "asyncflow.worker.isolation.nursery_process" in process.cmdline():
                 process.send_signal(number)
 
     running.cancel()

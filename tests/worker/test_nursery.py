@@ -20,8 +20,10 @@ import pytest
 from asyncflow.domain.outcome import Completed, Crashed, Outcome
 from asyncflow.errors import ChildNotStarted, HandlerError
 from asyncflow.handlers import DEFAULT_REGISTRY, Handler
-from asyncflow.worker.children import Children, Nursery
-from asyncflow.worker.isolation import Isolation, Run
+from asyncflow.worker.isolation.isolation import Isolation
+from asyncflow.worker.isolation.nursery import Nursery
+from asyncflow.worker.isolation.pool import ChildPool
+from asyncflow.worker.isolation.run import Run
 from tests.worker import odd_handlers
 from tests.worker.test_isolation import Begun, a_context, begin, run
 
@@ -266,7 +268,7 @@ def pid_of(nursery: Nursery) -> int:
     (process,) = [
         child
         for child in psutil.Process().children()
-        if "asyncflow.worker.nursery" in child.cmdline()
+        if "asyncflow.worker.isolation.nursery_process" in child.cmdline()
     ]
     return process.pid
 
@@ -284,7 +286,7 @@ async def test_what_the_worker_lacks_is_not_charged_to_a_task(
             raise OSError(24, "Too many open files")
 
         with monkeypatch.context() as nothing_left:
-            nothing_left.setattr("asyncflow.worker.children.socket.socketpair", refuse)
+            nothing_left.setattr("asyncflow.worker.isolation.nursery.socket.socketpair", refuse)
             await not_entered(isolation, the("number.process"))
         outcome = await run(isolation, the("number.process"))
 
@@ -327,7 +329,7 @@ async def test_idle_children_leave() -> None:
     One that nobody needs gives its memory back; what is lent stays.
     """
     async with Nursery(["tests.worker.odd_handlers"]) as nursery:
-        children = Children(nursery, idle_max=2, tasks_max=9, idle_seconds=0.05)
+        children = ChildPool(nursery, idle_max=2, tasks_max=9, idle_seconds=0.05)
         lent, idle = await children.lend(), await children.lend()
         children.take_back(idle)
         await asyncio.wait_for(asyncio.shield(idle.reaper), 30)
@@ -381,7 +383,7 @@ async def test_an_attempt_that_is_stopped_while_its_child_starts_is_not_begun(
 FORKING_WORKER = """
 import asyncio, os, sys, time
 sys.path[:] = {path!r}
-from asyncflow.worker.children import Nursery
+from asyncflow.worker.isolation.nursery import Nursery
 
 async def main():
     nursery = Nursery([])

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from asyncflow.worker.shortage import PAUSE_SECONDS_MAX, Shortage
+from asyncflow.worker.isolation.shortage import PAUSE_SECONDS_MAX, Shortage
 
 
 class Clock:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Awaitable, Callable
 
 from asyncflow.handlers import Handler, Registry, handler
-from asyncflow.worker.isolation import Isolation
+from asyncflow.worker.isolation.isolation import Isolation
 from asyncflow.worker.stall import Stall, look_at
 from tests.worker.test_isolation import a_context, begin
 

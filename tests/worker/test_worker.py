@@ -31,9 +31,8 @@ from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.store.wakeups import Listener
 from asyncflow.transport.postgres import PostgresTransport
-from asyncflow.worker import lease as lease_module
-from asyncflow.worker import worker as worker_module
 from asyncflow.worker.lease import STALLED_EXIT_STATUS
+from asyncflow.worker.times import Times
 from tests.support.postgres import PostgresServer
 from tests.support.roles import GRANTS, administrator
 from tests.support.running import a_running_worker, read
@@ -353,16 +352,13 @@ async def test_a_claim_that_hangs_holds_up_no_grace_period(db: Database, wire: W
     assert not gate.entered.is_set()
 
 
-async def test_a_heartbeat_that_hangs_keeps_no_worker_from_ending(
-    db: Database, wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_heartbeat_that_hangs_keeps_no_worker_from_ending(db: Database, wire: Wire) -> None:
     """
     However long its leases are, and with them the time that a heartbeat may take.
     """
-    monkeypatch.setattr(lease_module, "GOODBYE_SECONDS", 0.1)
     async with (
         Database(wire.url) as far,
-        a_running_worker(far, idle, lease_seconds=3_600) as running,
+        a_running_worker(far, idle, lease_seconds=3_600, times=Times(goodbye=0.1)) as running,
     ):
         await until(lambda: holders(db))
         wire.hold_answers("UPDATE asyncflow.workers")
@@ -404,21 +400,18 @@ async def test_a_second_request_to_stop_gives_back_at_once(db: Database) -> None
     assert State.PENDING == (await read(db, task_id)).state
 
 
-async def test_claims_without_a_slot_go_back_and_are_not_claimed_again(
-    db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_claims_without_a_slot_go_back_and_are_not_claimed_again(db: Database) -> None:
     """
     Short tasks are claimed ahead; when a long one takes the slot, the rest is for others.
     """
-    monkeypatch.setattr(worker_module, "WAIT_SECONDS_MAX", 0.2)
-    monkeypatch.setattr(worker_module, "TICK_SECONDS", 0.05)
+    times = Times(claim_wait_max=0.2, tick=0.05)
     gate = Gate()
 
     async def quick() -> None:
         pass
 
     await submit(db, 100, name="quick")
-    async with a_running_worker(db, gate.handler, quick, slots=1):
+    async with a_running_worker(db, gate.handler, quick, slots=1, times=times):
         await until_states(db, completed=100)
         [slow] = await submit(db, priority=9)
         await soon(gate.entered)
@@ -598,13 +591,12 @@ async def test_a_worker_takes_its_lock_back_as_soon_as_it_can(db: Database) -> N
 
 
 async def test_a_worker_that_stops_without_a_connection_says_goodbye_on_a_new_one(
-    db: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+    db: Database, database_url: str
 ) -> None:
     """
     It would be reported as lost otherwise, although it stopped in good order.
     """
-    monkeypatch.setattr(lease_module, "RETRY_SECONDS", 3_600)
-    async with a_running_worker(db, idle) as running:
+    async with a_running_worker(db, idle, times=Times(heartbeat_retry=3_600)) as running:
         await until(lambda: holders(db))
         await cut_every_connection(database_url)
 
@@ -832,7 +824,7 @@ async def test_a_worker_whose_every_slot_is_stuck_ends(db: Database) -> None:
 
     await submit(db, timeout_seconds=0.05, max_attempts=1)
     async with a_running_worker(
-        db, stubborn, slots=1, cancel_grace_seconds=0.05, stall_seconds=0.2
+        db, stubborn, slots=1, cancel_grace_seconds=0.05, times=Times(stall=0.2)
     ) as running:
         with pytest.raises(WorkerExhausted):
             await running.end()
@@ -845,6 +837,7 @@ import asyncio, sys, threading, time
 from asyncflow.telemetry.logs import configure_logs
 from tests.support.tasks import database, submit
 from tests.support.running import a_running_worker
+from asyncflow.worker.times import Times
 
 started = set()
 
@@ -867,7 +860,7 @@ async def main(url):
         for name in ("work", "loop_neighbour", "thread_neighbour"):
             await submit(db, name=name)
         functions = (stall, loop_neighbour, thread_neighbour)
-        async with a_running_worker(db, *functions, stall_seconds=0.5) as running:
+        async with a_running_worker(db, *functions, times=Times(stall=0.5)) as running:
             await running.end()
 
 asyncio.run(main(sys.argv[1]))

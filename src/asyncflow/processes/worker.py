@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     # Each process imports only what it runs: a worker starts without the web framework.
     from asyncflow.handlers import Registry
     from asyncflow.transport import Transport
-    from asyncflow.worker.children import Nursery
+    from asyncflow.worker.isolation.nursery import Nursery
     from asyncflow.worker.worker import Worker
 
 THREADS_MIN, THREADS_PER_SLOT = 64, 4
@@ -99,7 +99,7 @@ def _executor(slots: int) -> ThreadPoolExecutor:
 
 
 def _make_nursery(settings: Settings, registry: Registry) -> Nursery:
-    from asyncflow.worker.children import Nursery
+    from asyncflow.worker.isolation.nursery import Nursery
 
     return Nursery(
         settings.worker_handlers,
@@ -116,8 +116,9 @@ async def _make_worker(
     from asyncflow.store.workers import Registration
     from asyncflow.transport import Claimant
     from asyncflow.transport.postgres import PostgresTransport
-    from asyncflow.worker.isolation import Isolation
-    from asyncflow.worker.worker import Times, Worker
+    from asyncflow.worker.isolation.isolation import Isolation
+    from asyncflow.worker.times import Times
+    from asyncflow.worker.worker import Worker
 
     registration = Registration(
         id=uuid4(),

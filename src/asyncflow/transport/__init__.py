@@ -11,7 +11,7 @@ neither lose a task nor run it twice. Everything after `take` is the same code.
 The life of a hint:
 
     take      the worker has free slots: wait for hints, claim, return the claims
-    finished  the attempt is settled and committed: the hint may go (an ack)
+    let_go    the attempt is settled and committed: the hint may go (an ack)
     stop      take no more; hints without a claim go back for other workers
 
 A hint is acknowledged after its settle is committed. That keeps redeliveries rare; safety does not
@@ -61,9 +61,9 @@ class Transport(Protocol):
         """
         ...
 
-    def finished(self, claim: Claim) -> None:
+    def let_go(self, claim: Claim) -> None:
         """
-        Release the claim's hint: its attempt is settled, or its lease is lost.
+        Let go of the claim's hint: its attempt is settled, or its lease is lost.
         """
         ...
 

@@ -74,7 +74,7 @@ class PostgresTransport:
             await set_within(self._woken, self._times.poll)
         return []
 
-    def finished(self, claim: Claim) -> None:
+    def let_go(self, claim: Claim) -> None:
         """
         Do nothing: there was no message.
         """

@@ -47,10 +47,9 @@ from asyncflow.handlers import Context, Progress, Registry
 from asyncflow.handlers.encoding import error_kind, error_message, error_traceback
 from asyncflow.store.settle import Settling
 from asyncflow.telemetry import events
-from asyncflow.worker.isolation import Isolation, LoopRun, Run
-
-SETTLE_RETRY_SECONDS = (0.1, 0.6)
-"""A random wait between tries to settle, so that workers do not return in step."""
+from asyncflow.worker.isolation.isolation import Isolation
+from asyncflow.worker.isolation.loop import LoopRun
+from asyncflow.worker.isolation.run import Run
 
 REFUSALS_MAX = 3
 REASON_LENGTH_MAX = 1_000
@@ -76,7 +75,7 @@ class Tools:
     on_progress: Callable[[Claim, Progress], None]
     on_handler_end: Callable[[float | None], None]
     on_end: Callable[[Attempt], None]
-    settle_retry_seconds: tuple[float, float] = SETTLE_RETRY_SECONDS
+    settle_retry_seconds: tuple[float, float]
 
 
 class Attempt:

@@ -34,6 +34,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
+from asyncflow.aio.waiting import set_within
 from asyncflow.errors import StoreError, StoreUnavailable
 from asyncflow.store import settle, workers
 from asyncflow.store.database import Database, Executor, translated_errors
@@ -41,17 +42,15 @@ from asyncflow.store.settle import Settling
 from asyncflow.store.wakeups import send_wakeup
 from asyncflow.store.workers import Held, Published, Registration
 from asyncflow.telemetry import events
+from asyncflow.worker.times import Times
 
 FENCE_SHARE = 0.6
-RETRY_SECONDS = 0.3
 WATCH_SECONDS = 0.1
-GOODBYE_SECONDS = 5.0
-"""How long a worker that stops waits for PostgreSQL to take note."""
 
 STALLED_EXIT_STATUS = 70
 
 
-class Holder(Protocol):
+class LeaseHolder(Protocol):
     """
     The worker, as the keeper of its leases sees it. Called on the worker's own loop.
     """
@@ -90,7 +89,7 @@ class LeaseKeeper:
 
     Args:
         loop: The worker's event loop, on which `holder` is called.
-        stall_seconds: How long that loop may stand still.
+        times: `stall`, `heartbeat_retry` and `goodbye` of them.
     """
 
     def __init__(
@@ -99,16 +98,16 @@ class LeaseKeeper:
         registration: Registration,
         published: Sequence[Published],
         *,
-        holder: Holder,
+        holder: LeaseHolder,
         loop: asyncio.AbstractEventLoop,
-        stall_seconds: float,
+        times: Times,
     ) -> None:
         self._db = db
         self._registration = registration
         self._published: Sequence[Published] | None = published
         self._holder = holder
         self._worker_loop = loop
-        self._stall_seconds = stall_seconds
+        self._times = times
         self._kept_at = time.monotonic()
         self._fence_seconds = FENCE_SHARE * registration.lease_seconds
         self._fenced = True  # Until the first beat there is no lease to trust.
@@ -163,7 +162,7 @@ class LeaseKeeper:
         stopping = loop.create_task(woken.wait())
         await asyncio.wait({keeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
         # Nor may it keep the worker from ending; the end of this loop cancels it.
-        await asyncio.wait({keeping}, timeout=GOODBYE_SECONDS)
+        await asyncio.wait({keeping}, timeout=self._times.goodbye)
         watching.cancel()
 
     async def _keep_until_stopped(self, woken: asyncio.Event) -> None:
@@ -175,7 +174,7 @@ class LeaseKeeper:
                 # while its leases run out.
                 if not self._stopping.is_set():
                     events.heartbeat_failed(reason=str(error))
-            await _wait(woken, RETRY_SECONDS)
+            await set_within(woken, self._times.heartbeat_retry)
         if not (self._lost or self._said_goodbye):
             # Its connection broke, and the reaper would report a worker that is well as lost.
             # Once only: PostgreSQL may be away, and whoever stops does not wait for it.
@@ -196,7 +195,7 @@ class LeaseKeeper:
             await send_wakeup(connection)
             while not (self._stopping.is_set() or self._lost):
                 await self._beat_unless_refused(connection)
-                await _wait(woken, self._registration.heartbeat_seconds)
+                await set_within(woken, self._registration.heartbeat_seconds)
             if not self._lost:
                 await self._say_goodbye(connection)
 
@@ -283,7 +282,7 @@ class LeaseKeeper:
     def _check_stall(self) -> None:
         # Counted, not measured: if the whole process stood still, its loop is not to blame.
         stalled = self._unanswered * WATCH_SECONDS
-        if stalled > self._stall_seconds and not self._ends_stalled:
+        if stalled > self._times.stall and not self._ends_stalled:
             self._ends_stalled = True
             self._ending = asyncio.get_running_loop().create_task(self._end_stalled(stalled))
         self._unanswered += 1
@@ -292,7 +291,7 @@ class LeaseKeeper:
     async def _end_stalled(self, seconds: float) -> None:
         try:
             settling = self._holder.on_stalled(seconds)
-            async with asyncio.timeout(GOODBYE_SECONDS), self._connection() as connection:
+            async with asyncio.timeout(self._times.goodbye), self._connection() as connection:
                 held = await workers.held(connection, self._registration.id, older_than_seconds=0)
                 await settle.settle(connection, [settling(lease) for lease in held])
                 await self._say_goodbye(connection)
@@ -313,11 +312,3 @@ class LeaseKeeper:
         except RuntimeError:
             # The worker's loop is closed: there is nobody left to tell.
             self._stopping.set()
-
-
-async def _wait(woken: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await woken.wait()
-    except TimeoutError:
-        pass

@@ -1,9 +1,10 @@
 """
-Who blocks an event loop, as another thread sees it.
+An event loop that stands still: which handler blocks it, and how its worker's attempts end.
 
-The stack tells where the loop's thread is. Whose code that is, the context of the asyncio task
-that runs tells: what a handler calls, awaits or starts as a task of its own has a copy of the
-handler's context. Only for a callback that a handler left in the loop there is no such trace.
+All of this runs in another thread, while the loop's thread is blocked. The stack of that thread
+shows where it is, and which call of a handler it is in. A task that a handler started has a copy
+of the handler's context variables, which name the attempt. Only a callback that a handler left in
+the loop cannot be traced to it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,19 @@ import contextvars
 import gc
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
+from asyncflow.domain.outcome import Failed, Failure, Settlement
+from asyncflow.domain.states import Event
 from asyncflow.handlers.context import CURRENT, Context
 from asyncflow.handlers.encoding import clip_traceback
+from asyncflow.store.settle import Settling
+from asyncflow.store.workers import Held
+from asyncflow.telemetry import events
+from asyncflow.worker.attempt import Attempt
+from asyncflow.worker.intake import LeaseKey
 
 CALLERS = ("asyncflow.handlers.calls", "asyncflow.processes.process")
 """What calls handlers, and what runs the loop; whatever is further out on the stack is ours."""
@@ -44,6 +53,59 @@ def look_at(loop: asyncio.AbstractEventLoop, thread_id: int) -> Stall:
     lines = traceback.StackSummary.extract(reversed(frames)).format()
     stack = clip_traceback("Traceback (most recent call last):\n" + "".join(lines))
     return Stall(stack, _context_in(caller) or _context_of(asyncio.current_task(loop)))
+
+
+def end_of_stalled(
+    stall: Stall, seconds: float, attempts: Mapping[LeaseKey, Attempt]
+) -> Callable[[Held], Settling]:
+    """
+    Report a stall, stop what can be stopped, and say how each lease is to be settled.
+
+    The attempt whose code blocks the loop has failed; the others are released, unless they had
+    ended and only PostgreSQL's answer was not read.
+    """
+    blamed = _blamed(stall, attempts)
+    events.worker_stalled(
+        seconds=seconds,
+        blamed=[(attempt.claim.task_id, attempt.claim.name) for attempt in blamed.values()],
+        running=len(attempts),
+        stack=stall.stack,
+    )
+    for attempt in attempts.values():
+        attempt.abandon()
+    failure = Failure("LoopBlocked", _what_it_did(seconds, len(blamed)), stall.stack)
+
+    def settling(lease: Held) -> Settling:
+        key = (lease.task_id, lease.lease_id)
+        if key in blamed:
+            settlement = blamed[key].decide(Failed(failure))
+        else:
+            # A lease without an attempt is a claim whose answer was not read.
+            attempt = attempts.get(key)
+            settlement = (attempt and attempt.settlement) or Settlement(Event.RELEASE)
+        return Settling(lease.task_id, lease.lease_id, settlement)
+
+    return settling
+
+
+def _blamed(stall: Stall, attempts: Mapping[LeaseKey, Attempt]) -> dict[LeaseKey, Attempt]:
+    """
+    The attempt whose code blocks the loop; if that is unknown, all whose code might. Unpunished,
+    it might block one worker after another, without end.
+    """
+    if stall.context is not None:
+        key = (stall.context.task_id, stall.context.lease_id)
+        return {key: attempts[key]} if key in attempts else {}
+    return {key: attempt for key, attempt in attempts.items() if attempt.is_on_loop}
+
+
+def _what_it_did(seconds: float, blamed: int) -> str:
+    who = "The handler" if blamed == 1 else f"One of {blamed} handlers, this or another,"
+    return (
+        f"{who} blocked the event loop of its worker for {seconds:.0f} s; the worker had to end. "
+        "Code that waits without `await`, or computes for long, belongs in a `def` handler or in "
+        'one with isolation="process".'
+    )
 
 
 def _frames_of_handler(

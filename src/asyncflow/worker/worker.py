@@ -1,62 +1,72 @@
 """
-The life of a worker: take, run, settle, until asked to stop; then drain.
+The life of a worker: take tasks, run them, settle, until it has to end; then drain.
 
-`run` reads as its life: beat, take in, drain. The first request to stop lets attempts finish
-within the grace period, the second gives them back at once. A worker that is given up for
-lost ends its `run` with `WorkerLost`; whoever started it starts another, under a new id.
+A worker moves through these phases, in this order; it may skip some and never goes back:
+
+| phase    | begins                                    | new tasks | attempts                      |
+|----------|-------------------------------------------|-----------|-------------------------------|
+| STARTING | when it is made                           | none      | none                          |
+| WORKING  | when its first heartbeat is written       | taken     | run                           |
+| DRAINING | when it is asked to stop, or is exhausted | none      | may finish in a grace period  |
+| FORCED   | after that period, when asked again, or   | none      | are released; void if their   |
+|          | when it is declared dead                  |           | leases are lost               |
+| ENDED    | when no attempt is left, or soon after    | none      | void                          |
+
+While it cannot trust its leases, it is *fenced*: it takes nothing and what it held is void. That
+may pass, in any phase. A worker that was declared dead may not go on under its id, and one whose
+slots are all stuck is of no use; `run` then raises why it ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from enum import IntEnum
 from typing import Any
-from uuid import UUID
 
-from asyncflow.domain.outcome import Failed, Failure, Settlement
+from asyncflow.aio.background import cancel, start_task
+from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
-from asyncflow.domain.task import Claim
 from asyncflow.errors import StoreError, WorkerExhausted, WorkerLost
-from asyncflow.handlers import Progress, Registry
-from asyncflow.store import claims, settle
+from asyncflow.handlers import Registry
+from asyncflow.store import settle
 from asyncflow.store.database import Database
 from asyncflow.store.settle import Settling
 from asyncflow.store.workers import Held, Published, Registration
 from asyncflow.telemetry import events
 from asyncflow.transport import Transport
 from asyncflow.worker.attempt import Attempt, Tools
-from asyncflow.worker.isolation import Isolation
+from asyncflow.worker.intake import Intake
+from asyncflow.worker.isolation.isolation import Isolation
 from asyncflow.worker.lease import LeaseKeeper
-from asyncflow.worker.pace import Pace
+from asyncflow.worker.progress import ProgressReports
 from asyncflow.worker.settler import make_settler
-from asyncflow.worker.stall import Stall, look_at
-
-TICK_SECONDS = 0.5
-WAIT_SECONDS_MAX = 1.0
-"""A claim that found no slot for so long goes back: another worker may have one."""
-
-GIVE_BACK_SECONDS = 10.0
+from asyncflow.worker.stall import end_of_stalled, look_at
+from asyncflow.worker.times import Times
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
+class Phase(IntEnum):
     """
-    How patient a worker is, in seconds.
-
-    Attributes:
-        shutdown_grace: How long attempts may take to finish once it stops.
-        stall: How long the event loop may stand still, or stuck handlers may hold every
-            slot, before the process ends itself.
+    Where a worker is in its life; see this file's docstring.
     """
 
-    shutdown_grace: float = 30.0
-    stall: float = 60.0
+    STARTING = 0
+    WORKING = 1
+    DRAINING = 2
+    FORCED = 3
+    ENDED = 4
+
+
+class Cause(IntEnum):
+    """
+    Why a worker ends; of several, the last of these counts.
+    """
+
+    ASKED = 0
+    EXHAUSTED = 1
+    LOST = 2
 
 
 class Worker:
@@ -84,246 +94,158 @@ class Worker:
         self._registry = registry
         self._isolation = isolation
         self._times = times
-        self._slots = registration.slots
-        self._pace = Pace(self._slots)
-        self._waiting: deque[Attempt] = deque()
-        self._attempts: dict[tuple[UUID, UUID], Attempt] = {}
-        self._running = 0
-        self._progress: dict[tuple[UUID, UUID], Progress] = {}
-        self._background: set[asyncio.Task[Any]] = set()
-        self._orphans: set[tuple[UUID, UUID]] = set()
-        self._leases_hold = False
-        self._may_take_more = asyncio.Event()
-        self._is_idle = asyncio.Event()
-        self._ending = asyncio.Event()
-        self._hurried = asyncio.Event()
-        self._lost = False
-        self._exhausted = False
-        self._useful_at = time.monotonic()
+        self._progress = ProgressReports(db)
+        self._intake = Intake(
+            transport,
+            isolation,
+            lambda claim: Attempt(claim, self._tools),
+            slots=registration.slots,
+        )
         self._tools = Tools(
             registry=registry,
             isolation=isolation,
             settler=make_settler(db),
-            on_progress=self._note_progress,
-            on_handler_end=self._free_slot,
-            on_end=self._let_go,
+            on_progress=self._progress.note,
+            on_handler_end=self._intake.free_slot,
+            on_end=self._intake.let_go,
+            settle_retry_seconds=times.settle_retry,
         )
+        self._phase = Phase.STARTING
+        self._reached = {phase: asyncio.Event() for phase in Phase}
+        self._cause = Cause.ASKED
+        self._useless_since: float | None = None
+        self._background: set[asyncio.Task[Any]] = set()
 
     @property
     def running(self) -> int:
         """
         How many attempts are under way.
         """
-        return len(self._attempts)
+        return len(self._intake.attempts)
 
     def stop(self) -> None:
         """
-        Stop in good order; called again, give back at once what still runs.
+        Drain; called again, release immediately what still runs.
         """
-        if self._ending.is_set():
-            self._hurried.set()
-        self._end()
+        is_again = self._phase >= Phase.DRAINING
+        self._move_to(Phase.FORCED if is_again else Phase.DRAINING)
 
     async def run(self) -> None:
         """
         Work until stopped.
 
         Raises:
-            WorkerLost: It must be replaced by a new worker.
-            WorkerExhausted: It must be replaced by a new process.
+            WorkerLost: A new worker must replace it.
+            WorkerExhausted: A new process must replace it.
         """
         self._loop, self._loop_thread_id = asyncio.get_running_loop(), threading.get_ident()
-        keeper = self._keeper = LeaseKeeper(
+        self._keeper = LeaseKeeper(
             self._db,
             self._registration,
             _published(self._registry),
             holder=self,
             loop=self._loop,
-            stall_seconds=self._times.stall,
+            times=self._times,
         )
-        keeper.start()
-        ticking = asyncio.create_task(self._tick())
-        intake = asyncio.create_task(self._take_in())
-        ending = asyncio.create_task(self._ending.wait())
+        self._keeper.start()
+        intake = self._in_background(self._intake.run(self._keeper.holds))
+        ticking = self._in_background(self._tick())
         try:
-            # Neither intake nor tick ends by itself; should one fail, the worker ends with it.
-            await asyncio.wait({intake, ticking, ending}, return_when=asyncio.FIRST_COMPLETED)
-            self._end()
-            idle = self._in_background(self._become_idle(intake))
-            await self._drain(idle)
-            for duty in (intake, ticking, idle):
+            # Neither duty ends by itself; should one fail, the worker ends with it.
+            await self._until(Phase.DRAINING, intake, ticking)
+            await self._drain(intake)
+            for duty in (intake, ticking):
                 if duty.done():
                     duty.result()
         finally:
-            self._make_void("its worker has ended")
-            await _cancel(ticking, intake, ending, *self._background)
-            await keeper.stop()
+            self._move_to(Phase.ENDED)
+            self._intake.make_void("its worker has ended")
+            await cancel(*self._background)
+            await self._keeper.stop()
             await self._transport.close()
             await self._isolation.close()
-        if self._lost:
+        if self._cause is Cause.LOST:
             raise WorkerLost(self._registration.id)
-        if self._exhausted:
+        if self._cause is Cause.EXHAUSTED:
             raise WorkerExhausted(self._registration.id)
 
-    def _end(self) -> None:
-        self._ending.set()
-        self._may_take_more.set()
+    async def _drain(self, intake: asyncio.Task[None]) -> None:
+        self._move_to(Phase.DRAINING)
+        self._intake.close()
+        idle = self._in_background(self._until_idle(intake))
+        await self._until(Phase.FORCED, idle, seconds=self._times.shutdown_grace)
+        self._move_to(Phase.FORCED)
+        self._intake.release_all()
+        await asyncio.wait({idle}, timeout=self._times.release)
+        if idle.done():
+            idle.result()
 
-    # Intake
-
-    async def _take_in(self) -> None:
-        while not self._ending.is_set():
-            room = self._room()
-            if room <= 0 or not self._leases_hold:
-                self._may_take_more.clear()
-                await self._may_take_more.wait()
-                continue
-            taken = await self._transport.take(
-                min(room, self._pace.batch), window=self._pace.window
-            )
-            for claim in taken:
-                self._accept(claim)
-            if not (self._leases_hold and self._keeper.holds()):
-                # Fenced while the claim was under way. A process that stood still meanwhile has
-                # not even heard of it yet, and the claim in its hand is worth nothing.
-                self._make_void("its worker was fenced")
-            if self._hurried.is_set():
-                self._give_back_all()
-            self._start_waiting()
-        self._give_back_waiting(older_than_seconds=0)
-
-    def _room(self) -> int:
-        stuck = self._isolation.stuck
-        if stuck >= self._slots or self._isolation.shortage.lasts:
-            return 0
-        return self._pace.window - len(self._attempts) - stuck
-
-    def _accept(self, claim: Claim) -> None:
-        if (claim.task_id, claim.lease_id) in self._orphans:
-            # Its answer took so long that the lease was given back; others may run it by now.
-            self._transport.finished(claim)
-            return
-        attempt = Attempt(claim, self._tools)
-        self._attempts[claim.task_id, claim.lease_id] = attempt
-        self._waiting.append(attempt)
-
-    def _start_waiting(self) -> None:
-        while self._waiting and self._running + self._isolation.stuck < self._slots:
-            self._start(self._waiting.popleft())
-
-    def _start(self, attempt: Attempt) -> None:
-        self._running += 1
-        attempt.start()
-
-    def _free_slot(self, ran_seconds: float | None) -> None:
-        # Before the settle: what waits for PostgreSQL needs no slot, only room in the window,
-        # and attempts that settle together are written together.
-        self._running -= 1
-        if ran_seconds is not None:
-            self._pace.observe(ran_seconds)
-        self._start_waiting()
-
-    def _let_go(self, attempt: Attempt) -> None:
-        self._transport.finished(attempt.claim)
-        del self._attempts[attempt.claim.task_id, attempt.claim.lease_id]
-        self._may_take_more.set()
-        if not self._attempts:
-            self._is_idle.set()
-
-    # Drain
-
-    async def _drain(self, idle: asyncio.Task[None]) -> None:
-        self._give_back_waiting(older_than_seconds=0)
-        hurried = self._in_background(self._hurried.wait())
-        if not self._lost:
-            await asyncio.wait(
-                {idle, hurried},
-                timeout=self._times.shutdown_grace,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        self._hurried.set()
-        self._give_back_all()
-        await asyncio.wait({idle}, timeout=GIVE_BACK_SECONDS)
-
-    async def _become_idle(self, intake: asyncio.Task[None]) -> None:
-        # Beside the grace period, not before it: PostgreSQL may take long to answer a claim. And
-        # not cancelled: a claim that is under way must come home.
+    async def _until_idle(self, intake: asyncio.Task[None]) -> None:
+        # During the grace period, not before it: PostgreSQL may take long to answer a claim. And
+        # the intake is not cancelled: a claim that is under way must come home.
         await self._transport.stop()
         await asyncio.wait({intake})
-        while self._attempts:
-            self._is_idle.clear()
-            await self._is_idle.wait()
-
-    def _give_back_all(self) -> None:
-        for attempt in tuple(self._attempts.values()):
-            attempt.release()
-
-    def _give_back_waiting(self, *, older_than_seconds: float) -> int:
-        count = 0
-        horizon = time.monotonic() - older_than_seconds
-        while self._waiting and self._waiting[0].taken_at <= horizon:
-            attempt = self._waiting.popleft()
-            attempt.release()
-            # What was given back before it began is settled as a release.
-            self._start(attempt)
-            count += 1
-        return count
-
-    # Twice a second
+        await self._intake.until_idle()
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_SECONDS)
-            if self._give_back_waiting(older_than_seconds=WAIT_SECONDS_MAX):
-                # Or they would be claimed ahead again at once, and given back for ever.
-                self._pace.forget()
-            self._start_waiting()
-            await self._flush_progress()
+            await asyncio.sleep(self._times.tick)
+            self._intake.review(wait_seconds_max=self._times.claim_wait_max)
+            await self._progress.flush()
             self._isolation.garbage.look()  # Attempts that run for long leave some, too.
-            self._may_take_more.set()  # A stuck handler may have ended.
             self._end_if_exhausted()
 
     def _end_if_exhausted(self) -> None:
-        now = time.monotonic()
-        if self._isolation.stuck < self._slots:
-            self._useful_at = now
-        elif now - self._useful_at > self._times.stall and not self._exhausted:
-            events.worker_exhausted(worker_id=self._registration.id, slots=self._slots)
-            self._exhausted = True
-            self._end()
+        slots, now = self._registration.slots, self._loop.time()
+        if self._isolation.stuck < slots:
+            self._useless_since = None
+        elif self._useless_since is None:
+            self._useless_since = now
+        elif now - self._useless_since > self._times.stall and self._cause is Cause.ASKED:
+            events.worker_exhausted(worker_id=self._registration.id, slots=slots)
+            self._move_to(Phase.DRAINING, Cause.EXHAUSTED)
 
-    def _note_progress(self, claim: Claim, progress: Progress) -> None:
-        # From any thread: adding to a dictionary and taking from it are atomic each.
-        self._progress[claim.task_id, claim.lease_id] = progress
+    # Phases
 
-    async def _flush_progress(self) -> None:
-        rows = []
-        while self._progress:
-            (task_id, lease_id), p = self._progress.popitem()
-            text = json.dumps({"fraction": p.fraction, "message": p.message})
-            rows.append((task_id, lease_id, text))
-        if not rows:
-            return
-        # Progress is news, not truth: if it cannot be written now, the next report can.
-        with contextlib.suppress(StoreError):
-            await claims.record_progress(self._db, rows)
+    def _move_to(self, phase: Phase, cause: Cause = Cause.ASKED) -> None:
+        self._cause = max(self._cause, cause)
+        self._phase = max(self._phase, phase)
+        for reached in Phase:
+            if reached <= self._phase:
+                self._reached[reached].set()
 
-    # What the keeper of the leases has to say
+    async def _until(
+        self, phase: Phase, *duties: asyncio.Task[Any], seconds: float | None = None
+    ) -> None:
+        """
+        Wait for a phase, the end of a duty, or that the time is up.
+        """
+        reached = self._in_background(self._reached[phase].wait())
+        await asyncio.wait({reached, *duties}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await cancel(reached)
+
+    def _in_background(self, work: Any) -> asyncio.Task[Any]:
+        task = start_task(work, name=f"worker: {work.__qualname__}")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    # What the lease keeper says; see `lease.LeaseHolder`
 
     def on_kept(self) -> None:
         """
-        See `lease.Holder`.
+        Take tasks, for the first time or again.
         """
-        self._leases_hold = True
-        self._may_take_more.set()
+        self._move_to(Phase.WORKING)
+        self._intake.wake()
 
     def on_held(self, held: Sequence[Held]) -> None:
         """
-        See `lease.Holder`.
+        Cancel what was cancelled, and release leases without an attempt.
         """
         suspects = []
         for lease in held:
-            attempt = self._attempts.get((lease.task_id, lease.lease_id))
+            attempt = self._intake.attempts.get((lease.task_id, lease.lease_id))
             if attempt is None:
                 suspects.append(Settling(lease.task_id, lease.lease_id, Settlement(Event.RELEASE)))
             elif lease.cancel_requested:
@@ -331,103 +253,39 @@ class Worker:
         if suspects:
             self._in_background(self._release_orphans(suspects))
 
+    def on_fenced(self, reason: str) -> None:
+        """
+        Stop everything, and write nothing of it.
+        """
+        events.worker_fenced(worker_id=self._registration.id, reason=reason, running=self.running)
+        self._intake.make_void(reason)
+
+    def on_lost(self) -> None:
+        """
+        End: this worker was declared dead.
+        """
+        self._move_to(Phase.FORCED, Cause.LOST)
+        self.on_fenced("it was declared dead")
+
+    def on_stalled(self, seconds: float) -> Callable[[Held], Settling]:
+        """
+        Say how each lease is to be settled; see `stall`.
+        """
+        stall = look_at(self._loop, self._loop_thread_id)
+        return end_of_stalled(stall, seconds, dict(self._intake.attempts))
+
     async def _release_orphans(self, suspects: Sequence[Settling]) -> None:
         # The answer to their claim may be on its way to a loop that was busy.
         await asyncio.sleep(self._registration.heartbeat_seconds)
-        orphans = [s for s in suspects if (s.task_id, s.lease_id) not in self._attempts]
+        attempts = self._intake.attempts
+        orphans = [s for s in suspects if (s.task_id, s.lease_id) not in attempts]
         if not orphans:
             return
-        self._orphans.update((s.task_id, s.lease_id) for s in orphans)
+        self._intake.refuse((s.task_id, s.lease_id) for s in orphans)
         with contextlib.suppress(StoreError):
             written = await settle.settle(self._db, orphans)
             if any(written):
                 events.orphans_released(count=sum(written))
-
-    def on_fenced(self, reason: str) -> None:
-        """
-        See `lease.Holder`.
-        """
-        self._leases_hold = False
-        events.worker_fenced(
-            worker_id=self._registration.id, reason=reason, running=len(self._attempts)
-        )
-        self._make_void(reason)
-
-    def on_lost(self) -> None:
-        """
-        See `lease.Holder`.
-        """
-        self._lost = True
-        self.on_fenced("it was declared lost")
-        self._end()
-
-    def _make_void(self, reason: str) -> None:
-        for attempt in tuple(self._attempts.values()):
-            attempt.make_void(reason)
-
-    def _in_background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task
-
-    def on_stalled(self, seconds: float) -> Callable[[Held], Settling]:
-        """
-        See `lease.Holder`.
-        """
-        stall = look_at(self._loop, self._loop_thread_id)
-        attempts = dict(self._attempts)
-        blamed = _blamed(stall, attempts)
-        events.worker_stalled(
-            seconds=seconds,
-            blamed=[(attempt.claim.task_id, attempt.claim.name) for attempt in blamed.values()],
-            running=len(attempts),
-            stack=stall.stack,
-        )
-        for attempt in attempts.values():
-            attempt.abandon()
-        failure = Failure("LoopBlocked", _what_it_did(seconds, len(blamed)), stall.stack)
-
-        def settling(lease: Held) -> Settling:
-            key = (lease.task_id, lease.lease_id)
-            if key in blamed:
-                settlement = blamed[key].decide(Failed(failure))
-            else:
-                # It has ended, and only the answer of PostgreSQL was not read; or it is not to
-                # blame. One that we do not know is a claim whose answer was not read.
-                attempt = attempts.get(key)
-                settlement = (attempt and attempt.settlement) or Settlement(Event.RELEASE)
-            return Settling(lease.task_id, lease.lease_id, settlement)
-
-        return settling
-
-
-def _blamed(
-    stall: Stall, attempts: Mapping[tuple[UUID, UUID], Attempt]
-) -> dict[tuple[UUID, UUID], Attempt]:
-    """
-    The one whose code blocks the loop. If nobody can tell, everyone whose code might: unpunished,
-    they might do so again, on one worker after another, for ever.
-    """
-    if stall.context is not None:
-        key = (stall.context.task_id, stall.context.lease_id)
-        return {key: attempts[key]} if key in attempts else {}
-    return {key: attempt for key, attempt in attempts.items() if attempt.is_on_loop}
-
-
-def _what_it_did(seconds: float, blamed: int) -> str:
-    who = "The handler" if blamed == 1 else f"One of {blamed} handlers, this or another,"
-    return (
-        f"{who} blocked the event loop of its worker for {seconds:.0f} s; the worker had to end. "
-        "Code that waits without `await`, or computes for long, belongs in a `def` handler or in "
-        'one with isolation="process".'
-    )
-
-
-async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _published(registry: Registry) -> list[Published]:

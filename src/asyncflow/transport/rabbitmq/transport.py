@@ -158,9 +158,9 @@ class RabbitTransport:
         finally:
             self._taking = False
 
-    def finished(self, claim: Claim) -> None:
+    def let_go(self, claim: Claim) -> None:
         """
-        See `Transport.finished`.
+        See `Transport.let_go`.
         """
         pack = self._claimed.pop((claim.task_id, claim.lease_id), None)
         if pack is not None:

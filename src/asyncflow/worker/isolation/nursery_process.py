@@ -1,5 +1,5 @@
 """
-The process that child processes come from: `python -m asyncflow.worker.nursery`.
+The process that child processes come from: `python -m asyncflow.worker.isolation.nursery_process`.
 
 A worker starts one nursery and has it load the modules of handlers, once, beside the worker
 itself. From then on every child is forked from it: it is up within milliseconds, imports
@@ -17,7 +17,7 @@ them all, programs that handlers started included. If it did not exist, a killed
 leave its tasks running while others run them again. If it dies itself, its children die with
 it (Linux), or are killed by the worker.
 
-The words are those of `worker/child_protocol`; what a child does is in `worker/child`.
+The words are those of `protocol`; what a child does is in `child_process`.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from asyncflow.handlers.loading import load_handlers
 from asyncflow.handlers.registry import Registry
 from asyncflow.telemetry.logs import configure_logs
 from asyncflow.telemetry.streams import guard_standard_streams
-from asyncflow.worker.child import (
+from asyncflow.worker.isolation.child_process import (
     Server,
     die_with_parent,
     leave_signals_to_worker,
     let_forks_take_signals,
     signal_at_death_of_parent,
 )
-from asyncflow.worker.child_protocol import Message, Reader, receive_one, write
+from asyncflow.worker.isolation.protocol import Message, Reader, receive_one, write
 
-MODULE = "asyncflow.worker.nursery"
+MODULE = "asyncflow.worker.isolation.nursery_process"
 EXIT_SECONDS = 2
 """How long functions registered with `atexit` by modules of handlers may take."""
 
@@ -80,12 +80,12 @@ def main() -> None:
             _serve(own_connection)
 
 
-def _nursery(control: socket.socket) -> Nursery:
+def _nursery(control: socket.socket) -> NurseryProcess:
     worker_pid, sockets = os.getppid(), _sockets()
     signal_at_death_of_parent(signal.SIGKILL)
     files = _load(control)
     leave_signals_to_worker()
-    nursery = Nursery(control, worker_pid, forks=_may_fork(sockets))
+    nursery = NurseryProcess(control, worker_pid, forks=_may_fork(sockets))
     nursery.tell_loaded(files)
     return nursery
 
@@ -95,7 +95,7 @@ def _serve(connection: socket.socket) -> None:
     Server(connection).serve()
 
 
-class Nursery:
+class NurseryProcess:
     """
     Starts, kills and buries children.
     """

@@ -3,8 +3,8 @@ A child process of a worker, which runs handlers one at a time.
 
 It calls them in its main thread. A second thread listens to the worker, so that a request to
 stop arrives while a handler runs; a third passes progress on, so that handlers may report as
-often as they like. The words are those of `worker/child_protocol`. Standard output and error
-belong to the handlers. Where children come from is in `worker/nursery`.
+often as they like. The words are those of `protocol`. Standard output and error
+belong to the handlers. Where children come from is in `nursery_process`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from asyncflow.errors import HandlerError
 from asyncflow.handlers.calls import call_async, call_blocking, failed
 from asyncflow.handlers.context import Context, Progress
 from asyncflow.handlers.registry import DEFAULT_REGISTRY, Handler
-from asyncflow.worker.child_protocol import Message, Reader, read_claim, write, write_outcome
-from asyncflow.worker.garbage import Garbage
+from asyncflow.worker.isolation.garbage import Garbage
+from asyncflow.worker.isolation.protocol import Message, Reader, read_claim, write, write_outcome
 
 PROGRESS_SECONDS = 0.05
 """Progress leaves at most this often; the latest report wins."""
@@ -48,7 +48,7 @@ class Server:
         self._connection = connection
         self._sending = threading.Lock()
         self._requests: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._attempt: Attempt | None = None
+        self._call: Call | None = None
         self._stop_number = 0
         self._stopping = threading.Lock()
         self._progress: Message | None = None
@@ -79,14 +79,14 @@ class Server:
     def _serve_one(self, request: Message) -> None:
         number = request["number"]
         self._send({"tell": "started", "number": number})
-        attempt = Attempt(request, on_progress=lambda progress: self.report(number, progress))
+        call = Call(request, on_progress=lambda progress: self.report(number, progress))
         with self._stopping:
-            self._attempt = attempt
+            self._call = call
             if self._stop_number == number:
-                attempt.stop()
-        outcome = attempt.run()
+                call.stop()
+        outcome = call.run()
         with self._stopping:
-            self._attempt = None
+            self._call = None
         self._has_progress.clear()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # the handler may have closed or replaced it
@@ -96,7 +96,7 @@ class Server:
                 "tell": "ended",
                 "number": number,
                 "outcome": write_outcome(outcome),
-                "stop_seen": attempt.stop_seen,
+                "stop_seen": call.stop_seen,
             }
         )
         self._garbage.look()
@@ -108,7 +108,7 @@ class Server:
                 for message in reader.feed(data):
                     self._receive(message)
         with self._stopping:
-            if self._attempt is not None:
+            if self._call is not None:
                 os.killpg(0, signal.SIGKILL)  # nobody waits for it; another worker may run it
         self._requests.put(None)
 
@@ -119,8 +119,8 @@ class Server:
             case "stop":
                 with self._stopping:
                     self._stop_number = message["number"]
-                    if self._attempt is not None and self._attempt.number == self._stop_number:
-                        self._attempt.stop()
+                    if self._call is not None and self._call.number == self._stop_number:
+                        self._call.stop()
 
     def _pass_progress_on(self) -> None:
         while self._has_progress.wait():
@@ -138,9 +138,9 @@ class Server:
             os._exit(1)  # the worker has gone, or the handler closed what was not its own
 
 
-class Attempt:
+class Call:
     """
-    One attempt in this process.
+    One call of a handler, for one attempt.
     """
 
     def __init__(self, request: Message, *, on_progress: Callable[[Progress], None]) -> None:
