@@ -95,7 +95,7 @@ async def test_only_the_owner_can_reach_the_server(cluster):
 
 @pytest.mark.parametrize("end", ["fast", "immediate", "kill"])
 async def test_commits_survive_however_the_server_ends(cluster, end):
-    """A committed row is there after a fast stop, an immediate stop and a crash, under the same URL."""
+    """A committed row survives a fast stop, an immediate stop and a crash, under the same URL."""
     await ask(cluster.url, "CREATE TABLE kept AS SELECT 42 AS answer")
     url = cluster.url
 
