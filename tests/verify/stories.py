@@ -1,8 +1,8 @@
 """
-Histories made by hand: what everybody would have written about a task, truly or not.
+Hand-made histories: what the parties of a run would have recorded about a task, true or false.
 
-A `Story` begins as one whole run of one task that fails once, completes in its second attempt,
-and is read meanwhile. Tests change a line and look what the checker says.
+A `Story` starts as a complete run of one task that fails once, completes in its second attempt,
+and is read meanwhile. Tests change a line and see what the checker reports.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ PLAN: Line = {
 
 class Story:
     """
-    Lines of a run; times are seconds since its beginning.
+    The lines of a run; times are seconds since its beginning.
 
     Attributes:
-        onlooker: Has looked on, once the story was judged.
+        onlooker: The onlooker of the judgement; set by `judged`.
     """
 
     onlooker: Onlooker
@@ -53,20 +53,20 @@ class Story:
 
     def seen(self, at: float, what: str, **fields: Any) -> Line:
         """
-        Something a process saw.
+        Add a line recorded by a process.
         """
         return self._add({"t": int(at * 1e9), "what": what, **fields})
 
     def recorded(self, at: float, what: str, **fields: Any) -> Line:
         """
-        Something the database recorded.
+        Add a line recorded by the database.
         """
         self._seq += 1
         return self._add({"at": micros(at), "what": what, "seq": self._seq, **fields})
 
     def moved(self, at: float, old: str, new: str, **fields: Any) -> Line:
         """
-        A transition; what is not said stays as it was at the transition before.
+        Add a transition; other fields stay as they were at the previous transition.
         """
         before = next((line for line in reversed(self.lines) if line["what"] == "db.move"), START)
         line = {
@@ -86,20 +86,20 @@ class Story:
 
     def heartbeats(self, worker: str, *moments: float) -> None:
         """
-        A worker's heartbeats; after one of them it is known.
+        Add a worker's heartbeats; the first one makes it known.
         """
         for at in moments:
             self.recorded(at, "db.heartbeat", **of_worker(worker))
 
     def gone(self, at: float, worker: str, *, how: str = "lost", silent: float = 2.5) -> Line:
         """
-        A worker that was given up, or said goodbye.
+        Add the end of a worker that was declared dead, or stopped.
         """
         return self.recorded(at, f"db.{how}", silent_micros=int(silent * 1e6), **of_worker(worker))
 
     def fault(self, kind: str, begin: float, end: float, *, pid: int = 8, **fields: Any) -> None:
         """
-        A fault that the nemesis made.
+        Add a fault of the nemesis.
         """
         of_it = {"kind": kind, "target": "worker-2", "pid": pid}
         self.seen(begin, "fault.start", **of_it)
@@ -108,7 +108,7 @@ class Story:
 
     def ran(self, lease: str, begin: float, end: float, *, attempt: int, how: str) -> None:
         """
-        An execution, from the handler's side.
+        Add an execution, as recorded by its handler.
         """
         of_it = {"task": TASK, "lease": lease, "attempt": attempt, "pid": 7, "isolation": "loop"}
         self.seen(begin, "start", **of_it)
@@ -116,7 +116,7 @@ class Story:
 
     def find(self, what: str, number: int = 0, **fields: Any) -> Line:
         """
-        A line to be changed.
+        Return a line to be changed.
         """
         return [
             line for line in self.lines if line["what"] == what and fields.items() <= line.items()
@@ -124,7 +124,7 @@ class Story:
 
     def drop(self, what: str, **fields: Any) -> None:
         """
-        Leave lines out.
+        Remove lines.
         """
         self.lines = [
             line

@@ -235,7 +235,7 @@ LIES: list[tuple[str, Change]] = [
 
 def test_a_true_history_passes(tmp_path: Path) -> None:
     """
-    Nothing is found, and the run counts as proof.
+    No violation is found, and the run proves something.
     """
     verdict = a_good_run().judged(tmp_path)
 
@@ -250,7 +250,7 @@ def test_a_true_history_passes(tmp_path: Path) -> None:
 )
 def test_a_lie_is_found(invariant: str, lie: Change, tmp_path: Path) -> None:
     """
-    Under the invariant that it breaks, whatever else is said about it.
+    It is reported under the invariant that it breaks, perhaps among others.
     """
     story = a_good_run()
     lie(story)
@@ -263,14 +263,14 @@ def test_a_lie_is_found(invariant: str, lie: Change, tmp_path: Path) -> None:
 
 def test_every_invariant_has_a_lie() -> None:
     """
-    A rule that nothing ever broke may be no rule at all.
+    A rule that no test violates may check nothing.
     """
     assert set(checker.INVARIANTS) == {invariant for invariant, _ in LIES}
 
 
 def test_a_zombie_that_is_fenced_is_no_violation(tmp_path: Path) -> None:
     """
-    Its worker is given up, another completes the task, and what it does later counts nothing.
+    Its worker is declared dead, another completes the task, and what it does later is discarded.
     """
     story = a_good_run()
     lost = story.find("db.move", old="running", new="pending")
@@ -296,7 +296,7 @@ def test_a_zombie_that_is_fenced_is_no_violation(tmp_path: Path) -> None:
 )
 def test_a_run_that_proves_nothing_is_invalid(change: Change, tmp_path: Path) -> None:
     """
-    Not passed, although nothing is wrong.
+    Although nothing is wrong with it, it has not passed.
     """
     story = a_good_run()
     change(story)
@@ -309,18 +309,18 @@ def test_a_run_that_proves_nothing_is_invalid(change: Change, tmp_path: Path) ->
 
 def test_a_fault_that_missed_proves_nothing(tmp_path: Path) -> None:
     """
-    It must bite once.
+    Each planned fault must take effect at least once.
     """
     story = a_good_run()
     story.plan["kinds"] = ["reset-postgres"]
     story.fault("reset-postgres", 1, 2, evidence=0)
 
-    assert ["fault reset-postgres never bit"] == story.judged(tmp_path).shortcomings
+    assert ["fault reset-postgres never took effect"] == story.judged(tmp_path).shortcomings
 
 
 def test_a_violation_comes_with_the_story_of_its_task(tmp_path: Path) -> None:
     """
-    Clients, database and handlers in one order, readable by a person.
+    It shows clients, database and handlers in one order, for people.
     """
     story = a_good_run()
     a_result_of_another_lease(story)
@@ -360,7 +360,7 @@ def test_the_checker_reads_files_and_nothing_else(tmp_path: Path) -> None:
 
 def test_the_checkers_table_is_ours() -> None:
     """
-    Written down twice, on purpose; this is where the two are compared.
+    The table is written twice on purpose; this test compares the two.
     """
     moves = {
         (str(state), str(target))

@@ -38,7 +38,7 @@ print(api.datetime.fromisoformat(_timestamp()).timestamp())
 
 def test_what_a_process_reads_is_shifted(tmp_path: Path) -> None:
     """
-    The time of day, the time in a new task's id, the API's idea of now, and that of a log line.
+    This covers `time.time`, the time in a new task's id, the API's clock, and that of log lines.
     """
     clock = Clock(tmp_path / "clock")
     clock.set(HOUR)
@@ -54,7 +54,7 @@ def test_what_a_process_reads_is_shifted(tmp_path: Path) -> None:
 
 def test_a_clock_can_jump_while_its_process_runs(tmp_path: Path) -> None:
     """
-    Back and forth, as often as one likes.
+    It can jump forward and back repeatedly.
     """
     clock = Clock(tmp_path / "clock")
     code = (
@@ -80,7 +80,7 @@ def test_a_clock_can_jump_while_its_process_runs(tmp_path: Path) -> None:
 
 def test_nothing_reads_a_clock_that_cannot_be_shifted() -> None:
     """
-    Who asks `datetime` for the time is on the list, and who asks `time` does it by that name.
+    Modules that call `datetime.now` are on the list, and others call `time` by its full name.
     """
     source = Path(asyncflow.__file__).parent
     asks_datetime, holds_functions = set(), set()

@@ -14,8 +14,8 @@ from tests.verify.stories import FIRST_LEASE, OTHER_WORKER, TASK, Story, a_good_
 
 def a_run_with_a_loss(kind: str = "kill-worker") -> Story:
     """
-    The first attempt's worker is hit 0.05 s after its claim and given up; another one claims the
-    task 0.55 s after that.
+    The first attempt's worker is hit 0.05 s after its claim and declared dead; another one claims
+    the task 0.55 s after that.
     """
     story = a_good_run()
     story.heartbeats(OTHER_WORKER, 1.1)
@@ -33,7 +33,7 @@ def a_run_with_a_loss(kind: str = "kill-worker") -> Story:
 
 def figures_of(story: Story, folder: Path) -> dict[str, Any]:
     """
-    What the report would say about it; nothing may be wrong with it.
+    The figures of a run that must have no violations.
     """
     verdict = story.judged(folder)
     assert [] == verdict.violations
@@ -42,7 +42,7 @@ def figures_of(story: Story, folder: Path) -> dict[str, Any]:
 
 def test_recovery_counts_from_the_moment_a_worker_was_hit(tmp_path: Path) -> None:
     """
-    To the moment when the task that it had began again.
+    They end when its task starts again.
     """
     [rerun] = figures_of(a_run_with_a_loss(), tmp_path)["reruns"]
 
@@ -51,9 +51,9 @@ def test_recovery_counts_from_the_moment_a_worker_was_hit(tmp_path: Path) -> Non
     assert pytest.approx(0.55) == rerun["begun"]["max_seconds"]
 
 
-def test_recovery_is_put_down_to_the_fault_that_caused_it(tmp_path: Path) -> None:
+def test_recovery_is_attributed_to_the_fault_that_caused_it(tmp_path: Path) -> None:
     """
-    Not to an earlier or later one on its process, nor to one on another process.
+    An earlier or later fault on its process does not count, nor one on another process.
     """
     story = a_run_with_a_loss("pause")
     story.fault("kill-worker", 0.2, 0.3)
@@ -67,7 +67,7 @@ def test_recovery_is_put_down_to_the_fault_that_caused_it(tmp_path: Path) -> Non
 
 def test_a_loss_without_a_fault_says_nothing_about_recovery(tmp_path: Path) -> None:
     """
-    The worker had beaten long after the only fault that hit it.
+    The worker sent heartbeats long after the only fault that hit it.
     """
     story = a_run_with_a_loss()
     for line in story.lines:
@@ -77,7 +77,7 @@ def test_a_loss_without_a_fault_says_nothing_about_recovery(tmp_path: Path) -> N
     assert [] == figures_of(story, tmp_path)["reruns"]
 
 
-def test_recovery_while_postgresql_was_away_is_reported_apart(tmp_path: Path) -> None:
+def test_recovery_during_an_outage_of_postgresql_is_reported_separately(tmp_path: Path) -> None:
     """
     It says how long the outage was, not how fast AsyncFlow is.
     """
@@ -91,7 +91,7 @@ def test_recovery_while_postgresql_was_away_is_reported_apart(tmp_path: Path) ->
 
 def test_a_task_that_has_to_wait_says_nothing_about_recovery(tmp_path: Path) -> None:
     """
-    It had failed before, and its policy makes it wait.
+    It had failed before, and its backoff makes it wait.
     """
     story = a_run_with_a_loss()
     story.find("db.move", old="running", new="pending")["run_at"] += 100_000
@@ -99,9 +99,9 @@ def test_a_task_that_has_to_wait_says_nothing_about_recovery(tmp_path: Path) -> 
     assert [] == figures_of(story, tmp_path)["reruns"]
 
 
-def test_what_ran_in_vain_is_counted(tmp_path: Path) -> None:
+def test_wasted_executions_are_counted(tmp_path: Path) -> None:
     """
-    The attempt of the worker that was hit, and none of the others.
+    The attempt of the worker that was hit counts, and no other.
     """
     found = figures_of(a_run_with_a_loss(), tmp_path)
 
@@ -111,7 +111,7 @@ def test_what_ran_in_vain_is_counted(tmp_path: Path) -> None:
 
 def test_only_an_attempt_whose_lease_was_taken_away_counts_as_fenced(tmp_path: Path) -> None:
     """
-    Not one that its worker called void although its outcome had been recorded.
+    One that its worker called void although its outcome was recorded does not.
     """
     story = a_run_with_a_loss()
     void = {"event": "attempt.void", "task_id": TASK}

@@ -15,7 +15,7 @@ from asyncflow.verify.proxy import Proxy
 
 class Server:
     """
-    Answers every line with `done`, and remembers it.
+    A server that answers every line with `done`, and remembers it.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Server:
 @pytest.fixture
 def server() -> Server:
     """
-    What is at the other end.
+    The server behind the proxy.
     """
     return Server()
 
@@ -42,7 +42,7 @@ def server() -> Server:
 @pytest.fixture
 async def proxy(server: Server) -> AsyncIterator[Proxy]:
     """
-    The wire to it.
+    The proxy in front of it.
     """
     listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
     proxy = Proxy(*listening.sockets[0].getsockname())
@@ -101,7 +101,7 @@ async def connect(proxy: Proxy) -> AsyncIterator[Connect]:
 
 async def test_a_lost_request_never_arrives(server: Server, proxy: Proxy, connect: Connect) -> None:
     """
-    Of each connection that is open the next request is lost; a new one is as any other.
+    The next request on each open connection is lost; a new connection works normally.
     """
     clients = [await connect() for _ in range(2)]
     proxy.lose(answers=False)
@@ -118,7 +118,7 @@ async def test_what_was_asked_is_done_when_the_answer_is_lost(
     server: Server, proxy: Proxy, connect: Connect
 ) -> None:
     """
-    The client learns nothing of it.
+    The client does not learn of it.
     """
     client = await connect()
     proxy.lose(answers=True)
@@ -131,7 +131,7 @@ async def test_what_was_asked_is_done_when_the_answer_is_lost(
 
 async def test_a_connection_that_lost_nothing_goes_on(proxy: Proxy, connect: Connect) -> None:
     """
-    The fault ends for all.
+    The fault ends for all connections.
     """
     client = await connect()
     proxy.lose(answers=False)
@@ -141,7 +141,7 @@ async def test_a_connection_that_lost_nothing_goes_on(proxy: Proxy, connect: Con
     assert 0 == proxy.lost_bytes
 
 
-async def test_over_a_forgotten_connection_nothing_arrives_and_nobody_is_told(
+async def test_a_forgotten_connection_drops_everything_silently(
     server: Server, proxy: Proxy, connect: Connect
 ) -> None:
     """

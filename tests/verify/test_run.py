@@ -43,7 +43,7 @@ def verify(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]
 
 def test_a_short_run_passes(tmp_path: Path) -> None:
     """
-    Killed, cut off and crashed as it is, AsyncFlow keeps its word, and the report says so.
+    Under kills, disconnections and crashes the guarantees hold, and the report says so.
     """
     faults = "kill,pause-briefly,clock-jump,reset-postgres,terminate-backends,postgres-crash"
     status, output = verify(
@@ -61,7 +61,7 @@ def test_a_short_run_passes(tmp_path: Path) -> None:
 
 def test_a_short_run_on_a_given_rabbitmq_passes(broker: Broker, tmp_path: Path) -> None:
     """
-    It is erased while processes are killed, and nothing of the run is left in it.
+    It is erased while processes are killed, and the run leaves nothing behind in it.
     """
     before = broker.api("GET", "vhosts")
     faults = "kill,broker-erase,reset-broker"
@@ -85,7 +85,7 @@ def given(broker: Broker) -> list[str]:
 @pytest.mark.parametrize("name", ON_POSTGRES)
 def test_a_known_bug_is_found(name: str, tmp_path: Path) -> None:
     """
-    Within one run, and the report tells the story of a task that met it.
+    One run is enough, and the report shows the timeline of an affected task.
     """
     look_for(name, tmp_path)
 
@@ -102,7 +102,7 @@ if ON_RABBITMQ:
 
 def look_for(name: str, folder: Path, *arguments: str) -> None:
     """
-    Run with a known bug; the run must be called violated. Some break promises that are about no
+    Run with a known bug, which must be reported as a violation. Some violations are not about a
     single task, such as a batch that is stored in part.
     """
     status, output = verify(folder / "run", "--seed", "1", "--mutant", name, *arguments)
@@ -115,7 +115,7 @@ def look_for(name: str, folder: Path, *arguments: str) -> None:
 
 def test_there_are_a_dozen_known_bugs() -> None:
     """
-    And each can be brought out by faults that exist.
+    Each can be exposed by faults that exist.
     """
     assert len(MUTANTS) >= 12
     assert {kind for mutant in MUTANTS.values() for kind in mutant.faults} <= set(FAULTS)
@@ -126,7 +126,7 @@ def test_there_are_a_dozen_known_bugs() -> None:
 )
 def test_what_does_not_exist_is_refused(argument: str, value: str, tmp_path: Path) -> None:
     """
-    With the names that do.
+    The sentence lists the names that exist.
     """
     status, output = verify(tmp_path / "run", argument, value)
 
@@ -136,7 +136,7 @@ def test_what_does_not_exist_is_refused(argument: str, value: str, tmp_path: Pat
 
 def test_a_machine_without_rabbitmq_is_told_what_would_help(tmp_path: Path) -> None:
     """
-    Both ways to give it one.
+    The sentence names both ways to provide one.
     """
     status, output = verify(tmp_path / "run", "--engine", "rabbitmq", PATH=str(tmp_path))
 
@@ -154,7 +154,7 @@ def test_a_machine_without_rabbitmq_is_told_what_would_help(tmp_path: Path) -> N
 )
 def test_a_broker_that_cannot_be_used_is_refused(url: str, fact: str, tmp_path: Path) -> None:
     """
-    With what is wrong about it.
+    The sentence says what is wrong with it.
     """
     status, output = verify(
         tmp_path / "run", "--broker-url", url, "--management-url", "http://127.0.0.1:1"
@@ -164,9 +164,9 @@ def test_a_broker_that_cannot_be_used_is_refused(url: str, fact: str, tmp_path: 
     assert fact in output
 
 
-def test_a_broker_that_refuses_its_user_is_no_broker(broker: Broker, tmp_path: Path) -> None:
+def test_a_broker_that_refuses_its_user_is_refused(broker: Broker, tmp_path: Path) -> None:
     """
-    The sentence names the user and the answer.
+    The sentence names the user and the response.
     """
     host = broker.url.rpartition("@")[2]
     status, output = verify(

@@ -1,30 +1,30 @@
 """
-`asyncflow verify`: a fault harness that tries to make AsyncFlow break its word.
+`asyncflow verify`: tests AsyncFlow's guarantees by fault injection.
 
-A run starts a deployment of its own, real processes on a private PostgreSQL, puts a mixed
-workload on it, and lets a nemesis kill, freeze and cut off what it can. Everybody writes down
-what they saw: clients what they asked and were told, handlers when they ran, the nemesis what
-it did, and the database, by a trigger, every transition of every task. Afterwards a checker
-that knows nothing of AsyncFlow's code holds these histories against each other.
+A run starts a deployment of its own, real processes on a private PostgreSQL, applies a mixed
+workload to it, and lets a nemesis kill, freeze and disconnect its parts. Each party records what it
+sees: clients their requests and responses, handlers their executions, the nemesis its faults, and
+the database, through triggers, every transition of every task. Afterwards a checker that knows
+nothing of AsyncFlow's code compares these histories.
 
-    history    one file of JSON lines per process, the clock all of them share
-    workload   what is submitted, by seed; `handlers` is what then runs
+    history    one file of JSON lines per process, with the clock they all share
+    workload   the tasks to submit, by seed; `handlers` runs them
     client     submits, cancels, redrives and reads over HTTP
     record     the database's own record of transitions
-    role       what the processes may do in PostgreSQL, and how that is taken from them
-    proxy      a wire between one process and one server that can be cut or held, and can forget
-    fleet      the processes, started again when they end
-    broker     a RabbitMQ, ours or given
-    clock      a time of day that can be made wrong
-    faults     what harm there is, and the evidence that it bit
-    nemesis    which of it happens when
+    role       the privileges of the processes in PostgreSQL, and how they are revoked
+    proxy      a connection between one process and one server that can be reset, held or dropped
+    fleet      the processes, restarted when they end
+    broker     a RabbitMQ, started by the run or given
+    clock      a wall clock that can be set wrong
+    faults     the faults, each with evidence that it took effect
+    nemesis    decides which fault happens when
     checker    the verdict, from the files alone
-    figures    what happened how often, and how fast things went on
-    timeline   the story of one task
-    report     what a person reads afterwards
-    mutants    known bugs, to see that the checker finds them
-    process    runs a process with a wrong clock, or a known bug
-    run        puts all of it together
+    figures    counts and recovery times
+    timeline   the history of one task
+    report     the report of a run, for people and programs
+    mutants    known bugs for mutation testing of the checker
+    process    runs a process with a wrong clock or a known bug
+    run        one run from beginning to end
 
-The order of events is that of the monotonic clock, which all processes of a machine share.
+Events are ordered by the monotonic clock, which all processes of a machine share.
 """

@@ -1,7 +1,7 @@
 """
-The RabbitMQ of a run: a node of our own, if the machine has the programs, or one that is given.
+The RabbitMQ of a run: a node that the run starts, if the machine has the programs, or a given one.
 
-Both are steered through the management plugin. Only our own can be stopped, killed and wiped.
+Both are controlled through the management plugin. Only the run's own can be stopped and killed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ POLL_SECONDS = 0.1
 MAJOR_VERSION_MIN = 4
 SAID_BYTES_MAX = 1_000
 ERLANG_ARGUMENTS = "+S 1:1 +sbwt none"
-"""One scheduler, which leaves the cores to AsyncFlow."""
+"""One scheduler thread, to leave the cores to AsyncFlow."""
 
 CONFIGURATION = """
 listeners.tcp.1 = 127.0.0.1:{port}
@@ -50,10 +50,10 @@ log.console = true
 log.console.level = warning
 """
 
-# Debian's script runs the program as another user, who cannot enter our folder.
+# Debian's script runs the program as another user, which cannot enter our folder.
 DEBIANS_SCRIPT, PROGRAMS = "/usr/sbin/rabbitmq-server", "/usr/lib/rabbitmq/bin"
 
-# The distribution's daemon would otherwise start itself and stay.
+# Otherwise the distribution's epmd daemon would be started, and stay.
 GUARD = """
     epmd -port "$ERL_EPMD_PORT" -address 127.0.0.1 &
     "$@" &
@@ -74,28 +74,30 @@ class Broker:
         version: Such as 4.0.5; empty until it is open.
 
     Raises:
-        InvalidSettings: The URL's parts are not beyond doubt.
+        InvalidSettings: The URL is ambiguous.
         NoBroker: A run cannot use it.
     """
 
     is_ours = False
 
     def __init__(self, url: str, management_url: str | None = None) -> None:
-        parse_url(url)  # Refuses one from which a piece of the password would be taken for a host.
+        parse_url(url)  # Refuses one whose password would partly be taken for a host.
         self._parts = urlsplit(url)
         if self._parts.scheme != "amqp":
-            raise NoBroker("The broker's URL must begin with amqp://, for TLS cannot be cut.")
+            raise NoBroker(
+                "The broker's URL must begin with amqp://: faults cannot be injected into TLS."
+            )
         self._user = unquote(self._parts.username or "guest")
         self._password = unquote(self._parts.password or "guest")
         self._management_url = (management_url or f"http://{self.address[0]}:15672").rstrip("/")
-        # Nobody else's: another run may use the same broker.
+        # A private one, because other runs may use the same broker.
         self._vhost = f"asyncflow-verify-{secrets.token_hex(4)}"
         self.version = ""
 
     @property
     def address(self) -> tuple[str, int]:
         """
-        Where it takes AMQP connections.
+        Host and port of its AMQP listener.
         """
         return self._parts.hostname or "127.0.0.1", self._parts.port or 5672
 
@@ -107,10 +109,10 @@ class Broker:
 
     async def open(self) -> None:
         """
-        Return when it answers and the run's virtual host is there.
+        Wait until it answers, and create the run's virtual host.
 
         Raises:
-            NoBroker: It does not answer, is too old, or takes no orders from this user.
+            NoBroker: It does not answer, is too old, or refuses this user.
         """
         try:
             await self.start()
@@ -131,19 +133,19 @@ class Broker:
 
     async def start(self) -> None:
         """
-        Nothing to do: others run it.
+        Do nothing: a given broker is not ours to start.
         """
 
     async def close(self) -> None:
         """
-        Leave nothing of this run behind.
+        Delete everything of this run.
         """
         with contextlib.suppress(OSError):
             await self.api("DELETE", f"vhosts/{self._vhost}")
 
     async def make_vhost(self) -> None:
         """
-        Make the virtual host anew: what is in it is erased, and its connections are closed.
+        Recreate the virtual host: its contents are erased and its connections closed.
         """
         try:
             await self.api("DELETE", f"vhosts/{self._vhost}")
@@ -154,7 +156,7 @@ class Broker:
 
     async def answers(self) -> bool:
         """
-        Whether it is up, as its management plugin sees it.
+        Whether it is up, according to its management plugin.
         """
         try:
             await self.api("GET", "overview")
@@ -164,7 +166,7 @@ class Broker:
 
     async def queues(self) -> list[dict[str, Any]]:
         """
-        The run's queues with their counts, which may be some seconds old.
+        The run's queues with their counts, which may be a few seconds old.
 
         Raises:
             OSError: It does not answer.
@@ -185,7 +187,7 @@ class Broker:
 
     async def ready(self) -> int:
         """
-        How many messages are waiting in its queues just now.
+        How many messages are waiting in its queues now.
         """
         async with self._channel() as channel:
             counts = [await channel.inspect_queue(q["name"]) for q in await self.queues()]
@@ -207,7 +209,7 @@ class Broker:
 
     async def close_connections(self) -> int:
         """
-        Let it close every connection of the run; return how many.
+        Close every connection of the run; return how many.
         """
         connections = await self.api("GET", f"vhosts/{self._vhost}/connections") or []
         for connection in connections:
@@ -225,7 +227,7 @@ class Broker:
 
     async def api(self, method: str, path: str, body: Any = None) -> Any:
         """
-        Call the management plugin; JSON in and out, None for no answer.
+        Call the management plugin with JSON; return JSON, or None if the response is empty.
         """
         return await asyncio.to_thread(self._call, method, path, body)
 
@@ -272,10 +274,10 @@ class OwnBroker(Broker):
 
     async def start(self) -> None:
         """
-        Return when it is up, at once if it is; data and ports are those of before.
+        Start it and wait until it is up, if it is not; data and ports stay the same.
 
         Raises:
-            NoBroker: It ended, or takes too long.
+            NoBroker: It ended or was not up in time.
         """
         if self._process is not None and await self.answers():
             return
@@ -304,11 +306,11 @@ class OwnBroker(Broker):
             await self.kill()
             said = self._said(said_before)[-SAID_BYTES_MAX:].decode(errors="replace").strip()
             raise NoBroker(
-                f"rabbitmq-server was not up after {START_SECONDS_MAX:.0f} s; it said: {said!r}."
+                f"rabbitmq-server was not up after {START_SECONDS_MAX:.0f} s; its output: {said!r}."
             ) from None
 
     async def _is_up(self, said_before: int) -> bool:
-        # Its ports open a little before it can be stopped in good order.
+        # Its ports open shortly before it can be stopped gracefully.
         return b"completed with" in self._said(said_before) and await self.answers()
 
     def _said(self, said_before: int) -> bytes:
@@ -316,7 +318,7 @@ class OwnBroker(Broker):
 
     async def stop(self) -> None:
         """
-        Stop it in good order; in any case, it is gone afterwards.
+        Stop it gracefully, or else by force; it has ended afterwards.
         """
         try:
             async with asyncio.timeout(STOP_SECONDS_MAX):
@@ -325,7 +327,7 @@ class OwnBroker(Broker):
             await self.kill()
 
     async def _end_in_good_order(self) -> None:
-        # By a signal: on a busy machine rabbitmqctl takes a minute to begin.
+        # By a signal: on a busy machine rabbitmqctl takes a minute to start.
         for node in self._nodes():
             node.terminate()
         while True:
@@ -343,7 +345,7 @@ class OwnBroker(Broker):
 
     async def kill(self) -> None:
         """
-        Kill it as a crash would.
+        Kill it, as in a crash.
         """
         process, self._process = self._process, None
         if process is not None:
@@ -353,7 +355,7 @@ class OwnBroker(Broker):
 
     async def wipe(self) -> None:
         """
-        Kill it, and start it with no data at all but an empty virtual host.
+        Kill it, and start it without any data except an empty virtual host.
         """
         await self.kill()
         await asyncio.to_thread(shutil.rmtree, self._folder / "mnesia")
@@ -362,13 +364,13 @@ class OwnBroker(Broker):
 
     async def alarm(self, *, on: bool) -> None:
         """
-        Raise a memory alarm, which blocks every publisher, or end it.
+        Raise or clear a memory alarm, which blocks every publisher.
         """
         await self._ctl("set_vm_memory_high_watermark", "0" if on else "0.6")
 
     async def has_alarm(self) -> bool:
         """
-        Whether it says that it takes no messages.
+        Whether it reports an alarm.
         """
         try:
             await self.api("GET", "health/checks/local-alarms")
@@ -378,7 +380,7 @@ class OwnBroker(Broker):
 
     async def close(self) -> None:
         """
-        End it for good.
+        Kill it permanently.
         """
         await self.kill()
 
@@ -401,7 +403,7 @@ class OwnBroker(Broker):
         return {
             "PATH": self._path,
             "LANG": "C.UTF-8",
-            "HOME": str(self._folder),  # Where Erlang keeps its cookie.
+            "HOME": str(self._folder),  # The folder of Erlang's cookie.
             "RABBITMQ_NODENAME": "asyncflow-verify@localhost",
             "RABBITMQ_CONF_ENV_FILE": str(self._folder / "none.conf"),
             "RABBITMQ_CONFIG_FILE": str(self._folder / "rabbitmq.conf"),
@@ -425,9 +427,9 @@ def _is_node(process: psutil.Process) -> bool:
 
 def free_ports(count: int) -> list[int]:
     """
-    Ports of 127.0.0.1 that nobody listens on, outside the range that clients get theirs from.
+    Free ports of 127.0.0.1, outside the ephemeral range.
 
-    Inside it, a client could take the port of a server that is just restarting.
+    Inside that range, a client could take the port of a server that is restarting.
     """
     ports: set[int] = set()
     while len(ports) < count:

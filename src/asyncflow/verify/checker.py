@@ -1,15 +1,15 @@
 """
-Holds the histories of a run against each other, and says whether every promise was kept.
+Compares the histories of a run and decides whether every guarantee held.
 
     python checker.py FOLDER
 
-It reads files and nothing else, and imports nothing of the system it judges. What it knows of
-that system is what is promised: the table of transitions, and one rule per invariant below.
+It reads only files, and imports nothing of the system it judges. All it knows of that system is
+what is guaranteed: the table of transitions, and one rule per invariant below.
 
-A run may leave more lines than fit into memory. So they are first sorted into parts, by task;
-then one part after the other is read and judged, task by task.
+A run may leave more lines than fit into memory. So they are first partitioned by task; then one
+part after another is read and judged, task by task.
 
-Exit status: 0 every invariant holds, 1 one is violated, 3 the run proves nothing.
+Exit status: 0 every invariant held, 1 one was violated, 3 the run proves nothing.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ CHARGES = {("running", "pending"): {0, 1}, ("running", "failed"): {1}}
 RELEASES_MAX = 25
 CLOCK_SLACK_US = 50_000
 FENCE_SLACK_US = 1_000_000
-REDELIVERIES_MAX = 0.5  # Per claim: a connection that breaks brings again what was in its hands.
+REDELIVERIES_MAX = 0.5  # Per claim: a broken connection redelivers what it had not acknowledged.
 
 PARTS = 128
 PART_BYTES_IN_MEMORY = 65_536
@@ -77,16 +77,16 @@ LOGGED_TASK = re.compile(rb'"task_id": "([^"]*)"')
 
 class TaskHistory:
     """
-    Everything known of one task, in order.
+    Everything recorded about one task, in order.
 
     Attributes:
-        row: What the database has of it at the end; None if nothing.
-        history: How the database remembers its life, from its submission on.
-        moves: The transitions in it.
-        claims: Those to running, by lease.
+        row: Its row at the end; None if there is none.
+        history: The database's record of it, from the submission on.
+        moves: The transitions in that record.
+        claims: The transitions to running, by lease.
         logs: What workers logged about it.
-        submission: What its client meant it to be; None if no client did.
-        recipe: In a word.
+        submission: Its client's record of the submission; None if no client made it.
+        recipe: The kind of task.
     """
 
     def __init__(self, id: str, lines: list[Line]) -> None:
@@ -106,7 +106,7 @@ class TaskHistory:
 
     def seen(self, kind: str) -> list[Line]:
         """
-        The lines of this kind.
+        The lines of one kind.
         """
         return self._kinds.get(kind, [])
 
@@ -114,7 +114,7 @@ class TaskHistory:
 @dataclass
 class Violation:
     """
-    A broken promise, and the task it was broken for.
+    A violated invariant, and the task concerned, if it is one.
     """
 
     invariant: str
@@ -127,9 +127,9 @@ class Histories:
     All lines of a run; `us` is the monotonic clock in microseconds.
 
     Attributes:
-        kinds: Lines about no single task, by kind.
-        counts: How many lines of each kind there are, of logs by their event.
-        unanswered: The last word on submissions that brought no task, by number.
+        kinds: Lines that are not about a single task, by kind.
+        counts: The number of lines of each kind; log lines count by event.
+        unanswered: The last line about each submission that yielded no task, by number.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -158,7 +158,7 @@ class Histories:
             for raw in lines:
                 found = WHAT.search(raw)
                 if found is None or not raw.endswith(b"\n"):
-                    continue  # Torn: the last words of a process that was killed.
+                    continue  # Torn: the last line of a killed process.
                 what = found[1].decode()
                 self.counts[what] += 1
                 if what == "submit.invoke":
@@ -190,7 +190,7 @@ class Histories:
 
     def invoke(self, number: int) -> Line | None:
         """
-        What a client meant by this submission; None if it was never made.
+        The client's record of this submission; None if it was never made.
         """
         if not 0 <= number < len(self._invoked_at) or self._invoked_at[number] < 0:
             return None
@@ -201,7 +201,7 @@ class Histories:
 
     def tasks(self) -> Iterator[TaskHistory]:
         """
-        Every task that anybody saw, once; may be called once.
+        Every recorded task once; to be called only once.
         """
         for part in self._parts:
             lines: dict[str, list[Line]] = {}
@@ -212,7 +212,7 @@ class Histories:
                     line = json.loads(text)
                 except ValueError:
                     if is_log:
-                        continue  # Torn, and the next process wrote on behind it.
+                        continue  # Torn, and the next process appended to it.
                     raise
                 if is_log:
                     line["who"] = who.decode()
@@ -238,7 +238,7 @@ class Histories:
 
 class Checker:
     """
-    One verdict. Each `_check…` method is one invariant, or part of one.
+    Judges one run. Each `_check…` method checks an invariant, or part of one.
     """
 
     def __init__(self, histories: Histories) -> None:
@@ -254,7 +254,7 @@ class Checker:
 
     def run(self, look: Callable[[TaskHistory, list[Violation]], None]) -> list[Violation]:
         """
-        Every violation, worst first; `look` sees each task, with what is wrong about it.
+        Return every violation, worst first. `look` is called with each task and its violations.
         """
         self._check_workers()
         for task in self.h.tasks():
@@ -340,13 +340,13 @@ class Checker:
                 if line["what"] == "db.heartbeat":
                     self.beats[worker].append(line["us"])
                     if worker in self.gone:
-                        self._say("I3", f"worker {worker} beat on after it was gone")
+                        self._say("I3", f"worker {worker} sent a heartbeat after it was gone")
                 elif worker not in self.gone:
                     self.gone[worker] = line["seq"]
                     overdue = min(line["lease_seconds"], 2 * line["heartbeat_seconds"] + 0.5)
                     silent = (line["silent_micros"] or 0) / 1e6
                     if line["what"] == "db.lost" and silent < overdue - 0.1:
-                        self._say("I3", f"worker {worker} was given up after {silent:.2f} s")
+                        self._say("I3", f"worker {worker} was declared dead after {silent:.2f} s")
 
     def _check_leases(self, task: TaskHistory) -> None:
         seen = set()
@@ -366,7 +366,7 @@ class Checker:
         for start in starts:
             claim = task.claims.get(start["lease"])
             if claim is None:
-                self._say("I4", f"it ran under lease {start['lease']}, which nobody gave", task)
+                self._say("I4", f"it ran under lease {start['lease']}, which was never given", task)
             elif start["attempt"] != claim["attempt"]:
                 self._say("I4", f"attempt {claim['attempt']} ran as {start['attempt']}", task)
             elif start["us"] < claim["us"] - CLOCK_SLACK_US:
@@ -385,8 +385,8 @@ class Checker:
 
     def _check_fence(self, task: TaskHistory, end: Line) -> None:
         """
-        A handler in the loop can be stopped at once, so it must not go on when the worker has
-        not been able to beat for a whole lease; unless the process stood still.
+        A handler in the event loop can be stopped immediately, so it must not run on after a
+        whole lease without a heartbeat, unless the process was frozen.
         """
         if end["isolation"] != "loop":
             return
@@ -401,12 +401,14 @@ class Checker:
             return
         for pid, begin, until in self.frozen:
             if pid == end["pid"]:
-                # It may need a moment to notice.
+                # It may take a moment to notice.
                 if begin <= end["us"] <= until + FENCE_SLACK_US:
                     return
                 silent -= max(0, min(until, end["us"]) - max(begin, beat))
         if silent > self.lease_us + FENCE_SLACK_US:
-            self._say("I4", f"it went on {silent / 1e6:.1f} s after its worker's last beat", task)
+            self._say(
+                "I4", f"it ran on {silent / 1e6:.1f} s after its worker's last heartbeat", task
+            )
 
     def _check_times(self, task: TaskHistory) -> None:
         for claim in task.claims.values():
@@ -416,7 +418,7 @@ class Checker:
             if claim["expires_at"] and claim["now"] > claim["expires_at"]:
                 self._say("I5", "it was claimed after it had expired", task)
             if claim["cancel_requested"]:
-                self._say("I5", "it was claimed after its cancellation was asked for", task)
+                self._say("I5", "it was claimed after its cancellation was requested", task)
 
     def _check_cancellation(self, task: TaskHistory) -> None:
         asked = [line["us"] for line in task.seen("cancel.invoke")]
@@ -427,7 +429,7 @@ class Checker:
                 if move["expires_at"] is None or move["now"] < move["expires_at"]:
                     self._say("I5", "it expired before its time", task)
             elif not asked or asked[0] > move["us"] + CLOCK_SLACK_US:
-                self._say("I5", "it was cancelled and nobody had asked for it", task)
+                self._say("I5", "it was cancelled without a request", task)
 
     def _check_counts(self, task: TaskHistory) -> None:
         releases = 0
@@ -452,11 +454,11 @@ class Checker:
                 releases += not charged
                 self._check_backoff(task, move, charged)
         if releases > RELEASES_MAX:
-            self._say("I6", f"{releases} attempts were charged to nobody", task)
+            self._say("I6", f"{releases} attempts were released", task)
 
     def _check_backoff(self, task: TaskHistory, move: Line, charged: int) -> None:
         if not charged or move["kind"] in ("WorkerLost", "Crashed"):
-            return  # After a crash the first retry is due at once.
+            return  # After a crash the first retry is due immediately.
         base, cap = self.h.plan["backoff"]
         least = min(cap, base * 2 ** (move["failures"] - 1))
         wait = (move["run_at"] - move["now"]) / 1e6
@@ -503,7 +505,7 @@ class Checker:
             if line["final"] and line["status"] != 0:
                 self._say("I13", f"{line['who']} was asked to stop and ended with {line['status']}")
             if not line["asked"]:
-                self._say("I13", f"{line['who']} ended unasked, with {line['status']}")
+                self._say("I13", f"{line['who']} ended unexpectedly, with {line['status']}")
         for fault in self.h.kinds["fault.end"]:
             is_known = fault["kind"] == "terminate" and fault["evidence"]
             if is_known and not fault["detail"].endswith("with 0"):
@@ -537,17 +539,17 @@ class Checker:
 
 def shortcomings(h: Histories, *, completed: int, fenced: int) -> list[str]:
     """
-    Why this run proves nothing; empty if it proves something.
+    The reasons why this run proves nothing; empty if it proves something.
     """
     bit = {fault["kind"] for fault in h.kinds["fault.end"] if fault["evidence"]}
     ended = {phase["phase"] for phase in h.kinds["phase"]} >= {"stopping"} and h.kinds["drained"]
     facts = {
-        **{f"fault {kind} never bit": kind not in bit for kind in h.plan["kinds"]},
+        **{f"fault {kind} never took effect": kind not in bit for kind in h.plan["kinds"]},
         "no task was accepted": not h.counts["submit.ok"],
         "the database recorded nothing": not h.counts["db.submit"],
         "no task completed": not completed,
         "no zombie was fenced": "pause" in h.plan["kinds"] and not fenced,
-        "the run did not come to its end": not ended,
+        "the run did not complete": not ended,
     }
     return [reason for reason, is_so in facts.items() if is_so]
 
@@ -555,10 +557,10 @@ def shortcomings(h: Histories, *, completed: int, fenced: int) -> list[str]:
 @dataclass
 class Judgement:
     """
-    What the checker has to say.
+    The result of checking a run.
 
     Attributes:
-        status: Its exit status.
+        status: The exit status.
         fenced: How many attempts lost their lease while they ran, and recorded nothing.
     """
 
@@ -573,7 +575,7 @@ def judge(
     look: Callable[[TaskHistory, list[Violation]], None] = lambda task, wrong: None,
 ) -> Judgement:
     """
-    Judge a run. Its histories can be read only once; whoever wants to see the tasks too, looks on.
+    Judge a run. Its histories can be read only once, so `look` gets the tasks at the same time.
     """
     checker = Checker(histories)
     violations = checker.run(look)

@@ -1,10 +1,10 @@
 """
-Clients: they submit, cancel, redrive and read over HTTP, and write down what they were told.
+Clients that submit, cancel, redrive and read over HTTP, and record the responses.
 
-Every operation is an *invoke* and later one of *ok*, *fail* (refused: it did not happen) and
-*info* (nobody knows). A submission of unknown outcome is made again under another number, as a
-client without an idempotency key must do it: both may be stored, and the checker must find each
-at most once, and a batch whole or not at all.
+Every operation is recorded as an *invoke* and later as *ok*, *fail* (refused: it did not happen) or
+*info* (unknown). A submission of unknown outcome is repeated under another number, as a client
+without an idempotency key must do: both may be stored, and the checker must find each at most
+once, and a batch completely or not at all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Coroutine, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from asyncflow.aio.waiting import set_within
 from asyncflow.verify.history import History
 from asyncflow.verify.workload import PlannedTask, Workload
 
@@ -26,20 +27,20 @@ RETRY_SECONDS = (0.1, 0.5)
 TRIES_MAX = 3
 FOLLOW_TRIES_MAX = 5
 IN_FLIGHT_MAX = 400
-"""Requests that submit. An API that hangs keeps half of them; the others go on."""
+"""Concurrent submissions. An API that hangs holds at most half of them."""
 
 Json = dict[str, Any]
 
 
 class Unanswered(Exception):
     """
-    The request may or may not have been carried out.
+    There was no complete response; the request may have taken effect.
     """
 
 
 class Clients:
     """
-    Many clients side by side, together submitting `rate` tasks per second.
+    Many concurrent clients that together submit `rate` tasks per second.
     """
 
     def __init__(
@@ -55,19 +56,19 @@ class Clients:
 
     def stop(self) -> None:
         """
-        Submit no more.
+        Stop submitting.
         """
         self._stopped.set()
 
     async def run(self) -> None:
         """
-        Submit until stopped, and return when every follow-up is done.
+        Submit until stopped, then wait for every follow-up.
         """
         async with asyncio.TaskGroup() as group:
             due = time.monotonic()
             while not self._stopped.is_set():
                 call = self._workload.next_call()
-                # What could not be submitted in time is not made up for: no herd after an outage.
+                # Missed submissions are not made up for, to avoid a herd after an outage.
                 wait = self._chance.expovariate(self._rate / len(call))
                 due = max(due + wait, time.monotonic() - 1)
                 await self._rest(due - time.monotonic())
@@ -133,7 +134,7 @@ class Clients:
         if planned.redrive_after is not None:
             steps.append(self._steer(task, "redrive", planned.redrive_after))
         if planned.reads:
-            steps.append(self._read_on_and_on(task, planned.reads))
+            steps.append(self._read_repeatedly(task, planned.reads))
         return steps
 
     async def _steer(self, task: str, verb: str, after: float) -> None:
@@ -154,7 +155,7 @@ class Clients:
                 self._history.write(f"{verb}.info", task=task, status=status)
             await asyncio.sleep(self._chance.uniform(*RETRY_SECONDS))
 
-    async def _read_on_and_on(self, task: str, reads: int) -> None:
+    async def _read_repeatedly(self, task: str, reads: int) -> None:
         for _ in range(reads):
             await asyncio.sleep(self._chance.uniform(0.05, 1.0))
             try:
@@ -169,20 +170,16 @@ class Clients:
 
     async def _request(self, method: str, path: str, body: Json | None = None) -> tuple[int, Json]:
         """
-        One HTTP exchange on a connection of its own, with one API after the other.
+        One HTTP exchange on a new connection, with each API in turn.
 
         Raises:
-            Unanswered: No whole answer came.
+            Unanswered: There was no complete response.
         """
         return await request(next(self._ports), method, path, body)
 
     async def _rest(self, seconds: float) -> None:
         if seconds > 0:
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._stopped.wait()
-            except TimeoutError:
-                pass
+            await set_within(self._stopped, seconds)
 
 
 def _body(planned: PlannedTask) -> Json:
@@ -194,10 +191,10 @@ def _body(planned: PlannedTask) -> Json:
 
 async def request(port: int, method: str, path: str, body: Json | None = None) -> tuple[int, Json]:
     """
-    One HTTP exchange with 127.0.0.1 on a connection of its own: status and JSON.
+    One HTTP exchange with 127.0.0.1 on a new connection; returns status and JSON.
 
     Raises:
-        Unanswered: No whole answer came; the request may have been carried out.
+        Unanswered: There was no complete response; the request may have taken effect.
     """
     content = b"" if body is None else json.dumps(body).encode()
     head = (

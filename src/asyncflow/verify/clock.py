@@ -1,13 +1,13 @@
 """
-A wall clock that is wrong, for one process of a run.
+A wrong wall clock for one process of a run.
 
-What libfaketime does to any program is done here to ours alone, so that nothing needs to be
-installed: before anything of AsyncFlow is loaded, the functions of `time` that tell the time of
-day are replaced by others that add an offset. The offset lies in a page that the process and
-the nemesis share, so the clock of a running process can jump. The process writes into the same
-page what it read last, and how often: that is the evidence that it goes by the wrong clock.
+This does for AsyncFlow what libfaketime does for any program, without an installation: before
+AsyncFlow is imported, the functions of `time` that read the wall clock are replaced with ones that
+add an offset. The offset is in a memory page that the process shares with the nemesis, so the
+clock of a running process can jump. The process writes to the same page what it read last and how
+often, as evidence that it uses the wrong clock.
 
-The monotonic clock is left alone, because no administrator and no NTP changes it.
+The monotonic clock stays right, because neither administrators nor NTP change it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from types import ModuleType
 from typing import Self
 
 NANOS = 1_000_000_000
-# Words of the page: the offset, written by the nemesis; how many times the process read its clock,
-# and what it showed, written by the process. In nanoseconds.
+# Words of the page: the offset, written by the nemesis; the number of readings and the last value
+# read, written by the process. In nanoseconds.
 OFFSET, READINGS, SHOWN = 0, 8, 16
 PAGE_BYTES = 24
 WORD = struct.Struct("=q")
@@ -30,10 +30,10 @@ WORD = struct.Struct("=q")
 
 class Clock:
     """
-    One process's wrong clock, seen from outside.
+    The clock of one process, seen from outside; right until it is set.
 
     Args:
-        file: The page; made anew, right to begin with.
+        file: The page; created anew.
     """
 
     def __init__(self, file: Path) -> None:
@@ -43,30 +43,30 @@ class Clock:
 
     def set(self, offset_seconds: float) -> None:
         """
-        Let it be wrong by this much from now on; negative is behind.
+        Set the offset; negative is behind.
         """
         WORD.pack_into(self._page, OFFSET, int(offset_seconds * NANOS))
 
     @property
     def readings(self) -> int:
         """
-        How often the process has read it.
+        How often the process has read the clock.
         """
         return int(WORD.unpack_from(self._page, READINGS)[0])
 
     @property
     def shown_seconds(self) -> float:
         """
-        What it showed when it was read last, in seconds since 1970.
+        The last value read, in seconds since 1970.
         """
         return int(WORD.unpack_from(self._page, SHOWN)[0]) / NANOS
 
 
 def plant(file: Path) -> None:
     """
-    Let `time.time` and `time.time_ns` of this process read the clock of this page.
+    Make `time.time` and `time.time_ns` of this process read the clock of this page.
 
-    Call it before AsyncFlow is loaded, some of which takes hold of these functions at once.
+    To be called before AsyncFlow is imported, because some modules bind these functions on import.
     """
     page, true_time_ns = _page(file), time.time_ns
 
@@ -85,9 +85,9 @@ def plant(file: Path) -> None:
 
 def plant_in(module: ModuleType) -> None:
     """
-    Let `datetime.now` of one module go by `time.time`.
+    Make `datetime.now` of one module use `time.time`.
 
-    A type of C cannot be changed, and replacing it everywhere would confuse whoever asks for it.
+    A C type cannot be patched, and replacing it everywhere would break `isinstance` checks.
     """
 
     class Datetime(datetime):

@@ -32,13 +32,13 @@ MUTANT_DRAIN_SECONDS = 6.0
     type=click.FloatRange(MINUTES_MIN, MINUTES_MAX),
     default=5.0,
     show_default=True,
-    help="How long faults happen; each kind comes once at least.",
+    help="Duration of the faults; each kind is injected at least once.",
 )
-@click.option("--seed", type=int, help="Which tasks and faults; drawn if left out.")
+@click.option("--seed", type=int, help="Seed of workload and faults. Default: random.")
 @click.option(
     "--engine",
     type=click.Choice(["postgres", "rabbitmq"]),
-    help="What carries the tasks to the workers; postgres unless a broker is given.",
+    help="What delivers tasks to workers. Default: rabbitmq with --broker-url, else postgres.",
 )
 @click.option(
     "--calm",
@@ -50,24 +50,24 @@ MUTANT_DRAIN_SECONDS = 6.0
 @click.option(
     "--broker-url",
     metavar="URL",
-    help="A RabbitMQ to use, amqp://user:password@host:port; otherwise rabbitmq-server is started.",
+    help="Use this RabbitMQ, amqp://user:password@host:port. Default: start rabbitmq-server.",
 )
 @click.option(
     "--management-url",
     metavar="URL",
-    help="Where its management plugin answers; port 15672 of the same host if left out.",
+    help="URL of its management plugin. Default: port 15672 of the same host.",
 )
 @click.option(
     "--rate",
     type=click.FloatRange(RATE_MIN, RATE_MAX),
     default=100.0,
     show_default=True,
-    help="Tasks to submit per second; many come in batches.",
+    help="Tasks submitted per second, many of them in batches.",
 )
-@click.option("--faults", metavar="KIND,…", help="Only these kinds; `none` for none.")
-@click.option("--mutant", metavar="NAME", help="Plant a known bug, to see that it is found.")
+@click.option("--faults", metavar="KIND,…", help="Inject only these kinds of faults, or `none`.")
+@click.option("--mutant", metavar="NAME", help="Run with a known bug, which the checker must find.")
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="A new folder for histories and report."
+    "--output", type=click.Path(path_type=Path), help="New folder for histories and report."
 )
 def verify(
     minutes: float,
@@ -82,14 +82,14 @@ def verify(
     output: Path | None,
 ) -> None:
     """
-    Try to make AsyncFlow lose a task, on servers and processes of its own.
+    Test the guarantees by fault injection, on servers and processes of its own.
 
-    Exit status: 0 every promise was kept, 1 one was broken, 3 the run proves nothing.
+    Exit status: 0 every guarantee held, 1 one was violated, 3 the run proves nothing.
     """
     from asyncflow.verify.run import Plan
 
     if engine == "postgres" and broker_url is not None:
-        raise click.BadParameter("it goes with --engine rabbitmq", param_hint="--broker-url")
+        raise click.BadParameter("needs --engine rabbitmq", param_hint="--broker-url")
     plan = Plan(
         folder=_new_folder(output),
         seed=time.time_ns() % 1_000_000 if seed is None else seed,
@@ -122,7 +122,7 @@ def _carried_out(plan: Plan) -> int:
     except (EmbeddedDatabaseError, NoBroker):
         raise
     except Exception:
-        # Ours, not AsyncFlow's: it must not look like a broken promise.
+        # An error of the harness must not look like a violation.
         click.echo(f"The run failed:\n{traceback.format_exc()}", err=True)
         return INVALID
     click.echo(text)
@@ -145,19 +145,21 @@ def _kinds(faults: str | None) -> list[str] | None:
     for kind in kinds:
         if kind not in FAULTS:
             raise click.BadParameter(
-                f"{kind!r} is none of: {', '.join(FAULTS)}, none", param_hint="--faults"
+                f"unknown kind {kind!r}; one of: {', '.join(FAULTS)}, none", param_hint="--faults"
             )
     return kinds
 
 
 def _as_needed_for(name: str, plan: Plan) -> Plan:
     """
-    The plan with the faults, the load, the patience and the engine that bring out a known bug.
+    The plan with the faults, load, engine and time limits that expose a known bug.
     """
     from asyncflow.verify.mutants import MUTANTS
 
     if name not in MUTANTS:
-        raise click.BadParameter(f"it is none of: {', '.join(MUTANTS)}", param_hint="--mutant")
+        raise click.BadParameter(
+            f"unknown mutant; one of: {', '.join(MUTANTS)}", param_hint="--mutant"
+        )
     mutant = MUTANTS[name]
     return replace(
         plan,

@@ -1,9 +1,9 @@
 """
-The faults: what can be done to the processes, their wires and the servers.
+The faults that a run can inject into processes, connections and servers.
 
-A fault knows its target, does its harm, heals it, and returns how often it bit: connections
-broken, bytes held up, sessions terminated, messages purged. A fault that bit nothing proves
-nothing, and the checker will call a run that relies on it invalid.
+A fault harms its target, heals it, and returns evidence that it took effect: the number of
+connections reset, bytes held, sessions terminated, messages purged. A fault without any effect
+proves nothing, and the checker calls a run that relies on it invalid.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ JUMP_SECONDS = (60.0, 600.0)
 READING_SECONDS_MAX = 5.0
 LOSING_SECONDS = 1.0
 NOTICED_SECONDS = 12.0
-"""Longer than a statement may take by default."""
+"""Longer than the default time limit of a statement."""
 
 DENIED = b"permission denied"
 
@@ -45,12 +45,12 @@ DENIED = b"permission denied"
 @dataclass(frozen=True, slots=True)
 class Stage:
     """
-    What faults can get at.
+    What faults can act on.
 
     Attributes:
-        lease_seconds: How long a worker may be silent.
+        lease_seconds: How long a worker's leases last without a heartbeat.
         grace_seconds: How long a process may take to stop when asked.
-        stall_seconds: How long the event loop of a worker may stand still.
+        stall_seconds: How long a worker's event loop may be blocked.
     """
 
     fleet: Fleet
@@ -64,7 +64,7 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Bite:
     """
-    What a fault achieved. `count` 0: it missed.
+    The effect of a fault; a `count` of 0 means that it had none.
     """
 
     count: int
@@ -80,8 +80,8 @@ class Fault:
     A kind of fault.
 
     Attributes:
-        roles: Whom it may hit; empty if it hits a server.
-        needs: `broker`, `own-broker`, or empty for nothing.
+        roles: The processes it may hit; empty if it hits a server.
+        needs: `broker`, `own-broker`, or an empty string for neither.
     """
 
     kind: str
@@ -92,7 +92,7 @@ class Fault:
     @property
     def server(self) -> str:
         """
-        The server that it hits; empty if it hits a process.
+        The server it hits; empty if it hits a process.
         """
         if self.roles:
             return ""
@@ -116,7 +116,7 @@ def _fault(kind: str, *roles: str, needs: str = "") -> Callable[[Harm], Harm]:
 @_fault("kill", "worker", "api", "maintenance")
 async def kill(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    kill -9; the fleet starts another.
+    SIGKILL; the fleet starts another process.
     """
     process = await _running(victim)
     victim.asked = True
@@ -129,7 +129,7 @@ async def kill(stage: Stage, victim: Member, chance: random.Random) -> Bite:
 @_fault("kill-worker", "worker")
 async def kill_worker(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    kill -9 of one that holds leases.
+    SIGKILL of a worker that holds leases.
     """
     await _up(victim)
     return await kill(stage, victim, chance)
@@ -138,7 +138,7 @@ async def kill_worker(stage: Stage, victim: Member, chance: random.Random) -> Bi
 @_fault("pause", "worker")
 async def pause(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    SIGSTOP until well past the lease, then SIGCONT: a zombie that thinks it holds leases.
+    SIGSTOP for longer than the lease, then SIGCONT: a zombie that believes it holds leases.
     """
     process = await _up(victim)
     process.send_signal(signal.SIGSTOP)
@@ -147,7 +147,7 @@ async def pause(stage: Stage, victim: Member, chance: random.Random) -> Bite:
         await asyncio.sleep(stage.lease_seconds + chance.uniform(1.5, 2.5))
     finally:
         victim.send(signal.SIGCONT)
-    return Bite(1, f"pid {process.pid} stood still")
+    return Bite(1, f"pid {process.pid} was frozen")
 
 
 @_fault("pause-briefly", "worker", "api", "maintenance")
@@ -162,7 +162,7 @@ async def pause_briefly(stage: Stage, victim: Member, chance: random.Random) -> 
         await asyncio.sleep(stage.lease_seconds * chance.uniform(0.2, 0.5))
     finally:
         victim.send(signal.SIGCONT)
-    return Bite(1, f"pid {process.pid} stood still for a moment")
+    return Bite(1, f"pid {process.pid} was frozen for a moment")
 
 
 @_fault("terminate", "worker", "api", "maintenance")
@@ -182,7 +182,7 @@ async def terminate(stage: Stage, victim: Member, chance: random.Random) -> Bite
 @_fault("stall", "worker")
 async def stall(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    Its event loop stands still for ever, while its heartbeats keep its leases.
+    Its event loop blocks forever, while its heartbeats keep its leases.
     """
     process = await _registered(stage, victim)
     victim.asked = True
@@ -196,7 +196,7 @@ async def stall(stage: Stage, victim: Member, chance: random.Random) -> Bite:
 @_fault("clock-jump", "worker", "api")
 async def clock_jump(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    Its time of day jumps by some minutes, either way, and back after longer than the lease.
+    Its wall clock jumps some minutes forward or back, and returns after more than a lease.
     """
     clock = victim.clock
     assert clock is not None
@@ -218,7 +218,7 @@ async def clock_jump(stage: Stage, victim: Member, chance: random.Random) -> Bit
 @_fault("reset-postgres", "worker", "api", "maintenance")
 async def reset_postgres(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    All its connections to PostgreSQL break at once, a few times.
+    All its connections to PostgreSQL are reset, a few times.
     """
     return await _reset(victim, "postgres", chance)
 
@@ -226,7 +226,7 @@ async def reset_postgres(stage: Stage, victim: Member, chance: random.Random) ->
 @_fault("hold-postgres", "worker", "api", "maintenance")
 async def hold_postgres(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    Not a byte between it and PostgreSQL for longer than the lease; then late, or never.
+    Traffic between it and PostgreSQL is held for longer than the lease, then delivered or dropped.
     """
     return await _hold(victim, "postgres", stage.lease_seconds + 2, chance)
 
@@ -234,8 +234,7 @@ async def hold_postgres(stage: Stage, victim: Member, chance: random.Random) -> 
 @_fault("cut-off", "worker")
 async def cut_off(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    A worker that is without PostgreSQL until its leases are others'; then what it had sent
-    arrives after all.
+    A worker is cut off from PostgreSQL until its leases are lost; then what it sent arrives late.
     """
     return await _hold(victim, "postgres", stage.lease_seconds + 3, None)
 
@@ -243,7 +242,7 @@ async def cut_off(stage: Stage, victim: Member, chance: random.Random) -> Bite:
 @_fault("lose-requests", "worker", "api", "maintenance")
 async def lose_requests(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    What it asks PostgreSQL next never arrives, on any of its connections, and each breaks.
+    Its next request on each connection to PostgreSQL is lost, and the connection breaks.
     """
     return await _lose(victim, answers=False)
 
@@ -251,7 +250,7 @@ async def lose_requests(stage: Stage, victim: Member, chance: random.Random) -> 
 @_fault("lose-answers", "worker", "api", "maintenance")
 async def lose_answers(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    PostgreSQL does what it is asked, and the answer is lost with the connection.
+    PostgreSQL carries out its next requests; the answers are lost with the connections.
     """
     return await _lose(victim, answers=True)
 
@@ -259,21 +258,21 @@ async def lose_answers(stage: Stage, victim: Member, chance: random.Random) -> B
 @_fault("forget", "worker", "api", "maintenance")
 async def forget(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    A firewall forgets its connections to PostgreSQL, all that are open: what is sent over them
-    arrives nowhere, and nobody is told. New ones work.
+    A firewall forgets its open connections to PostgreSQL: what is sent over them is silently
+    dropped. New connections work.
     """
     await _up(victim)
     proxy = victim.wires["postgres"]
     before, count = proxy.forgotten_bytes, proxy.forget()
     await asyncio.sleep(NOTICED_SECONDS)
     sent = proxy.forgotten_bytes - before
-    return Bite(sent, f"{sent} bytes over {count} connections to postgres went nowhere")
+    return Bite(sent, f"{sent} bytes over {count} connections to postgres were dropped")
 
 
 @_fault("reset-broker", "worker", "maintenance", needs="broker")
 async def reset_broker(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    Its connections to RabbitMQ break.
+    Its connections to RabbitMQ are reset.
     """
     return await _reset(victim, "broker", chance)
 
@@ -281,7 +280,7 @@ async def reset_broker(stage: Stage, victim: Member, chance: random.Random) -> B
 @_fault("hold-broker", "worker", "maintenance", needs="broker")
 async def hold_broker(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    Not a byte between it and RabbitMQ for a while.
+    Traffic between it and RabbitMQ is held for a while.
     """
     return await _hold(victim, "broker", stage.lease_seconds + 2, chance)
 
@@ -292,7 +291,7 @@ async def hold_broker(stage: Stage, victim: Member, chance: random.Random) -> Bi
 @_fault("postgres-crash")
 async def postgres_crash(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    An immediate stop, which is a crash with recovery, and a start.
+    An immediate stop, which amounts to a crash with recovery, and a start.
     """
     before = stage.cluster.pid
     await asyncio.to_thread(stage.cluster.stop, "immediate")
@@ -326,8 +325,8 @@ async def terminate_backends(stage: Stage, victim: Member, chance: random.Random
 @_fault("revoke")
 async def revoke(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    An administrator takes a right from the role of all processes and gives it back, sooner or later
-    than leases end.
+    A privilege is revoked from the role of all processes and granted again, before or after their
+    leases end.
     """
     log = stage.cluster.log_file
     right = chance.choice(role.RIGHTS)
@@ -347,7 +346,7 @@ async def revoke(stage: Stage, victim: Member, chance: random.Random) -> Bite:
 @_fault("broker-restart", needs="own-broker")
 async def broker_restart(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    RabbitMQ stops in good order and starts again.
+    RabbitMQ stops gracefully and starts again.
     """
     broker = _own(stage)
     try:
@@ -362,7 +361,7 @@ async def broker_restart(stage: Stage, victim: Member, chance: random.Random) ->
 @_fault("broker-kill", needs="own-broker")
 async def broker_kill(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    RabbitMQ dies and starts again.
+    RabbitMQ is killed and starts again.
     """
     broker = _own(stage)
     await broker.kill()
@@ -374,7 +373,7 @@ async def broker_kill(stage: Stage, victim: Member, chance: random.Random) -> Bi
 @_fault("broker-alarm", needs="own-broker")
 async def broker_alarm(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    RabbitMQ takes no messages for a while.
+    RabbitMQ accepts no messages for a while.
     """
     broker = _own(stage)
     try:
@@ -389,7 +388,7 @@ async def broker_alarm(stage: Stage, victim: Member, chance: random.Random) -> B
 @_fault("broker-purge", needs="broker")
 async def broker_purge(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    Every hint that waits in RabbitMQ is gone.
+    All waiting hints are purged.
     """
     assert stage.broker is not None
     async with _hints_waiting(stage):
@@ -400,7 +399,7 @@ async def broker_purge(stage: Stage, victim: Member, chance: random.Random) -> B
 @_fault("broker-delete-queues", needs="broker")
 async def broker_delete_queues(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    Every queue is deleted, with the hints that wait in it.
+    Every queue is deleted with its hints.
     """
     assert stage.broker is not None
     async with _hints_waiting(stage):
@@ -411,7 +410,7 @@ async def broker_delete_queues(stage: Stage, victim: Member, chance: random.Rand
 @_fault("broker-erase", needs="broker")
 async def broker_erase(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    The virtual host is deleted, with all queues, hints and connections, and made anew.
+    The virtual host is deleted with all queues, hints and connections, and recreated.
     """
     assert stage.broker is not None
     async with _hints_waiting(stage):
@@ -423,7 +422,7 @@ async def broker_erase(stage: Stage, victim: Member, chance: random.Random) -> B
 @_fault("broker-wipe", needs="own-broker")
 async def broker_wipe(stage: Stage, victim: Member, chance: random.Random) -> Bite:
     """
-    RabbitMQ dies, and what starts in its place is a new one.
+    RabbitMQ is killed, and starts again without its data.
     """
     broker = _own(stage)
     async with _hints_waiting(stage):
@@ -440,7 +439,7 @@ async def broker_close_connections(stage: Stage, victim: Member, chance: random.
     assert stage.broker is not None
     count = 0
     for _ in range(SEEN_TRIES_MAX):
-        # The management plugin learns of a new connection only after some seconds.
+        # The management plugin shows a new connection only after some seconds.
         count = await stage.broker.close_connections()
         if count:
             break
@@ -457,7 +456,7 @@ async def _running(victim: Member) -> asyncio.subprocess.Process:
 
 async def _up(victim: Member, wire: str = "postgres") -> asyncio.subprocess.Process:
     """
-    The process, once it has reached the server: now it heeds signals and may hold leases.
+    The process, once it is connected to the server: it handles signals and may hold leases.
     """
     async with asyncio.timeout(UP_SECONDS_MAX):
         while True:
@@ -478,7 +477,7 @@ REGISTERED = """
 
 async def _registered(stage: Stage, victim: Member) -> asyncio.subprocess.Process:
     """
-    A worker, once the thread that keeps its leases is there: it watches the event loop, too.
+    A worker, once its lease thread runs, which also watches the event loop.
     """
     async with asyncio.timeout(UP_SECONDS_MAX):
         while True:
@@ -547,13 +546,13 @@ async def _lose(victim: Member, *, answers: bool) -> Bite:
     await asyncio.sleep(LOSING_SECONDS)
     proxy.lose_no_more()
     lost = proxy.lost_bytes - before
-    return Bite(lost, f"{lost} bytes {'from' if answers else 'to'} postgres thrown away")
+    return Bite(lost, f"{lost} bytes {'from' if answers else 'to'} postgres lost")
 
 
 @asynccontextmanager
 async def _hints_waiting(stage: Stage) -> AsyncIterator[None]:
     """
-    Workers that are cut off from RabbitMQ, so that it holds what they would have taken.
+    Cut the workers off from RabbitMQ, so that hints are waiting there.
     """
     assert stage.broker is not None
     wires = [worker.wires["broker"] for worker in stage.fleet.of("worker")]
@@ -562,7 +561,7 @@ async def _hints_waiting(stage: Stage) -> AsyncIterator[None]:
     try:
         await asyncio.sleep(HINTS_WAIT_SECONDS)
         for _ in range(SEEN_TRIES_MAX):
-            # What they have asked for already is still being sent to them.
+            # Prefetched hints are still being sent to the workers.
             if await stage.broker.ready():
                 break
             await asyncio.sleep(1)

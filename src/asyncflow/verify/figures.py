@@ -1,5 +1,5 @@
 """
-What a run counted and how long it took to recover, for people. The verdict is `checker`'s.
+Counts and recovery times of a run, for people. The verdict is that of `checker`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ STRIKES = ("kill", "kill-worker", "pause", "cut-off", "hold-postgres")
 
 OUTAGES = ("postgres-crash", "terminate-backends")
 OUTAGE_US_AFTERWARDS = 2_000_000
-"""So long after PostgreSQL is up again, processes may still be on their way back to it."""
+"""How long after PostgreSQL is up again processes may still be reconnecting."""
 
 LAST_BEAT_US_MAX = 500_000
-"""A heartbeat that was on its way at the moment of a strike may arrive so much later."""
+"""How long after a strike a heartbeat that was in flight may arrive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """
-    A fault, from its beginning to its end.
+    A fault from beginning to end.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Figures:
 
     def look(self, task: TaskHistory) -> None:
         """
-        Take a task into account.
+        Include a task.
         """
         self._count(task)
         started = {start["lease"] for start in task.seen("start")}
@@ -79,7 +79,7 @@ class Figures:
             is_reaped = move["kind"] == "WorkerLost"
             self._reaped += is_reaped
             if move["new"] == "pending" and move["old_lease"] in started:
-                # Its execution came to nothing: the lease was lost, or given back.
+                # Its execution was wasted: the lease was lost or released.
                 self._duplicates += is_reaped or move["failures"] == move["old_failures"]
             if is_reaped:
                 self._note_rerun(move, task.moves[number + 1 :])
@@ -94,7 +94,7 @@ class Figures:
 
     def _strike(self, lines: Sequence[Line]) -> Span | None:
         """
-        The fault that ended a worker: the last one on its process, if it never beat afterwards.
+        The fault that ended a worker: the last one on its process without a heartbeat afterwards.
         """
         beats = [line["us"] for line in lines if line["what"] == "db.heartbeat"]
         lost = [line["us"] for line in lines if line["what"] == "db.lost"]
@@ -112,9 +112,9 @@ class Figures:
     def _note_rerun(self, reaped: Line, later: Sequence[Line]) -> None:
         strike = self._strikes.get(reaped["old_worker"])
         claim = next((move for move in later if move["new"] == "running"), None)
-        # A task that has failed before has to wait, whoever ran it.
-        is_due_at_once = reaped["run_at"] <= reaped["now"]
-        if strike is None or claim is None or not is_due_at_once:
+        # A task that has failed before waits for its backoff.
+        is_due_now = reaped["run_at"] <= reaped["now"]
+        if strike is None or claim is None or not is_due_now:
             return
         in_outage = any(begin < claim["us"] and strike.begin < end for begin, end in self._outages)
         freed, begun = ((move["us"] - strike.begin) / 1e6 for move in (reaped, claim))
@@ -122,10 +122,10 @@ class Figures:
 
     def result(self, *, fenced: int) -> Line:
         """
-        The counts and times of the run, once every task has been looked at.
+        The counts and times of the run, once every task has been included.
 
         Args:
-            fenced: As the checker has counted them.
+            fenced: The checker's count of fenced attempts.
         """
         h = self._h
         idle = [line["idle"] for line in h.kinds["cpu"]]
@@ -174,7 +174,7 @@ class Figures:
 
     def _faults(self) -> dict[str, Line]:
         """
-        Per kind: how often, how often it bit, and how long after its end a task completed.
+        Per kind: how often, how often with effect, and the time from its end to a completion.
         """
         completions = sorted(self._completions)
         kinds: dict[str, Line] = {}
@@ -191,7 +191,7 @@ class Figures:
 
 def _spread(seconds: Sequence[float]) -> Line:
     """
-    The middle, the 99th percentile and the maximum; nothing of nothing.
+    The median, the 99th percentile and the maximum; empty for no values.
     """
     if not seconds:
         return {}

@@ -1,5 +1,5 @@
 """
-The processes of a run: started, cut off from each other by wires, started again when they end.
+The processes of a run, each behind its own proxies, restarted when they end.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ HANDLERS = "asyncflow.verify.handlers"
 @dataclass(slots=True)
 class Member:
     """
-    One place in the fleet; whatever process fills it.
+    One process of the fleet, and those that replace it.
 
     Attributes:
         role: api, worker or maintenance.
-        wires: To `postgres` and, with a broker, to `broker`.
-        clock: What it reads as the time of day, if that can go wrong.
-        process: The one that runs now, or ran last.
-        asked: Whether somebody of ours ended it, so that its end is no surprise.
+        wires: Its proxies to `postgres` and, with a broker, to `broker`.
+        clock: Its wall clock, if that can be set wrong.
+        process: The process that runs now, or ran last.
+        asked: Whether the run itself ended it, so that its end is expected.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Member:
     @property
     def is_running(self) -> bool:
         """
-        Whether there is a process.
+        Whether a process is running.
         """
         return self.process is not None and self.process.returncode is None
 
     def send(self, number: signal.Signals) -> None:
         """
-        Signal its process, if there is one.
+        Send its process a signal, if there is one.
         """
         if self.process is not None and self.is_running:
             with contextlib.suppress(ProcessLookupError):
@@ -67,10 +67,10 @@ class Fleet:
     All members of a run.
 
     Args:
-        folder: Where they run; logs go to its `logs`, histories to its `history`.
-        settings: For every process, by the names of `Settings`.
-        mutant: A known bug for every process; None is AsyncFlow as it is.
-        clocks: A folder for clocks that can be made wrong; None leaves all of them right.
+        folder: Their working directory; logs go to its `logs`, histories to its `history`.
+        settings: The settings of every process, by the names of `Settings`.
+        mutant: A known bug of every process; None for none.
+        clocks: A folder for clocks that can be set wrong; None leaves all of them right.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Fleet:
         self, name: str, *arguments: str, wires: dict[str, Proxy], **settings: object
     ) -> Member:
         """
-        Make room for a process that runs `asyncflow` with `arguments`.
+        Add a process that runs `asyncflow` with `arguments`.
         """
         given = {f"{PREFIX}{k.upper()}": str(v) for k, v in settings.items()}
         member = Member(name, arguments[0], [*arguments], {**self._settings, **given}, wires)
@@ -106,19 +106,19 @@ class Fleet:
 
     def of(self, role: str) -> list[Member]:
         """
-        The members of one role.
+        The members with one role.
         """
         return [member for member in self.members if member.role == role]
 
     def start(self) -> None:
         """
-        Start everybody, and again whoever ends.
+        Start all members, and restart each that ends.
         """
         self._keeping = [asyncio.create_task(self._keep(member)) for member in self.members]
 
     async def stop(self, *, grace_seconds: float) -> None:
         """
-        Ask everybody to stop; kill, and write down, who does not within the grace period.
+        Ask all members to stop; kill, and record, those that exceed the grace period.
         """
         self._stopping = True
         for member in self.members:
@@ -135,7 +135,7 @@ class Fleet:
 
     async def kill(self) -> None:
         """
-        Leave nobody behind.
+        Kill all members and close their proxies.
         """
         self._stopping = True
         for member in self.members:
@@ -172,7 +172,7 @@ class Fleet:
                 *(sys.executable, "-P", "-m", *program, CHILD_OPTION, *member.arguments),
                 cwd=self._folder,
                 env={**inherited, **member.environment},
-                # Held open by us alone: should we die, they stop.
+                # Held open only by this process: if it dies, they stop.
                 stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -1,8 +1,8 @@
 """
-What the tasks of a verify run do. Every execution is written down, see `history`.
+The handlers of a run. Every execution is recorded, see `history`.
 
-Results name the lease they were made under: so the checker can tell whose result was recorded.
-Histories go to the folder `history` of the current one, where the run started its workers.
+A result names the lease it was produced under, so that the checker knows whose result was stored.
+Histories go to `history` in the current folder, where the run starts its workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _forked: list[int] = []
 
 class PlannedFailure(Exception):
     """
-    A failure that belongs to the workload; its text names the lease it happened under.
+    A failure that is part of the workload; its message names the lease.
     """
 
     def __init__(self, context: Context) -> None:
@@ -37,7 +37,7 @@ class PlannedFailure(Exception):
 
 
 def _history() -> History:
-    # By process id: a child process may have been forked with its parent's.
+    # By process id, because a forked child inherits this variable.
     pid = os.getpid()
     if pid not in _histories:
         _histories[pid] = History(Path("history"), f"handler-{pid}")
@@ -80,7 +80,7 @@ async def sleep(
     context: Context, submission: int, pad: str = "", seconds: float = 0.0
 ) -> dict[str, Any]:
     """
-    Take this long, or no time.
+    Sleep this long.
     """
     with _written_down(context, "loop"):
         if seconds:
@@ -93,7 +93,7 @@ async def fail(
     context: Context, submission: int, times: int, pad: str = "", seconds: float = 0.0
 ) -> dict[str, Any]:
     """
-    Fail every attempt up to number `times`.
+    Fail the first `times` attempts.
     """
     with _written_down(context, "loop"):
         if seconds:
@@ -106,7 +106,7 @@ async def fail(
 @handler("verify.doom", backoff=BACKOFF, max_attempts=MAX_ATTEMPTS_OF_THE_DOOMED)
 async def doom(context: Context, submission: int, pad: str = "") -> None:
     """
-    Fail always.
+    Fail every attempt.
     """
     with _written_down(context, "loop"):
         raise PlannedFailure(context)
@@ -117,7 +117,7 @@ def crunch(
     context: Context, submission: int, pad: str = "", seconds: float = 0.0
 ) -> dict[str, Any]:
     """
-    Keep a processor busy.
+    Keep a processor busy this long.
     """
     with _written_down(context, "process"):
         until = time.monotonic() + seconds
@@ -131,7 +131,7 @@ def crunch(
 )
 def exit_(context: Context, submission: int, pad: str = "") -> None:
     """
-    End the child process without a word.
+    End the child process without an outcome.
     """
     with _written_down(context, "process"):
         os._exit(9)
@@ -146,7 +146,7 @@ def exit_(context: Context, submission: int, pad: str = "") -> None:
 )
 def stubborn(context: Context, submission: int, pad: str = "", seconds: float = 30.0) -> None:
     """
-    Overrun the time limit and heed no request to stop.
+    Exceed the time limit and ignore the request to stop.
     """
     with _written_down(context, "process"):
         time.sleep(seconds)
@@ -155,7 +155,7 @@ def stubborn(context: Context, submission: int, pad: str = "", seconds: float = 
 @handler("verify.fork", isolation="thread", backoff=BACKOFF)
 def fork(context: Context, submission: int, pad: str = "", seconds: float = 5.0) -> dict[str, Any]:
     """
-    Leave a forked child behind, which must not keep its worker's locks and signals.
+    Leave a forked child behind, which must not hold its worker's locks and signal handlers.
     """
     with _written_down(context, "thread"):
         _reap_forked()
@@ -169,7 +169,7 @@ def fork(context: Context, submission: int, pad: str = "", seconds: float = 5.0)
 
 def _reap_forked() -> None:
     for pid in tuple(_forked):
-        # Another thread may do the same.
+        # Another thread may have reaped it.
         with contextlib.suppress(ChildProcessError, ValueError):
             if os.waitpid(pid, os.WNOHANG) != (0, 0):
                 _forked.remove(pid)
@@ -180,7 +180,7 @@ async def big(
     context: Context, submission: int, pad: str = "", size: int = 200_000
 ) -> dict[str, Any]:
     """
-    Return a result of some size.
+    Return a large result.
     """
     with _written_down(context, "loop"):
         return _result(context, submission, pad, blob="x" * size)

@@ -1,9 +1,8 @@
 """
-What one process saw, as a file of JSON lines.
+What one process records, as a file of JSON lines.
 
-Lines are written by one `write` to a file opened for appending, so that a process killed in the
-middle of its work leaves whole lines, and several may share a file. Nothing here goes through
-the system under test.
+Each line is one `write` to a file opened for appending, so a killed process leaves complete lines,
+and several processes can share a file. Nothing here uses the system under test.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class History:
 
     def write_all(self, what: str, lines: Iterable[Mapping[str, object]]) -> None:
         """
-        Add lines about things of one kind that happened at the same moment.
+        Add lines of one kind with the same time.
         """
         head = {"what": what, "t": time.monotonic_ns()}
         text = "".join(json.dumps({**head, **fields}) + "\n" for fields in lines)
@@ -39,6 +38,6 @@ class History:
 
     def close(self) -> None:
         """
-        No more lines.
+        Close the file.
         """
         os.close(self._file)

@@ -1,9 +1,8 @@
 """
-Known bugs, one switch each, to see that the checker finds them.
+Known bugs for mutation testing: the checker must find each.
 
-Each is a mistake that somebody made in a system like this one. They are planted by replacing a
-name or a piece of a statement at the start of a process, which only `process` does: nothing of
-AsyncFlow itself knows that they exist.
+Each is a mistake made in a real system of this kind. A mutant replaces a name or part of a
+statement when a process starts, which only `process` does; AsyncFlow itself knows nothing of them.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ from asyncflow.worker import attempt, lease
 @dataclass(frozen=True, slots=True)
 class Mutant:
     """
-    A bug, and what a run needs to meet it.
+    A bug, and what a run needs to expose it.
 
     Attributes:
         summary: What is wrong.
-        plant: Makes it so, in this process.
-        faults: The kinds that bring it out; empty if the workload alone does.
-        seconds: How long they happen in a run that looks for it.
-        rate: Tasks per second; more where a fault must meet a task at a certain moment.
-        engine: The one it is a bug of.
+        plant: Introduces it into this process.
+        faults: The kinds of faults that expose it; empty if the workload alone does.
+        seconds: The duration of the faults in a run that looks for it.
+        rate: Tasks per second; higher if a fault must hit a task at a certain moment.
+        engine: The engine that has the bug.
     """
 
     summary: str
@@ -69,7 +68,7 @@ def _mutant(summary: str, **needs: Any) -> Callable[[Callable[[], None]], Callab
 
 def _instead_of(piece: str, other: str, statement: str) -> str:
     """
-    A statement with another piece; it must have had that one, or the mutant would be none.
+    Replace part of a statement, which must contain it: a mutant must change something.
     """
     if piece not in statement:
         raise ValueError(f"The statement has no {piece!r} to replace.")
@@ -78,7 +77,7 @@ def _instead_of(piece: str, other: str, statement: str) -> str:
 
 def _in_claims(piece: str, other: str = "") -> None:
     """
-    Replace a piece of both statements that claim what is due.
+    Replace part of both statements that claim due tasks.
     """
     claims.CLAIM_DUE = _instead_of(piece, other, claims.CLAIM_DUE)
     claims.CLAIM_DUE_SINCE = _instead_of(piece, other, claims.CLAIM_DUE_SINCE)
@@ -87,7 +86,7 @@ def _in_claims(piece: str, other: str = "") -> None:
 def _leave_out_the_fence(*events: Event) -> None:
     fence = f"t.lease_id = {claims.LEASE}"
     for event in events:
-        # Something must still name the parameter, or its type is unknown.
+        # The parameter must still be used, or its type is unknown.
         store_settle._SETTLES[event] = _instead_of(
             fence, "$2::uuid[] IS NOT NULL", store_settle._SETTLES[event]
         )
@@ -106,13 +105,13 @@ def _settle_without_lease() -> None:
     _leave_out_the_fence(Event.COMPLETE, Event.FAIL, Event.CANCEL)
 
 
-@_mutant("A claim does not lock what it takes, nor look at its state again.", seconds=4.0)
+@_mutant("A claim neither locks its rows nor rechecks their state.", seconds=4.0)
 def _claim_without_lock() -> None:
     _in_claims("FOR UPDATE SKIP LOCKED")
     _in_claims("AND t.state IN ('pending', 'queued')")
 
 
-@_mutant("A worker claims under one lease for all its life.", seconds=4.0)
+@_mutant("A worker uses one lease for all its claims.", seconds=4.0)
 def _lease_reused() -> None:
     original = claims.claim_due
 
@@ -123,7 +122,7 @@ def _lease_reused() -> None:
 
 
 @_mutant(
-    "A worker that cannot beat goes on.",
+    "A worker without heartbeats does not fence itself.",
     faults=("cut-off",),
     seconds=10.0,
 )
@@ -131,7 +130,7 @@ def _fence_forgotten() -> None:
     lease.LeaseKeeper._fence_if_overdue = lambda self: None  # type: ignore[method-assign]
 
 
-@_mutant("Heartbeats go on although the event loop is dead.", faults=("stall",), seconds=2.0)
+@_mutant("Heartbeats continue although the event loop is blocked.", faults=("stall",), seconds=2.0)
 def _stall_unnoticed() -> None:
     lease.LeaseKeeper._check_stall = lambda self: None  # type: ignore[method-assign]
 
@@ -140,7 +139,7 @@ def _stall_unnoticed() -> None:
 
 
 @_mutant(
-    "The reaper acts late on what it saw, by id alone.",
+    "The reaper acts late, and by task id alone.",
     faults=("kill-worker",),
     seconds=15.0,
 )
@@ -157,14 +156,14 @@ def _reaper_by_id() -> None:
     _leave_out_the_fence(Event.FAIL, Event.RETRY)
 
 
-@_mutant("The reaper gives up workers whose last heartbeat is young.")
+@_mutant("The reaper declares workers dead whose last heartbeat is recent.")
 def _reaper_impatient() -> None:
     workers.MARK_LOST = _instead_of(
         "w.lease_seconds * interval", "0.3 * w.heartbeat_seconds * interval", workers.MARK_LOST
     )
 
 
-@_mutant("An attempt whose process died is charged to nobody.", seconds=6.0)
+@_mutant("A crash is not charged to the task.", seconds=6.0)
 def _crash_unpunished() -> None:
     original = outcome.decide
 
@@ -179,7 +178,7 @@ def _crash_unpunished() -> None:
 
 
 @_mutant(
-    "A worker takes a settlement for written that PostgreSQL never confirmed.",
+    "A worker assumes a settlement that PostgreSQL never confirmed.",
     faults=("postgres-crash", "lose-requests"),
     seconds=10.0,
     rate=400.0,
@@ -197,7 +196,7 @@ def _settle_believed() -> None:
 
 
 @_mutant(
-    "A worker lets a task and its message go before the settlement is committed.",
+    "A worker acknowledges a task before its settlement is committed.",
     faults=("postgres-crash", "lose-requests"),
     seconds=10.0,
     rate=400.0,
@@ -215,7 +214,7 @@ def _ack_before_settle() -> None:
 
 
 @_mutant(
-    "A missing right is taken for the fault of the values.",
+    "A missing privilege is treated as a refusal of the values.",
     faults=("revoke",),
     seconds=12.0,
 )
@@ -224,7 +223,7 @@ def _right_missing_refused() -> None:
 
 
 @_mutant(
-    "A statement that is not answered is waited for without end.",
+    "A statement without an answer is waited for endlessly.",
     faults=("forget",),
     seconds=20.0,
 )
@@ -237,18 +236,18 @@ def _silence_trusted() -> None:
     database.Database.__init__ = without_limit  # type: ignore[method-assign]
 
 
-@_mutant("A claim begins to count its attempts anew.", seconds=4.0)
+@_mutant("A claim resets the attempt number.", seconds=4.0)
 def _attempt_reset() -> None:
     _in_claims("attempt = t.attempt + 1", "attempt = 1")
 
 
-@_mutant("A claim does not look whether the task is due.", seconds=4.0)
+@_mutant("A claim does not check whether the task is due.", seconds=4.0)
 def _early_claim() -> None:
     _in_claims("AND t.run_at <= now()")
 
 
 @_mutant(
-    "A worker goes by its own clock to tell which tasks are due.",
+    "A worker uses its own clock to decide which tasks are due.",
     faults=("clock-jump",),
     seconds=30.0,
 )
@@ -264,12 +263,12 @@ def _due_by_own_clock() -> None:
     claims.claim_due = claim_due
 
 
-@_mutant("What may expire is cancelled before its time.", seconds=5.0)
+@_mutant("A task with an expiry is cancelled before its time.", seconds=5.0)
 def _expired_early() -> None:
     upkeep.EXPIRE = _instead_of("t.expires_at <= now()", "t.expires_at IS NOT NULL", upkeep.EXPIRE)
 
 
-@_mutant("A cancellation does not look at the state of the task.", seconds=5.0)
+@_mutant("A cancellation does not check the state of the task.", seconds=5.0)
 def _cancel_overwrites() -> None:
     guard = "AND t.state IN ('pending', 'queued')"
     steer.CANCEL_WAITING = _instead_of(guard, "", steer.CANCEL_WAITING)
@@ -327,7 +326,7 @@ def _batch_in_halves() -> None:
 
 
 @_mutant(
-    "Nobody looks for hints that RabbitMQ has lost.",
+    "Hints lost by RabbitMQ are not replaced.",
     faults=("broker-purge", "broker-delete-queues"),
     engine="rabbitmq",
 )
@@ -339,7 +338,7 @@ def _hints_not_reconciled() -> None:
 
 
 @_mutant(
-    "The relay notes that a hint is sent before it sends it, and nobody looks for lost ones.",
+    "The relay marks a hint as sent before it sends it, and lost hints are not replaced.",
     faults=("broker-close-connections",),
     engine="rabbitmq",
 )
@@ -356,7 +355,7 @@ def _relay_commits_first() -> None:
 
 
 @_mutant(
-    "A worker gives a hint back whose task is running elsewhere.",
+    "A worker requeues a hint whose task is running elsewhere.",
     faults=("reset-broker", "broker-close-connections"),
     seconds=20.0,
     rate=30.0,
@@ -375,7 +374,7 @@ def _nack_requeue() -> None:
 
 
 @_mutant(
-    "A worker runs what a message names, whatever its state.",
+    "A worker runs the task that a message names, whatever its state.",
     faults=("reset-broker", "broker-close-connections"),
     engine="rabbitmq",
 )

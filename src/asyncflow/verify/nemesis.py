@@ -1,5 +1,5 @@
 """
-The nemesis: one fault after the other, sometimes two at once, and what each came to.
+The nemesis: injects one fault after another, sometimes two at a time, and records their effect.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def planned(
     kinds: Sequence[str] | None, *, broker: Broker | None, chance: random.Random
 ) -> list[Fault]:
     """
-    One round: every fault that this run can do, or those of `kinds`, in an order by seed.
+    One round: every fault that this run supports, or those of `kinds`, in an order by seed.
     """
     able = _able(broker)
     faults = [fault for fault in FAULTS.values() if fault.needs in able]
@@ -35,7 +35,7 @@ def planned(
 
 def _able(broker: Broker | None) -> set[str]:
     """
-    What faults may need that a run with this broker has.
+    The needs of faults that a run with this broker meets.
     """
     if broker is None:
         return {""}
@@ -64,8 +64,9 @@ class Nemesis:
 
     async def run(self, kinds: Sequence[str] | None, *, seconds: float) -> None:
         """
-        Return when time is up and the last fault is healed, but not within the first round: a
-        run in which a planned fault never came would prove nothing.
+        Inject faults until time is up and the last one is healed.
+
+        The first round is always completed: a run without a planned fault would prove nothing.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
@@ -84,7 +85,7 @@ class Nemesis:
         await self._heal()
 
     async def _heal(self) -> None:
-        # Whatever a fault that failed itself may have left behind.
+        # Undo what a fault that failed may have left behind.
         for member in self._stage.fleet.members:
             member.send(signal.SIGCONT)
             for wire in member.wires.values():
@@ -112,7 +113,7 @@ class Nemesis:
         try:
             bite = await fault.harm(self._stage, victim, self._chance)
         except Exception as error:
-            # Overlapping faults can take each other's target away; then this one missed.
+            # An overlapping fault can take this one's target away.
             bite = Bite(0, f"missed: {error!r}")
         self._history.write(
             "fault.end",
@@ -127,5 +128,5 @@ class Nemesis:
 
 
 def _go_together(one: Fault, other: Fault) -> bool:
-    # Two that hit the same server would take it away from each other.
+    # Two faults on the same server would interfere with each other.
     return not one.server or one.server != other.server

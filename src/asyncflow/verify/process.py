@@ -1,9 +1,8 @@
 """
 One process of a run: `python -m asyncflow.verify.process CLOCK MUTANT worker …`.
 
-It goes by the wrong clock of a file, has a known bug, or both; `-` stands for neither. This is
-the only door to the mutants. And it stands still when it is told to by a signal. What remains is
-the command line as it is.
+It reads the wrong clock of a file, has a known bug, or both; `-` stands for none. Mutants are
+planted only here. A signal makes the process block. Otherwise it is the normal command line.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ RIGHT = "-"
 STAND_STILL = signal.SIGUSR1
 STEP_SECONDS = 60.0
 READ_THE_CLOCK_AS_DATETIME = {"api": ("asyncflow.api.submissions",)}
-"""Modules that call `datetime.now`, by the process they run in."""
+"""Modules that call `datetime.now`, by the process that uses them."""
 
 
 def main() -> None:
     """
-    Be `asyncflow` with what follows the first two arguments.
+    Run `asyncflow` with the arguments after the first two.
     """
     file, mutant = sys.argv.pop(1), sys.argv.pop(1)
     if file != RIGHT:
@@ -45,7 +44,7 @@ def main() -> None:
 
 def _stand_still(*_: object) -> None:
     """
-    Never return, which holds up the event loop as a handler does that never awaits anything.
+    Never return, and so block the event loop like a handler that never awaits.
     """
     while True:
         time.sleep(STEP_SECONDS)

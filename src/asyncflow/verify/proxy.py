@@ -1,8 +1,7 @@
 """
-A wire between one process and one server, that can be cut and held, and can forget.
+A TCP proxy between one process and one server that can reset, hold, lose and forget connections.
 
-Every process has wires of its own, so that "this worker has lost PostgreSQL while RabbitMQ and
-everybody else are fine" is one call.
+Every process has its own proxies, so that "this worker alone has lost PostgreSQL" is one call.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import NoReturn
 
 CHUNK_BYTES = 65_536
 ANSWER_SECONDS = 0.1
-"""In so long, a server that began to answer has done what it was asked."""
+"""Within this time, a server that has begun to answer finishes what it was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +24,8 @@ class Way:
     One direction of one connection.
 
     Attributes:
-        relay: The connection; that of the other direction is the same.
-        is_answer: Whether it leads from the server to the client.
+        relay: The connection, the same for both directions.
+        is_answer: Whether this is the direction from the server to the client.
     """
 
     relay: asyncio.Task[None]
@@ -40,10 +39,10 @@ class Proxy:
     A TCP relay from a port of 127.0.0.1 to a server.
 
     Attributes:
-        port: Where it listens, once started.
-        held_bytes: How many bytes arrived while the wire was held, ever.
-        lost_bytes: How many were thrown away by `lose`, ever.
-        forgotten_bytes: How many were sent over connections after `forget`, ever.
+        port: The port it listens on, once started.
+        held_bytes: Total bytes that arrived while traffic was held.
+        lost_bytes: Total bytes discarded by `lose`.
+        forgotten_bytes: Total bytes sent over connections after `forget`.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -64,20 +63,20 @@ class Proxy:
     @property
     def connections(self) -> int:
         """
-        How many there are now.
+        The number of open connections.
         """
         return len(self._relays - self._forgotten)
 
     async def start(self) -> None:
         """
-        Begin to relay.
+        Start relaying.
         """
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
         """
-        End every connection and listen no more.
+        Close all connections and stop listening.
         """
         if self._server is not None:
             self._server.close()
@@ -87,13 +86,13 @@ class Proxy:
 
     def reset(self) -> int:
         """
-        Break every connection with a TCP reset, to both sides; return how many there were.
+        Reset every connection on both sides; return how many there were.
         """
         count = len(self._relays)
         for writer in tuple(self._writers):
             sock = writer.get_extra_info("socket")
             with contextlib.suppress(OSError, ValueError):  # ValueError: closed already.
-                # Close with unsent data thrown away, which is what makes it a reset.
+                # Closing with unsent data discarded makes it a reset.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
         for relay in tuple(self._relays):
@@ -102,36 +101,36 @@ class Proxy:
 
     def hold(self) -> None:
         """
-        Carry no byte any more, in either direction, and leave all connections open.
+        Hold all traffic in both directions, with the connections open.
         """
         self._flowing.clear()
 
     def release(self) -> None:
         """
-        Carry again, what was held up first: late, as a network that heals does.
+        Deliver the held traffic, late, and resume.
         """
         self._flowing.set()
 
     def lose(self, *, answers: bool) -> None:
         """
-        Of every connection that is open now, throw away what comes next to the server, or from
-        it, and break the connection then.
+        Discard the next data to the server, or from it, on every open connection, and then break
+        that connection.
         """
         self._loses_answers = answers
         self._losing = set(self._relays)
 
     def lose_no_more(self) -> None:
         """
-        Leave alone the connections on which nothing came yet.
+        Spare the connections on which no data has come yet.
         """
         self._losing = set()
 
     def forget(self) -> int:
         """
-        Carry nothing any more over the connections that are open now, without a word to either
-        side, as a firewall does that has no entry of them; new ones work. Return how many.
+        Silently drop all traffic of the open connections, as a firewall does after it has lost
+        their state; new ones work. Return how many.
 
-        The server keeps its side of them until the next time.
+        The server's side of them stays open until the next call.
         """
         for relay in self._forgotten:
             relay.cancel()
@@ -149,13 +148,13 @@ class Proxy:
             await self._flowing.wait()
             server_reader, upstream = await self._reach_server()
             self._writers.add(upstream)
-            # Whichever side ends first ends both.
+            # When one side ends, both end.
             await asyncio.gather(
                 self._carry(Way(relay, reader, upstream, is_answer=False)),
                 self._carry(Way(relay, server_reader, writer, is_answer=True)),
             )
         except (OSError, EOFError, RuntimeError, asyncio.CancelledError):
-            # uvloop calls it a RuntimeError that a transport was closed meanwhile.
+            # uvloop raises RuntimeError if a transport has been closed meanwhile.
             pass
         finally:
             self._relays.discard(relay)
@@ -182,13 +181,13 @@ class Proxy:
             if way.relay not in self._forgotten:
                 raise
         if way.relay in self._forgotten:
-            # The other side does not hear of this side's end either.
+            # The other side does not learn that this one has ended.
             await asyncio.Event().wait()
         raise EOFError
 
     async def _meet(self, way: Way, data: bytes) -> None:
         """
-        What happens to bytes before they are carried on.
+        Apply the faults to data before it is passed on.
         """
         if way.relay in self._losing and way.is_answer == self._loses_answers:
             await self._throw_away(way, data)
@@ -198,7 +197,7 @@ class Proxy:
 
     async def _throw_away(self, way: Way, data: bytes) -> NoReturn:
         """
-        These bytes and what follows at once: an answer may begin before all is done.
+        Discard this data and what follows immediately: an answer may begin before all is done.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANSWER_SECONDS):

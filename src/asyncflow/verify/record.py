@@ -1,12 +1,12 @@
 """
-The database's own record of what happened to tasks and workers.
+The database's own record of the changes to tasks and workers.
 
-Triggers write it in the transaction that changes the row, so it cannot tell another story than
-the rows do. Lines of one task are in order: their numbers are drawn while its row is locked.
+Triggers write it in the transaction that changes the row, so it always agrees with the rows.
+Entries about one task are in order, because they are numbered while its row is locked.
 
-What is recorded costs PostgreSQL about as much as the change itself. So triggers only copy
-columns; JSON is made of them when everything is over. They run with the rights of whoever
-installed them: the processes of a run have none here.
+Recording a change costs PostgreSQL about as much as the change itself. So triggers only copy
+columns, which become JSON at the end of the run. They run with the privileges of their owner; the
+processes of a run have none here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import asyncpg
 
-# BEFORE triggers on tasks, because an UPDATE that carries a row to another partition fires no AFTER
-# UPDATE. The deletion and insertion it then consists of must not be taken for news.
+# BEFORE triggers on tasks, because an UPDATE that moves a row to another partition fires no AFTER
+# UPDATE trigger. Its deletion and insertion must not be recorded as events of their own.
 INSTALL = """
     CREATE SCHEMA asyncflow_verify;
 
@@ -166,7 +166,7 @@ ROWS = """
 
 async def install(url: str) -> None:
     """
-    Begin to record; AsyncFlow's schema must be there.
+    Start recording; needs AsyncFlow's schema.
     """
     connection = await asyncpg.connect(url)
     try:
@@ -177,12 +177,12 @@ async def install(url: str) -> None:
 
 async def export(url: str, folder: Path) -> None:
     """
-    Write what was recorded, and every task as it is now, into `folder`.
+    Write the record, and every task in its final state, into `folder`.
     """
     connection = await asyncpg.connect(url)
     try:
         for name, query in (("transitions", TRANSITIONS), ("workers", WORKERS), ("rows", ROWS)):
-            # Neither of the two characters is ever in JSON as it is, so each line is one object.
+            # JSON contains neither of these two characters unescaped, so each line is one object.
             await connection.copy_from_query(
                 query,
                 output=folder / f"db-{name}.jsonl",
@@ -196,7 +196,7 @@ async def export(url: str, folder: Path) -> None:
 
 async def unfinished(url: str) -> int:
     """
-    How many tasks are not terminal yet.
+    The number of tasks that are not terminal.
     """
     connection = await asyncpg.connect(url)
     try:

@@ -1,5 +1,5 @@
 """
-What a run came to, as JSON for programs and Markdown for people.
+The report of a run, as JSON for programs and Markdown for people.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ NOT_IN_THIS_VERSION = {
 
 class Onlooker:
     """
-    Sees every task while it is judged: keeps the figures, and the story of one task for each
-    invariant that is violated.
+    Sees every task while it is judged: counts the figures, and keeps the timeline of one task for
+    each violated invariant.
     """
 
     def __init__(self, histories: Histories) -> None:
@@ -48,7 +48,7 @@ class Onlooker:
 
     def look(self, task: TaskHistory, violations: list[Violation]) -> None:
         """
-        Take a task into account.
+        Include a task.
         """
         self.figures.look(task)
         news = {violation.invariant for violation in violations} - self._told
@@ -132,9 +132,9 @@ def _summary(counted: Line) -> str:
         f"**{counted['lost']} lost**; {counted['refused']} refused; "
         f"{counted['unknown']} submissions of unknown outcome, {counted['recovered']} of them "
         f"stored; {counted['transitions']} transitions, {counted['executions']} executions, "
-        f"{counted['duplicates']} of them in vain; {counted['fenced']} attempts fenced; "
-        f"{counted['workers_lost']} workers given up, {counted['leases_reaped']} leases reaped; "
-        f"everything had ended {counted['drain_seconds']} s after the last fault."
+        f"{counted['duplicates']} of them wasted; {counted['fenced']} attempts fenced; "
+        f"{counted['workers_lost']} workers declared dead, {counted['leases_reaped']} leases "
+        f"reaped; all tasks had ended {counted['drain_seconds']} s after the last fault."
     )
 
 
@@ -142,7 +142,7 @@ def _fault_table(plan: Line, counted: Line) -> list[str]:
     lines = [
         "Seconds from the end of a fault until a task completed:",
         "",
-        "| fault | times | bit | p50 | p99 | max |",
+        "| fault | times | effective | p50 | p99 | max |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for kind, found in counted["faults"].items():
@@ -155,18 +155,18 @@ def _rerun_table(counted: Line) -> list[str]:
     if not counted["reruns"]:
         return []
     heading = (
-        "Seconds from the moment a worker was hit until its tasks were free, and until they began "
-        "again, behind those that wait already; without those whose policy makes them wait:"
+        "Seconds from the fault on a worker until its tasks were released, and until they started "
+        "again, behind those already waiting; without tasks whose backoff makes them wait:"
     )
     lines = [
         "",
         heading,
         "",
-        "| fault | PostgreSQL | tasks | free: p50 | p99 | max | began: p50 | p99 | max |",
+        "| fault | PostgreSQL | tasks | released: p50 | p99 | max | started: p50 | p99 | max |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for found in counted["reruns"]:
-        database = "was away meanwhile" if found["in_outage"] else "was up"
+        database = "was down meanwhile" if found["in_outage"] else "was up"
         cells = f"{_cells(found['freed'])} | {_cells(found['begun'])}"
         lines.append(f"| {found['kind']} | {database} | {found['tasks']} | {cells} |")
     return lines

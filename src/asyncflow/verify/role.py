@@ -1,6 +1,6 @@
 """
-The role that the processes of a run have in PostgreSQL: no more rights than AsyncFlow needs, as
-a careful administrator gives them, so that there is something to take away.
+The PostgreSQL role of the processes of a run. It has only the privileges that AsyncFlow needs, as
+in a careful deployment, so that a fault can revoke some of them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ RIGHTS = (
 
 async def make_role(url: str) -> str:
     """
-    Make the role and return its login, `user:password`.
+    Create the role and return its login, `user:password`.
 
     Args:
-        url: Of the superuser; AsyncFlow's schema must be there.
+        url: The superuser's URL of a database with AsyncFlow's schema.
     """
     password = secrets.token_urlsafe(16)
     await _execute(url, MAKE.format(password=password))
@@ -49,14 +49,14 @@ async def make_role(url: str) -> str:
 
 async def take_away(url: str, right: str) -> None:
     """
-    Take one of `RIGHTS` from the role.
+    Revoke one of `RIGHTS` from the role.
     """
     await _execute(url, REVOKE.format(right=right))
 
 
 async def give_back(url: str) -> None:
     """
-    Give it every right.
+    Grant the role every privilege again.
     """
     await _execute(url, GRANT)
 

@@ -1,5 +1,5 @@
 """
-One run from beginning to end: calm, faults, healing, draining, the verdict.
+One run from beginning to end: calm, faults, healing, draining, verdict.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
 
 from asyncflow import __version__
+from asyncflow.aio.background import Background
 from asyncflow.embedded import Cluster
 from asyncflow.store.migrations import migrate
 from asyncflow.transport.rabbitmq.topology import unreadable
@@ -37,33 +39,33 @@ LEASE_SECONDS, HEARTBEAT_SECONDS = 2.0, 0.4
 GRACE_SECONDS = 2.0
 STALL_SECONDS = 10.0
 SLOTS_MIN, SLOTS_PER_RATE = 16, 1 / 40
-"""A worker has more slots where more is submitted, so that tasks which only wait are no limit."""
+"""Slots grow with the rate, so that tasks which only wait do not become the limit."""
 
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 30.0
 CALM_SECONDS = 2.0
 
 REST_SECONDS = (0.5, 2.5)
-# Little to replay, so that an outage is as long as its fault and not as long as the log.
+# Little WAL to replay, so that an outage lasts as long as its fault.
 SETTINGS = {"max_connections": "250", "max_wal_size": "256MB"}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """
-    What a run shall be.
+    The parameters of a run.
 
     Attributes:
-        folder: For everything it writes; must be empty or missing.
-        seconds: How long faults happen.
-        calm_seconds: How long none happens before.
-        drain_seconds: How long afterwards no task may end although some are left.
-        rate: Tasks per second that are submitted.
-        kinds: Faults to use; None is all that apply. None of them is named: no faults.
-        mutant: A known bug to plant.
+        folder: Receives everything the run writes; must be empty or missing.
+        seconds: The duration of the faults.
+        calm_seconds: The time before the first fault.
+        drain_seconds: How long draining may go on without any unfinished task ending.
+        rate: Tasks submitted per second.
+        kinds: The faults to inject; None means all that apply, an empty sequence none.
+        mutant: A known bug to run with.
         engine: `postgres` or `rabbitmq`.
-        broker_url: A broker to use; None starts one.
-        management_url: Of that broker; None is port 15672 of the same host.
+        broker_url: The broker to use; None starts one.
+        management_url: Its management plugin; None means port 15672 of the same host.
     """
 
     folder: Path
@@ -84,10 +86,10 @@ class Plan:
 
 async def run(plan: Plan, *, say: Callable[[str], None]) -> None:
     """
-    Do it, and leave every history in the plan's folder for the checker.
+    Carry out a run, and leave its histories in the plan's folder for the checker.
 
     Args:
-        say: Told in a line what is going on, for whoever waits.
+        say: Receives a line about each step, for the person who waits.
 
     Raises:
         EmbeddedDatabaseError: No PostgreSQL can be started.
@@ -112,7 +114,7 @@ async def run(plan: Plan, *, say: Callable[[str], None]) -> None:
         await asyncio.to_thread(cluster.stop)
         if broker is not None:
             await broker.close()
-        # What is in the folder is for reading; the servers' own files are not.
+        # The folder is for people; keep the servers' logs and remove their other files.
         for server in ("postgres", "rabbitmq"):
             log = next((plan.folder / server).glob("*.log"), None)
             if log is not None:
@@ -140,7 +142,8 @@ async def _perform(
     chance = random.Random(f"nemesis {plan.seed}")
     stage = Stage(fleet, cluster, broker, LEASE_SECONDS, GRACE_SECONDS, STALL_SECONDS)
     _write_plan(plan, await _versions(cluster, broker), broker)
-    sampling = asyncio.create_task(_sample(history))
+    sampling = Background(partial(_sample, history), name="sample")
+    sampling.start()
     try:
         fleet.start()
         await _until_ready(ports)
@@ -154,7 +157,7 @@ async def _perform(
         else:
             await asyncio.sleep(plan.seconds)
         history.write("phase", phase="healed")
-        say("No more faults; what is left may end now.")
+        say("No more faults; waiting for the remaining tasks.")
         clients.stop()
         await submitting
         await _drain(plan, cluster, broker, history)
@@ -162,9 +165,9 @@ async def _perform(
         say("Stopping every process.")
         await fleet.stop(grace_seconds=STOP_SECONDS_MAX)
     finally:
-        sampling.cancel()
+        await sampling.stop()
         await fleet.kill()
-    say("Checking what everybody saw.")
+    say("Checking the histories.")
     await record.export(cluster.url, plan.folder / "history")
 
 
@@ -261,7 +264,7 @@ async def _empty_queues(broker: Broker, until: float) -> list[dict[str, object]]
 
 async def _sample(history: History) -> None:
     """
-    Once a second: both clocks, and how idle the machine is.
+    Record both clocks and the machine's idle time once a second.
     """
     before = _cpu()
     while True:

@@ -1,5 +1,5 @@
 """
-The story of one task: what everybody saw of it, in one order.
+The history of one task: all observations of it, in order.
 """
 
 from __future__ import annotations
@@ -7,12 +7,12 @@ from __future__ import annotations
 from asyncflow.verify.checker import Histories, Line, TaskHistory
 
 BEFORE_US, AFTER_US = 5_000_000, 1_000_000
-"""How long before and after its life a fault is part of the story."""
+"""How long before and after a task's life a fault is included."""
 
 
 def timeline(h: Histories, task: TaskHistory) -> list[str]:
     """
-    A line for each thing that was seen, readable by a person.
+    One line per observation, for people.
     """
     told = _by_clients(task) + _by_others(task)
     if told:

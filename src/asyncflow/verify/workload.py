@@ -1,5 +1,5 @@
 """
-What is submitted: tasks of more than a dozen kinds, drawn by seed, one by one and in batches.
+The workload: more than a dozen kinds of tasks, drawn by seed, submitted singly and in batches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 BATCH_SHARE = 0.25
 BATCH_SIZE_LEAST = 5
 CALLS_PER_SECOND = 150
-"""More tasks per second than this come in larger batches, not in more requests."""
+"""Requests per second. A higher rate of tasks leads to larger batches, not to more requests."""
 
 READ_SHARE = 0.1
 REDRIVEN = frozenset({"doom", "exit"})
@@ -22,17 +22,17 @@ REDRIVEN = frozenset({"doom", "exit"})
 @dataclass(frozen=True, slots=True)
 class PlannedTask:
     """
-    One task to submit and what its client does afterwards.
+    One task to submit, and what its client does afterwards.
 
     Attributes:
-        number: Travels in the payload, so that every row can be traced to its submission.
+        number: Part of the payload, so that every row can be traced to its submission.
         recipe: The kind of task, for the checker.
-        body: Of `POST /tasks`.
-        digest: Of the payload's text, as the result must carry it.
-        expires_after: Seconds from its submission to its `expires_at`; None is never.
-        cancel_after: Seconds after the 202 to cancel it; None leaves it alone.
-        redrive_after: Seconds after the 202 to ask for a redrive; None never does.
-        reads: How often its client looks at it.
+        body: The body of `POST /tasks`.
+        digest: The digest of the payload's text that the result must contain.
+        expires_after: Seconds from submission to `expires_at`; None for no expiry.
+        cancel_after: Seconds from the 202 to a cancellation; None for none.
+        redrive_after: Seconds from the 202 to a redrive; None for none.
+        reads: How often its client reads it.
     """
 
     number: int
@@ -48,13 +48,13 @@ class PlannedTask:
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """
-    How often a kind of task comes, and what it is.
+    A kind of task and how often it occurs.
 
     Attributes:
-        weight: Its share of what is submitted one by one.
-        weight_in_batches: Its share of what comes in batches. What costs much, a process or
-            requests of its own, stays out, so that it does not grow with the rate.
-        ranges: Numbers in the payload that are drawn: from, to.
+        weight: Its weight among tasks submitted singly.
+        weight_in_batches: Its weight in batches. Expensive kinds, which need a process or further
+            requests, are left out, so that they do not grow with the rate.
+        ranges: Random numbers in the payload, with their bounds.
     """
 
     weight: float
@@ -91,10 +91,10 @@ RECIPES = {
 
 class Workload:
     """
-    An endless supply. The same seed and rate plan the same tasks in the same order.
+    An endless supply of tasks. The same seed and rate yield the same tasks in the same order.
 
     Args:
-        rate: Tasks per second that are going to be submitted.
+        rate: Tasks submitted per second.
     """
 
     def __init__(self, seed: int, *, rate: float) -> None:
@@ -106,7 +106,7 @@ class Workload:
 
     def next_call(self) -> list[PlannedTask]:
         """
-        What the next request submits: one task, or a batch.
+        The tasks of the next request: one, or a batch.
         """
         if self._random.random() >= BATCH_SHARE:
             return [self._next(in_batch=False)]
@@ -115,9 +115,9 @@ class Workload:
 
     def again(self, call: list[PlannedTask]) -> list[PlannedTask]:
         """
-        The same tasks under new numbers, for a client that was not told what became of them.
+        The same tasks under new numbers, to repeat a submission of unknown outcome.
 
-        Under other numbers, because both may be stored, and each of them only once.
+        The numbers are new because both submissions may be stored, each of them only once.
         """
         return [self._renumbered(planned) for planned in call]
 
