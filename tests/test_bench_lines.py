@@ -1,5 +1,5 @@
 """
-What the benchmark suite makes of raw lines; that the suite measures rightly is nobody's test.
+How the benchmark suite reads its raw lines. What it measures is not tested here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def a_line(system: str, *, repetition: int = 1, **values: Any) -> dict[str, Any]
 
 def test_a_run_that_was_cut_short_knows_what_it_has(tmp_path: Path) -> None:
     """
-    To go on means to measure what is missing or failed, and nothing else.
+    Continuing measures only what is missing or failed.
     """
     raw = tmp_path / "raw.jsonl"
     written = [a_line("asyncflow", per_second=2.0), a_line("asyncflow", repetition=2, **FAILED)]
@@ -47,7 +47,7 @@ def test_a_run_that_was_cut_short_knows_what_it_has(tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_begun_has_nothing(tmp_path: Path) -> None:
     """
-    Rather than failing for want of a file.
+    A missing file is not an error.
     """
     lines = read_lines(tmp_path / "raw.jsonl")
 
@@ -56,7 +56,7 @@ def test_a_run_that_has_not_begun_has_nothing(tmp_path: Path) -> None:
 
 def test_a_failure_that_was_made_up_for_is_not_reported() -> None:
     """
-    One that was not, is.
+    A failure without a later success is.
     """
     lines = Lines(
         [
@@ -71,7 +71,7 @@ def test_a_failure_that_was_made_up_for_is_not_reported() -> None:
 
 def test_every_target_is_listed_whatever_was_measured() -> None:
     """
-    What was not measured says so, and what was has its verdict.
+    Targets without a measurement say so; the others have a verdict.
     """
     nothing = list(targets(Lines([])))
     something = Lines(

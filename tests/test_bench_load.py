@@ -1,5 +1,5 @@
 """
-The load generator that `bin/bench` brings along for machines without `wrk`.
+The load generator of `bin/bench` for machines without `wrk`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ANSWER = b"HTTP/1.1 202 Accepted\r\ncontent-length: 2\r\n\r\n{}"
 @pytest.fixture(autouse=True)
 def no_wrk(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    A machine that has no `wrk`.
+    A machine without `wrk`.
     """
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
@@ -29,7 +29,7 @@ def no_wrk(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def serving(*, requests_max: int) -> Iterator[str]:
     """
-    Answer so many requests of each connection, then close it; yields the server's URL.
+    Answer a number of requests on each connection, then close it; yields the server's URL.
     """
 
     class Answering(socketserver.StreamRequestHandler):
@@ -56,7 +56,7 @@ def serving(*, requests_max: int) -> Iterator[str]:
 
 def test_the_load_is_measured_without_wrk() -> None:
     """
-    Every answer counts, and the report says who measured.
+    Every response counts, and the report names the generator.
     """
     with serving(requests_max=1_000_000) as url:
         answers = post_for(0.2, url, b"{}", connections=2)

@@ -1,5 +1,5 @@
 """
-What the documentation says exists, and what exists is documented.
+What the documentation mentions exists, and what exists is documented.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAMES_OF_TESTS_AND_TOOLS = re.compile(rf"{PREFIX}(?:TEST_\w+|PYTHON)$")
 
 def in_pages(pattern: str) -> list[Any]:
     """
-    Every match in every page, with the page, as parameters of a test.
+    Every match in every page, with its page, as parameters of a test.
     """
     return [
         pytest.param(page, match[1], id=f"{page.relative_to(ROOT)}-{number}")
@@ -84,7 +84,7 @@ def test_the_example_of_an_environment_lists_every_setting_with_its_default() ->
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_the_table_of_settings_is_true(name: str) -> None:
     """
-    Name, default and, for numbers, range.
+    Names, defaults and the ranges of numbers are compared.
     """
     row = re.search(rf"^\| `{PREFIX}{name.upper()}` \|([^|]*)\|([^|]*)\|", OPERATIONS, re.M)
 
@@ -97,7 +97,7 @@ def test_the_table_of_settings_is_true(name: str) -> None:
 @pytest.mark.parametrize(("page", "name"), in_pages(rf"\b({PREFIX}[A-Z][A-Z_]+)\b"))
 def test_a_setting_that_is_mentioned_exists(page: Path, name: str) -> None:
     """
-    On whatever page.
+    This covers all pages.
     """
     known = {PREFIX + field.upper() for field in DEFAULTS}
 
@@ -113,7 +113,7 @@ def test_a_setting_that_is_mentioned_exists(page: Path, name: str) -> None:
 )
 def test_a_command_that_is_mentioned_exists(page: Path, line: str) -> None:
     """
-    With every option it is mentioned with.
+    Its options are checked as well.
     """
     words = shlex.split(line.replace("bin/dev", "asyncflow dev"), comments=True)[1:]
     command = [word for word in words if re.fullmatch("[a-z]+", word)][:2]
@@ -128,7 +128,7 @@ def test_a_command_that_is_mentioned_exists(page: Path, line: str) -> None:
 
 def test_the_operators_page_names_every_option_and_no_other() -> None:
     """
-    However it is mentioned there.
+    Options are found wherever the page mentions them.
     """
     named = set(re.findall(r"`[^`\n]*?(--[a-z-]+)", OPERATIONS))
 
@@ -137,7 +137,7 @@ def test_the_operators_page_names_every_option_and_no_other() -> None:
 
 def options_of(command: Any) -> Iterator[str]:
     """
-    The long options of a command and of all below it, but for hidden ones.
+    The long options of a command and its subcommands, without hidden ones.
     """
     for parameter in command.params:
         if not getattr(parameter, "hidden", False):
@@ -151,7 +151,7 @@ def options_of(command: Any) -> Iterator[str]:
 
 def test_the_list_of_log_events_is_true() -> None:
     """
-    Every event with its level, and no other.
+    It has every event with its level, and no other.
     """
     found: dict[str, set[str]] = {}
     for node in ast.walk(ast.parse(EVENTS.read_text())):
@@ -177,7 +177,7 @@ def test_an_example_runs_and_its_handlers_can_be_loaded(
     page: Path, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Examples are code that works, not drawings of it.
+    Examples are working code.
     """
     registry = Registry()
     monkeypatch.setattr("asyncflow.handlers.registry.DEFAULT_REGISTRY", registry)
@@ -192,7 +192,7 @@ def test_an_example_runs_and_its_handlers_can_be_loaded(
 @pytest.mark.parametrize(("page", "line"), in_pages(r"^(curl -X POST(?:[^\n]*\\\n)*[^\n]*)$"))
 def test_a_curl_line_submits_a_task(page: Path, line: str) -> None:
     """
-    To the address and with a body that `asyncflow dev` takes.
+    Address and body are those that `asyncflow dev` accepts.
     """
     words = shlex.split(line)
     body = json.loads(words[words.index("-d") + 1])
@@ -205,7 +205,7 @@ def test_a_curl_line_submits_a_task(page: Path, line: str) -> None:
 @pytest.mark.parametrize(("page", "target"), in_pages(r"\]\(([^)#:]+)(?:#[^)]*)?\)"))
 def test_a_link_leads_somewhere(page: Path, target: str) -> None:
     """
-    Inside the repository.
+    Links inside the repository are checked.
     """
     assert (page.parent / target).exists()
 
@@ -213,7 +213,7 @@ def test_a_link_leads_somewhere(page: Path, target: str) -> None:
 @pytest.mark.parametrize(("page", "name"), in_pages(r"`(\w+/test_\w+\.py::test_\w+)`"))
 def test_a_guarantee_has_the_test_it_names(page: Path, name: str) -> None:
     """
-    A promise without a test is not one.
+    A guarantee without a test is not one.
     """
     path, _, function = name.partition("::")
 

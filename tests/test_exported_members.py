@@ -1,5 +1,5 @@
 """
-`import asyncflow` gives what it says, and costs nothing until something is used.
+`import asyncflow` offers what it documents, and costs nothing until something is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import asyncflow
 @pytest.mark.parametrize("name", asyncflow.__all__)
 def test_every_exported_name_exists(name: str) -> None:
     """
-    Under the name it is documented by.
+    It exists under the documented name.
     """
     assert getattr(asyncflow, name) is not None
 
@@ -30,7 +30,7 @@ def test_exported_names_are_sorted_and_listed_by_dir() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     """
-    As with any module; `hasattr` depends on it.
+    `hasattr` depends on that.
     """
     with pytest.raises(AttributeError, match="'asyncflow' has no attribute 'job'"):
         _ = asyncflow.job

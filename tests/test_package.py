@@ -1,5 +1,5 @@
 """
-What the wheel holds that no import would miss here.
+The contents of the wheel that no import would miss.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """
-    The wheel, as `pip install` builds it.
+    The wheel that `pip install` builds.
     """
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
@@ -36,7 +36,7 @@ def test_type_checkers_may_use_our_types(wheel: zipfile.ZipFile) -> None:
 
 def test_a_server_installs_no_embedded_postgresql(wheel: zipfile.ZipFile) -> None:
     """
-    It is 41 MB, and only `asyncflow dev` and `asyncflow verify` run it.
+    It is 41 MB, and only `asyncflow dev` and `asyncflow verify` use it.
     """
     (name,) = [name for name in wheel.namelist() if name.endswith("METADATA")]
     needed = message_from_bytes(wheel.read(name)).get_all("Requires-Dist") or []

@@ -1,5 +1,5 @@
 """
-Settings are read once, checked, and complained about by name.
+Settings are read once, validated, and refused by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from asyncflow.settings import PREFIX, load_settings, required_database_url, unk
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """
-    No settings from this machine; an empty working folder for a `.env`.
+    An environment without settings, and an empty working folder for a `.env`.
     """
     for name in os.environ:
         if name.startswith(PREFIX):
@@ -29,7 +29,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def complaint(monkeypatch: pytest.MonkeyPatch, **environment: str) -> list[str]:
     """
-    What is said about an environment that cannot be right.
+    The sentences about an invalid environment.
     """
     for name, value in environment.items():
         monkeypatch.setenv(PREFIX + name, value)
@@ -40,7 +40,7 @@ def complaint(monkeypatch: pytest.MonkeyPatch, **environment: str) -> list[str]:
 
 def test_everything_has_a_default() -> None:
     """
-    A newcomer sets nothing.
+    A newcomer need not set anything.
     """
     settings = load_settings()
 
@@ -53,7 +53,7 @@ def test_the_environment_wins_over_the_file_and_the_caller_over_both(
     monkeypatch: pytest.MonkeyPatch, bare_environment: Path
 ) -> None:
     """
-    Command line, environment, `.env`, default.
+    The order is command line, environment, `.env`, default.
     """
     (bare_environment / ".env").write_text(
         f"{PREFIX}API_PORT=1\n{PREFIX}WORKER_SLOTS=2\n{PREFIX}RETENTION_DAYS=3\nOTHER=x\n"
@@ -72,7 +72,7 @@ def test_the_environment_wins_over_the_file_and_the_caller_over_both(
 
 def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    As compose files write it.
+    Compose files write it like that.
     """
     monkeypatch.setenv(f"{PREFIX}DATABASE_URL", "")
     monkeypatch.setenv(f"{PREFIX}API_PORT", "")
@@ -133,7 +133,7 @@ def test_a_wrong_value_is_one_sentence_that_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     """
-    Each mistake by itself.
+    Each mistake has its own sentence.
     """
     (sentence,) = complaint(monkeypatch, **{name: value})
 
@@ -180,14 +180,14 @@ def test_a_complaint_says_what_would_have_worked(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
 ) -> None:
     """
-    And does not repeat the value.
+    It does not repeat the value.
     """
     assert [f"{PREFIX}{name}: {sentence}"] == complaint(monkeypatch, **{name: value})
 
 
 def test_hosts_and_origins_are_comma_separated_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Names, addresses of both families, and pages with and without a port.
+    Names, addresses of both families, and origins with and without a port are accepted.
     """
     monkeypatch.setenv(f"{PREFIX}API_HOSTS", "tasks.example.com., api, 10.0.0.5,fd00::5,[::1],*")
     monkeypatch.setenv(f"{PREFIX}API_CORS_ORIGINS", "https://a.example,http://[::1]:8080, *")
@@ -205,7 +205,7 @@ def test_a_root_path_has_no_slash_at_its_end(
     monkeypatch: pytest.MonkeyPatch, text: str, expected: str
 ) -> None:
     """
-    So that it can stand before a path; a slash alone is no path.
+    It can be put in front of a path; a slash alone means no root path.
     """
     monkeypatch.setenv(f"{PREFIX}API_ROOT_PATH", text)
 
@@ -220,7 +220,7 @@ def test_yes_and_no_have_many_words(
     monkeypatch: pytest.MonkeyPatch, text: str, expected: bool
 ) -> None:
     """
-    Whatever their case.
+    Their case does not matter.
     """
     monkeypatch.setenv(f"{PREFIX}DATABASE_POOLER", text)
 
@@ -229,7 +229,7 @@ def test_yes_and_no_have_many_words(
 
 def test_a_file_may_quote_comment_and_export(bare_environment: Path) -> None:
     """
-    As other programs write and read it; the case of names does not matter.
+    Other programs write and read it like that; the case of names does not matter.
     """
     (bare_environment / ".env").write_text(
         f"# Ours\nexport {PREFIX}API_HOST='::1' # all\n{PREFIX.lower()}log_level=\"DEBUG\"\n"
@@ -243,7 +243,7 @@ def test_a_file_may_quote_comment_and_export(bare_environment: Path) -> None:
 
 def test_children_are_given_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Whether they came from options, variables or the defaults, and whatever they inherit.
+    Options, variables, defaults and the inherited environment make no difference.
     """
     monkeypatch.setenv(f"{PREFIX}WORKER_SLOTS", "20")
     chosen = load_settings(
@@ -258,7 +258,7 @@ def test_children_are_given_the_same_settings(monkeypatch: pytest.MonkeyPatch) -
 
 def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Nobody should have to start three times to find three mistakes.
+    Finding three mistakes does not take three starts.
     """
     mistakes = complaint(monkeypatch, API_PORT="x", LOG_LEVEL="y", RETENTION_DAYS="z")
 
@@ -305,7 +305,7 @@ def test_a_password_is_never_part_of_a_complaint(monkeypatch: pytest.MonkeyPatch
 
 def test_a_missing_database_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    And that `asyncflow dev` needs none.
+    It also says that `asyncflow dev` needs none.
     """
     with pytest.raises(InvalidSettings, match=r"DATABASE_URL is not set.*asyncflow dev"):
         required_database_url(load_settings())
@@ -317,7 +317,7 @@ def test_a_missing_database_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -
 
 def test_settings_cannot_be_changed_after_they_were_read() -> None:
     """
-    Every part of a process sees the same.
+    Every part of a process sees the same settings.
     """
     settings: Any = load_settings()
 
@@ -329,7 +329,7 @@ def test_a_misspelt_setting_is_refused_with_the_right_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    It would silently do nothing.
+    Otherwise it would silently have no effect.
     """
     (mistake,) = complaint(monkeypatch, WORKER_PROCESES="50")
 
@@ -371,7 +371,7 @@ def test_what_kubernetes_and_our_scripts_set_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """
-    Nobody asked for it, and nobody can change it.
+    Users did not set these variables and cannot change them.
     """
     monkeypatch.setenv(PREFIX + name, "10.0.0.7")
 
@@ -389,7 +389,7 @@ def test_a_port_from_kubernetes_is_explained(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_mistakes_and_contradictions_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Nobody has to start twice.
+    Finding both does not take two starts.
     """
     mistakes = complaint(monkeypatch, API_PORT="http", HEARTBEAT_SECONDS="10", LEASE_SECONDS="11")
 
@@ -402,7 +402,7 @@ def test_a_contradiction_is_not_made_up_from_a_value_that_cannot_be_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    The default that stands in for it is nobody's wish.
+    The default in its place is not what the user set.
     """
     mistakes = complaint(monkeypatch, HEARTBEAT_SECONDS="often", LEASE_SECONDS="0.6")
 
@@ -411,7 +411,7 @@ def test_a_contradiction_is_not_made_up_from_a_value_that_cannot_be_read(
 
 def test_a_wrong_option_is_named_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    The environment says something else, and is not to blame.
+    The valid variable in the environment is not to blame.
     """
     monkeypatch.setenv(f"{PREFIX}WORKER_SLOTS", "5")
 

@@ -1,5 +1,5 @@
 """
-Signals: which of them count, and for whom.
+Which signals count, and for which process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NUMBER = signal.SIGUSR1
 @pytest.fixture(autouse=True)
 def former() -> Iterator[None]:
     """
-    Leaves the signal as it was.
+    Restores the signal handler afterwards.
     """
     handler = signal.getsignal(NUMBER)
     yield
@@ -30,7 +30,7 @@ def former() -> Iterator[None]:
 
 async def received(wishes: list[signal.Signals], count: int) -> None:
     """
-    Wait until so many wishes arrived.
+    Wait until a number of requests to stop have arrived.
     """
 
     async def are_there() -> bool:
@@ -41,7 +41,7 @@ async def received(wishes: list[signal.Signals], count: int) -> None:
 
 async def test_a_signal_that_follows_another_at_once_is_the_same_wish() -> None:
     """
-    A service manager signals a whole group, and a parent in it passes on what it got.
+    A service manager signals a whole group, and a parent in it passes the signal on.
     """
     now = 100.0
     wishes: list[signal.Signals] = []
@@ -60,7 +60,7 @@ async def test_a_signal_that_follows_another_at_once_is_the_same_wish() -> None:
 
 def test_a_signal_counts_in_the_process_that_got_it() -> None:
     """
-    A child that was forked past Python has our handlers and the descriptor that wakes our loop.
+    A child forked without Python has our handlers and the descriptor that wakes our loop.
     """
     wishes: list[signal.Signals] = []
 
@@ -82,7 +82,7 @@ def test_a_signal_counts_in_the_process_that_got_it() -> None:
 
 async def test_signals_are_taken_back_from_whoever_takes_them() -> None:
     """
-    A handler that ignores SIGTERM, in the one way or the other, does not make its worker deaf.
+    A task handler that ignores SIGTERM, in either way, does not keep its worker from stopping.
     """
     wishes: list[signal.Signals] = []
     loop = asyncio.get_running_loop()
@@ -103,7 +103,7 @@ async def test_signals_are_taken_back_from_whoever_takes_them() -> None:
 
 async def test_signals_are_given_back_afterwards() -> None:
     """
-    To who handled them before.
+    The previous signal handlers are restored.
     """
     former = signal.getsignal(NUMBER)
 

@@ -1,5 +1,5 @@
 """
-URLs are taken apart so that no piece of a password becomes anything else.
+URLs are parsed so that no part of a password becomes anything else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PASSWORDS = st.text(st.characters(exclude_categories=()), min_size=1, max_size=3
 
 def test_a_url_is_taken_apart_and_decoded() -> None:
     """
-    Every part of it.
+    All its parts are returned.
     """
     parts = split_url("postgresql://me:s3%40%2Fc:t@a:1,[::1]:2,%2Frun%2Fpg/my%20db?x=1&y=a%26b")
 
@@ -40,7 +40,7 @@ def test_a_url_is_taken_apart_and_decoded() -> None:
 )
 def test_user_and_password_may_be_missing(url: str, user: str | None, password: str | None) -> None:
     """
-    An empty one is told from none.
+    An empty one differs from none.
     """
     parts = split_url(url)
 
@@ -75,7 +75,7 @@ def test_user_and_password_may_be_missing(url: str, user: str | None, password: 
 )
 def test_a_url_that_is_not_beyond_doubt_is_refused(url: str) -> None:
     """
-    Without a word about its parts.
+    The error mentions none of its parts.
     """
     with pytest.raises(UnclearUrl) as refusal:
         split_url(url)
@@ -91,7 +91,7 @@ def test_a_url_that_is_not_beyond_doubt_is_refused(url: str) -> None:
 @example(password="%41")
 def test_whatever_the_password_the_other_parts_are_what_they_are(password: str) -> None:
     """
-    Raw in a URL, it is either taken for a password, or the URL is refused.
+    A raw password in a URL is either read as such, or the URL is refused.
     """
     try:
         parts = split_url(f"postgresql://me:{password}@host:5432/db?x=1")
@@ -125,6 +125,6 @@ def test_whatever_the_password_the_other_parts_are_what_they_are(password: str) 
 )
 def test_a_url_can_be_shown_without_its_password(url: str, expected: str) -> None:
     """
-    Everything else stays readable, unless it is unclear what the password is.
+    Everything else stays readable, unless it is unclear where the password ends.
     """
     assert expected == masked(url)

@@ -1,5 +1,5 @@
 """
-Natural batching: nothing waits for company, nothing is lost, and one bad item fails alone.
+Natural batching: no item waits for others, none is lost, and one bad item fails alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PATIENCE_SECONDS = 5.0
 
 class Flushes:
     """
-    A far side that doubles numbers, and answers a batch when the test says so.
+    A far side that doubles numbers, and answers a batch when the test allows it.
     """
 
     def __init__(self, *, is_open: bool = False) -> None:
@@ -51,7 +51,7 @@ class Flushes:
 
 async def turns(count: int = 5) -> None:
     """
-    Let whatever is ready run.
+    Let everything that is ready run.
     """
     for _ in range(count):
         await asyncio.sleep(0)
@@ -71,7 +71,7 @@ async def test_a_lone_item_goes_out_at_once() -> None:
 
 async def test_what_arrives_during_a_flush_forms_the_next_batch() -> None:
     """
-    In the order it arrived; each caller gets its own answer.
+    Items keep their order, and each caller gets its own answer.
     """
     flushes = Flushes()
     batcher = Batcher(flushes, in_flight_max=1)
@@ -87,7 +87,7 @@ async def test_what_arrives_during_a_flush_forms_the_next_batch() -> None:
 
 async def test_batches_are_bounded_in_size_and_in_number() -> None:
     """
-    Ten at most in one, three at most under way.
+    At most ten items are in a batch, and at most three batches in flight.
     """
     flushes = Flushes()
     batcher = Batcher(flushes, size_max=10, in_flight_max=3)
@@ -106,7 +106,7 @@ async def test_batches_are_bounded_in_size_and_in_number() -> None:
 @pytest.mark.parametrize("in_flight_max", [1, 2])
 async def test_an_item_submitted_on_an_answer_is_never_forgotten(in_flight_max: int) -> None:
     """
-    The caller wakes up while the batch that answered it is just ending.
+    The caller wakes up while the batch that answered it is ending.
     """
 
     async def double(items: Sequence[int]) -> list[int]:
@@ -125,7 +125,7 @@ async def test_an_item_submitted_on_an_answer_is_never_forgotten(in_flight_max: 
 
 async def test_one_bad_item_fails_alone() -> None:
     """
-    The batch goes again item by item.
+    The batch is repeated item by item.
     """
     flushes = Flushes(is_open=True)
     batcher = Batcher(flushes, in_flight_max=1)
@@ -139,7 +139,7 @@ async def test_one_bad_item_fails_alone() -> None:
 
 async def test_an_error_of_the_far_side_reaches_every_caller_once() -> None:
     """
-    Trying each item alone would only hammer a database that is down.
+    Trying each item alone would only burden a database that is down.
     """
     flushes = Flushes(is_open=True)
     batcher = Batcher(flushes, in_flight_max=1)
@@ -153,7 +153,7 @@ async def test_an_error_of_the_far_side_reaches_every_caller_once() -> None:
 
 async def test_a_batcher_goes_on_after_an_error() -> None:
     """
-    The next item does not suffer for the last one.
+    The next item is not affected.
     """
     batcher = Batcher(Flushes(is_open=True))
     for broken in (-1, -2):
@@ -165,7 +165,7 @@ async def test_a_batcher_goes_on_after_an_error() -> None:
 
 async def test_a_caller_that_gives_up_disturbs_nobody() -> None:
     """
-    Its item stays in the batch: the far side may have it already.
+    Its item stays in the batch, because the far side may have it already.
     """
     flushes = Flushes()
     batcher = Batcher(flushes, in_flight_max=1)
@@ -181,7 +181,7 @@ async def test_a_caller_that_gives_up_disturbs_nobody() -> None:
 
 async def test_drain_waits_for_everything_that_was_submitted() -> None:
     """
-    Also for what is not under way yet; and returns at once when there is nothing.
+    It includes items not yet in flight, and returns immediately if there are none.
     """
     flushes = Flushes()
     batcher = Batcher(flushes, size_max=1, in_flight_max=1)
@@ -200,7 +200,7 @@ async def test_drain_waits_for_everything_that_was_submitted() -> None:
 
 async def test_a_flush_that_loses_an_answer_leaves_nobody_waiting() -> None:
     """
-    That is a mistake of ours; every caller of the batch hears of it.
+    That is a bug; every caller of the batch gets an error.
     """
 
     async def forgetful(items: Sequence[int]) -> list[int]:
@@ -217,7 +217,7 @@ async def test_a_flush_that_loses_an_answer_leaves_nobody_waiting() -> None:
 
 async def test_a_batch_ends_before_it_weighs_too_much() -> None:
     """
-    Large items do not pile up in one statement, and one that is too large alone goes alone.
+    Large items do not share a statement, and one that is too large goes alone.
     """
     batches: list[list[int]] = []
 

@@ -40,7 +40,7 @@ os.execv(sys.executable, [sys.executable, "-m", "asyncflow", "dev"])
 @pytest.fixture
 def port() -> int:
     """
-    A port that is free now.
+    A free port.
     """
     return free_port()
 
@@ -48,7 +48,7 @@ def port() -> int:
 @pytest.fixture
 def env(port: int) -> dict[str, str]:
     """
-    What a stranger has set: nothing but a port, so that tests can run side by side.
+    A newcomer's environment: only a port is set, so that tests can run concurrently.
     """
     return environment(api_port=port)
 
@@ -56,7 +56,7 @@ def env(port: int) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def used_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
-    A folder in which `asyncflow dev` ran once and nothing was submitted, to be copied: making a
+    A folder in which `asyncflow dev` ran once without a task, to be copied, because creating a
     database takes seconds.
     """
     folder = tmp_path_factory.mktemp("used")
@@ -70,7 +70,7 @@ def used_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(used_folder: Path, tmp_path: Path) -> Path:
     """
-    A copy of it.
+    A copy of that folder.
     """
     subprocess.run(["cp", "-a", used_folder / ".asyncflow", tmp_path], check=True)
     return tmp_path
@@ -78,7 +78,7 @@ def folder(used_folder: Path, tmp_path: Path) -> Path:
 
 def submit(program: Program, payload: str = '{"seconds": 0}') -> str:
     """
-    Run the curl line of the banner, with a payload, and return the task's id.
+    Run the banner's curl line with a payload, and return the task's id.
     """
     curl = shlex.split(program.until(r"^Try it +(curl .*)$")[1])
     curl[-1] = json.dumps({**json.loads(curl[-1]), "payload": json.loads(payload)})
@@ -90,7 +90,7 @@ def test_the_line_to_try_works_and_data_survives_a_restart(
     env: dict[str, str], tmp_path: Path
 ) -> None:
     """
-    The banner's own words, an end on Ctrl-C with nothing left, and the task is still there.
+    The banner's command works, Ctrl-C leaves no process behind, and the task survives.
     """
     with running("dev", folder=tmp_path, env=env) as dev:
         dev.until(STOP_LINE)
@@ -124,7 +124,7 @@ def test_the_first_signal_lets_a_task_finish(env: dict[str, str], folder: Path) 
 
 def test_the_second_signal_gives_a_task_back(env: dict[str, str], folder: Path) -> None:
     """
-    Unpunished: it is released and runs again at the next start.
+    It is released without a failure and runs again at the next start.
     """
     with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
@@ -139,7 +139,7 @@ def test_the_second_signal_gives_a_task_back(env: dict[str, str], folder: Path) 
 
 def test_nothing_outlives_a_killed_parent(env: dict[str, str], folder: Path) -> None:
     """
-    Not even PostgreSQL; and the next start works.
+    Not even PostgreSQL survives, and the next start works.
     """
     with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
@@ -153,7 +153,7 @@ def test_nothing_outlives_a_killed_parent(env: dict[str, str], folder: Path) -> 
 
 def test_a_killed_process_is_started_again(env: dict[str, str], folder: Path) -> None:
     """
-    One crash is not the end of an afternoon's work.
+    One crash does not end `asyncflow dev`.
     """
     with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
@@ -166,7 +166,7 @@ def test_a_killed_process_is_started_again(env: dict[str, str], folder: Path) ->
 
 def test_closing_the_terminal_stops_everything(env: dict[str, str], folder: Path) -> None:
     """
-    The hang-up counts as a wish to stop, though nobody can be told any more.
+    SIGHUP counts as a request to stop, although there is no terminal to print to.
     """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -193,7 +193,7 @@ def test_a_taken_port_stops_it_before_anything_is_started(
     env: dict[str, str], port: int, tmp_path: Path
 ) -> None:
     """
-    One sentence, and no database folder was made for nothing.
+    One sentence is printed, and no database folder is created.
     """
     with socket.create_server(("127.0.0.1", port)):
         ended = finished("dev", folder=tmp_path, env=env)
@@ -205,7 +205,7 @@ def test_a_taken_port_stops_it_before_anything_is_started(
 
 def test_two_in_one_folder_do_not_share_a_database(env: dict[str, str], folder: Path) -> None:
     """
-    The second one says who has it; the first one goes on.
+    The second names the first one's process; the first continues.
     """
     with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
@@ -221,7 +221,7 @@ def test_a_file_in_place_of_the_data_folder_is_a_sentence(
     env: dict[str, str], tmp_path: Path
 ) -> None:
     """
-    It names the setting that would help.
+    The sentence names the setting that would help.
     """
     (tmp_path / ".asyncflow").touch()
 
@@ -236,7 +236,7 @@ def test_a_data_folder_that_is_no_database_is_a_sentence(
     env: dict[str, str], tmp_path: Path
 ) -> None:
     """
-    It names the folder.
+    The sentence names the folder.
     """
     data = tmp_path / ".asyncflow" / "postgres" / "data"
     data.mkdir(parents=True)
@@ -250,7 +250,7 @@ def test_a_data_folder_that_is_no_database_is_a_sentence(
 
 def test_a_missing_module_of_handlers_stops_everything(env: dict[str, str], folder: Path) -> None:
     """
-    The worker's sentence is the last word of the whole.
+    The last line printed is the worker's sentence.
     """
     with running("dev", "--handlers", "nowhere.tasks", folder=folder, env=env) as dev:
         assert dev.ended() == 2
@@ -260,7 +260,7 @@ def test_a_missing_module_of_handlers_stops_everything(env: dict[str, str], fold
 
 def test_handlers_of_the_current_folder_run(env: dict[str, str], folder: Path) -> None:
     """
-    Named in `.env`, as a project would.
+    The module is named in `.env`, as in a project.
     """
     (folder / "tasks.py").write_text(
         "import asyncflow\n\n\n@asyncflow.handler\ndef greet(seconds: int) -> str:\n"
@@ -300,7 +300,7 @@ def test_a_database_that_is_typed_is_used_and_left_running(
     env: dict[str, str], empty_database_url: str, tmp_path: Path
 ) -> None:
     """
-    The banner says so; it is migrated, and nothing is stored in the folder.
+    The banner names it; it is migrated, and nothing is stored in the folder.
     """
     env = {**env, "ASYNCFLOW_DATABASE_URL": NOBODY_LISTENS}
 
@@ -333,7 +333,7 @@ def test_only_servers_that_were_asked_for_are_used(
     typed_database: str | None, typed_broker: str | None, expected: tuple[object, ...]
 ) -> None:
     """
-    By an option each, or by the one for the database for both of the settings.
+    Each has its option; the database's option without a URL selects both configured servers.
     """
     chosen = chosen_servers(SET, database=typed_database, broker=typed_broker, confirmed=True)
 
@@ -342,7 +342,7 @@ def test_only_servers_that_were_asked_for_are_used(
 
 def test_the_database_of_the_settings_needs_a_yes(env: dict[str, str], tmp_path: Path) -> None:
     """
-    Without a terminal to ask, dev refuses and says what it would have done.
+    Without a terminal, dev refuses and says what it would have done.
     """
     env = {**env, "ASYNCFLOW_DATABASE_URL": NOBODY_LISTENS}
 
@@ -358,7 +358,7 @@ def test_at_a_terminal_the_database_of_the_settings_is_asked_for(
     answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """
-    Anything but a yes ends it before anything was done.
+    Any answer but yes ends it before anything is done.
     """
     terminal = io.StringIO(answer)
     monkeypatch.setattr(terminal, "isatty", lambda: True)
@@ -383,7 +383,7 @@ def test_an_option_without_a_url_needs_the_setting(
     typed_database: str | None, typed_broker: str | None, variable: str
 ) -> None:
     """
-    Else there is no such server.
+    Otherwise there is no server to use.
     """
     with pytest.raises(InvalidSettings, match=f"ASYNCFLOW_{variable}"):
         chosen_servers(Settings(), database=typed_database, broker=typed_broker, confirmed=True)

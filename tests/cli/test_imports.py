@@ -1,5 +1,5 @@
 """
-A process imports what it runs, and nothing else.
+A process imports only what it runs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Nothing of a password is ever printed, however it stands in a URL.
+No part of a password is ever printed, wherever it is in a URL.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def said(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int,
 
 def shows_nothing_of(password: str, output: str) -> bool:
     """
-    Whether no piece of the password stands in the output.
+    Whether the output contains no part of the password.
     """
     return not any(piece in output for piece in re.findall("[QXZ7]{3,}", password))
 
@@ -65,7 +65,7 @@ def shows_nothing_of(password: str, output: str) -> bool:
 @example(password="QQQ@XXX/ZZZ", name="broker_url")
 def test_a_url_that_is_refused_shows_nothing_of_its_password(password: str, name: str) -> None:
     """
-    Whatever characters it has.
+    This holds for all characters.
     """
     given = {name: URLS[name].format(password)}
     try:
@@ -79,7 +79,7 @@ def test_a_url_that_is_refused_shows_nothing_of_its_password(password: str, name
 @given(password=PASSWORDS, command=st.sampled_from([["migrate"], ["task", "list"], ["doctor"]]))
 def test_a_command_shows_nothing_of_a_password(password: str, command: list[str]) -> None:
     """
-    Whether it refuses the URL or does not reach the server.
+    This holds whether it refuses the URL or cannot reach the server.
     """
     output = io.StringIO()
     with (
@@ -108,7 +108,7 @@ def test_every_command_refuses_an_unclear_url(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """
-    With status 2 and one sentence, wherever the URL comes from.
+    The status is 2, and one sentence is printed, wherever the URL comes from.
     """
     password = "QQQ@XXX:ZZZ/777"
     variable, url = f"ASYNCFLOW_{name.upper()}", URLS[name].format(password)
@@ -132,7 +132,7 @@ def test_dev_refuses_an_unclear_url_as_an_option(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """
-    It is read as strictly as the setting.
+    The option is validated as strictly as the setting.
     """
     monkeypatch.chdir(tmp_path)
     url = URLS[name].format("QQQ@XXX:ZZZ/777")
@@ -149,7 +149,7 @@ def test_a_server_that_is_away_shows_nothing_of_the_password(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """
-    The URL is clear, and the connection fails.
+    The URL is valid, but the connection fails.
     """
     monkeypatch.setenv("ASYNCFLOW_DATABASE_URL", URLS["database_url"].format("QQQ:XXX%40ZZZ"))
 
@@ -161,7 +161,7 @@ def test_a_server_that_is_away_shows_nothing_of_the_password(
 
 def test_nothing_is_shown_by_the_program_itself(tmp_path: Path) -> None:
     """
-    Not by a traceback either.
+    A traceback shows nothing either.
     """
     env = environment(database_url=URLS["database_url"].format("QQQ@XXX:ZZZ/777"))
 
@@ -176,7 +176,7 @@ def test_verify_refuses_an_unclear_broker(
     password: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """
-    Its option is read as strictly as the setting; status 3 is a run that could not be made.
+    Its option is validated as strictly as the setting. Status 3 means that the run was not made.
     """
     url = f"amqp://me:{password}" + ("@host/" if "@" in password else "")
     options = ["--engine", "rabbitmq", "--broker-url", url, "--output", str(tmp_path / "run")]

@@ -71,7 +71,7 @@ def test_migrate_says_what_it_did_and_can_be_repeated(
     empty_database_url: str, tmp_path: Path
 ) -> None:
     """
-    The second run finds nothing to do and is no error.
+    A second run finds nothing to do and succeeds.
     """
     env = environment(database_url=empty_database_url)
 
@@ -85,7 +85,7 @@ def test_migrate_says_what_it_did_and_can_be_repeated(
 
 async def test_a_task_is_shown_as_the_api_would(run: Run, database_url: str) -> None:
     """
-    `--json` is the answer of GET /tasks/{id}.
+    `--json` prints the response of GET /tasks/{id}.
     """
     task_id = await _a_task(database_url, payload='{"order": 7}')
 
@@ -98,7 +98,7 @@ async def test_a_task_is_shown_as_the_api_would(run: Run, database_url: str) -> 
 
 async def test_a_task_is_shown_for_people(run: Run, database_url: str) -> None:
     """
-    With why it does not start.
+    The output says why the task does not start.
     """
     task_id = await _a_task(database_url)
 
@@ -110,7 +110,7 @@ async def test_a_task_is_shown_for_people(run: Run, database_url: str) -> None:
 
 async def test_a_payload_cannot_steer_the_terminal(run: Run, database_url: str) -> None:
     """
-    Control characters are replaced before they are shown.
+    Control characters are replaced.
     """
     task_id = await _a_task(database_url, payload='{"a": "\x9b31m"}')
 
@@ -138,7 +138,7 @@ async def test_a_list_is_filtered_and_says_how_to_go_on(run: Run, database_url: 
 
 async def test_a_task_is_cancelled_and_redriven(run: Run, database_url: str) -> None:
     """
-    Both answer with the task as it is then.
+    Both print the task in its new state.
     """
     task_id = await _a_task(database_url)
 
@@ -151,7 +151,7 @@ async def test_a_task_is_cancelled_and_redriven(run: Run, database_url: str) -> 
 
 async def test_a_waiting_task_is_run_now(run: Run, database_url: str) -> None:
     """
-    It answers with the task, which is due.
+    The task is printed and due now.
     """
     task_id = await _a_task(database_url)
     connection = await asyncpg.connect(database_url)
@@ -166,7 +166,7 @@ async def test_a_waiting_task_is_run_now(run: Run, database_url: str) -> None:
 
 async def test_what_a_task_does_not_allow_is_a_sentence(run: Run, database_url: str) -> None:
     """
-    It names the state and what would have worked.
+    The sentence names the state and what would have worked.
     """
     task_id = await _a_task(database_url)
 
@@ -178,7 +178,7 @@ async def test_what_a_task_does_not_allow_is_a_sentence(run: Run, database_url: 
 
 def test_an_unknown_task_is_a_sentence(run: Run) -> None:
     """
-    Not an empty page and not a traceback; scripts tell it from a typing error by its status.
+    Scripts can tell it from a typing error by the exit status.
     """
     task_id = uuid4()
 
@@ -189,7 +189,7 @@ def test_an_unknown_task_is_a_sentence(run: Run) -> None:
 
 def test_an_unknown_status_is_answered_with_the_known_ones(run: Run) -> None:
     """
-    Before the database is asked.
+    The option is checked before the database is used.
     """
     ended = run("task", "list", "--status", "lost")
 
@@ -213,7 +213,7 @@ async def test_a_queue_is_paused_and_resumed(run: Run, database_url: str) -> Non
 
 async def test_a_queue_nobody_knows_is_not_paused(run: Run, database_url: str) -> None:
     """
-    A slip of the finger is told, with the names that exist; --force is for queues to come.
+    A misspelt name is refused with the names that exist; --force is for future queues.
     """
     await _a_task(database_url)
 
@@ -232,7 +232,7 @@ async def test_queues_are_listed_with_what_waits_and_who_serves_them(
     run: Run, database_url: str
 ) -> None:
     """
-    One that is only paused, one that is only served, and one with tasks.
+    One queue is only paused, one is only served, and one has tasks.
     """
     worker_id = uuid4()
     await _execute(database_url, A_WORKER, worker_id)
@@ -253,7 +253,7 @@ async def test_queues_are_listed_with_what_waits_and_who_serves_them(
 
 async def test_workers_are_listed_with_what_they_do(run: Run, database_url: str) -> None:
     """
-    One that is silent for longer than its leases is pointed out.
+    One without a heartbeat for longer than its leases is pointed out.
     """
     worker_id = uuid4()
     await _execute(database_url, A_WORKER, worker_id)
@@ -273,7 +273,7 @@ async def test_a_cancel_of_a_running_task_says_that_it_was_asked_for(
     run: Run, database_url: str
 ) -> None:
     """
-    It is still RUNNING, and would look as if nothing had happened.
+    The task is still RUNNING, which would look as if nothing had happened.
     """
     task_id = await _a_task(database_url)
     await _execute(database_url, RUN, task_id, uuid4())
@@ -286,7 +286,7 @@ async def test_a_cancel_of_a_running_task_says_that_it_was_asked_for(
 
 async def test_a_traceback_reaches_a_pipe_line_by_line(run: Run, database_url: str) -> None:
     """
-    Nothing is wrapped to the width of a terminal that is not there.
+    Nothing is wrapped to the width of a terminal.
     """
     frame = f'  File "{"deep/" * 40}tasks.py", line 7, in send'
     failure = {"kind": "ValueError", "message": "No.", "traceback": f"Traceback:\n{frame}\nNo."}
@@ -300,14 +300,14 @@ async def test_a_traceback_reaches_a_pipe_line_by_line(run: Run, database_url: s
 
 def test_the_version_is_an_option_too(run: Run) -> None:
     """
-    As everywhere.
+    `asyncflow --version` prints it, as is usual.
     """
     assert run("version").stdout == run("--version").stdout != ""
 
 
 def test_psql_opens_in_the_schema_of_asyncflow(run: Run) -> None:
     """
-    With the password in the environment, where no other user sees it.
+    The password is in the environment, where other users cannot see it.
     """
     ended = run("psql", "-Atc", "SELECT count(*) FROM tasks")
 

@@ -21,14 +21,14 @@ STARTED = r"process\.started"
 @pytest.fixture
 def env(database_url: str) -> dict[str, str]:
     """
-    What a worker needs.
+    The environment of a worker.
     """
     return environment(database_url=database_url, log_format="console", lease_seconds=5)
 
 
 def test_a_killed_worker_is_started_again(env: dict[str, str], tmp_path: Path) -> None:
     """
-    The others go on meanwhile, and an ERROR tells a person.
+    The others continue meanwhile, and an ERROR is logged.
     """
     with running("worker", "--processes", "2", folder=tmp_path, env=env) as parent:
         parent.until(STARTED, times=2)
@@ -43,7 +43,7 @@ def test_a_killed_worker_is_started_again(env: dict[str, str], tmp_path: Path) -
 
 def test_workers_that_refuse_to_run_end_their_parent(env: dict[str, str], tmp_path: Path) -> None:
     """
-    Starting them again could not help.
+    Restarting them could not help.
     """
     arguments = ("worker", "--processes", "2", "--handlers", "nowhere.tasks")
 
@@ -55,7 +55,7 @@ def test_workers_that_refuse_to_run_end_their_parent(env: dict[str, str], tmp_pa
 
 def test_options_reach_every_worker(env: dict[str, str], tmp_path: Path) -> None:
     """
-    Also where the environment says otherwise, and where they say the default.
+    They override the environment, also if they equal the defaults.
     """
     env = {**env, "ASYNCFLOW_WORKER_SLOTS": "3"}
     arguments = ("--processes", "2", "--slots", "10", "--queues", "slow,fast")
@@ -69,7 +69,7 @@ def test_options_reach_every_worker(env: dict[str, str], tmp_path: Path) -> None
 
 def test_workers_end_when_their_parent_is_killed(env: dict[str, str], tmp_path: Path) -> None:
     """
-    In good order: they say that they stopped.
+    They stop gracefully and log it.
     """
     with running("worker", "--processes", "2", folder=tmp_path, env=env) as parent:
         parent.until(STARTED, times=2)
@@ -83,7 +83,7 @@ async def test_a_child_that_cannot_be_started_now_is_started_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    Short of memory or processes for a moment: no reason to end its siblings.
+    A moment without memory or processes is no reason to end the other children.
     """
     start = asyncio.create_subprocess_exec
     tries = 0

@@ -1,5 +1,5 @@
 """
-What log lines say, and when and how they leave the process.
+The contents of log lines, and when and how they leave the process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TASK_ID = UUID("0192f0c1-2345-7789-8abc-def012345678")
 
 class Stream(io.StringIO):
     """
-    Standard error that remembers what came in one write.
+    Standard error that remembers the text of each write.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Stream(io.StringIO):
 
     def write(self, text: str) -> int:
         """
-        Note one write.
+        Record one write.
         """
         self.writes.append(text)
         return len(text)
@@ -49,7 +49,7 @@ class Stream(io.StringIO):
     @property
     def lines(self) -> list[dict[str, Any]]:
         """
-        What was written so far.
+        The lines written so far.
         """
         return [json.loads(line) for line in "".join(self.writes).splitlines()]
 
@@ -57,7 +57,7 @@ class Stream(io.StringIO):
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     """
-    Where the lines of a worker go; logging is as it was before afterwards.
+    Receives the lines of a worker; logging is restored afterwards.
     """
     stream = Stream()
     handlers, level = logging.root.handlers[:], logging.root.level
@@ -76,7 +76,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
 
 def settle(number: int = 1, outcome: str = "completed") -> None:
     """
-    Report the end of an attempt.
+    Log the end of an attempt.
     """
     events.attempt_settled(
         task_id=TASK_ID,
@@ -93,7 +93,7 @@ def settle(number: int = 1, outcome: str = "completed") -> None:
 
 def test_an_event_is_one_json_object(stream: Stream) -> None:
     """
-    Its fields first, then what every line has.
+    Its fields come first, then those of every line.
     """
     settle()
 
@@ -112,7 +112,7 @@ def test_an_event_is_one_json_object(stream: Stream) -> None:
 
 def test_the_line_of_a_completed_attempt_has_the_shape_of_all_others(stream: Stream) -> None:
     """
-    It is written in another way.
+    It is encoded by other code.
     """
     settle(1, outcome="completed")
     settle(1, outcome="released")
@@ -124,7 +124,7 @@ def test_the_line_of_a_completed_attempt_has_the_shape_of_all_others(stream: Str
 
 def test_an_event_without_fields_is_one_as_well(stream: Stream) -> None:
     """
-    Nothing but what every line has.
+    It has only the fields of every line.
     """
     events.process_stopped()
 
@@ -133,7 +133,7 @@ def test_an_event_without_fields_is_one_as_well(stream: Stream) -> None:
 
 async def test_the_lines_of_one_turn_of_the_loop_leave_together(stream: Stream) -> None:
     """
-    In order, in one write, without a wait.
+    They leave in order, in one write, without a wait.
     """
     for number in range(5):
         settle(number)
@@ -180,7 +180,7 @@ async def test_a_warning_does_not_wait_nor_does_what_came_before_it(stream: Stre
 
 async def test_a_line_from_another_thread_does_not_wait(stream: Stream) -> None:
     """
-    No loop there would write it.
+    Such a thread has no event loop that would write it.
     """
     await asyncio.to_thread(settle)
 
@@ -189,7 +189,7 @@ async def test_a_line_from_another_thread_does_not_wait(stream: Stream) -> None:
 
 def test_lines_do_not_wait_for_a_loop_that_is_closed(stream: Stream) -> None:
     """
-    The next loop takes them along.
+    The next event loop writes them.
     """
 
     async def report(number: int) -> None:
@@ -211,7 +211,7 @@ async def test_a_line_says_when_it_happened_and_not_when_it_was_written(
     stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    To the microsecond, in UTC.
+    The time is in UTC, to the microsecond.
     """
     monkeypatch.setattr("time.time", lambda: 1_760_000_000.000_25)
     settle()
@@ -225,7 +225,7 @@ def test_what_is_below_the_level_is_not_written(
     stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    A failed task is more than an attempt that ended.
+    A failed task has a higher level than an attempt that ended.
     """
     monkeypatch.setattr(sys, "stderr", stream)
     configure_logs(level="warning", log_format="json", process="worker")
@@ -239,7 +239,7 @@ def test_what_is_below_the_level_is_not_written(
 
 def test_an_error_brings_its_traceback(stream: Stream) -> None:
     """
-    In one string, after everything else.
+    The traceback is one string, after all other fields.
     """
     try:
         raise ValueError("no")
@@ -254,7 +254,7 @@ def test_an_error_brings_its_traceback(stream: Stream) -> None:
 
 def test_libraries_speak_in_the_same_way(stream: Stream) -> None:
     """
-    From warnings on.
+    Their records become lines from WARNING up.
     """
     logging.getLogger("asyncio").info("quiet")
     try:
@@ -270,7 +270,7 @@ def test_libraries_speak_in_the_same_way(stream: Stream) -> None:
 
 async def test_a_handlers_line_leaves_at_once(stream: Stream) -> None:
     """
-    What it announces may end the process. It carries what was bound to it and its context.
+    What it announces may end the process. It contains what was bound to the logger and context.
     """
     logger = logs.log.structlog().bind(task_id="1")
     with structlog.contextvars.bound_contextvars(order=7):
@@ -285,7 +285,7 @@ async def test_a_handlers_line_leaves_at_once(stream: Stream) -> None:
 
 async def test_a_handlers_line_may_hold_anything_and_an_exception(stream: Stream) -> None:
     """
-    What JSON cannot say is said as Python would.
+    Values that JSON cannot represent are shown by their `repr`.
     """
     try:
         raise ValueError("no")
@@ -299,7 +299,7 @@ async def test_a_handlers_line_may_hold_anything_and_an_exception(stream: Stream
 
 def test_whoever_configured_structlog_keeps_it(stream: Stream) -> None:
     """
-    Their handlers log as they like.
+    A handler module's configuration is left alone.
     """
     heard = []
 
@@ -318,7 +318,7 @@ def test_whoever_configured_structlog_keeps_it(stream: Stream) -> None:
 @contextmanager
 def an_attempt() -> Iterator[Context]:
     """
-    What is logged here is logged by a handler, and heard by nobody but us.
+    Run a block as a handler's code.
     """
     ours = [each for each in logging.root.handlers if type(each).__module__ == logs.__name__]
     logging.root.handlers[:] = ours  # Pytest's own cannot print everything.
@@ -333,7 +333,7 @@ OF_THE_ATTEMPT = {"task_id": str(TASK_ID), "name": "count", "attempt": 2}
 
 def test_a_handler_may_log_through_the_standard_module(stream: Stream) -> None:
     """
-    From the level of the process on, with the task, the logger's name and what `extra` holds.
+    The line has the level, the attempt's fields, the logger's name and the contents of `extra`.
     """
     logger = logging.getLogger("billing.tasks")
     with an_attempt():
@@ -349,7 +349,7 @@ def test_a_handler_may_log_through_the_standard_module(stream: Stream) -> None:
 
 def test_so_it_may_through_structlog(stream: Stream) -> None:
     """
-    With a logger of its own.
+    It may use a structlog logger of its own.
     """
     logs.log.adopt_structlog()
     with an_attempt():
@@ -361,7 +361,7 @@ def test_so_it_may_through_structlog(stream: Stream) -> None:
 
 def test_lines_of_libraries_outside_of_an_attempt_name_no_task(stream: Stream) -> None:
     """
-    There is none.
+    Outside of an attempt there is no task to name.
     """
     logging.getLogger("library").info("loaded")
 
@@ -371,7 +371,7 @@ def test_lines_of_libraries_outside_of_an_attempt_name_no_task(stream: Stream) -
 
 def test_levels_of_ones_own_are_the_next_lower_of_ours(stream: Stream) -> None:
     """
-    They have names that nobody else knows.
+    Custom levels have names that only their library knows.
     """
     logging.getLogger("library").log(35, "loud")
     logging.getLogger("library").log(99, "louder")
@@ -381,7 +381,7 @@ def test_levels_of_ones_own_are_the_next_lower_of_ours(stream: Stream) -> None:
 
 class Unprintable:
     """
-    It has no `repr`, nor `str`.
+    An object without `repr` and `str`.
     """
 
     def __repr__(self) -> str:
@@ -392,7 +392,7 @@ class Unprintable:
 
 class UnprintableError(Exception):
     """
-    An error without a text.
+    An error whose text raises.
     """
 
     def __str__(self) -> str:
@@ -403,7 +403,7 @@ class UnprintableError(Exception):
 
 def circle() -> list[object]:
     """
-    A list that holds itself.
+    A list that contains itself.
     """
     found: list[object] = []
     found.append(found)
@@ -426,7 +426,7 @@ def any_stream(
     request: pytest.FixtureRequest, stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> Stream:
     """
-    Lines of either format.
+    Receives lines in either format.
     """
     structlog.reset_defaults()
     configure_logs(level="info", log_format=request.param, process="worker")
@@ -436,7 +436,7 @@ def any_stream(
 @pytest.mark.parametrize("what", ANYTHING)
 def test_a_handler_may_log_anything(any_stream: Stream, what: str) -> None:
     """
-    Logging fails no task; the other fields of the line are as they should be.
+    Logging never fails a task; the other fields of the line are correct.
     """
     with an_attempt() as context:
         context.logger.info("looked", at="stars", found=ANYTHING[what])
@@ -451,7 +451,7 @@ def test_a_handler_may_log_anything(any_stream: Stream, what: str) -> None:
 
 def test_a_line_with_a_field_that_json_cannot_say_is_json(stream: Stream) -> None:
     """
-    The field is text then.
+    The field becomes text.
     """
     with an_attempt() as context:
         context.logger.info("counts", d={("a", 1): 2}, e=float("inf"), f=Unprintable(), g=7)
@@ -464,7 +464,7 @@ def test_a_line_with_a_field_that_json_cannot_say_is_json(stream: Stream) -> Non
 
 def test_an_error_that_cannot_be_printed_may_be_logged(any_stream: Stream) -> None:
     """
-    By whatever logger.
+    This works with every logger.
     """
     with an_attempt() as context:
         try:
@@ -478,7 +478,7 @@ def test_an_error_that_cannot_be_printed_may_be_logged(any_stream: Stream) -> No
 
 def test_a_stream_that_raises_fails_nobody(any_stream: Stream) -> None:
     """
-    Somebody put it in the place of standard error, and closed it.
+    A handler may replace standard error and close its replacement.
     """
     any_stream.close()
     any_stream.write = io.StringIO.write.__get__(any_stream)  # type: ignore[method-assign]
@@ -519,7 +519,7 @@ asyncio.run(main())
 )
 def test_a_line_is_written_once_however_the_process_ends(ending: str, expected: list[str]) -> None:
     """
-    Also before the turn of the loop is over.
+    This also holds before the turn of the loop is over.
     """
     program = PROGRAM.format(ending=ending)
 
@@ -533,7 +533,7 @@ def test_a_line_is_written_once_however_the_process_ends(ending: str, expected: 
 
 def test_json_lines_need_no_structlog() -> None:
     """
-    It is 6 MB, of which an idle worker needs nothing.
+    It takes 6 MB, which an idle worker does not need.
     """
     program = PROGRAM.format(ending='sys.exit("structlog" in sys.modules)')
 
@@ -542,7 +542,7 @@ def test_json_lines_need_no_structlog() -> None:
 
 def test_a_process_that_runs_no_tasks_says_nothing_of_them(stream: Stream) -> None:
     """
-    Only a worker has a number of running attempts to tell.
+    Only a worker logs a number of running attempts.
     """
     events.process_stopping(signal="SIGTERM")
     events.process_stopping(signal="SIGTERM", running=0)
@@ -578,7 +578,7 @@ events.process_stopping(signal="SIGTERM")
 )
 def test_whoever_closes_a_stream_takes_it_from_nobody(deed: str) -> None:
     """
-    Handlers share them with their neighbours.
+    Handlers share the standard streams with each other.
     """
     program = BROKEN_STREAMS.format(deed=deed, log_format="json")
 
@@ -595,7 +595,7 @@ def test_whoever_closes_a_stream_takes_it_from_nobody(deed: str) -> None:
 )
 def test_a_stream_that_is_gone_fails_nobody(deed: str) -> None:
     """
-    What is written there is lost.
+    What is written there is dropped.
     """
     program = BROKEN_STREAMS.format(deed=deed, log_format="json")
 
@@ -606,7 +606,7 @@ def test_a_stream_that_is_gone_fails_nobody(deed: str) -> None:
 
 def test_what_a_handler_printed_is_there_when_the_process_is_killed() -> None:
     """
-    Line by line, also into a pipe.
+    Each line is written immediately, also into a pipe.
     """
     deed = "print('half', end=' '); print('a line'); os.kill(os.getpid(), 9)"
     program = BROKEN_STREAMS.format(deed=deed, log_format="json")
@@ -626,7 +626,7 @@ for number in range(1000):
 @pytest.mark.parametrize("log_format", ["json", "console"])
 def test_a_process_outlives_a_pipe_that_nobody_reads(log_format: str) -> None:
     """
-    Its lines are lost once the pipe is full, and it waits no more than a second for room.
+    Lines are dropped once the pipe is full, and it waits at most a second for room.
     """
     program = BROKEN_STREAMS.format(deed=UNREAD, log_format=log_format)
 

@@ -1,5 +1,5 @@
 """
-Writing to a standard stream takes a bounded time and raises nothing.
+Writing to a standard stream takes a bounded time and never raises.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LINE = b"x" * 999 + b"\n"
 
 class Pipe:
     """
-    A pipe, and what writes into it.
+    A pipe and its two ends.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Pipe:
 
     def read(self) -> bytes:
         """
-        All that is in it.
+        Everything in the pipe.
         """
         found = b""
         while True:
@@ -38,7 +38,7 @@ class Pipe:
 
     def fill(self) -> None:
         """
-        Leave no room.
+        Fill the pipe.
         """
         os.set_blocking(self.writing, False)
         try:
@@ -51,7 +51,7 @@ class Pipe:
 @pytest.fixture
 def pipe() -> Iterator[Pipe]:
     """
-    A pipe that holds little.
+    A pipe for one test.
     """
     pipe = Pipe()
     yield pipe
@@ -68,7 +68,7 @@ def report(lost: int) -> str:
 
 def test_what_is_written_arrives(pipe: Pipe) -> None:
     """
-    Also more than fits into one write.
+    This includes more than fits into one write.
     """
     outlet = Outlet(pipe.writing, room_seconds=ROOM_SECONDS)
 
@@ -95,19 +95,19 @@ def test_only_the_first_write_waits_for_a_reader(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Else a process that logs much would do nothing but wait.
+    Otherwise a process that logs much would only wait.
     """
     waits: list[float] = []
 
     class Poll:
         def register(self, descriptor: int, events: int) -> None:
             """
-            Nothing to note.
+            Do nothing.
             """
 
         def poll(self, milliseconds: float) -> list[object]:
             """
-            Nobody ever reads.
+            Report that there is no room.
             """
             waits.append(milliseconds)
             return []
@@ -143,7 +143,7 @@ def test_a_full_disk_raises_nothing() -> None:
 
 def test_a_stream_of_ones_own_does_not_make_others_wait_less(pipe: Pipe) -> None:
     """
-    A descriptor is shared with other processes, and so is whether its writes wait.
+    Other processes share the descriptor, and with it whether its writes block.
     """
     with os.fdopen(os.dup(pipe.writing), "w") as shared:
         own = own_stream(shared, report)
