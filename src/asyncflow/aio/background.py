@@ -1,6 +1,5 @@
 """
-Tasks that run in the background: each is cancelled and awaited by whoever started it, and none
-fails in silence.
+Background tasks: their owner cancels and awaits them, and none fails in silence.
 
 An owner with one duty that lasts as long as itself holds a `Background`:
 
@@ -32,7 +31,9 @@ Result = TypeVar("Result")
 
 class Background:
     """
-    One duty that runs beside its owner, from `start` to `stop`. Also a context manager.
+    One duty that runs in the background of its owner, from `start` to `stop`.
+
+    It is also a context manager.
 
     Args:
         run: Begins the duty.

@@ -1,7 +1,7 @@
 """
 Natural batching: while one call is under way, what arrives meanwhile forms the next batch.
 
-There is no timer. A lone item goes out at once, as a batch of one; under load the batches
+There is no timer. A lone item goes out immediately, as a batch of one; under load the batches
 grow by themselves to whatever arrives during one round trip. Submits, settles, publishes
 and acks all travel this way.
 """
@@ -28,7 +28,7 @@ class Batcher(Generic[Item, Answer]):
         size_max: Most items in one batch, 1 or more.
         weigh, weight_max: A batch ends before its items weigh more than this together; an
             item that weighs more alone goes alone.
-        in_flight_max: Most batches under way at once, 1 or more. More than one keeps
+        in_flight_max: Most batches in flight, 1 or more. More than one keeps
             a slow round trip from holding up the next.
         shared_errors: What `flush` raises when the whole batch is at fault or none of
             it; it reaches every caller. Any other error makes the batch go again item by
