@@ -267,8 +267,8 @@ _LENIENT_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits[:20]))
 def _refusal(text: str) -> InvalidTask:
     if len(text) > WALKED_LENGTH_MAX:
         return InvalidTask([FieldError("", _SOMETHING_ODD)])
-    faults, count = first_errors(_walk(_decoded(text, _MARKING_DECODER)))
-    return InvalidTask(faults, count=count)
+    errors, count = first_errors(_walk(_decoded(text, _MARKING_DECODER)))
+    return InvalidTask(errors, count=count)
 
 
 def _walk(root: Any) -> Iterator[FieldError]:

@@ -67,6 +67,9 @@ def create_app(
 def _front(settings: Settings, body_seconds_max: float) -> list[Middleware]:
     """
     What every request passes on its way to a route, in this order.
+
+    A step in front of `Answers` sees the final status of every response: tracing belongs there.
+    One behind it may raise any error of ours, and it becomes a problem document.
     """
     gate = Gate(
         listens_on=settings.api_host,

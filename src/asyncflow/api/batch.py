@@ -57,12 +57,12 @@ def together(refusals: Sequence[Refused]) -> Refused:
     """
     The refusal of a whole batch: an `InvalidPayload` if all of them are, else an `InvalidTask`.
     """
-    faults = [fault for error in refusals for fault in error.errors][:ERRORS_MAX]
+    errors = [one for error in refusals for one in error.errors][:ERRORS_MAX]
     count = sum(error.count for error in refusals)
     names = {error.name for error in refusals if isinstance(error, InvalidPayload)}
     if all(isinstance(error, InvalidPayload) for error in refusals):
-        return InvalidPayload(", ".join(sorted(names)), faults, count=count)
-    return InvalidTask(faults, count=count)
+        return InvalidPayload(", ".join(sorted(names)), errors, count=count)
+    return InvalidTask(errors, count=count)
 
 
 def _parsed(body: bytes) -> tuple[Any, dict[int, Refused]]:
@@ -72,13 +72,13 @@ def _parsed(body: bytes) -> tuple[Any, dict[int, Refused]]:
     try:
         return parse(body), {}
     except InvalidTask as whole:
-        document, faults = salvage(body)
+        document, errors = salvage(body)
         if not _is_partial(document):
             raise
-        wrong = _by_row(((_row_at(fault.pointer), fault) for fault in faults), whole)
+        wrong = _by_row(((_row_at(one.pointer), one) for one in errors), whole)
         return document, {
-            row: InvalidTask(its_faults[:ROW_ERRORS_MAX], count=len(its_faults))
-            for row, its_faults in wrong.items()
+            row: InvalidTask(its_errors[:ROW_ERRORS_MAX], count=len(its_errors))
+            for row, its_errors in wrong.items()
         }
 
 

@@ -43,13 +43,13 @@ def refused_document(
     """
     What is wrong with a body that is not a `model`: the first errors, and how many there are.
     """
-    faults = [
+    errors = [
         FieldError(
             pointer_to(*mistake["loc"]), _sentence(mistake, _fields_at(mistake["loc"], model))
         )
         for mistake in mistakes[:limit]
     ]
-    return InvalidTask(faults, count=len(mistakes))
+    return InvalidTask(errors, count=len(mistakes))
 
 
 def parameter_errors(error: RequestValidationError) -> tuple[list[tuple[str, str]], int]:
@@ -59,10 +59,10 @@ def parameter_errors(error: RequestValidationError) -> tuple[list[tuple[str, str
     fields = list(TaskQuery.model_fields)
     mistakes = error.errors()
     # ("query", name), followed by the index of the value if there can be several.
-    faults = [
+    errors = [
         (str(mistake["loc"][1]), _sentence(mistake, fields)) for mistake in mistakes[:ERRORS_MAX]
     ]
-    return faults, len(mistakes)
+    return errors, len(mistakes)
 
 
 def payload_errors(

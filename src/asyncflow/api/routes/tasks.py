@@ -168,8 +168,8 @@ async def _page(db: Executor, tenant_id: int, query: TaskQuery) -> Page:
             limit=query.limit,
         )
     except InvalidTask as error:
-        faults = [(fault.pointer.removeprefix("/"), fault.detail) for fault in error.errors]
-        raise InvalidQuery(faults) from None
+        errors = [(e.pointer.removeprefix("/"), e.detail) for e in error.errors]
+        raise InvalidQuery(errors) from None
 
 
 def _task_id(text: str) -> UUID:
