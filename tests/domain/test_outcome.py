@@ -36,7 +36,7 @@ RELEASE = Settlement(Event.RELEASE)
 
 def retry(seconds: float) -> Settlement:
     """
-    A retry due in so many seconds.
+    A retry that is due after this many seconds.
     """
     return Settlement(Event.RETRY, delay_seconds=seconds, failure=FAILURE)
 
@@ -125,7 +125,7 @@ def test_a_task_that_always_fails_ends_after_max_attempts(max_attempts: int, cra
 
 def test_an_outcome_is_called_the_same_everywhere() -> None:
     """
-    In rows, logs and the checker's history; HTTP shows the same words in capitals.
+    Rows, logs and the checker's history use one set of words; HTTP shows it in capitals.
     """
     words = set(OUTCOMES.values())
     shown = AttemptView.model_json_schema()["properties"]["outcome"]["enum"]

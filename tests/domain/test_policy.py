@@ -1,5 +1,5 @@
 """
-What a handler may ask for its tasks.
+The settings that a handler may choose for its tasks.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Waits between attempts stay within their bounds, for any number of failures.
+Delays between attempts stay within their bounds, for any number of failures.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def test_a_wait_is_never_negative_and_never_above_the_cap(
     backoff: Backoff, failures: int, random: float
 ) -> None:
     """
-    A million failures overflow nothing.
+    A million failures do not overflow.
     """
     delay = backoff.delay_seconds(failures, random=random)
 
@@ -46,7 +46,7 @@ def test_a_wait_is_never_negative_and_never_above_the_cap(
 @given(backoffs, failures, randoms)
 def test_jitter_only_shortens_a_wait(backoff: Backoff, failures: int, random: float) -> None:
     """
-    The wait without jitter is the bound of the wait with it.
+    The delay without jitter is the upper bound of the delay with it.
     """
     steady = Backoff(backoff.base_seconds, backoff.factor, backoff.cap_seconds, jitter=False)
     jittery = Backoff(backoff.base_seconds, backoff.factor, backoff.cap_seconds, jitter=True)
@@ -59,7 +59,7 @@ def test_jitter_only_shortens_a_wait(backoff: Backoff, failures: int, random: fl
 @given(backoffs, failures)
 def test_the_bound_never_shrinks_with_more_failures(backoff: Backoff, failures: int) -> None:
     """
-    A task that keeps failing is never tried more often.
+    A task that keeps failing is never retried more often.
     """
     steady = Backoff(backoff.base_seconds, backoff.factor, backoff.cap_seconds, jitter=False)
 
@@ -70,7 +70,7 @@ def test_the_bound_never_shrinks_with_more_failures(backoff: Backoff, failures: 
 
 def test_the_default_waits_double_from_two_seconds_to_an_hour() -> None:
     """
-    The figures of the documentation.
+    These are the figures in the documentation.
     """
     backoff = Backoff(jitter=False)
 
@@ -94,7 +94,7 @@ def test_the_default_waits_double_from_two_seconds_to_an_hour() -> None:
 )
 def test_a_shape_out_of_bounds_is_refused(values: dict[str, float]) -> None:
     """
-    At declaration, not at the first failure.
+    That happens at the declaration, not at the first failure.
     """
     with pytest.raises(ValueError, match="must"):
         Backoff(**values)  # type: ignore[arg-type]

@@ -1,11 +1,12 @@
 """
-Everything that can happen, breadth first: what must hold in each world and at each change.
+Everything that can happen, breadth first, and whether it is allowed in each world and at each
+change.
 
-`explore` visits every world that can be reached and keeps how it first came there, which is a
-shortest way. Then it goes backwards from the worlds at rest, along steps of progress alone:
-whatever is not met on the way can get stuck. The graph is finite and closed under progress, so
-meeting all of it says more than "an end can be reached": if each step that is possible again
-and again is taken at last, every task ends, from wherever faults and requests have led.
+`explore` visits every reachable world and records how it was first reached, which is a shortest
+path. Then it goes backwards from the worlds at rest, along steps of progress alone: any world that
+it does not meet can get stuck. The graph is finite and closed under progress, so meeting all of it
+says more than "an end can be reached": if each step that stays possible is taken eventually, every
+task ends, wherever faults and requests have led.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MOVES_ARE_LEGAL = "a statement moves a task only where the table has an arrow"
 
 class Violation(Exception):
     """
-    A rule that does not hold, and a shortest way to where it breaks.
+    A rule that does not hold, and a shortest path to where it breaks.
 
     Attributes:
         rule: In words.
@@ -39,10 +40,10 @@ class Violation(Exception):
 
 class Explored(NamedTuple):
     """
-    How much there was.
+    How much was explored.
 
     Attributes:
-        depth: The most steps that a world is away from the start, on the shortest way.
+        depth: The largest number of steps between the start and a world, on the shortest path.
     """
 
     states: int
@@ -62,7 +63,7 @@ def explore(protocol: Protocol) -> Explored:
 
 class _Exploration:
     """
-    Worlds have numbers in the order in which they are found.
+    Worlds are numbered in the order in which they are found.
     """
 
     def __init__(self, protocol: Protocol) -> None:
@@ -115,7 +116,7 @@ class _Exploration:
 
     def _check_ends(self) -> None:
         """
-        Backwards from rest.
+        Go backwards from the worlds at rest.
         """
         ends_well = bytearray(len(self._worlds))
         look_at = [n for n, world in enumerate(self._worlds) if self._protocol.is_at_rest(world)]
@@ -137,7 +138,7 @@ class _Exploration:
 
     def _path(self, number: int, *, then: Step | None = None) -> list[str]:
         """
-        Taken once more from the start, so that each worker keeps its name.
+        The path taken again from the start, so that each worker keeps its name.
         """
         canonical = self._protocol.canonical
         goals = [self._worlds[to] for to in self._way(number)]

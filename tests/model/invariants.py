@@ -1,7 +1,7 @@
 """
-What must hold in every world, and at every change of a row.
+The rules for every world, and for every change of a row.
 
-They know the table and the contract, not how the protocol keeps them.
+They know the table and the contract, but not how the protocol keeps them.
 """
 
 from __future__ import annotations
@@ -46,16 +46,15 @@ def failures_are_bounded(world: World) -> bool:
 
 def no_claim_twice(world: World) -> bool:
     """
-    No lease is in the hands of two.
+    No two attempts hold the same lease.
     """
     return len({(a.task, a.lease) for a in world.attempts}) == len(world.attempts)
 
 
 def what_runs_has_the_lease(world: World) -> bool:
     """
-    A handler runs under its task's current lease, except in a worker that was given up.
-
-    So no two workers in good standing ever run one task, and none runs a finished one.
+    A handler runs under its task's current lease, except in a worker that was declared lost. So no
+    two live workers ever run one task, and none runs a finished one.
     """
     for attempt in world.attempts:
         if attempt.phase == RUNS and world.workers[attempt.place].process is Process.WORKS:
@@ -99,7 +98,7 @@ def moves_are_arrows(change: Change) -> bool:
 
 def leases_fence(change: Change) -> bool:
     """
-    Only who names the current lease moves a running task.
+    Only a step that names the current lease moves a running task.
     """
     before, after = change.before, change.after
     if before.state is not State.RUNNING or after.state is State.RUNNING:
@@ -109,7 +108,7 @@ def leases_fence(change: Change) -> bool:
 
 def an_old_lease_changes_nothing(change: Change) -> bool:
     """
-    What is written under a lease changes only the running task that was claimed under it.
+    A write under a lease changes only the running task that was claimed under it.
     """
     if not change.lease:
         return True

@@ -1,5 +1,5 @@
 """
-Mistakes that a queue of tasks can make, some of them known from others: each is the protocol
+Mistakes that a task queue can make, some of them known from other systems: each is the protocol
 with one method changed. The exploration must find every one of them, or it proves nothing.
 """
 
@@ -26,7 +26,7 @@ from tests.model.statements import NO_LEASE, Row, moved
 
 class SettlesUnderAnyLease(Protocol):
     """
-    A settle asks only whether the task is running: a zombie ends another worker's attempt.
+    A settle checks only whether the task is running: a zombie ends another worker's attempt.
     """
 
     def holds(self, row: Row, lease: int) -> bool:
@@ -35,7 +35,7 @@ class SettlesUnderAnyLease(Protocol):
 
 class SettlesInAnyState(Protocol):
     """
-    A settle asks only for the lease: repeated after an answer that got lost, it settles twice.
+    A settle checks only the lease: repeated after a lost answer, it settles twice.
     """
 
     def holds(self, row: Row, lease: int) -> bool:
@@ -44,7 +44,7 @@ class SettlesInAnyState(Protocol):
 
 class ReapsById(Protocol):
     """
-    The reaper guards by id alone and overwrites what was settled since it looked
+    The reaper guards by id alone and overwrites what was settled since it read
     (riverqueue/river#1302).
     """
 
@@ -54,7 +54,7 @@ class ReapsById(Protocol):
 
 class ReapsWhatRuns(Protocol):
     """
-    The reaper looks at the state once more, but not at the lease.
+    The reaper checks the state again, but not the lease.
     """
 
     def reap(self, row: Row, seen: Reaping) -> Row:
@@ -63,7 +63,7 @@ class ReapsWhatRuns(Protocol):
 
 class NeverReaps(Protocol):
     """
-    Recovery is left to RabbitMQ, which delivers the hint of a dead worker again.
+    Recovery is left to RabbitMQ, which redelivers the hint of a dead worker.
     """
 
     def is_alive(self, world: World, owner: int) -> bool:
@@ -72,7 +72,7 @@ class NeverReaps(Protocol):
 
 class ClaimsWhatRuns(Protocol):
     """
-    A hint that is delivered again counts as proof that its worker died.
+    A redelivered hint counts as proof that its worker died.
     """
 
     def may_be_claimed(self, row: Row, *, paused: bool) -> bool:
@@ -82,7 +82,7 @@ class ClaimsWhatRuns(Protocol):
 
 class ClaimsWhatIsNotDue(Protocol):
     """
-    A hint is believed: who sent it will have looked.
+    A hint is trusted: its sender is assumed to have checked.
     """
 
     def may_be_claimed(self, row: Row, *, paused: bool) -> bool:
@@ -91,7 +91,7 @@ class ClaimsWhatIsNotDue(Protocol):
 
 class ClaimsWhilePaused(Protocol):
     """
-    Pausing stops the relay only, not what it has sent already.
+    Pausing stops only the relay, not hints that it has already sent.
     """
 
     def may_be_claimed(self, row: Row, *, paused: bool) -> bool:
@@ -100,7 +100,7 @@ class ClaimsWhilePaused(Protocol):
 
 class ForgetsFailures(Protocol):
     """
-    Each delivery begins to count anew, so a poison task never ends.
+    Each delivery starts counting from zero, so a poison task never ends.
     """
 
     def claim_hinted(self, row: Row, *, worker: int, paused: bool) -> Row:
@@ -119,7 +119,7 @@ class FailsOnlyAfterMaxAttempts(Protocol):
 
 class AnswersLiveLeasesWithARequeue(Protocol):
     """
-    A hint that claims nothing goes back, to be delivered at once, for ever.
+    A hint that claims nothing is requeued and delivered again immediately, in an endless loop.
     """
 
     def after_no_claim(self, world: World, task: int) -> World:
@@ -137,8 +137,7 @@ class NeverFindsLostHints(Protocol):
 
 class OnlyTheRelayCrashes(NeverFindsLostHints):
     """
-    Not a mistake where no task is tried twice: as long as RabbitMQ loses nothing, publishing
-    before marking is enough.
+    This is no mistake as long as RabbitMQ loses nothing: publishing before marking is enough.
     """
 
     def faults(self, world: World) -> Iterator[Step]:
@@ -147,7 +146,7 @@ class OnlyTheRelayCrashes(NeverFindsLostHints):
 
 class MarksBeforeItPublishes(OnlyTheRelayCrashes):
     """
-    The same with the two in the other order: it crashes in between, and no hint is ever sent.
+    The same in the other order: the relay crashes in between, and no hint is ever sent.
     """
 
     def relay(self, world: World, task: int) -> Iterator[Step]:
@@ -163,7 +162,7 @@ class MarksBeforeItPublishes(OnlyTheRelayCrashes):
 
 class BeatsWhileItHangs(Protocol):
     """
-    The heartbeat's thread lives, so a worker whose loop stands still keeps its leases.
+    The heartbeat's thread is alive, so a worker whose event loop hangs keeps its leases.
     """
 
     def notice_stall(self, world: World, place: int) -> Iterator[Step]:
@@ -172,7 +171,7 @@ class BeatsWhileItHangs(Protocol):
 
 class KnowsNoOrphans(Protocol):
     """
-    A claim whose answer gets lost stays with a worker that beats and never runs it.
+    A claim whose answer was lost stays with a worker that beats and never runs it.
     """
 
     def release_orphans(self, world: World, place: int) -> Iterator[Step]:
@@ -181,8 +180,8 @@ class KnowsNoOrphans(Protocol):
 
 class ReleasesWhatIsOnItsWay(Protocol):
     """
-    A claim counts as an orphan while its answer may still come; then its handler runs although
-    its lease was given away, beside the next one.
+    A claim counts as an orphan while its answer may still arrive; then its handler runs although
+    its lease was given away, concurrently with the next one.
     """
 
     def is_known(self, attempt: Attempt, row: Row, place: int) -> bool:
@@ -191,7 +190,7 @@ class ReleasesWhatIsOnItsWay(Protocol):
 
 class RetriesWhatIsCancelled(Protocol):
     """
-    A cancellation that was accepted is forgotten when the attempt fails.
+    An accepted cancellation is forgotten when the attempt fails.
     """
 
     def settled_as(self, row: Row, event: Event) -> Event:
@@ -200,7 +199,7 @@ class RetriesWhatIsCancelled(Protocol):
 
 class CancelsWhatRuns(Protocol):
     """
-    A cancellation writes over a running attempt, without its lease.
+    A cancellation overwrites a running attempt without its lease.
     """
 
     def cancel(self, row: Row) -> Row:
@@ -209,7 +208,7 @@ class CancelsWhatRuns(Protocol):
 
 class RedrivesWhatCompleted(Protocol):
     """
-    A redrive of anything that has finished runs a completed task again.
+    A redrive of any finished task runs a completed task again.
     """
 
     def redrive(self, row: Row) -> Row:

@@ -67,7 +67,7 @@ class Kind(StrEnum):
 
 class Process(StrEnum):
     """
-    A worker's process, and what the database thinks of it.
+    A worker's process, and what the database believes about it.
     """
 
     WORKS = "works"
@@ -96,10 +96,10 @@ IS_SILENT = frozenset({Process.HANGS, Process.IS_FROZEN, Process.IS_FROZEN_AND_L
 
 class Worker(NamedTuple):
     """
-    One of the workers, or who took its place.
+    One of the workers, or its replacement.
 
     Attributes:
-        inbox: The task whose hint was delivered and not looked at yet, or NOTHING.
+        inbox: The task whose hint was delivered and not examined yet, or NOTHING.
     """
 
     process: Process = Process.WORKS
@@ -118,7 +118,7 @@ class Attempt(NamedTuple):
         place: Which of the workers.
         phase: The claim's ANSWER is on its way; its handler RUNS; or the event it settles as.
         hinted: Its message is not acknowledged yet.
-        failures: As the claim's answer told them.
+        failures: As the claim's answer reported them.
     """
 
     task: int
@@ -131,7 +131,7 @@ class Attempt(NamedTuple):
 
 class Reaping(NamedTuple):
     """
-    A lost lease that the reaper has seen, and how it is going to settle it.
+    A lost lease that the reaper has read, and how it is going to settle it.
     """
 
     lease: int
@@ -193,7 +193,7 @@ RELEASED = Released()
 @cache
 def event_of(outcome: Outcome, failures: int, max_attempts: int) -> Event:
     """
-    What the product decides, by its own pure function.
+    The product's decision, by its own pure function.
     """
     return decide(
         outcome, failures=failures, max_attempts=max_attempts, backoff=Backoff(), random=0.0
@@ -208,7 +208,7 @@ class Protocol(Statements):
         tasks: How many, all just submitted.
         max_attempts: Of every task.
         offers: Per worker, the tasks whose name it offers; None means all, for every worker.
-        faults, requests: How many of them may happen, in any order and mixture.
+        faults, requests: How many of them may happen, in any order and combination.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class Protocol(Statements):
 
     def start(self) -> World:
         """
-        Every task is stored, every worker works, and nothing has happened.
+        Every task is stored, every worker is alive, and nothing has happened.
         """
         count = len(self.tasks)
         return World(
@@ -264,7 +264,7 @@ class Protocol(Statements):
 
     def canonical(self, world: World) -> World:
         """
-        The same world for all that differ only in what alike workers are called.
+        The same world for all that differ only in the numbering of equal workers.
         """
         if len(set(self.offers)) > 1 or world.workers[0] < world.workers[1]:
             return world
@@ -286,7 +286,7 @@ class Protocol(Statements):
 
     def is_at_rest(self, world: World) -> bool:
         """
-        Every task has ended, and nobody holds or remembers anything that is left to do.
+        Every task has ended, and no process holds or remembers any unfinished work.
         """
         return (
             not world.attempts
@@ -324,7 +324,7 @@ class Protocol(Statements):
 
     def is_offered(self, world: World, task: int) -> bool:
         """
-        A worker that lives, as far as the database knows, can run it.
+        A worker that the database believes alive can run it.
         """
         return any(
             worker.process in IS_REGISTERED and task in self.offers[place]
@@ -333,8 +333,8 @@ class Protocol(Statements):
 
     def knows_hints_are_lost(self, world: World) -> bool:
         """
-        More tasks are queued than there are messages. Those that wait in a worker's hands do
-        not count as ready, so this is a guess, and must be harmless if it is wrong.
+        More tasks are queued than there are messages. Messages that a worker holds do not count as
+        ready, so this is a guess, and must be harmless if it is wrong.
         """
         return sum(row.state is State.QUEUED for row in world.rows) > sum(world.ready)
 
@@ -342,7 +342,7 @@ class Protocol(Statements):
 
     def maintenance(self, world: World, task: int) -> Iterator[Step]:
         """
-        The reaper looks, and writes later; the expirer does both at once.
+        The reaper reads, and writes later; the expirer does both in one step.
         """
         row = world.rows[task]
         if row.state is State.RUNNING and not self.is_alive(world, row.owner):
@@ -372,7 +372,7 @@ class Protocol(Statements):
 
     def reap(self, row: Row, seen: Reaping) -> Row:
         """
-        By the same fenced statement that workers use.
+        The same fenced statement that workers use.
         """
         return self.settle(row, lease=seen.lease, event=seen.event)
 
@@ -380,7 +380,7 @@ class Protocol(Statements):
 
     def worker(self, world: World, place: int) -> Iterator[Step]:
         """
-        Take in, look after the leases, end, begin anew.
+        Take in, check the leases, end, start again.
         """
         process, names = world.workers[place].process, (place + 1,)
         if process in ACTS:
@@ -409,7 +409,7 @@ class Protocol(Statements):
 
     def take_in(self, world: World, place: int) -> Iterator[Step]:
         """
-        A hint is delivered; a claim is made of it, or it is let go.
+        A hint is delivered; it leads to a claim, or is released.
         """
         worker = world.workers[place]
         if worker.inbox == NOTHING:
@@ -446,14 +446,14 @@ class Protocol(Statements):
 
     def after_no_claim(self, world: World, task: int) -> World:
         """
-        A hint that claimed nothing is acknowledged, whatever the reason: never given back.
+        A hint that claimed nothing is acknowledged for any reason, and never requeued.
         """
         return world
 
     def release_orphans(self, world: World, place: int) -> Iterator[Step]:
         """
-        What the database thinks this worker holds, and it does not know: a claim whose answer
-        got lost, or an attempt that it gave up when it fenced itself.
+        The database believes that this worker holds it, and the worker does not know it: a claim
+        whose answer was lost, or an attempt that it abandoned when it fenced itself.
         """
         for task, row in enumerate(world.rows):
             if row.state is State.RUNNING and row.owner == place + 1:
@@ -468,13 +468,14 @@ class Protocol(Statements):
 
     def is_known(self, attempt: Attempt, row: Row, place: int) -> bool:
         """
-        It has the lease, or waits for the answer that brings it.
+        The worker has the lease, or waits for the answer that brings it.
         """
         return attempt.lease == row.lease and attempt.place == place
 
     def notice_stall(self, world: World, place: int) -> Iterator[Step]:
         """
-        Beats of a loop that stands still would keep its leases for ever, so it ends itself.
+        A hanging loop whose heartbeats go on would keep its leases as long as the process lives,
+        so it ends itself.
         """
         yield progress("worker {} ends itself: it hangs", (place + 1,), _crash(world, place))
 
@@ -532,7 +533,7 @@ class Protocol(Statements):
 
     def people(self, world: World) -> Iterator[Step]:
         """
-        What may be asked for, and deadlines.
+        Requests, and deadlines.
         """
         for task, row in enumerate(world.rows):
             cancelled = self.cancel(row)
@@ -562,7 +563,7 @@ class Protocol(Statements):
 
     def faults_of_a_worker(self, world: World, place: int, worker: Worker) -> Iterator[Step]:
         """
-        It dies, stands still in one way or another, or stops trusting its leases.
+        It dies, hangs in one way or another, or stops trusting its leases.
         """
         names = (place + 1,)
         if worker.process is Process.WORKS:
@@ -580,7 +581,7 @@ class Protocol(Statements):
 
     def faults_of_an_attempt(self, world: World, attempt: Attempt) -> Iterator[Step]:
         """
-        Its claim's answer gets lost, or it is given back because its worker stops.
+        Its claim's answer is lost, or it is put back because its worker stops.
         """
         if world.workers[attempt.place].process not in ACTS:
             return
@@ -596,7 +597,7 @@ class Protocol(Statements):
 
     def faults_of_the_broker(self, world: World) -> Iterator[Step]:
         """
-        Hints get lost and doubled.
+        Hints are lost and duplicated.
         """
         for task in self.tasks:
             if world.ready[task]:
@@ -606,7 +607,8 @@ class Protocol(Statements):
 
     def faults_of_the_relay(self, world: World) -> Iterator[Step]:
         """
-        It never marks what it sent; another one, or itself on a new connection, sends again.
+        It never marks a hint that it sent; another relay, or itself on a new connection, sends it
+        again.
         """
         if any(sent != NOTHING for sent in world.sent):
             after = world._replace(sent=(NOTHING,) * len(self.tasks))
@@ -615,7 +617,7 @@ class Protocol(Statements):
 
 class WithoutBroker(Protocol):
     """
-    The same where PostgreSQL itself carries the deliveries: no relay and no hints.
+    The same without RabbitMQ: no relay and no hints.
     """
 
     def relay(self, world: World, task: int) -> Iterator[Step]:
@@ -649,7 +651,7 @@ def _names(world: World) -> tuple[object, ...]:
 
 class OnlyMessagesGetLost(Protocol):
     """
-    The same in a world where workers never fail, for a look at hints alone.
+    The same in a world where workers never fail, to examine hints alone.
     """
 
     def faults(self, world: World) -> Iterator[Step]:
@@ -718,7 +720,7 @@ def _ended(world: World, attempt: Attempt, outcome: Outcome) -> World:
 
 def _drop_attempts(world: World, place: int) -> World:
     """
-    They are void: nothing is written, and their hints are let go.
+    They are void: nothing is written, and their hints are released.
     """
     return world._replace(attempts=tuple(a for a in world.attempts if a.place != place))
 
@@ -731,7 +733,7 @@ def _holds_messages(world: World, place: int) -> bool:
 
 def _return_messages(world: World, place: int) -> World:
     """
-    Its connection broke: RabbitMQ has ready again what it had not acknowledged.
+    Its connection broke: RabbitMQ has its unacknowledged messages ready again.
     """
     ready, attempts = list(world.ready), []
     worker = world.workers[place]

@@ -97,7 +97,7 @@ class Statements:
 
     def claim_due(self, row: Row, *, worker: int, paused: bool) -> Row:
         """
-        CLAIM_DUE: the same without a hint, for tasks that no hint is out for.
+        CLAIM_DUE: the same without a hint, for tasks that have none in RabbitMQ.
         """
         if row.state is not State.PENDING:
             return row
@@ -122,8 +122,8 @@ class Statements:
 
     def settled_as(self, row: Row, event: Event) -> Event:
         """
-        A task that shall be cancelled does not wait for another attempt: what would put it
-        back cancels it.
+        A task that is to be cancelled does not wait for another attempt: a retry or release
+        cancels it.
         """
         is_put_back = event is Event.RETRY or event is Event.RELEASE
         return Event.CANCEL if is_put_back and row.cancel_requested else event
@@ -156,13 +156,13 @@ class Statements:
 
     def unqueue(self, row: Row) -> Row:
         """
-        UNQUEUE_LOST, for a task that the relay thinks has no hint any more.
+        UNQUEUE_LOST, for a task whose hint the relay believes lost.
         """
         return moved(row, Event.UNQUEUE) if row.state is State.QUEUED else row
 
     def decline(self, row: Row) -> Row:
         """
-        UNQUEUE: its hint reached a worker that does not offer its name; it rests a while.
+        UNQUEUE: its hint reached a worker that does not offer its name; it is due again later.
         """
         if not waits(row) or not row.due:
             return row
@@ -182,13 +182,13 @@ class Statements:
 
     def run_now(self, row: Row) -> Row:
         """
-        RUN_NOW: what waits for its time does not wait any more.
+        RUN_NOW: a task that waits for its time is due.
         """
         return row._replace(due=True) if row.state is State.PENDING and not row.due else row
 
     def expire(self, row: Row) -> Row:
         """
-        EXPIRE: only what waits; an attempt that has begun may end.
+        EXPIRE: only tasks that wait; an attempt that has begun may finish.
         """
         return moved(row, Event.EXPIRE) if waits(row) and row.expired else row
 

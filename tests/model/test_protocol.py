@@ -67,7 +67,7 @@ MISTAKES: dict[type[Protocol], str] = {
 @pytest.mark.parametrize("scope", SCOPES)
 def test_no_rule_is_broken_in_anything_that_can_happen(scope: str) -> None:
     """
-    And from wherever faults have led, every task ends once they stop.
+    Every task ends once faults stop, wherever they have led.
     """
     protocol, states_min = SCOPES[scope]
 
@@ -79,7 +79,7 @@ def test_no_rule_is_broken_in_anything_that_can_happen(scope: str) -> None:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake: type[Protocol]) -> None:
     """
-    With a way to it, and by the rule that it breaks.
+    The finding has a path to it, and names the rule that it breaks.
     """
     with pytest.raises(Violation) as found:
         for faults, requests in ((0, 0), (1, 0), (0, 1)):
@@ -91,7 +91,7 @@ def test_a_mistake_is_found(mistake: type[Protocol]) -> None:
 
 def test_every_mistake_is_one_that_must_be_found() -> None:
     """
-    None is written and not asked for.
+    Every mistake that is written is also asked for.
     """
     written = {
         value
@@ -104,7 +104,7 @@ def test_every_mistake_is_one_that_must_be_found() -> None:
 
 def test_a_relay_that_publishes_before_it_marks_loses_nothing_when_it_crashes() -> None:
     """
-    Even if nobody looked for lost hints; the other order would lose it for good.
+    That holds even if lost hints were never searched for; the other order would lose one for good.
     """
     explore(mistakes.OnlyTheRelayCrashes(tasks=1, faults=2, requests=0, max_attempts=1))
 
@@ -114,7 +114,7 @@ def test_a_relay_that_publishes_before_it_marks_loses_nothing_when_it_crashes() 
 
 def test_a_way_to_a_violation_is_told_in_steps() -> None:
     """
-    A reader sees what has to happen, in order, and each worker keeps its number.
+    A reader sees the steps in order, and each worker keeps its number.
     """
     with pytest.raises(Violation) as found:
         explore(mistakes.ReapsById(tasks=1, faults=1, requests=0))

@@ -1,5 +1,5 @@
 """
-Admission for the relay: which queues are open, which tasks may go, which hints were lost.
+The relay's side: which queues are open, which tasks may go, which hints were lost.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.support.builders import (
 
 async def test_a_queue_is_open_while_a_live_worker_consumes_it(db: Database) -> None:
     """
-    With the names and slots of all its live workers together, and what is queued on it.
+    It comes with the names and slots of all its live workers together, and with its queued tasks.
     """
     await a_worker(db, queues=("a", "b"), handlers=("x", "y"), slots=3)
     await a_worker(db, queues=("b",), handlers=("y", "z"), slots=4)
@@ -43,7 +43,7 @@ async def test_a_queue_is_open_while_a_live_worker_consumes_it(db: Database) -> 
 
 async def test_the_next_count_begins_before_the_oldest_that_is_queued(db: Database) -> None:
     """
-    So it finds what was queued since, too; and what is known to be gone is not looked for.
+    It finds tasks that were queued since, and does not scan for those that are known to be gone.
     """
     await a_worker(db, queues=("default",))
     old = await a_task(db, state=State.QUEUED)
@@ -64,7 +64,7 @@ async def test_the_next_count_begins_before_the_oldest_that_is_queued(db: Databa
 
 async def test_a_count_of_nothing_begins_a_little_earlier_the_next_time(db: Database) -> None:
     """
-    A note that is being written has an older time than it has when it can be seen.
+    A mark that is being written has an older time than the moment at which it becomes visible.
     """
     await a_worker(db, queues=("default",))
 
@@ -91,7 +91,7 @@ async def test_a_queue_without_a_live_worker_or_that_is_paused_is_closed(db: Dat
 
 async def test_tasks_are_admitted_by_priority_and_then_by_due_time(db: Database) -> None:
     """
-    In the same order in which they would be claimed.
+    The relay sends tasks in the order in which they would be claimed.
     """
     low = await submitted(db, 2, priority=0)
     high = await submitted(db, 2, priority=9)
@@ -104,7 +104,7 @@ async def test_tasks_are_admitted_by_priority_and_then_by_due_time(db: Database)
 
 async def test_a_task_that_may_not_go_is_not_admitted(db: Database) -> None:
     """
-    Not due, expired, of another queue or a name nobody offers, or not pending.
+    It is not due, expired, on another queue, not pending, or no worker offers its name.
     """
     await submitted(db, 1, delay_seconds=60)
     await submitted(db, 1, queue="other")
@@ -120,7 +120,7 @@ async def test_a_task_that_may_not_go_is_not_admitted(db: Database) -> None:
 
 async def test_admission_waits_for_no_lock(db: Database) -> None:
     """
-    A task that is being claimed just now may be listed; the claim decides.
+    A task that is being claimed may be listed; the claim decides.
     """
     ids = await submitted(db, 3)
 
@@ -135,7 +135,7 @@ async def test_admission_waits_for_no_lock(db: Database) -> None:
 
 async def test_a_note_never_overtakes_what_happened_meanwhile(db: Database) -> None:
     """
-    Claimed, finished, cancelled, or waiting for a retry: the hint was used up.
+    The task was claimed, finished or cancelled, or waits for a retry: its hint is used up.
     """
     moved = [
         await a_task(db, state=State.RUNNING),
@@ -152,7 +152,7 @@ async def test_a_note_never_overtakes_what_happened_meanwhile(db: Database) -> N
 
 async def test_a_note_counts_only_for_the_attempt_that_its_hint_was_for(db: Database) -> None:
     """
-    Sent, claimed, failed and due again: the hint was used up, so another must be sent.
+    It was sent, claimed, failed and is due again: its hint is used up, so another must be sent.
     """
     task = await a_task(db)
     sent = await as_sent(db, [task.id])
@@ -172,7 +172,7 @@ async def test_a_note_counts_only_for_the_attempt_that_its_hint_was_for(db: Data
 
 async def test_notes_and_claims_that_race_leave_no_task_behind(db: Database) -> None:
     """
-    Each task is claimed exactly once, whether its hint or its note came first.
+    Each task is claimed exactly once, whether its hint or its mark came first.
     """
     ids = await submitted(db, 600)
     batches = [ids[i : i + 20] for i in range(0, len(ids), 20)]
@@ -194,7 +194,7 @@ async def test_notes_and_claims_that_race_leave_no_task_behind(db: Database) -> 
 
 async def test_a_worker_declines_only_what_it_does_not_offer(db: Database) -> None:
     """
-    The task is due again after the delay, unpunished; tasks it offers stay queued.
+    The task is due again after the delay, without a failure; tasks that it offers stay queued.
     """
     unknown = await a_task(db, state=State.QUEUED, name="other")
     known = await a_task(db, state=State.QUEUED)
@@ -217,7 +217,7 @@ async def test_a_task_may_be_declined_before_the_note_that_its_hint_was_sent(
     db: Database,
 ) -> None:
     """
-    The note, when it comes, does not make it wait for a hint that is used up.
+    The mark, when it comes, does not make it wait for a hint that is used up.
     """
     task = await a_task(db, name="other")
     sent = await as_sent(db, [task.id])
@@ -235,7 +235,7 @@ async def test_a_task_that_waits_for_a_retry_is_not_hurried_by_a_worker_that_dec
     db: Database,
 ) -> None:
     """
-    Its hint is an old one.
+    The hint that the worker declines is an old one.
     """
     task = await a_task(db, name="other", attempt=1, due_in_seconds=30)
     before = await row_of(db, task.id)
@@ -253,8 +253,8 @@ async def test_a_queued_task_is_lost_only_beyond_what_rabbitmq_still_holds(
     db: Database, ready: int, limit: int, expected: int
 ) -> None:
     """
-    Of five, one of them young, as many as there are messages stay; the oldest go first.
-    Else the messages of young tasks would hide what old ones lost.
+    Of five tasks, one of them young, as many stay as there are messages; the oldest go first.
+    Otherwise the messages of young tasks would hide the loss of old ones.
     """
     old = [await a_task(db, state=State.QUEUED) for _ in range(4)]
     for age, task in enumerate(reversed(old), start=31):
@@ -275,7 +275,7 @@ async def test_a_queued_task_is_lost_only_beyond_what_rabbitmq_still_holds(
 
 async def test_a_task_that_was_queued_once_can_be_admitted_again(db: Database) -> None:
     """
-    After a lost hint, a retry and a release alike.
+    It can after a lost hint, after a retry and after a release.
     """
     lost = await a_task(db, state=State.QUEUED)
     await hints.unqueue_lost(db, queue="default", older_than_seconds=0, ready=0, limit=1)

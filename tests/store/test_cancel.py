@@ -1,5 +1,5 @@
 """
-Cancelling: whoever commits first wins, and a decision never flips.
+Cancelling: the first commit wins, and a decision never changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RACES = 1_000
 @pytest.mark.parametrize("state", [State.PENDING, State.QUEUED])
 async def test_a_waiting_task_is_cancelled_immediately(db: Database, state: State) -> None:
     """
-    It never starts, and says why.
+    It never starts, and its failure says why.
     """
     task = await a_task(db, state=state)
 
@@ -61,10 +61,10 @@ async def test_a_finished_task_cannot_be_cancelled(db: Database, state: State) -
 
 async def test_of_a_cancellation_and_an_attempt_that_race_one_wins(db: Database) -> None:
     """
-    A thousand tasks, each claimed and settled while it is being cancelled.
+    A thousand tasks are each claimed and settled while they are being cancelled.
 
-    An answer CANCELLED means that no attempt completed; IllegalTransition means that one
-    did; RUNNING means that the worker was asked. Nothing that was answered changes later.
+    CANCELLED means that no attempt completed, IllegalTransition that one did, RUNNING that the
+    worker was asked to stop. No such answer is contradicted later.
     """
     ids = await submitted(db, RACES)
     random.seed(1)
@@ -108,7 +108,7 @@ async def test_a_cancellation_waits_for_a_settlement_that_is_being_committed(
     db: Database,
 ) -> None:
     """
-    It does not overwrite what it meets: the row moved to the finished tasks meanwhile.
+    It does not overwrite the row, which has moved to the finished tasks meanwhile.
     """
     task = await a_task(db, state=State.RUNNING)
     assert task.lease_id
@@ -125,7 +125,7 @@ async def test_a_cancellation_waits_for_a_settlement_that_is_being_committed(
 
 async def test_a_claim_waits_for_a_cancellation_that_is_being_committed(db: Database) -> None:
     """
-    And then finds nothing to run.
+    Then it finds nothing to run.
     """
     task = await a_task(db)
     async with db.transaction() as cancelling:

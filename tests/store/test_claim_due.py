@@ -1,5 +1,5 @@
 """
-Claiming without a broker: what is due, in the right order, once.
+Claiming without a broker: due tasks, in the right order, once.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def test_a_claim_carries_all_that_an_attempt_needs(db: Database) -> None:
 
 async def test_the_handlers_policy_fills_in_what_the_task_left_open(db: Database) -> None:
     """
-    Its own numbers win; the first claim's numbers stay.
+    The task's own numbers win, and the numbers of the first claim stay.
     """
     await submitted(db, 1, max_attempts=2, timeout_seconds=1.5)
     await submitted(db, 1)
@@ -87,7 +87,7 @@ async def test_the_handlers_policy_fills_in_what_the_task_left_open(db: Database
 
 async def test_higher_priority_goes_first_across_queues(db: Database) -> None:
     """
-    A queue's turn counts only among equals.
+    The order of queues matters only within one priority.
     """
     expected = []
     for priority in range(10):
@@ -99,7 +99,7 @@ async def test_higher_priority_goes_first_across_queues(db: Database) -> None:
 
 async def test_within_one_priority_the_longest_due_goes_first(db: Database) -> None:
     """
-    By `run_at`, then by submission.
+    Tasks are ordered by `run_at`, then by submission.
     """
     first, second, third, fourth = await submitted(db, 4)
     await backdate(db, "tasks", fourth, run_at=100)
@@ -131,7 +131,7 @@ async def test_queues_take_turns_in_the_order_given(db: Database) -> None:
 
 async def test_a_task_that_is_not_due_is_never_claimed(db: Database) -> None:
     """
-    Nor one that expired, is of another queue, or of a name not offered.
+    Neither is one that expired, is on another queue, or has a name that is not offered.
     """
     await submitted(db, 2, delay_seconds=60)
     await submitted(db, 1, queue="other")
@@ -155,7 +155,7 @@ async def test_only_pending_tasks_are_claimed_as_due(db: Database, state: State)
 
 async def test_a_paused_queue_starts_nothing_until_it_is_resumed(db: Database) -> None:
     """
-    Others are not held up by it.
+    It does not hold up other queues.
     """
     (held,) = await submitted(db, 1, queue="a", priority=9)
     (other,) = await submitted(db, 1, queue="b")
@@ -170,7 +170,7 @@ async def test_a_paused_queue_starts_nothing_until_it_is_resumed(db: Database) -
 
 async def test_a_queue_that_was_never_paused_can_be_resumed(db: Database) -> None:
     """
-    And pausing twice keeps the first time.
+    Pausing it twice keeps the first time.
     """
     await queues.resume(db, "a")
     await queues.pause(db, "a")
@@ -182,7 +182,7 @@ async def test_a_queue_that_was_never_paused_can_be_resumed(db: Database) -> Non
 
 async def test_concurrent_claimers_never_take_a_task_twice(db: Database) -> None:
     """
-    Thousands of tasks, four claimers at once, batches of odd sizes: each task once.
+    Four concurrent claimers take thousands of tasks in batches of odd sizes, each task once.
     """
     ids: list[UUID] = []
     for priority in (1, 4, 9):
@@ -205,7 +205,7 @@ async def test_concurrent_claimers_never_take_a_task_twice(db: Database) -> None
 
 async def test_a_claimer_steps_over_rows_that_another_one_holds(db: Database) -> None:
     """
-    It takes the next ones without waiting.
+    It takes the next rows without waiting.
     """
     ids = await submitted(db, 4)
 
@@ -220,7 +220,7 @@ async def test_a_claimer_steps_over_rows_that_another_one_holds(db: Database) ->
 
 async def test_a_claim_that_is_rolled_back_leaves_the_task_pending(db: Database) -> None:
     """
-    All of it: the attempt is not counted.
+    The attempt is not counted.
     """
     (task_id,) = await submitted(db, 1)
     before = await row_of(db, task_id)
@@ -253,7 +253,7 @@ async def test_a_released_task_keeps_its_place_and_a_retried_one_waits(db: Datab
 
 async def test_nothing_is_claimed_by_nobody(db: Database) -> None:
     """
-    No offers, no queues or no room: no claims, no error.
+    Without offers, queues or room there are no claims and no error.
     """
     await submitted(db, 1)
 
@@ -264,7 +264,7 @@ async def test_nothing_is_claimed_by_nobody(db: Database) -> None:
 
 async def test_a_name_offered_twice_is_claimed_once(db: Database) -> None:
     """
-    A worker's own mistake doubles nothing.
+    A worker that repeats a name claims nothing twice.
     """
     task = new_task()
     await submit.submit(db, [task])

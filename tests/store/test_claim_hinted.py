@@ -20,7 +20,8 @@ from tests.support.waiting import until_someone_waits_for_a_lock
 
 async def test_hints_that_cannot_be_followed_are_left_alone(db: Database) -> None:
     """
-    Duplicates, ids nobody knows, finished, running, not due, expired or foreign tasks.
+    They are duplicates, unknown ids, or name finished, running, expired or foreign tasks, or tasks
+    that are not due.
     """
     good = await a_task(db, state=State.QUEUED)
     others = [
@@ -45,7 +46,7 @@ async def test_hints_that_cannot_be_followed_are_left_alone(db: Database) -> Non
 
 async def test_a_hint_may_overtake_the_relays_note(db: Database) -> None:
     """
-    A pending task is claimed; the note that comes later changes nothing.
+    A pending task is claimed; the mark that comes later changes nothing.
     """
     task = await a_task(db)
 
@@ -59,7 +60,7 @@ async def test_a_hint_may_overtake_the_relays_note(db: Database) -> None:
 
 async def test_a_hint_waits_for_a_note_that_is_being_committed(db: Database) -> None:
     """
-    Stepping over the locked row would lose the hint, and with it half a minute.
+    Skipping the locked row would lose the hint and delay the task by half a minute.
     """
     task = await a_task(db)
 
@@ -99,7 +100,7 @@ async def test_each_claim_call_has_one_lease_for_all_its_tasks(
     db: Database, offers: tuple[Offer, ...]
 ) -> None:
     """
-    The caller names the lease before it asks, so it can recognise an answer it never got.
+    The caller chooses the lease, so it can recognise claims whose answer it never received.
     """
     lease_id = uuid4()
     ids = await submitted(db, 5)

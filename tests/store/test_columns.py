@@ -1,5 +1,5 @@
 """
-A task's columns are declared once: what a new one costs.
+The cost of a new column of tasks: they are declared once.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def test_a_nullable_column_is_added_in_four_places(database_url: str, tmp_path: 
 
 def test_every_declared_field_is_a_column_or_computed() -> None:
     """
-    The three shapes of a task, taken apart for SQL.
+    The SQL of a task covers every field of its three shapes.
     """
     assert [p.name for p in columns.SUBMITTED] == [*NewTask._fields]
     assert {*columns.LISTED, *columns.DETAILED} | {"status", "waiting_for", "attempts"} == set(

@@ -1,5 +1,5 @@
 """
-The pool: bounded, honest about what failed, and whole again after every outage.
+The pool: bounded, honest about failures, and intact after every outage.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ async def test_a_pool_never_opens_more_connections_than_its_size(
     db: Database, small: Database
 ) -> None:
     """
-    However many callers there are; they wait their turn.
+    Any number of callers wait for their turn.
     """
     waits = [small.fetchval("SELECT pg_sleep(0.02)") for _ in range(20)]
 
@@ -70,7 +70,7 @@ async def test_a_pool_never_opens_more_connections_than_its_size(
 
 async def test_waiting_for_a_connection_ends_after_the_timeout(small: Database) -> None:
     """
-    A caller hears that the store is busy; the pool is whole afterwards.
+    The caller learns that the store is busy; the pool is intact afterwards.
     """
     async with small.transaction(), small.transaction():
         with pytest.raises(StoreUnavailable):
@@ -81,7 +81,7 @@ async def test_waiting_for_a_connection_ends_after_the_timeout(small: Database) 
 
 async def test_a_statement_ends_after_the_timeout(db: Database, small: Database) -> None:
     """
-    PostgreSQL stops working on it, too; the connection is used again.
+    PostgreSQL stops working on it as well, and the connection is used again.
     """
     await small.fetchval("SELECT 1")
 
@@ -99,7 +99,7 @@ async def test_callers_that_give_up_leak_no_connections(
     db: Database, shared_database_url: str
 ) -> None:
     """
-    Cancelled while waiting for a connection, for an answer, or inside a transaction.
+    They are cancelled while they wait for a connection, for an answer, or inside a transaction.
     """
 
     async def in_transaction(pool: Database) -> None:
@@ -129,7 +129,7 @@ async def test_callers_that_give_up_leak_no_connections(
 
 async def test_a_deadlock_is_tried_again(fresh_db: Database) -> None:
     """
-    PostgreSQL undoes one side; that side's caller never hears of it.
+    PostgreSQL rolls back one side, and that side's caller does not notice.
     """
     first, second = sorted(await _two_tasks(fresh_db))
     touch = "UPDATE asyncflow.tasks SET run_at = run_at WHERE id = $1"
@@ -180,7 +180,7 @@ async def test_a_read_only_database_is_unavailable_until_it_is_not(
     fresh_db: Database, database_url: str
 ) -> None:
     """
-    As after a demotion: what writes is refused, and no connection to that server is kept.
+    After a demotion, writes are refused and no connection to that server is kept.
     """
     name = await fresh_db.fetchval("SELECT current_database()")
     await fresh_db.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
@@ -199,7 +199,7 @@ async def test_a_pool_comes_back_after_every_way_a_server_can_end(
     postgres_server: PostgresServer, shared_database_url: str
 ) -> None:
     """
-    Stopped, killed, started again: callers hear StoreUnavailable and nothing else, then go on.
+    It is stopped, killed and started again: callers see only StoreUnavailable, then continue.
     """
     async with Database(shared_database_url, size=4, timeout_seconds=5) as db:
         for end in (
@@ -270,7 +270,7 @@ async def test_what_is_missing_is_named_and_waited_out(
     postgres_server: PostgresServer, database_url: str
 ) -> None:
     """
-    A right, a table, a column: the sentence says which, and the same connection serves once it is
+    The error names the missing right, table or column, and the same connection serves once it is
     back.
     """
     async with (
@@ -296,7 +296,7 @@ async def test_a_pool_serves_a_schema_that_was_dropped_and_made_again(
     fresh_db: Database, database_url: str
 ) -> None:
     """
-    Every table has another OID then; statements prepared before are no obstacle.
+    Every table has another OID then; statements that were prepared before still work.
     """
     await submit.submit(fresh_db, [new_task()])
     await fresh_db.execute("DROP SCHEMA asyncflow CASCADE")
@@ -329,7 +329,7 @@ async def test_connections_that_a_firewall_forgot_cost_one_timeout(
     shared_database_url: str,
 ) -> None:
     """
-    Whoever meets the first one hears of it within the timeout; all others are replaced with it.
+    The first caller to use one fails within the timeout, and all other connections are replaced.
     """
     seconds = 3.0
     async with (
@@ -353,7 +353,8 @@ async def test_a_caller_that_gives_up_on_a_dead_connection_is_free_at_once(
     shared_database_url: str,
 ) -> None:
     """
-    A probe of readiness, say: it does not wait for PostgreSQL to confirm what it never heard of.
+    A readiness probe does not wait for PostgreSQL to confirm the cancellation of a statement that
+    never reached it.
     """
     async with (
         laid({"postgres": shared_database_url}) as wires,
@@ -387,7 +388,7 @@ async def test_a_slow_statement_costs_no_other_connection(db: Database, small: D
 
 async def test_a_broken_connection_has_the_others_replaced(db: Database, small: Database) -> None:
     """
-    They were opened before it broke, and most likely went the same way.
+    They were opened before it broke, and are most likely broken too.
     """
     async with small.transaction() as one, small.transaction() as other:
         before = {await c.fetchval("SELECT pg_backend_pid()") for c in (one, other)}
@@ -410,7 +411,8 @@ async def test_the_kernel_looks_after_connections_that_say_nothing(
     shared_database_url: str,
 ) -> None:
     """
-    Keepalives keep a firewall from forgetting, and end a connection whose other end has gone.
+    Keepalives prevent a firewall from dropping a connection, and end one whose other end has
+    vanished.
     """
     async with (
         laid({"postgres": shared_database_url}) as wires,
@@ -452,7 +454,7 @@ async def test_a_database_that_does_not_exist_is_unavailable(shared_database_url
 
 async def test_an_argument_that_can_never_be_right_is_no_outage(db: Database) -> None:
     """
-    Waiting for the database would not help: it is refused as what it is.
+    Waiting for the database would not help, so the error is raised as it is.
     """
     for wrong in ("\ud800", "\x00", 7):
         with pytest.raises(StatementRefused):
@@ -463,7 +465,7 @@ async def test_the_store_works_without_prepared_statements(
     shared_database_url: str, db: Database
 ) -> None:
     """
-    Behind a pooler in transaction mode there are none, and no session settings.
+    Behind a pooler in transaction mode there are neither prepared statements nor session settings.
     """
     async with Database(shared_database_url, size=2, pooler=True) as pooled:
         done = await a_task(pooled, state=State.COMPLETED, attempt=2)
@@ -480,7 +482,7 @@ async def test_the_store_works_without_prepared_statements(
 
 async def test_an_open_database_may_be_closed_twice(shared_database_url: str) -> None:
     """
-    And one that was never opened, once.
+    One that was never opened may be closed as well.
     """
     db = Database(shared_database_url)
     await db.close()

@@ -1,6 +1,6 @@
 """
-What becomes of a database URL: taken, needless or refused by name, and never sent to a server that
-would not know what to do with it.
+A database URL's parameters are taken, ignored or refused by name, and never sent to a server that
+does not know them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def mistakes(query: str) -> list[str]:
     """
-    What is said about a URL with these parameters.
+    What the check says about a URL with these parameters.
     """
     with pytest.raises(InvalidSettings) as refusal:
         connection_arguments(f"postgresql://me:s3cret@host/db?{query}")
@@ -53,7 +53,7 @@ def query_of(query: str) -> dict[str, str]:
 )
 def test_a_url_that_asyncpg_takes_is_left_as_it_is(url: str) -> None:
     """
-    Sockets and several hosts, too: that is how a failover is followed.
+    So are sockets and several hosts, which is how a failover is followed.
     """
     (dsn,) = connection_arguments(url).values()
 
@@ -67,7 +67,7 @@ def test_a_url_that_asyncpg_takes_is_left_as_it_is(url: str) -> None:
 )
 def test_a_url_that_is_none_is_refused_before_anything_starts(url: str) -> None:
     """
-    By the name of its setting, and with what helps against special characters.
+    The refusal names its setting, and says what to do about special characters.
     """
     with pytest.raises(
         InvalidSettings, match=r"ASYNCFLOW_DATABASE_URL.*percent-encoded"
@@ -79,7 +79,7 @@ def test_a_url_that_is_none_is_refused_before_anything_starts(url: str) -> None:
 
 async def test_providers_urls_connect(database_url: str) -> None:
     """
-    With what Neon, libpq and others add that means nothing here.
+    They contain parameters that Neon, libpq and others add and that mean nothing here.
     """
     needless = {
         name: parameter.values[0] if parameter.values else "1"
@@ -108,7 +108,7 @@ async def test_options_reach_the_server(database_url: str) -> None:
 )
 def test_what_cannot_be_honoured_is_refused_by_name(name: str) -> None:
     """
-    In one sentence that says what to do instead.
+    One sentence says what to do instead.
     """
     (mistake,) = mistakes(f"{name}=x")
 
@@ -122,7 +122,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str) -> None:
 )
 def test_a_value_that_cannot_be_honoured_is_refused_by_name(name: str) -> None:
     """
-    And not repeated.
+    The value is not repeated.
     """
     (mistake,) = mistakes(f"{name}=xyzzy")
 
@@ -150,7 +150,7 @@ def test_a_value_that_cannot_be_honoured_is_refused_by_name(name: str) -> None:
 )
 def test_each_mistake_says_what_would_have_worked(query: str, sentence: str) -> None:
     """
-    Never a traceback, and never the value.
+    There is no traceback, and the value is not repeated.
     """
     (mistake,) = mistakes(query)
 
@@ -160,14 +160,14 @@ def test_each_mistake_says_what_would_have_worked(query: str, sentence: str) -> 
 
 def test_all_mistakes_are_told_at_once() -> None:
     """
-    One sentence each.
+    Each has its own sentence.
     """
     assert 2 == len(mistakes("ssl=true&schema=x"))
 
 
 def test_a_file_that_holds_no_certificate_is_named(tmp_path: Path) -> None:
     """
-    It would fail at every attempt to connect.
+    Otherwise every attempt to connect would fail.
     """
     file = tmp_path / "x.pem"
     file.write_text("nothing")
@@ -181,7 +181,7 @@ def test_a_check_of_certificates_needs_an_authority(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Named in the URL, or in libpq's default place.
+    It is named in the URL, or is at libpq's default path.
     """
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("PGSSLROOTCERT", raising=False)
@@ -196,7 +196,7 @@ def test_a_check_of_certificates_needs_an_authority(
 
 def test_the_authorities_of_the_system_can_be_trusted() -> None:
     """
-    As in libpq since PostgreSQL 16: the certificate and the name are checked.
+    As in libpq since PostgreSQL 16, the certificate and the name are checked.
     """
     arguments = connection_arguments("postgresql://host/db?sslrootcert=system&connect_timeout=3")
 
@@ -209,7 +209,7 @@ def test_the_authorities_of_the_system_can_be_trusted() -> None:
 
 def test_every_parameter_of_asyncpg_is_known() -> None:
     """
-    Whatever it takes out of a DSN by name has its line in the table.
+    Every parameter that asyncpg reads from a DSN has a line in the table.
     """
     source = Path(asyncpg.connect_utils.__file__).read_text()
     taken = set(re.findall(r"query\.pop\(\s*'(\w+)'", source))
@@ -220,7 +220,7 @@ def test_every_parameter_of_asyncpg_is_known() -> None:
 
 def test_the_list_of_parameters_in_the_documentation_is_true() -> None:
     """
-    Each is named there, with what becomes of it.
+    It names each parameter and what becomes of it.
     """
     text = (ROOT / "docs" / "operations.md").read_text()
     listed = {

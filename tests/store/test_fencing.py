@@ -1,5 +1,5 @@
 """
-A lease that was lost settles nothing, whatever became of the task since.
+A lost lease settles nothing, whatever happened to the task since.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ async def test_a_lease_that_was_lost_settles_nothing_in_any_state(
     db: Database, state: State, event: Event
 ) -> None:
     """
-    The task went on without the stale worker: to any state, by way of another claim.
+    The task went on without the stale worker, through another claim, to any state.
     """
     task = await a_task(db)
     (stale,) = await claimed(db, task.id)
@@ -47,7 +47,7 @@ async def test_a_lease_that_was_lost_settles_nothing_in_any_state(
 @pytest.mark.parametrize("event", SETTLEMENTS)
 async def test_a_lease_settles_only_once(db: Database, event: Event) -> None:
     """
-    A settlement that is repeated, because its answer was lost, changes nothing more.
+    Repeating a settlement whose answer was lost changes nothing more.
     """
     task = await a_task(db, state=State.RUNNING)
     assert task.lease_id
@@ -66,7 +66,7 @@ async def test_a_record_tells_what_was_written_under_a_lease_and_nothing_else(
     db: Database, event: Event
 ) -> None:
     """
-    However the task went on. Whoever repeats a settlement learns so that it was written.
+    A caller that repeats a settlement learns whether it was written, however the task went on.
     """
     task = await a_task(db, state=State.RUNNING)
     assert task.lease_id
@@ -87,7 +87,7 @@ async def test_a_record_tells_what_was_written_under_a_lease_and_nothing_else(
 
 async def recorded(db: Database, task_id: UUID, lease_id: UUID) -> set[Event]:
     """
-    The ends of an attempt that its record bears out.
+    The settlements that the record confirms.
     """
     told = await settle.recorded(db, [Settling(task_id, lease_id, s) for s in SETTLEMENTS.values()])
     return {event for event, is_so in zip(SETTLEMENTS, told, strict=True) if is_so}
@@ -95,7 +95,7 @@ async def recorded(db: Database, task_id: UUID, lease_id: UUID) -> set[Event]:
 
 async def test_a_stale_worker_cannot_settle_a_task_that_it_claimed_again(db: Database) -> None:
     """
-    The fence is the lease, not the worker: the same worker's older claim is void, too.
+    The fence is the lease, not the worker: an older claim of the same worker is void, too.
     """
     worker_id = uuid4()
     task = await a_task(db)
@@ -117,7 +117,7 @@ async def test_a_stale_worker_cannot_settle_a_task_that_it_claimed_again(db: Dat
 
 async def test_a_stale_worker_cannot_report_progress(db: Database) -> None:
     """
-    What it says about a task that another worker runs is not shown.
+    Its report about a task that another worker runs is not shown.
     """
     task = await a_task(db)
     (stale,) = await claimed(db, task.id)
@@ -134,7 +134,7 @@ async def test_the_reaper_cannot_take_a_task_that_was_claimed_after_it_looked(
     db: Database,
 ) -> None:
     """
-    Its list of lost leases is old by the time it settles them; the fence sorts it out.
+    Its list of lost leases is out of date when it settles them; the fence protects the new claim.
     """
     worker = await a_worker(db)
     task = await a_task(db, state=State.RUNNING, worker_id=worker.id)
@@ -151,7 +151,7 @@ async def test_the_reaper_cannot_take_a_task_that_was_claimed_after_it_looked(
 
 async def test_a_worker_whose_lease_was_reaped_cannot_settle(db: Database) -> None:
     """
-    The reaper was first: the worker that wakes up again learns that its result is void.
+    The reaper was first, and the worker that wakes up again learns that its result is void.
     """
     task = await a_task(db, state=State.RUNNING)
     (lost,) = await upkeep.lost_leases(db, limit=10)
@@ -166,7 +166,7 @@ async def test_a_worker_whose_lease_was_reaped_cannot_settle(db: Database) -> No
 
 async def test_a_batch_settles_each_attempt_by_its_own_lease(db: Database) -> None:
     """
-    Answers come in the order given; a stale entry spoils no other.
+    Answers come in the given order, and a stale entry affects no other.
     """
     events = [*SETTLEMENTS, *SETTLEMENTS]
     running = [await a_task(db, state=State.RUNNING) for _ in events]

@@ -1,6 +1,6 @@
 """
-The grants that `asyncflow grants` prints are what every statement of ours needs, and no more than
-reading where only migrations write.
+`asyncflow grants` prints exactly the rights that our statements need, and read-only rights where
+only migrations write.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PRIVILEGE = asyncpg.InsufficientPrivilegeError
 @pytest.fixture
 async def granted_url(empty_database_url: str, role_url: str) -> str:
     """
-    A migrated database as a role that was given what the command prints.
+    The DSN of a migrated database for a role that was granted what the command prints.
     """
     await migrate(empty_database_url)
     await run(empty_database_url, grants_for(str(urlsplit(role_url).username)))
@@ -34,7 +34,7 @@ async def granted_url(empty_database_url: str, role_url: str) -> str:
 
 async def run(url: str, statements: str) -> None:
     """
-    Run a script as a person at the prompt would.
+    Run a script as a person at a prompt would.
     """
     connection = await asyncpg.connect(url)
     try:
@@ -45,7 +45,7 @@ async def run(url: str, statements: str) -> None:
 
 async def refused(db: Database) -> set[str]:
     """
-    Which of our statements the role lacks a right for; none of them is executed.
+    The statements that the role lacks a right for; none of them is executed.
     """
     connection = await db.connect("test")
     found = set()
@@ -64,7 +64,7 @@ async def refused(db: Database) -> set[str]:
 
 async def test_every_statement_may_be_run(granted_url: str) -> None:
     """
-    Of API, workers, maintenance and the command line.
+    These are the statements of API, workers, maintenance and the command line.
     """
     async with Database(granted_url) as db:
         assert set() == await refused(db)
@@ -80,7 +80,8 @@ async def test_every_statement_may_be_run(granted_url: str) -> None:
 
 async def test_the_check_notices_a_missing_right(empty_database_url: str, granted_url: str) -> None:
     """
-    It would prove nothing otherwise; the start check names it, with the command that helps.
+    The start check names it, with the command that helps; otherwise this check would prove
+    nothing.
     """
     role = urlsplit(granted_url).username
     await run(empty_database_url, f"REVOKE DELETE ON asyncflow.attempts FROM {role}")
@@ -99,7 +100,7 @@ async def test_tables_of_later_migrations_are_included(
     empty_database_url: str, granted_url: str
 ) -> None:
     """
-    Nobody has to grant again after an upgrade.
+    No grants are needed after an upgrade.
     """
     await run(empty_database_url, "CREATE TABLE asyncflow.later (a int)")
 
@@ -108,7 +109,7 @@ async def test_tables_of_later_migrations_are_included(
 
 async def test_the_schema_version_is_only_read(granted_url: str) -> None:
     """
-    Who works must not be able to claim another schema.
+    A working role must not be able to change the recorded version.
     """
     with pytest.raises(PRIVILEGE):
         await run(granted_url, "UPDATE asyncflow.schema_version SET version_num = '9999'")
@@ -116,7 +117,7 @@ async def test_the_schema_version_is_only_read(granted_url: str) -> None:
 
 def test_a_role_of_any_name_is_quoted() -> None:
     """
-    As PostgreSQL takes it.
+    The name is quoted as PostgreSQL requires.
     """
     assert 'TO "app-role";' in grants_for("app-role")
     assert 'TO "a""; DROP TABLE x; --";' in grants_for('a"; DROP TABLE x; --')

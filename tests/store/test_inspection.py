@@ -1,5 +1,5 @@
 """
-Checks of PostgreSQL: each wrong thing has its sentence and its mend.
+Checks of PostgreSQL: each problem is named with its remedy.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def bad(facts: Facts, expected: Expected = OURS) -> Finding:
 
 def test_a_good_server_has_only_good_findings() -> None:
     """
-    Else every start would warn.
+    Otherwise every start would warn.
     """
     assert {Verdict.OK} == {finding.verdict for finding in judged(GOOD, OURS)}
 
@@ -178,7 +178,7 @@ def test_each_thing_that_is_wrong_is_named_with_its_mend(
     change: dict[str, Any], what: str, verdict: str, may_pass: bool, fact: str, mend: str
 ) -> None:
     """
-    By itself: one finding, one fact, one remedy.
+    Each problem has one finding, one fact and one remedy.
     """
     finding = bad(replace(GOOD, **change))
 
@@ -193,7 +193,7 @@ def test_each_thing_that_is_wrong_is_named_with_its_mend(
 
 def test_a_schema_that_may_not_be_used_is_a_matter_of_rights() -> None:
     """
-    Nobody is told to migrate what is there.
+    The remedy is not to migrate a schema that exists.
     """
     facts = replace(GOOD, may_use_namespace=False, schema=None)
 
@@ -224,7 +224,7 @@ def test_only_what_does_not_pass_by_itself_is_refused() -> None:
 
 async def inspected(db: Database) -> dict[str, Finding]:
     """
-    What the checks say of a real server, by what they look at.
+    The findings about a real server, by their subject.
     """
     findings = await inspect(db, timeout_seconds=10, connections=1)
     return {finding.what.removeprefix("PostgreSQL "): finding for finding in findings}
@@ -232,7 +232,7 @@ async def inspected(db: Database) -> dict[str, Finding]:
 
 async def test_the_server_of_the_tests_is_fit(db: Database) -> None:
     """
-    The facts are read as they are meant, on every supported version.
+    The facts are read correctly on every supported version.
     """
     findings = await inspected(db)
 
@@ -242,7 +242,7 @@ async def test_the_server_of_the_tests_is_fit(db: Database) -> None:
 
 async def test_what_is_set_for_the_database_is_seen(fresh_db: Database, database_url: str) -> None:
     """
-    The facts are those of our own sessions, wherever their settings come from.
+    The facts are those of our own sessions, wherever a setting comes from.
     """
     name = await fresh_db.fetchval("SELECT current_database()")
     for setting in (
@@ -264,7 +264,7 @@ async def test_what_is_set_for_the_database_is_seen(fresh_db: Database, database
 
 async def test_a_database_that_does_not_exist_is_named(postgres_server: PostgresServer) -> None:
     """
-    With the statement that creates it; a start waits for it.
+    The remedy is the statement that creates it; a starting process waits for it.
     """
     url = postgres_server.cluster.url.replace("/postgres?", "/absent?")
     async with Database(url) as db:
@@ -305,7 +305,7 @@ def test_settings_of_libpq_that_cannot_be_used_are_no_outage() -> None:
 )
 def test_a_connection_without_tls_is_told_apart(cause: OSError) -> None:
     """
-    From a server that is away: the remedy is in the URL or in the certificate.
+    It is distinct from a server that is away: the remedy is in the URL or in the certificate.
     """
     error = StoreUnavailable("PostgreSQL cannot serve now: …")
     error.__cause__ = cause

@@ -1,5 +1,5 @@
 """
-One leads, the others stand by, and none waits long for a leader that is gone.
+One process leads, the others stand by, and a dead leader is replaced soon.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from tests.support.waiting import until
 
 async def test_only_one_of_many_leads(db: Database) -> None:
     """
-    The others learn at once that somebody else does.
+    The others learn immediately that another process leads.
     """
     async with leadership(db, purpose="one") as one, leadership(db, purpose="two") as two:
         assert one is not None
@@ -20,7 +20,7 @@ async def test_only_one_of_many_leads(db: Database) -> None:
 
 async def test_leadership_passes_on_when_the_leader_ends(db: Database) -> None:
     """
-    However it ended: PostgreSQL frees the lock with the connection.
+    PostgreSQL frees the lock with the connection, however the leader ended.
     """
 
     async def can_lead() -> bool:

@@ -1,8 +1,8 @@
 """
 Bulk statements that meet the same rows in opposite orders never deadlock.
 
-Everything that moves tasks runs at once over a few dozen of them, each batch in an order of
-its own. `Database` would try a deadlock again and hide it, so PostgreSQL's own count decides.
+Everything that moves tasks runs concurrently over a few dozen of them, each batch in an order of
+its own. `Database` would retry a deadlock and hide it, so PostgreSQL's own count decides.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Act = Callable[[Database, list[UUID]], Awaitable[object]]
 
 async def test_no_two_bulk_statements_deadlock(fresh_db: Database) -> None:
     """
-    Thousands of statements: claims, settles, the relay, cancellations, the reaper, expiry.
+    Thousands of statements run: claims, settles, the relay, cancellations, the reaper, expiry.
     """
     random.seed(7)
     ids = await _new_tasks(fresh_db, TASKS)

@@ -26,7 +26,7 @@ ASKED: dict[str, list[str]] = {"queues": [QUEUE], "names": [NAME]}
 
 async def test_nothing_pending_was_due_before_the_first(db: Database) -> None:
     """
-    Per priority and queue; what is of another name, or not pending, does not count.
+    Marks are per priority and queue; tasks of another name, or that are not pending, do not count.
     """
     (urgent,) = await submitted(db, 1, priority=9)
     (first, second) = await submitted(db, 2, priority=0)
@@ -52,7 +52,7 @@ async def test_nothing_pending_was_due_before_the_first(db: Database) -> None:
 
 async def test_a_queue_with_nothing_due_yet_begins_now(db: Database) -> None:
     """
-    What is submitted meanwhile is due before that.
+    A task that is submitted meanwhile is due after that.
     """
     await submitted(db, 1, delay_seconds=1_000)
 
@@ -66,7 +66,7 @@ async def test_a_scan_that_begins_late_leaves_out_what_was_due_before(
     db: Database, priority: int
 ) -> None:
     """
-    The claim and the relay's listing alike, each priority and queue by its own moment.
+    The claim and the relay's listing both use a mark per priority and queue.
     """
     names: dict[UUID, str] = {}
     for queue in (QUEUE, OTHER_QUEUE):
@@ -89,7 +89,7 @@ async def test_a_scan_that_begins_late_leaves_out_what_was_due_before(
 @pytest.fixture
 async def mark(db: Database) -> AsyncIterator[LowWaterMark]:
     """
-    One that is worth it however fast a refresh is, and never rests.
+    A mark that pays off however fast a refresh is, and whose refreshes never rest.
     """
     eager = LowWaterMark(db, worth_seconds=0.0, rest_seconds_min=0.0, rest_share=0.0)
     async with aclosing(eager) as mark:
@@ -111,7 +111,8 @@ SLOW = 2 * due.SLOW_SECONDS
 
 async def test_scans_begin_late_only_while_they_are_slow(mark: LowWaterMark) -> None:
     """
-    At first from the beginning; after a slow one late, if that is worth it; until it is not.
+    Scans begin at the beginning, after a slow one at the mark if that is worth it, until it is
+    not.
     """
     assert {} == mark.since(**ASKED)
     mark.note(scan_seconds=due.SLOW_SECONDS / 2)
@@ -177,7 +178,7 @@ async def test_names_that_change_during_a_refresh_are_scanned_from_the_beginning
     mark: LowWaterMark,
 ) -> None:
     """
-    What was measured is not true of them.
+    The marks were measured for other names.
     """
     mark.note(scan_seconds=SLOW)
     mark.since(**ASKED)
@@ -193,7 +194,7 @@ async def test_marks_serve_while_refreshing_them_fails(
     db: Database, mark: LowWaterMark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Beginning at the beginning would take even longer.
+    Scanning from the beginning would take even longer.
     """
     mark.note(scan_seconds=SLOW)
     since = await refreshed(mark)
@@ -210,7 +211,7 @@ async def test_marks_serve_while_refreshing_them_fails(
 
 async def test_refreshes_rest(db: Database) -> None:
     """
-    However slow scans are.
+    They do so however slow scans are.
     """
     async with aclosing(LowWaterMark(db, worth_seconds=0.0)) as mark:
         mark.note(scan_seconds=SLOW)

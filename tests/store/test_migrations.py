@@ -1,5 +1,6 @@
 """
-Migrating: safe to run by many, beside other people's tables, and never backwards.
+Migrations are safe to run concurrently, leave other applications' tables alone, and never go
+backwards.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ NEXT_VERSION = f"{int(SCHEMA_VERSION) + 1:04}"
 
 async def has_schema(db: Database, version: str) -> None:
     """
-    Let the database claim to have a schema that serves no other version.
+    Make the database report a schema that serves no other version.
     """
     await db.execute(
         f"UPDATE asyncflow.schema_version"
@@ -48,7 +49,7 @@ async def has_schema(db: Database, version: str) -> None:
 
 async def test_five_at_once_migrate_an_empty_database_once(empty_database_url: str) -> None:
     """
-    As when a deployment starts five processes: all return, the schema is whole.
+    A deployment starts five processes: all of them return, and the schema is complete.
     """
     await asyncio.gather(*(migrate(empty_database_url) for _ in range(5)))
 
@@ -62,7 +63,7 @@ async def test_migrating_again_changes_nothing_and_tells_the_version(
     empty_database_url: str,
 ) -> None:
     """
-    The first call finds no schema, the second this version's.
+    The first call finds no schema, the second one this version's.
     """
     first = await migrate(empty_database_url)
     async with Database(empty_database_url) as db:
@@ -75,7 +76,7 @@ async def test_migrating_again_changes_nothing_and_tells_the_version(
 
 async def test_a_database_may_belong_to_an_application_too(empty_database_url: str) -> None:
     """
-    Its tables, even of our names, stay as they are; we touch only our schema.
+    Its tables, even those with our names, stay as they are; we touch only our schema.
     """
     async with Database(empty_database_url) as db:
         for statement in (
@@ -116,7 +117,7 @@ async def test_a_database_without_our_schema_says_how_to_get_it(empty_database_u
 @pytest.mark.parametrize("version", ["0000", NEWER])
 async def test_another_version_of_the_schema_is_named(fresh_db: Database, version: str) -> None:
     """
-    Older or newer: both versions are in the sentence.
+    Both versions are in the sentence, whether the schema is older or newer.
     """
     await has_schema(fresh_db, version)
 
@@ -129,7 +130,7 @@ async def test_another_version_of_the_schema_is_named(fresh_db: Database, versio
 
 async def test_a_newer_schema_is_never_touched(fresh_db: Database, database_url: str) -> None:
     """
-    An old release that is started by mistake must not migrate backwards.
+    An old release that is started by mistake does not migrate backwards.
     """
     await has_schema(fresh_db, NEWER)
 
@@ -143,7 +144,7 @@ async def test_a_newer_schema_is_never_touched(fresh_db: Database, database_url:
 
 async def test_a_database_that_is_down_is_unavailable() -> None:
     """
-    Not a traceback from below: the caller may wait and try again.
+    The caller gets no traceback from below, and may wait and try again.
     """
     with pytest.raises(StoreUnavailable):
         await migrate("postgresql://nobody@127.0.0.1:1/nothing")
@@ -151,7 +152,7 @@ async def test_a_database_that_is_down_is_unavailable() -> None:
 
 async def test_a_database_that_is_missing_is_unavailable(postgres_server: PostgresServer) -> None:
     """
-    Someone may be creating it just now.
+    It may be being created.
     """
     url = postgres_server.cluster.url.replace("/postgres?", "/missing?")
 
@@ -173,7 +174,7 @@ async def test_a_schema_that_was_made_for_the_role_is_enough(
     empty_database_url: str, role_url: str
 ) -> None:
     """
-    As administrators do it: the role owns the schema and may create nothing else.
+    As administrators set it up, the role owns the schema and may create nothing else.
     """
     async with Database(empty_database_url) as db:
         await db.execute(f"CREATE SCHEMA asyncflow AUTHORIZATION {name_of(role_url)}")
@@ -189,7 +190,7 @@ async def test_a_role_that_may_only_use_the_schema_finds_nothing_to_do(
     empty_database_url: str, role_url: str
 ) -> None:
     """
-    A pipeline may migrate as the role that works; a read-only server is no obstacle either.
+    A pipeline may migrate as the working role; a read-only server is no obstacle either.
     """
     await migrate(empty_database_url)
     async with Database(empty_database_url) as db:
@@ -248,7 +249,7 @@ async def test_what_keeps_a_role_from_migrating_is_a_sentence(
     empty_database_url: str, role_url: str, before: list[str], sentence: str
 ) -> None:
     """
-    With the statement that would help, where there is one; nothing was changed.
+    It contains the statement that helps, where there is one; nothing was changed.
     """
     role = name_of(role_url)
     async with Database(empty_database_url) as db:
@@ -266,7 +267,7 @@ async def test_what_postgresql_refuses_is_a_sentence(
     next_migration: NextMigration, empty_database_url: str
 ) -> None:
     """
-    Whatever it is; the schema stays as it was.
+    The schema stays as it was.
     """
     await migrate(empty_database_url)
 
@@ -283,7 +284,7 @@ async def test_a_database_that_cannot_hold_every_character_is_refused(
     postgres_server: PostgresServer, encoding: str
 ) -> None:
     """
-    Immediately, not when the first payload contains a €.
+    That happens immediately, not when the first payload contains a €.
     """
     url = await asyncio.to_thread(postgres_server.create_empty_database, encoding=encoding)
     try:
@@ -300,7 +301,8 @@ async def test_another_migration_is_waited_for_with_a_word_about_it(
     empty_database_url: str,
 ) -> None:
     """
-    Who it is; once that has ended, ours runs. A short lock_timeout of the role does not matter.
+    The line says which session it is; once that has ended, ours runs. A short lock_timeout of the
+    role does not matter.
     """
     async with Database(empty_database_url) as db:
         name = await db.fetchval("SELECT current_database()")
@@ -322,7 +324,7 @@ async def test_another_migration_is_waited_for_with_a_word_about_it(
 
 async def test_waiting_for_another_migration_ends(empty_database_url: str) -> None:
     """
-    With who is in the way, and the option that waits longer.
+    The error says which session is in the way, and which option waits longer.
     """
     async with Database(empty_database_url) as db:
         other = await db.connect("somebody")
@@ -338,8 +340,8 @@ async def test_a_session_that_holds_a_table_is_named_and_passed(
     next_migration: NextMigration, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    The migration does not stand in the queue for the table for long, since everybody behind it
-    would wait too; it says who has it and tries again.
+    The migration does not stay in the queue for the table for long, since every other session
+    would wait behind it; it says which session holds the table and tries again.
     """
     monkeypatch.setattr(migrations, "BOUNDS", "SET LOCAL lock_timeout = '50ms'")
     await migrate(empty_database_url)
@@ -383,7 +385,7 @@ def upgrade():
 @pytest.fixture
 def next_migration(tmp_path: Path) -> NextMigration:
     """
-    Be the next version of AsyncFlow during a block, with a migration of one statement.
+    Act as the next version of AsyncFlow during a block, with a migration of one statement.
     """
 
     @contextmanager
@@ -438,7 +440,7 @@ async def test_a_schema_that_no_longer_serves_this_version_is_refused(
     next_migration: NextMigration, empty_database_url: str
 ) -> None:
     """
-    By processes and by `migrate`; nobody is told to migrate.
+    Processes and `migrate` refuse it, and do not suggest to migrate.
     """
     await migrate(empty_database_url)
     with next_migration(EXPAND, compatible_from=NEXT_VERSION):
@@ -455,7 +457,7 @@ async def test_a_database_from_before_versions_were_compatible_works_on(
     next_migration: NextMigration, empty_database_url: str
 ) -> None:
     """
-    Without the column it serves its own version, and the next migration adds it.
+    Without the column a schema serves its own version, and the next migration adds the column.
     """
     await migrate(empty_database_url)
     async with Database(empty_database_url) as db:
@@ -469,7 +471,7 @@ async def test_a_database_from_before_versions_were_compatible_works_on(
 
 def test_every_migration_says_whom_it_serves() -> None:
     """
-    The one before, or itself if it breaks that; see the rules in `migrations`.
+    It names the one before, or itself if it breaks that; see the rules in `migrations`.
     """
     files = sorted((migrations.FOLDER / "versions").glob("[0-9]*.py"))
     modules = [runpy.run_path(str(file)) for file in files]
@@ -498,7 +500,7 @@ async def test_the_schema_refuses_rows_that_the_code_assumes_away(
     db: Database, change: str, constraint: str
 ) -> None:
     """
-    Also from an operator at the prompt.
+    It refuses them from an operator at a prompt, too.
     """
     await submit.submit(db, [new_task()])
 
@@ -522,7 +524,7 @@ async def test_the_schema_knows_no_other_states(db: Database) -> None:
 @pytest.fixture
 def at_version(tmp_path: Path) -> Callable[[str], AbstractContextManager[None]]:
     """
-    Be an earlier version of AsyncFlow during a block: `migrate` stops at its schema.
+    Act as an earlier version of AsyncFlow during a block: `migrate` stops at its schema.
     """
 
     @contextmanager
@@ -542,7 +544,7 @@ async def test_what_workers_published_before_0002_is_known_after_it(
     at_version: Callable[[str], AbstractContextManager[None]], empty_database_url: str
 ) -> None:
     """
-    The API goes on choosing queues and checking payloads before the first new worker has started.
+    The API keeps choosing queues and checking payloads before the first new worker has started.
     """
     with at_version("0001"):
         await migrate(empty_database_url)

@@ -1,9 +1,9 @@
 """
-PostgreSQL against the model: any sequence of statements leaves the rows the model says.
+PostgreSQL against the model: any sequence of statements leaves the rows that the model predicts.
 
-`model.protocol` explores what can happen if each statement does what `model.statements` says.
-This closes the gap: the store's functions run in random order, rightly and wrongly, and after
-every one of them the database's rows are compared with the model's.
+`model.protocol` explores what can happen if each statement does what `model.statements` says. This
+closes the gap: the store's functions run in random order, with valid and invalid arguments, and
+after each of them the database's rows are compared with the model's.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Lease(NamedTuple):
 
 class StoreAgainstModel(RuleBasedStateMachine):
     """
-    The rules are the store's functions; the model says what each must have done.
+    The rules are the store's functions; the model says what each of them must have done.
     """
 
     def __init__(self, runner: asyncio.Runner, db: Database) -> None:
@@ -150,13 +150,13 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     def task(self, ago: int) -> UUID:
         """
-        The task that was submitted so many submissions ago; it may be pruned by now.
+        The task that was submitted this many submissions ago; it may be pruned by now.
         """
         return self.task_ids[-1 - ago % len(self.task_ids)]
 
     def lease(self, ago: int) -> Lease:
         """
-        The lease that was given so many claims ago, or one that nobody ever had.
+        The lease that was given this many claims ago, or one that was never given.
         """
         if not self.leases:
             return Lease(self.task(ago), uuid4(), NO_LEASE)
@@ -274,7 +274,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     def changed(self, rows: dict[UUID, Row]) -> dict[UUID, Row]:
         """
-        Those that a statement changes.
+        The rows that a statement changes.
         """
         return {task_id: row for task_id, row in rows.items() if row is not self.rows[task_id]}
 
@@ -303,7 +303,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     def leases_are_settled(self, settlings: Sequence[tuple[Lease, Event]]) -> None:
         """
-        In one call; each of them is answered as the model says.
+        They are settled in one call, and each is answered as the model predicts.
         """
         written = self.wait(
             settle.settle(
@@ -319,7 +319,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
     @rule(ago=AGO, place=some.sampled_from([0, 1]), event=EVENT)
     def a_worker_settles_late(self, ago: int, place: int, event: Event) -> None:
         """
-        Again, because it heard no answer; and in every way after another claim.
+        It settles again because it got no answer, and in every way after another claim.
         """
         self.hints_are_claimed(place, [ago])
         stale = self.lease(0)
@@ -335,7 +335,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
     @rule(ago=AGO, place=some.sampled_from([0, 1]), event=EVENT)
     def it_is_cancelled_while_it_runs(self, ago: int, place: int, event: Event) -> None:
         """
-        And its worker settles it, whatever came of it.
+        Then its worker settles it, with any outcome.
         """
         self.hints_are_claimed(place, [ago])
         self.it_is_cancelled(ago)
@@ -491,7 +491,7 @@ def _settlement(event: Event) -> Settlement:
 
 def compare(url: str, *, examples: int) -> None:
     """
-    Run so many sequences of statements, the same ones every time.
+    Run this many sequences of statements, the same ones every time.
     """
     with asyncio.Runner() as runner:
         db = Database(url, size=1)
@@ -515,7 +515,7 @@ def compare(url: str, *, examples: int) -> None:
 
 def test_the_store_does_what_the_model_says(shared_database_url: str) -> None:
     """
-    In any order of statements, also under leases that were lost and for tasks that are gone.
+    It does so in any order of statements, under lost leases, and for tasks that are gone.
     """
     compare(shared_database_url, examples=80)
 
@@ -535,7 +535,7 @@ def test_a_guard_that_is_missing_is_found(
     shared_database_url: str, monkeypatch: pytest.MonkeyPatch, statement: str, guard: str
 ) -> None:
     """
-    The comparison would be worth nothing if it never failed.
+    The comparison would be worthless if it never failed.
     """
     module = settle if statement in vars(settle) else claims
     original = getattr(module, statement)

@@ -60,7 +60,7 @@ def test_who_asks_what_may_start_asks_in_the_same_words(name: str) -> None:
 )
 def test_no_other_file_spells_out_what_may_start(spelled_out: str) -> None:
     """
-    Or the next change to the rule would miss it.
+    The next change to the rule would miss such a file.
     """
     found = [path.name for path in SOURCES if re.search(spelled_out, path.read_text())]
 
@@ -69,7 +69,7 @@ def test_no_other_file_spells_out_what_may_start(spelled_out: str) -> None:
 
 def test_every_statement_that_ends_tasks_is_composed_in_one_place() -> None:
     """
-    What the end of a task sets off is added there, and none of the five may miss it.
+    What the end of a task sets off is added there, and none of the five statements may miss it.
     """
     ends = re.compile(rf"SET state = '(?:{'|'.join(TERMINAL)})'")
     ending = {name for name, statement in STATEMENTS.items() if ends.search(statement)}

@@ -152,7 +152,7 @@ async def planner(
     request: pytest.FixtureRequest, connection: asyncpg.Connection
 ) -> asyncpg.Connection:
     """
-    A connection of the product's own, on tables of some history.
+    One of the product's own connections, on tables with a history.
     """
     if request.param != "empty":
         await connection.fetch(FILL, ROWS)
@@ -166,7 +166,7 @@ async def planner(
 
 async def test_every_hot_statement_uses_the_index_made_for_it(planner: asyncpg.Connection) -> None:
     """
-    Never a sequential scan of tasks or attempts, never an index read from end to end.
+    There is no sequential scan of tasks or attempts, and no index is read from end to end.
     """
     wrong = []
     for name, (statement, indexes) in EXPECTED.items():
@@ -190,7 +190,7 @@ async def test_a_list_of_any_statuses_is_read_in_order(
     planner: asyncpg.Connection, statuses: tuple[str, ...], indexes: dict[str, Any]
 ) -> None:
     """
-    From the partitions that can have them, newest first by an index: nothing is sorted.
+    It reads only the partitions that can hold them, newest first by an index, and sorts nothing.
     """
     statement = read.LIST.format(filters=read.status_filter(statuses))
     await _prepare(planner, "LIST", statement)
@@ -269,7 +269,7 @@ async def test_tasks_that_are_not_due_are_not_stepped_over(
     fresh_db: Database, connection: asyncpg.Connection
 ) -> None:
     """
-    However many wait for later, a claim reads only what it takes.
+    However many tasks wait for later, a claim reads only those that it takes.
     """
     await fresh_db.fetch(FILL, ROWS)
     await fresh_db.execute(
@@ -292,8 +292,8 @@ async def test_what_cannot_be_removed_is_not_stepped_over_by_every_claim(
     fresh_db: Database, connection: asyncpg.Connection
 ) -> None:
     """
-    Thousands of tasks run beside a transaction that stays open. A claim from the beginning reads
-    all of their entries, one that begins with the first task that is due next to none.
+    Thousands of tasks run while a transaction stays open. A claim from the beginning reads all of
+    their entries; one from the low-water mark reads next to none.
     """
     others = await fresh_db.connect("others")
     async with others.transaction(isolation="repeatable_read"):

@@ -1,5 +1,5 @@
 """
-Reading: one task in full, lists page by page, and the names people see.
+Reading: one task in full, lists page by page, and the statuses that users see.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OTHER_TENANT_ID = 2
 
 async def one_of_each(db: Database) -> dict[str, UUID]:
     """
-    A task of every status people see.
+    A task of every status that users see.
     """
     kinds = {
         "PENDING": {"state": State.PENDING},
@@ -61,7 +61,7 @@ async def test_each_status_filter_finds_exactly_the_tasks_that_show_it(db: Datab
 
 async def test_a_list_is_read_page_by_page_without_gaps_or_repeats(db: Database) -> None:
     """
-    Newest first; tasks that arrive meanwhile do not shift the pages.
+    Pages go from newest to oldest, and tasks that arrive meanwhile do not shift them.
     """
     ids = await submitted(db, 23)
     seen: list[UUID] = []
@@ -79,7 +79,7 @@ async def test_a_list_is_read_page_by_page_without_gaps_or_repeats(db: Database)
 
 async def test_a_list_crosses_the_border_between_live_and_finished_tasks(db: Database) -> None:
     """
-    In one order by id, whichever partition a task is in.
+    Tasks are in one order by id, whichever partition they are in.
     """
     ids = list((await one_of_each(db)).values()) + list((await one_of_each(db)).values())
 
@@ -103,7 +103,7 @@ async def test_the_last_page_says_so_even_when_it_is_full(db: Database) -> None:
 @pytest.mark.parametrize(("name", "queue"), list(product([None, "a", "b"], [None, "x", "y"])))
 async def test_filters_combine(db: Database, name: str | None, queue: str | None) -> None:
     """
-    By status, name, queue and page at once.
+    Status, name, queue and cursor apply together.
     """
     made = []
     for n, q in product("ab", "xy"):
@@ -125,7 +125,7 @@ async def test_filters_combine(db: Database, name: str | None, queue: str | None
 
 async def test_a_tenant_sees_only_its_own_tasks(db: Database) -> None:
     """
-    Another tenant's task does not exist: not in lists, not by its id, not to be changed.
+    Another tenant's task does not exist: neither in lists nor by its id, and it cannot be changed.
     """
     task = await a_task(db, tenant_id=OTHER_TENANT_ID)
     dead = await a_task(db, state=State.FAILED, tenant_id=OTHER_TENANT_ID)
@@ -141,7 +141,7 @@ async def test_a_tenant_sees_only_its_own_tasks(db: Database) -> None:
 
 async def test_an_unknown_id_is_not_found(db: Database) -> None:
     """
-    By all three verbs.
+    All three operations say so.
     """
     for touch in (read.get, steer.cancel, steer.redrive):
         with pytest.raises(TaskNotFound):
@@ -151,7 +151,7 @@ async def test_an_unknown_id_is_not_found(db: Database) -> None:
 @pytest.mark.parametrize("cursor", ["", "x", "ä", "=" * 24, "A" * 23, "A" * 300, "AAAA\nAAAA"])
 async def test_a_cursor_that_is_not_ours_is_refused(db: Database, cursor: str) -> None:
     """
-    With a pointer to the field, not with a database error.
+    The error points to the field and is no database error.
     """
     with pytest.raises(InvalidTask) as refusal:
         await read.list_tasks(db, 1, cursor=cursor)
@@ -161,7 +161,7 @@ async def test_a_cursor_that_is_not_ours_is_refused(db: Database, cursor: str) -
 
 async def test_every_attempt_is_kept_in_order(db: Database) -> None:
     """
-    Retried, released, retried, redriven after a failure, then completed: five attempts.
+    The five attempts are retried, released, retried, redriven after a failure, and completed.
     """
     task = await a_task(db)
     for event in (Event.RETRY, Event.RELEASE, Event.RETRY):
@@ -198,7 +198,7 @@ async def test_every_attempt_is_kept_in_order(db: Database) -> None:
 @pytest.mark.parametrize("microsecond", [0, 1, 100_000, 123_400])
 async def test_times_of_attempts_are_read_exactly(db: Database, microsecond: int) -> None:
     """
-    PostgreSQL drops trailing zeros of fractions in JSON; Python must not mind.
+    PostgreSQL drops trailing zeros of fractions in JSON, and Python accepts that.
     """
     task = await a_task(db, attempt=1)
     await db.execute(
@@ -214,7 +214,7 @@ async def test_times_of_attempts_are_read_exactly(db: Database, microsecond: int
 
 async def test_a_due_task_says_what_it_waits_for(db: Database) -> None:
     """
-    Only where waiting alone will not help, and only while that is so.
+    It does so only while waiting alone will not help.
     """
     task = await a_task(db)
     later = await a_task(db, due_in_seconds=60)
@@ -244,7 +244,7 @@ async def test_a_due_task_says_what_it_waits_for(db: Database) -> None:
 
 async def test_a_completed_task_is_shown_as_done(db: Database) -> None:
     """
-    The handler's last report, before its end, said 90 %.
+    The handler's last report before its end said 90 %.
     """
     task = await a_task(db, state=State.RUNNING)
     assert task.lease_id
@@ -259,7 +259,8 @@ async def test_a_completed_task_is_shown_as_done(db: Database) -> None:
 
 async def test_a_running_task_whose_worker_is_gone_waits_for_maintenance(db: Database) -> None:
     """
-    Only where nobody is there to give it to another worker, and only once the worker is overdue.
+    That is shown only if no maintenance can give it to another worker, and once its worker is
+    overdue.
     """
     worker = await a_worker(db)
     task = await a_task(db)
@@ -283,7 +284,7 @@ async def test_a_running_task_whose_worker_is_gone_waits_for_maintenance(db: Dat
 
 async def test_with_rabbitmq_a_due_task_waits_for_the_relay(db: Database) -> None:
     """
-    It takes maintenance to send it, and RabbitMQ to let maintenance in.
+    It takes maintenance to send its hint, and a RabbitMQ that accepts it.
     """
     await a_worker(db)
     task = await a_task(db)
@@ -308,7 +309,7 @@ async def test_with_rabbitmq_a_due_task_waits_for_the_relay(db: Database) -> Non
 
 async def test_a_failure_and_progress_are_shown_as_they_were_recorded(db: Database) -> None:
     """
-    As objects, in single reads and in lists.
+    They are objects, in single reads and in lists.
     """
     failed = await a_task(db, state=State.FAILED)
     running = await a_task(db, state=State.RUNNING)

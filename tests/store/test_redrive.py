@@ -1,5 +1,5 @@
 """
-A redrive opens a new generation of a dead letter and forgets nothing.
+A redrive starts a new generation of a dead letter and loses nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ async def test_a_redriven_task_starts_afresh_with_all_its_attempts(
     db: Database, state: State
 ) -> None:
     """
-    Due now, no failures, no trace of the last end; attempts go on counting.
+    It is due now, without failures or a trace of its last end; attempts keep counting.
     """
     task = await a_task(db, state=state, attempt=3)
 
@@ -51,7 +51,7 @@ async def test_the_attempts_before_a_redrive_stay_in_the_history(
     db: Database, state: State, attempt: int
 ) -> None:
     """
-    The last one was part of the row; the redrive moves it into the history.
+    The last attempt was part of the row; the redrive moves it into the history.
     """
     task = await a_task(db, state=state, attempt=attempt)
     before = (await read.get(db, 1, task.id)).attempts
@@ -67,7 +67,7 @@ async def test_a_task_cancelled_before_it_ran_has_no_attempt_after_a_redrive(
     db: Database,
 ) -> None:
     """
-    Nothing is made up.
+    No attempt is invented.
     """
     task = await a_task(db, state=State.CANCELLED, attempt=0)
 
@@ -110,7 +110,7 @@ async def test_two_redrives_at_once_open_one_generation(db: Database) -> None:
 
 async def test_a_redriven_task_that_fails_again_can_be_redriven_again(db: Database) -> None:
     """
-    Generation after generation, the history grows without gaps.
+    The history grows without gaps from generation to generation.
     """
     task = await a_task(db, state=State.FAILED)
     for _ in range(3):

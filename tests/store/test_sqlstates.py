@@ -1,5 +1,5 @@
 """
-The table of SQLSTATEs: nothing is left out, and what a server of others does is waited out.
+The table of SQLSTATEs is complete, and trouble caused by other administrators is waited out.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ EXPECTED = {
 
 def errors(base: type[Exception]) -> Iterator[type[Exception]]:
     """
-    This class and all below it.
+    This class and all of its subclasses.
     """
     yield base
     for child in base.__subclasses__():
@@ -72,7 +72,7 @@ def errors(base: type[Exception]) -> Iterator[type[Exception]]:
 
 def test_every_error_that_the_client_knows_has_a_kind() -> None:
     """
-    By its own SQLSTATE or by its class, not by default.
+    Each has an entry by its SQLSTATE or its class, not by default.
     """
     known = [getattr(error, "sqlstate", None) for error in errors(asyncpg.PostgresError)]
     states = {state for state in known if state is not None}
@@ -83,7 +83,7 @@ def test_every_error_that_the_client_knows_has_a_kind() -> None:
 
 def test_the_table_has_no_state_that_does_not_exist() -> None:
     """
-    A slip of the pen would leave an entry that never applies.
+    A typo would leave an entry that never applies.
     """
     states = {str(getattr(error, "sqlstate", "")) for error in errors(asyncpg.PostgresError)}
     states |= {f"{state[:2]}" for state in states}
@@ -93,7 +93,7 @@ def test_the_table_has_no_state_that_does_not_exist() -> None:
 
 def test_an_error_of_the_connection_asks_for_another_one() -> None:
     """
-    Whatever class of the client's or of the system's it is.
+    That holds for every class of the client and of the system.
     """
     for base in (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
         for error in errors(base):
@@ -104,7 +104,7 @@ def test_an_error_of_the_connection_asks_for_another_one() -> None:
 @pytest.mark.parametrize("state", PASSES_BY_ITSELF)
 def test_what_passes_by_itself_is_waited_out(state: str) -> None:
     """
-    As StoreUnavailable, in PostgreSQL's words but for its DETAIL, which may quote values.
+    It is a StoreUnavailable in PostgreSQL's words, without the DETAIL, which may quote values.
     """
     error = asyncpg.PostgresError.new(
         {"C": state, "M": "words of the server", "D": "Key (payload)=(4111) exists."}
@@ -122,14 +122,15 @@ def test_what_passes_by_itself_is_waited_out(state: str) -> None:
 @pytest.mark.parametrize("state", EXPECTED)
 def test_what_does_not_pass_is_told_apart(state: str) -> None:
     """
-    Values that cannot be stored, what can be repeated at once, and mistakes of ours.
+    These are values that cannot be stored, statements that can be repeated immediately, and bugs
+    of ours.
     """
     assert EXPECTED[state] is meaning_of_state(state)
 
 
 def test_an_error_that_ends_the_session_does_not_leave_it_alive() -> None:
     """
-    PostgreSQL calls it fatal, whatever its state.
+    PostgreSQL calls it fatal, whatever its SQLSTATE.
     """
     error = asyncpg.PostgresError.new({"C": "42501", "M": "no", "S": "FATAL", "V": "FATAL"})
 
@@ -142,7 +143,8 @@ def test_an_error_that_ends_the_session_does_not_leave_it_alive() -> None:
 
 def test_a_row_without_a_partition_is_not_the_fault_of_its_values() -> None:
     """
-    PostgreSQL calls it a check violation, but no constraint refuses it: a partition is missing.
+    PostgreSQL reports a check violation, but no constraint refuses the row: a partition is
+    missing.
     """
     without = asyncpg.PostgresError.new({"C": "23514", "M": "no partition"})
     by_constraint = asyncpg.PostgresError.new({"C": "23514", "M": "no", "n": "tasks_check"})

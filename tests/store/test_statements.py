@@ -71,7 +71,7 @@ async def test_postgresql_accepts_every_statement(db: Database) -> None:
 @pytest.mark.parametrize("name", [n for n in STATEMENTS if "LIST " not in n])
 def test_every_write_to_a_task_guards_where_it_comes_from(name: str) -> None:
     """
-    No UPDATE or DELETE of a task goes by its id alone.
+    No UPDATE or DELETE selects a task by its id alone.
     """
     for write in re.split(r"\b(?:UPDATE|DELETE FROM) asyncflow\.tasks\b", STATEMENTS[name])[1:]:
         where = write.partition("WHERE")[2]

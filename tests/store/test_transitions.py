@@ -1,8 +1,8 @@
 """
-Each transition of `domain.states` against PostgreSQL: every state meets every statement.
+Each transition of `domain.states` against PostgreSQL: every statement runs in every state.
 
-The tests drive a task into each state, run one statement of the store on it, and compare with
-the table. What the table does not allow must leave the row exactly as it was.
+The tests put a task into each state, run one statement of the store on it, and compare with the
+table. A transition that the table does not allow must leave the row exactly as it was.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ async def test_a_statement_moves_a_task_as_the_table_says_or_not_at_all(
     db: Database, name: str, state: State
 ) -> None:
     """
-    Every state meets every statement.
+    Every statement runs in every state.
     """
     statement = STATEMENTS[name]
     task = await a_task(db, state=state)
@@ -189,7 +189,7 @@ async def test_a_finished_attempt_counts_although_its_cancellation_was_asked_for
     db: Database, event: Event
 ) -> None:
     """
-    The handler was faster; what it did is recorded.
+    The handler was faster, and its outcome is recorded.
     """
     task = await a_task(db, state=State.RUNNING, cancel_requested=True)
     assert task.lease_id

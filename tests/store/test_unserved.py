@@ -1,5 +1,5 @@
 """
-What nobody serves is found, whatever else waits.
+Tasks that no worker runs are found, whatever else waits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ async def found(
     db: Database, *, sample: int = 1_000, due_for: float = 0.0
 ) -> list[tuple[str, str, int]]:
     """
-    What is unserved: queue, name and count.
+    What is unserved, as queue, name and count.
     """
     waiting = await unserved(db, sample=sample, due_for_seconds=due_for)
     assert all(isinstance(one, Unserved) and one.waiting_seconds >= 0 for one in waiting)
@@ -24,7 +24,7 @@ async def found(
 
 async def test_tasks_are_unserved_until_a_live_worker_offers_them(db: Database) -> None:
     """
-    By queue and by name; paused queues wait because somebody wants them to.
+    That goes by queue and name; tasks of paused queues are meant to wait.
     """
     await submit(db, [new_task(queue="nobody") for _ in range(600)])
     await submit(db, [new_task(name="unknown"), new_task(), new_task(queue="paused")])
@@ -48,7 +48,7 @@ async def test_tasks_are_unserved_until_a_live_worker_offers_them(db: Database) 
 
 async def test_a_look_is_bounded_and_sees_the_oldest(db: Database) -> None:
     """
-    However many wait: what is served moves on, what is not stays in front.
+    Served tasks move on and unserved ones stay in front, however many wait.
     """
     await a_worker(db)
     await submit(db, [new_task(name="unknown") for _ in range(30)])

@@ -31,7 +31,7 @@ DAY = 86_400
 @pytest.mark.parametrize("state", [State.PENDING, State.QUEUED])
 async def test_a_waiting_task_is_cancelled_when_it_expires(db: Database, state: State) -> None:
     """
-    And says that it did.
+    Its failure says that it expired.
     """
     task = await a_task(db, state=state)
     other = await a_task(db, state=state)
@@ -62,7 +62,7 @@ async def test_a_task_that_waits_for_a_retry_expires_too(db: Database) -> None:
 
 async def test_a_running_task_does_not_expire(db: Database) -> None:
     """
-    Expiry is about starting.
+    `expires_at` limits only the start.
     """
     task = await a_task(db, state=State.RUNNING)
     await backdate(db, "tasks", task.id, expires_at=1)
@@ -73,7 +73,7 @@ async def test_a_running_task_does_not_expire(db: Database) -> None:
 
 async def test_expiring_is_bounded_and_goes_on_where_it_stopped(db: Database) -> None:
     """
-    The longest expired go first.
+    Tasks that expired first go first.
     """
     ids = await submitted(db, 5)
     for age, task_id in enumerate(ids, start=1):
@@ -89,7 +89,7 @@ async def test_expiring_is_bounded_and_goes_on_where_it_stopped(db: Database) ->
 
 async def test_expiring_steps_over_a_task_that_is_being_claimed(db: Database) -> None:
     """
-    Neither waits for the other.
+    Neither statement waits for the other.
     """
     (task_id,) = await submitted(db, 1)
 
@@ -103,7 +103,7 @@ async def test_expiring_steps_over_a_task_that_is_being_claimed(db: Database) ->
 
 async def test_only_tasks_finished_before_the_retention_are_pruned(db: Database) -> None:
     """
-    With all their attempts; live tasks never, however old.
+    Their attempts go with them; live tasks stay, however old.
     """
     kept = [await a_task(db, state=state, attempt=2) for state in State if state != State.PENDING]
     old = [await a_task(db, state=state, attempt=3) for state in sorted(TERMINAL)]
@@ -126,7 +126,7 @@ async def test_only_tasks_finished_before_the_retention_are_pruned(db: Database)
 
 async def test_pruning_is_bounded_and_the_oldest_go_first(db: Database) -> None:
     """
-    So that one run stays short after a long outage.
+    Each run stays short, even after a long outage.
     """
     finished = [await a_task(db, state=State.COMPLETED) for _ in range(5)]
     for age, task in enumerate(finished, start=2):
@@ -142,7 +142,7 @@ async def test_pruning_is_bounded_and_the_oldest_go_first(db: Database) -> None:
 
 async def test_a_hint_to_a_pruned_task_is_harmless(db: Database) -> None:
     """
-    RabbitMQ may keep it for longer than we keep the task.
+    RabbitMQ may keep the hint longer than we keep the task.
     """
     task = await a_task(db, state=State.COMPLETED)
     await upkeep.prune_finished(db, older_than_days=0, limit=10)
@@ -152,7 +152,7 @@ async def test_a_hint_to_a_pruned_task_is_harmless(db: Database) -> None:
 
 async def test_the_probe_finds_out_that_a_database_takes_no_writes(db: Database) -> None:
     """
-    A demoted primary answers every SELECT and is of no use.
+    A demoted primary answers every SELECT and is useless.
     """
     await upkeep.probe(db)
 
@@ -167,7 +167,7 @@ async def test_the_probe_finds_out_that_a_database_takes_no_writes(db: Database)
 
 async def moved(db: Database, *, limit: int = 10) -> int:
     """
-    Move what waits in `default` to its handler's queue.
+    Move tasks that wait in `default` to their handler's queue.
     """
     return await upkeep.move_to_handlers_queue(
         db, queue="default", since_seconds=3_600, late_seconds=15, limit=limit
@@ -191,7 +191,7 @@ async def queue_of(db: Database, task_id: UUID) -> str:
 
 async def test_a_task_older_than_its_handler_moves_to_the_handlers_queue(db: Database) -> None:
     """
-    Nobody could know where it belongs when it was submitted; now workers and the relay find it.
+    Its queue was unknown when it was submitted; now workers and the relay find it.
     """
     [early] = await submitted(db, 1)
     [other] = await submitted(db, 1, name="other")
@@ -229,7 +229,7 @@ async def test_a_task_that_was_sent_to_default_stays_there(
 
 async def test_a_task_that_some_worker_takes_from_default_stays_there(db: Database) -> None:
     """
-    It does not wait for ever, and keeps its place.
+    It will run there, and keeps its place.
     """
     [task_id] = await submitted(db, 1)
     await published(db, "reports")
@@ -242,7 +242,7 @@ async def test_a_task_that_some_worker_takes_from_default_stays_there(db: Databa
 @pytest.mark.parametrize("state", [State.QUEUED, State.RUNNING, State.COMPLETED, State.FAILED])
 async def test_only_pending_tasks_move(db: Database, state: State) -> None:
     """
-    A hint is under way to the old queue, or it has been taken from there.
+    The hint of a queued task is on its way to the old queue, or was taken from there.
     """
     task = await a_task(db, state=state)
     await published(db, "reports")
@@ -253,7 +253,7 @@ async def test_only_pending_tasks_move(db: Database, state: State) -> None:
 
 async def test_moving_is_bounded_and_goes_on_where_it_stopped(db: Database) -> None:
     """
-    However many waited; the newest of two publications counts.
+    It handles any number of tasks; the newer of two publications counts.
     """
     await submitted(db, 3)
     await published(db, "older")

@@ -1,5 +1,5 @@
 """
-Wake-ups arrive at once, come back after a broken connection, and cost no more than needed.
+Wake-ups arrive immediately, resume after a broken connection, and are no more than needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Bell:
 
     def ring(self) -> None:
         """
-        What a listener calls.
+        The callback of a listener.
         """
         self.rings += 1
         self._rang.set()
@@ -39,7 +39,7 @@ class Bell:
 
 async def test_a_listener_is_woken_when_it_begins_and_for_every_wakeup(db: Database) -> None:
     """
-    What was sent before it listened went unheard, so it looks once by itself.
+    It missed what was sent before it listened, so it calls once by itself.
     """
     bell = Bell()
     async with Listener(db, bell.ring):
@@ -53,7 +53,7 @@ async def test_a_listener_is_woken_when_it_begins_and_for_every_wakeup(db: Datab
 
 async def test_every_listener_is_woken(db: Database) -> None:
     """
-    A wake-up is for whoever has a free slot.
+    Any of them may have a free slot.
     """
     one, two = Bell(), Bell()
     async with Listener(db, one.ring), Listener(db, two.ring):
@@ -68,7 +68,7 @@ async def test_every_listener_is_woken(db: Database) -> None:
 
 async def test_a_listener_whose_connection_was_cut_comes_back_and_looks(db: Database) -> None:
     """
-    Soon, not at its next check: a gap in listening may have hidden a wake-up.
+    It does so soon, not at its next check: the gap may have hidden a wake-up.
     """
     bell = Bell()
     async with Listener(db, bell.ring):
@@ -89,7 +89,7 @@ async def test_a_listener_whose_connection_was_cut_comes_back_and_looks(db: Data
 
 async def test_a_burst_of_wakes_sends_one_more_wakeup(db: Database) -> None:
     """
-    However many submissions there are while one is on its way.
+    That holds for any number of submissions while one is on its way.
     """
     heard: list[str] = []
     end = asyncio.Event()
@@ -115,7 +115,7 @@ async def test_a_burst_of_wakes_sends_one_more_wakeup(db: Database) -> None:
 
 async def test_a_wake_during_a_wakeup_is_not_lost(db: Database) -> None:
     """
-    It may stand for a task that the one on its way was too early for.
+    It may stand for a task that was committed after the first one was sent.
     """
     bell = Bell()
     waker = Waker(db)
@@ -147,7 +147,7 @@ async def test_waking_fails_silently_while_the_database_is_down() -> None:
 
 async def test_a_listener_starts_before_its_database() -> None:
     """
-    It goes on trying, and stops when it is asked to.
+    It keeps trying, and stops when asked to.
     """
     bell = Bell()
     async with Database("postgresql://nobody@127.0.0.1:1/nothing") as down:
@@ -159,7 +159,7 @@ async def test_a_listener_starts_before_its_database() -> None:
 
 async def test_behind_a_pooler_a_listener_does_nothing(shared_database_url: str) -> None:
     """
-    In transaction mode there is no LISTEN; whoever waits must poll.
+    There is no LISTEN in transaction mode; its owner must poll.
     """
     bell = Bell()
     async with Database(shared_database_url, size=1, pooler=True) as pooled:

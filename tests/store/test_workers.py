@@ -1,5 +1,5 @@
 """
-Workers: alive while they say so, lost when they are silent or their lock is free.
+Workers are alive while they beat, and lost when they are silent or their lock is free.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OVERDUE = 5.0
 @pytest.fixture
 async def session(db: Database) -> AsyncIterator[asyncpg.Connection]:
     """
-    The connection that a worker would hold its lock on.
+    The connection on which a worker would hold its lock.
     """
     connection = await db.connect("worker")
     yield connection
@@ -34,7 +34,7 @@ async def session(db: Database) -> AsyncIterator[asyncpg.Connection]:
 
 async def lost(db: Database, *, grace_seconds: float = 0, **outage: float) -> list[object]:
     """
-    The workers that the reaper gives up now, as if PostgreSQL had been running long.
+    The workers that the reaper declares lost now, as if PostgreSQL had been running for long.
     """
     marked = await workers.mark_lost(db, grace_seconds=grace_seconds, **outage)
     return [worker_id for worker_id, _ in marked]
@@ -42,7 +42,7 @@ async def lost(db: Database, *, grace_seconds: float = 0, **outage: float) -> li
 
 async def test_a_worker_that_just_registered_is_alive(db: Database) -> None:
     """
-    It has not had the time to take its lock or to send a heartbeat.
+    It has had no time to take its lock or to beat.
     """
     worker = await a_worker(db)
 
@@ -54,7 +54,7 @@ async def test_a_silent_worker_is_lost_when_its_lease_ends(
     db: Database, session: asyncpg.Connection
 ) -> None:
     """
-    Although it still holds its lock: it may be frozen, or cut off.
+    It still holds its lock, but may be frozen or cut off.
     """
     worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
     await workers.hold_lock(session, worker.id)
@@ -67,7 +67,7 @@ async def test_an_overdue_worker_is_alive_while_it_holds_its_lock(
     db: Database, session: asyncpg.Connection
 ) -> None:
     """
-    A slow heartbeat alone is no death.
+    A late heartbeat alone does not prove death.
     """
     worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
     assert await workers.hold_lock(session, worker.id)
@@ -80,8 +80,8 @@ async def test_an_overdue_worker_is_lost_once_its_lock_is_free(
     db: Database, session: asyncpg.Connection
 ) -> None:
     """
-    The kernel closed its connection, PostgreSQL freed the lock: it is dead long before
-    its lease ends.
+    The kernel closed its connection and PostgreSQL freed the lock: it is dead long before its
+    lease ends.
     """
     worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
     await workers.hold_lock(session, worker.id)
@@ -93,7 +93,7 @@ async def test_an_overdue_worker_is_lost_once_its_lock_is_free(
 
 async def test_a_free_lock_alone_is_no_death(db: Database) -> None:
     """
-    While heartbeats come, the connection that held it may just be on its way back.
+    While heartbeats arrive, the connection that held the lock may just be reconnecting.
     """
     worker = await a_worker(db)
     await backdate(db, "workers", worker.id, heartbeat_at=1.5)
@@ -103,7 +103,7 @@ async def test_a_free_lock_alone_is_no_death(db: Database) -> None:
 
 async def test_behind_a_pooler_only_the_heartbeat_tells_that_a_worker_lives(db: Database) -> None:
     """
-    No worker holds a lock there, so a free one proves nothing; its lease does end.
+    No worker holds a lock there, so a free one proves nothing; its lease still ends.
     """
     worker = await a_worker(db, holds_lock=False, lease_seconds=LEASE_SECONDS)
     await backdate(db, "workers", worker.id, heartbeat_at=OVERDUE)
@@ -117,7 +117,7 @@ async def test_behind_a_pooler_only_the_heartbeat_tells_that_a_worker_lives(db: 
 @pytest.mark.parametrize("silent_seconds", [OVERDUE, LEASE_SECONDS + 1])
 async def test_nobody_is_lost_right_after_an_outage(db: Database, silent_seconds: float) -> None:
     """
-    Nobody could send a heartbeat meanwhile, and every lock is free; they need a moment.
+    No worker could beat meanwhile, and every lock is free, so they get time to come back.
     """
     worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
     await backdate(db, "workers", worker.id, heartbeat_at=silent_seconds)
@@ -142,7 +142,7 @@ async def test_no_heartbeat_revives_a_lost_worker(db: Database) -> None:
 
 async def test_a_heartbeat_keeps_a_worker_alive(db: Database) -> None:
     """
-    However late it was, as long as nobody gave the worker up.
+    However late it is, it counts until the worker is declared lost.
     """
     worker = await a_worker(db)
     await backdate(db, "workers", worker.id, heartbeat_at=LEASE_SECONDS + 1)
@@ -153,7 +153,7 @@ async def test_a_heartbeat_keeps_a_worker_alive(db: Database) -> None:
 
 async def test_a_stopped_or_unknown_worker_has_no_heartbeat(db: Database) -> None:
     """
-    It said goodbye, or its row was pruned.
+    It signed off, or its row was pruned.
     """
     worker = await a_worker(db)
     await workers.stop(db, worker.id)
@@ -174,7 +174,7 @@ async def test_registering_twice_is_one_worker(db: Database) -> None:
 
 async def test_a_worker_gets_its_lock_only_once(db: Database, session: asyncpg.Connection) -> None:
     """
-    Two processes with one id would be found out.
+    A second process with the same id is detected.
     """
     worker = await a_worker(db)
 
@@ -207,7 +207,7 @@ async def test_a_worker_is_told_of_old_leases_and_of_requested_cancellations(
 
 async def test_the_leases_of_workers_that_are_gone_are_lost(db: Database) -> None:
     """
-    Stopped, lost and unknown workers; not those of one that lives.
+    Their workers are stopped, lost or unknown; those of a live worker are kept.
     """
     alive, stopped, silent = [await a_worker(db) for _ in range(3)]
     kept = await a_task(db, state=State.RUNNING, worker_id=alive.id)
@@ -238,7 +238,7 @@ async def test_the_leases_of_workers_that_are_gone_are_lost(db: Database) -> Non
 
 async def test_a_backoff_of_a_newer_version_is_read_as_far_as_it_is_known(db: Database) -> None:
     """
-    One lease that cannot be read would keep the reaper from all others.
+    One unreadable lease would stop the reaper for all others.
     """
     worker = await a_worker(db)
     await a_task(db, state=State.RUNNING, worker_id=worker.id)
@@ -255,7 +255,7 @@ async def test_a_backoff_of_a_newer_version_is_read_as_far_as_it_is_known(db: Da
 
 async def test_workers_that_ended_long_ago_are_forgotten(db: Database) -> None:
     """
-    A day later; live ones never.
+    They are deleted a day later; live ones never are.
     """
     alive, stopped, recent = [await a_worker(db) for _ in range(3)]
     await backdate(db, "workers", alive.id, started_at=10**6)
@@ -305,7 +305,7 @@ async def test_a_handler_is_live_on_a_queue_while_a_worker_lives_that_declares_i
 
 async def test_a_queue_that_a_handler_has_left_is_forgotten(db: Database) -> None:
     """
-    A day after its last worker; the newest word on a name is kept for ever.
+    That happens a day after its last worker; the latest publication of a name is kept.
     """
     await a_worker(db, handlers=("b",), handler_queues=("old",))
     for queue in ("old", "new"):
