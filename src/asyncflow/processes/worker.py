@@ -51,11 +51,11 @@ def work(settings: Settings) -> Coroutine[Any, Any, int]:
 
 async def _work(settings: Settings, registry: Registry) -> int:
     """
-    One worker, until a signal; declared lost, it starts again under a new id.
+    One worker, until a signal; declared dead, it starts again under a new id.
 
     Returns:
-        The exit status: 0, or 70 if stuck handlers hold all its slots; then whoever supervises
-        it starts another.
+        The exit status: 0, or 70 if stuck handlers hold all its slots; then its
+        supervisor starts another.
 
     Raises:
         HandlerError: A module cannot be loaded for child processes.
