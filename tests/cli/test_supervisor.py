@@ -50,7 +50,7 @@ def test_workers_that_refuse_to_run_end_their_parent(env: dict[str, str], tmp_pa
     ended = finished(*arguments, folder=tmp_path, env=env)
 
     assert ended.returncode == 2
-    assert "There is no module 'nowhere.tasks'" in ended.stderr
+    assert "No module named 'nowhere.tasks'" in ended.stderr
 
 
 def test_options_reach_every_worker(env: dict[str, str], tmp_path: Path) -> None:

@@ -357,7 +357,9 @@ _STEPS = [
         counts=tells("started"),
         handler="step-in-process",
     ),
-    _step("worker", "outcome", "asyncflow.worker.attempt:Attempt._finish", "before"),
+    _step("worker", "run", "asyncflow.worker.isolation.loop:LoopRun.outcome", "before after"),
+    _step("worker", "outcome", "asyncflow.worker.attempt:Attempt.decide", "before"),
+    _step("worker", "decision", "asyncflow.worker.attempt:decide", "before"),
     _step(
         *("worker", "beat", f"{WORKERS}:heartbeat", ENDS),
         story="a while",

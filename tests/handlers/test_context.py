@@ -52,7 +52,7 @@ def test_progress_is_brought_into_range(reported: tuple[Any, ...], received: Pro
     assert [received] == reports
 
 
-def test_progress_needs_nobody_to_listen() -> None:
+def test_progress_needs_no_listener() -> None:
     """
     A handler's tests can pass a bare context.
     """
@@ -70,9 +70,9 @@ def test_time_runs_out_but_never_below_zero() -> None:
     assert 0.0 == a_context(timeout_seconds=-1).remaining_seconds()
 
 
-def test_a_request_to_stop_is_seen_once_the_handler_looks() -> None:
+def test_a_request_to_stop_is_seen_once_the_handler_reads_it() -> None:
     """
-    Whoever runs the attempt knows whether the handler knew.
+    The code that runs the attempt can tell whether the handler knew.
     """
     context = a_context()
     context.raise_if_cancelled()

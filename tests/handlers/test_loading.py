@@ -158,7 +158,7 @@ def test_a_missing_module_is_named_with_where_it_was_looked_for(load: Load, tmp_
     """
     answer = load("billing.tasks")
 
-    assert answer.startswith("HandlerError: There is no module 'billing.tasks'. Looked in:")
+    assert answer.startswith("HandlerError: No module named 'billing.tasks'. Searched in:")
     assert f"\n  {tmp_path}\n" in answer
 
 
@@ -166,7 +166,7 @@ def test_a_missing_file_is_named_in_full(load: Load, tmp_path: Path) -> None:
     """
     As it was understood.
     """
-    assert f"HandlerError: There is no file {tmp_path}/no/tasks.py." == load("no/tasks.py")
+    assert f"HandlerError: No such file: {tmp_path}/no/tasks.py." == load("no/tasks.py")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Running:
 
     async def end(self) -> None:
         """
-        Wait for the end of `run`, which somebody else brings about.
+        Wait for the end of `run`, which the test brings about.
         """
         async with asyncio.timeout(PATIENCE_SECONDS):
             await asyncio.shield(self.ended)
@@ -70,7 +70,7 @@ async def a_running_worker(
 ) -> AsyncIterator[Running]:
     """
     A worker that offers `functions`, the first under the name `work`, or what a `registry`
-    has; hurried at the end. Without a `broker_url` it claims from PostgreSQL alone.
+    has; forced to end when the test is done. Without a `broker_url` it claims directly.
     """
     registry = registry or registry_of(*functions, **policy)
     registration = a_registration(

@@ -29,10 +29,10 @@ from tests.support.tasks import NAME, QUEUE
 
 class FarSide:
     """
-    The database and the broker as one attempt sees them.
+    The database and the worker as one attempt sees them.
 
     Attributes:
-        answers: What settling comes to, one after the other; True when there are none left.
+        answers: What each settle returns or raises, in order; True when none are left.
         settled: Every settlement that was tried.
         tried: Set when there is one.
         handler_ends: What `on_handler_end` was told.
@@ -75,7 +75,7 @@ class FarSide:
 
 class NoMoreThreads(Isolation):
     """
-    A machine on its last legs.
+    A machine that can start no more threads.
     """
 
     def prepare(self, *arguments: Any, **more: Any) -> Run:
@@ -87,12 +87,12 @@ class NoMoreThreads(Isolation):
 
 class BrokenBackoff(Backoff):
     """
-    A backoff of somebody's own.
+    A backoff that a user wrote.
     """
 
     def delay_seconds(self, failures: int, *, random: float) -> float:
         """
-        As a mistake in it fails.
+        Fail as a mistake would.
         """
         raise ZeroDivisionError("no wait at all")
 
@@ -119,7 +119,7 @@ def an_attempt(
     **policy: Any,
 ) -> Attempt:
     """
-    A claim that is about to be worked off, with one handler.
+    An attempt that has not started, of a worker with one handler.
     """
     return Attempt(
         Claim(
@@ -149,7 +149,7 @@ def an_attempt(
 
 async def execute(attempt: Attempt, far_side: FarSide) -> None:
     """
-    Work it off, and see that it ends once.
+    Run it, and see that it ends once.
     """
     attempt.start()
     await asyncio.wait_for(far_side.has_ended.wait(), 10)
@@ -158,7 +158,7 @@ async def execute(attempt: Attempt, far_side: FarSide) -> None:
 
 async def test_an_attempt_is_settled_once_and_then_it_is_over() -> None:
     """
-    The usual case.
+    In the usual case everything happens once.
     """
     far_side = FarSide()
     attempt = an_attempt(far_side)
@@ -208,7 +208,7 @@ async def test_an_outcome_that_is_refused_for_good_becomes_a_failure() -> None:
 
 async def test_an_attempt_ends_even_if_nothing_of_it_can_be_stored() -> None:
     """
-    It is given up, and its lease is found without an attempt at the next heartbeats.
+    It ends as void, and the next heartbeats find a lease without an attempt.
     """
     far_side = FarSide(*[ValueError("no")] * 100)
     attempt = an_attempt(far_side)
@@ -234,7 +234,7 @@ async def test_a_void_attempt_stops_trying_to_settle() -> None:
 
 async def test_an_attempt_that_cannot_be_run_is_punished() -> None:
     """
-    It does not raise, and it does not run for ever.
+    It does not raise, and the task does not run without end.
     """
     far_side = FarSide()
     isolation = NoMoreThreads(slots=1)
@@ -245,9 +245,9 @@ async def test_an_attempt_that_cannot_be_run_is_punished() -> None:
     assert [None] == far_side.handler_ends
 
 
-async def test_a_name_nobody_knows_is_a_failure() -> None:
+async def test_an_unknown_name_is_a_failure() -> None:
     """
-    It cannot happen, and is survived.
+    That cannot happen, and is survived all the same.
     """
     far_side = FarSide()
 
@@ -291,7 +291,7 @@ async def test_an_outcome_is_settled_whatever_the_worker_makes_of_the_slot(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """
-    A mistake in the worker's books is not the task's, but somebody hears of it.
+    A mistake in the worker's books does not harm the task, and is logged.
     """
 
     def lose_count(ran_seconds: float | None) -> None:

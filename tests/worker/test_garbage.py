@@ -12,7 +12,7 @@ import pytest
 
 from asyncflow.domain.outcome import Completed
 from asyncflow.handlers import DEFAULT_REGISTRY
-from asyncflow.worker.isolation.garbage import COLLECT_SECONDS, GROWTH_BYTES, LOOK_SECONDS, Garbage
+from asyncflow.worker.isolation.garbage import CHECK_SECONDS, COLLECT_SECONDS, GROWTH_BYTES, Garbage
 from asyncflow.worker.isolation.isolation import Isolation
 from asyncflow.worker.isolation.nursery import Nursery
 from tests.worker import odd_handlers
@@ -42,14 +42,14 @@ class Process:
         self.collected.append(generation)
         self.bytes_held -= self.gives_back.get(generation, 0)
 
-    def grows(self, size: int, *, seconds: float = 2 * LOOK_SECONDS) -> list[int]:
+    def grows(self, size: int, *, seconds: float = 2 * CHECK_SECONDS) -> list[int]:
         """
-        Hold so much more, after so long; the generations that are collected for it.
+        Hold this much more, after this long; return the generations that get collected.
         """
         self.collected.clear()
         self.now += seconds
         self.bytes_held += size
-        self.garbage.look()
+        self.garbage.check()
         return list(self.collected)
 
 
@@ -68,7 +68,7 @@ def test_growth_is_answered_by_a_collection_of_what_is_young() -> None:
 
 def test_a_full_collection_follows_when_memory_has_grown_by_a_quarter() -> None:
     """
-    It takes as long as the program is large, and what a program keeps is no garbage.
+    It takes longer the larger the program is, and what a program keeps is not garbage.
     """
     process = Process()
 
@@ -90,7 +90,7 @@ def test_memory_that_was_given_back_is_not_room_for_garbage() -> None:
 
 def test_garbage_does_not_stay_for_longer_than_a_minute() -> None:
     """
-    It may hold sockets, which nobody sees in the memory.
+    It may hold sockets, which do not show in the memory.
     """
     process = Process()
 
@@ -98,14 +98,14 @@ def test_garbage_does_not_stay_for_longer_than_a_minute() -> None:
     assert [1] == process.grows(0, seconds=2)
 
 
-def test_looking_again_at_once_costs_nothing() -> None:
+def test_checking_again_immediately_costs_nothing() -> None:
     """
     Thousands of attempts may end in a second.
     """
     process = Process()
     process.grows(0)
 
-    assert [] == process.grows(GROWTH_BYTES + 1, seconds=LOOK_SECONDS / 2)
+    assert [] == process.grows(GROWTH_BYTES + 1, seconds=CHECK_SECONDS / 2)
 
 
 @pytest.fixture

@@ -765,7 +765,7 @@ async def test_context_variables_go_in_but_do_not_come_out(
 @pytest.mark.parametrize("where", ["loop", "thread", "process"])
 async def test_an_interrupted_run_takes_its_handler_along(patient: Isolation, where: str) -> None:
     """
-    Nobody wants its outcome; it gets no grace and leaves no handler behind.
+    Its outcome is not wanted; it gets no grace and leaves no handler behind.
     """
     names = {"loop": "wait.loop", "thread": "poll.thread", "process": "ignore.process"}
     running, ended, _ = await start(patient, the(names[where]))
@@ -808,7 +808,7 @@ async def test_a_run_interrupted_before_its_child_is_there_ends(
     patient: Isolation, name: str
 ) -> None:
     """
-    At once, and the child is kept for the next one.
+    It ends immediately, and the child is kept for the next one.
     """
     running, ended = begin(patient, the(name), a_context())
 
@@ -872,7 +872,7 @@ def _note(order: list[float], seconds: float, _: object) -> None:
 
 async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - nobody signals the death of a grandchild
+        while not condition():  # noqa: ASYNC110 - nothing signals the death of a grandchild
             await asyncio.sleep(0.005)
 
 

@@ -326,7 +326,7 @@ async def test_what_the_nursery_lacks_is_not_charged_to_a_task() -> None:
 
 async def test_idle_children_leave() -> None:
     """
-    One that nobody needs gives its memory back; what is lent stays.
+    An idle one frees its memory; those that are lent stay.
     """
     async with Nursery(["tests.worker.odd_handlers"]) as nursery:
         children = ChildPool(nursery, idle_max=2, tasks_max=9, idle_seconds=0.05)

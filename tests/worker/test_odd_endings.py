@@ -2,7 +2,7 @@
 Every odd thing that handlers return and raise, as tasks of one worker: each ends as a dead
 letter that says why, nothing is stuck, and the worker goes on.
 
-What each comes to in detail is `test_isolation`'s; here it has to get through PostgreSQL.
+`test_isolation` checks each outcome in detail; here it has to get through PostgreSQL.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ async def test_every_odd_ending_is_recorded_and_the_worker_goes_on(
     db: Database, where: str
 ) -> None:
     """
-    All at once, four side by side, and a good task behind them.
+    All are submitted together, four run at a time, and a good task follows.
     """
     registry = Registry()
     names = [f"{what.replace(' ', '-')}.{where}" for what in (*ENDINGS, "number")]

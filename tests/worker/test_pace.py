@@ -23,7 +23,7 @@ def a_pace(slots: int, *run_seconds: float) -> Pace:
 
 def test_an_unknown_workload_is_claimed_one_by_one() -> None:
     """
-    Nobody hoards before it is known that tasks are short.
+    No worker claims ahead before it knows that tasks are short.
     """
     pace = Pace(8)
 
@@ -74,7 +74,7 @@ def test_a_change_of_the_workload_is_noticed() -> None:
 
 def test_a_pace_can_be_forgotten() -> None:
     """
-    Then it begins anew.
+    Then it starts again from the slots.
     """
     pace = a_pace(4, *[0.001] * 100)
 

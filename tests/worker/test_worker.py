@@ -109,9 +109,9 @@ async def test_what_a_handler_returns_is_the_result(db: Database) -> None:
     assert running.registration.id == task.worker_id
 
 
-async def test_a_worker_that_has_come_wakes_whoever_waited_for_one(db: Database) -> None:
+async def test_a_worker_that_has_started_wakes_what_waited_for_one(db: Database) -> None:
     """
-    The relay sends it tasks at once, not at its next poll.
+    The relay sends it tasks immediately, not at its next poll.
     """
 
     async def idle() -> None: ...
@@ -257,7 +257,7 @@ async def test_progress_can_be_read_while_the_handler_runs(db: Database) -> None
 
 async def test_a_result_the_database_refuses_fails_its_task_and_no_other(db: Database) -> None:
     """
-    Even what cannot be stored comes to an end; those settled together with it are unharmed.
+    Even a task whose result cannot be stored ends; those settled together with it are unharmed.
     """
     await db.execute(
         "ALTER TABLE asyncflow.tasks_finished ADD CHECK (result::text <> '\"cursed\"')"
@@ -297,7 +297,7 @@ async def test_a_stopping_worker_lets_its_attempts_finish(db: Database) -> None:
 
 async def until_said_to_stop(transport: Any) -> None:
     """
-    A stopped transport answers at once and with nothing.
+    Wait until the transport has stopped: then it returns immediately, with nothing.
     """
     async with asyncio.timeout(PATIENCE_SECONDS):
         assert [] == await transport.take(1, window=1)
@@ -370,7 +370,7 @@ async def test_a_heartbeat_that_hangs_keeps_no_worker_from_ending(db: Database, 
 
 async def test_attempts_that_outlast_the_grace_period_are_released(db: Database) -> None:
     """
-    Interrupted, unpunished, and due at once for another worker.
+    They are interrupted, unpunished, and due immediately for another worker.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -385,9 +385,9 @@ async def test_attempts_that_outlast_the_grace_period_are_released(db: Database)
     assert ["released"] == [attempt.outcome for attempt in task.attempts]
 
 
-async def test_a_second_request_to_stop_gives_back_at_once(db: Database) -> None:
+async def test_a_second_request_to_stop_releases_immediately(db: Database) -> None:
     """
-    Whoever asks twice does not wait for the grace period.
+    The worker does not wait for the end of the grace period.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -502,7 +502,7 @@ async def test_cut_sessions_do_not_disturb_a_worker(db: Database, database_url: 
     assert 1 == (await read(db, task_id)).attempt
 
 
-async def test_a_worker_declared_lost_ends_and_writes_nothing(db: Database) -> None:
+async def test_a_worker_declared_dead_ends_and_writes_nothing(db: Database) -> None:
     """
     Its tasks belong to others now; it must come back under a new id.
     """
@@ -522,8 +522,8 @@ async def test_a_worker_declared_lost_ends_and_writes_nothing(db: Database) -> N
 
 async def test_a_handler_that_freezes_its_process_past_the_fence_is_charged(db: Database) -> None:
     """
-    It holds the interpreter's lock, so nothing beats. Given back unpunished, it would do the
-    same again for ever.
+    It holds the interpreter's lock, so there are no heartbeats. Released unpunished, it would do
+    the same again, without end.
     """
 
     async def freeze() -> None:
@@ -594,7 +594,7 @@ async def test_a_worker_that_stops_without_a_connection_says_goodbye_on_a_new_on
     db: Database, database_url: str
 ) -> None:
     """
-    It would be reported as lost otherwise, although it stopped in good order.
+    Otherwise it would be declared dead, although it stopped as it should.
     """
     async with a_running_worker(db, idle, times=Times(heartbeat_retry=3_600)) as running:
         await until(lambda: holders(db))
@@ -637,7 +637,7 @@ async def test_a_table_that_is_locked_for_long_costs_no_worker_its_session(db: D
 
 async def refused_beats(logs: Sequence[Mapping[str, Any]], count: int) -> None:
     """
-    Wait until so many more heartbeats were refused.
+    Wait until this many more heartbeats were refused.
     """
     before = len(logs)
 
@@ -652,7 +652,7 @@ async def test_a_missing_right_costs_a_worker_neither_its_lock_nor_its_attempts(
     db: Database, postgres_server: PostgresServer, database_url: str
 ) -> None:
     """
-    Were the session given up, its lock would be free and its heartbeat overdue, and a reaper that
+    Without its session, its lock would be free and its heartbeat overdue, and a reaper that
     has the right would take the worker for dead.
     """
     gate = Gate()
@@ -702,7 +702,7 @@ async def test_a_worker_whose_row_is_gone_for_a_moment_goes_on(db: Database) -> 
     assert 1 == (await read(db, task_id)).attempt
 
 
-async def test_a_worker_that_nobody_knows_any_more_comes_back_as_another(db: Database) -> None:
+async def test_a_worker_whose_row_is_gone_for_good_comes_back_as_another(db: Database) -> None:
     """
     The database was restored from a backup that is older than the worker.
     """
@@ -794,7 +794,7 @@ async def test_a_claim_that_comes_after_its_release_is_not_run(
 
 async def test_a_thread_that_cannot_be_stopped_keeps_its_slot(db: Database) -> None:
     """
-    A stuck handler does not make room for ever more of its kind.
+    A stuck handler does not make room for more of its kind.
     """
     entered = 0
     may_end = threading.Event()
@@ -815,7 +815,7 @@ async def test_a_thread_that_cannot_be_stopped_keeps_its_slot(db: Database) -> N
 
 async def test_a_worker_whose_every_slot_is_stuck_ends(db: Database) -> None:
     """
-    It would beat for ever and run nothing; a new process starts with free slots.
+    It would keep its leases and run nothing; a new process starts with free slots.
     """
     may_end = threading.Event()
 
@@ -907,11 +907,11 @@ async def test_a_handler_that_blocks_the_loop_ends_its_worker_and_is_charged(
     assert "in stall" in line["stack"]
 
 
-async def test_if_nobody_can_tell_who_blocks_the_loop_those_who_might_are_charged(
+async def test_if_what_blocks_the_loop_is_unknown_all_that_might_are_charged(
     db: Database, database_url: str
 ) -> None:
     """
-    Unpunished, the one that does it would stop one worker after another, for ever.
+    Unpunished, the one that does it would stop one worker after another, without end.
     """
     block = "asyncio.get_running_loop().call_soon(time.sleep, 600); await asyncio.sleep(600)"
 

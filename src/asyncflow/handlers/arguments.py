@@ -484,7 +484,7 @@ def _json_object(name: str, payload: str) -> dict[str, Any]:
     try:
         whole = json.loads(payload)
     except (ValueError, RecursionError) as error:
-        raise InvalidPayload(name, [FieldError("", f"The payload is no JSON: {error}")]) from None
+        raise InvalidPayload(name, [FieldError("", f"The payload is not JSON: {error}")]) from None
     if not isinstance(whole, dict):
         raise InvalidPayload(name, [FieldError("", "The payload must be a JSON object.")])
     return whole

@@ -26,7 +26,7 @@ MESSAGE_LENGTH_MAX = 500
 @dataclass(frozen=True, slots=True)
 class Progress:
     """
-    How far an attempt has come, in the handler's own judgement.
+    How far an attempt has got, as its handler reports it.
 
     Attributes:
         fraction: 0.0 to 1.0; None means the handler does not know.
@@ -155,7 +155,7 @@ class Context:
         For `def` handlers, which nothing interrupts: poll it in long loops, clean up, and
         leave by `raise_if_cancelled`. An `async def` handler receives
         `asyncio.CancelledError` instead. What a handler returns after it has seen True here is not
-        kept, since nobody could tell whole work from half.
+        kept: it may be half the work.
         """
         if self._stop_asked:
             self._stop_seen = True
@@ -191,23 +191,22 @@ class Context:
         """
         Tell how far the work has come; the latest report wins.
 
-        Returns at once in every isolation; a report that nobody could read in time is
-        dropped. Values out of range are brought into it: a progress bar is no reason for
-        a task to fail.
+        Returns immediately in every isolation; of reports that follow one another quickly, some
+        are dropped. Values out of range are clamped: a progress bar must not fail a task.
         """
         if self._on_progress is not None:
             self._on_progress(Progress(_clamped(fraction), _shortened(message)))
 
     def ask_to_stop(self) -> None:
         """
-        Make `cancelled` true. For whoever runs the attempt; safe from any thread.
+        Make `cancelled` true. For the code that runs the attempt; safe from any thread.
         """
         self._stop_asked = True
 
     @property
     def stop_seen(self) -> bool:
         """
-        Whether the handler looked at `cancelled` after the request. For whoever runs the attempt.
+        Whether the handler read `cancelled` after the request. For the code that runs the attempt.
         """
         return self._stop_seen
 

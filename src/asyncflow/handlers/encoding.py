@@ -26,7 +26,7 @@ TRACEBACK_BYTES_MAX = 16 << 10
 KIND_BYTES_MAX = 256
 
 LOST_COROUTINE = (
-    "The handler returned a coroutine that nobody awaits. Declare the handler `async def`; "
+    "The handler returned a coroutine that is never awaited. Declare the handler `async def`; "
     "if a decorator hides that, let the decorator return an `async def` function."
 )
 
@@ -45,7 +45,7 @@ def encode_result(value: Any, *, bytes_max: int = RESULT_BYTES_MAX) -> str:
     """
     Write what a handler returned as JSON text.
 
-    Plain JSON types cost one call of the standard encoder. Beside them there may be dataclasses,
+    Plain JSON types cost one call of the standard encoder. Besides them there may be dataclasses,
     sets and generators, and whatever Pydantic can write: models, datetimes, UUIDs, Decimals, enums,
     UTF-8 bytes. What one value becomes, a key above all, does not depend on its neighbours.
 
@@ -53,7 +53,7 @@ def encode_result(value: Any, *, bytes_max: int = RESULT_BYTES_MAX) -> str:
         bytes_max: Most bytes of UTF-8 that the text may take.
 
     Raises:
-        Unstorable: If the value is no JSON, or too large or too deep to be kept.
+        Unstorable: If the value is not JSON, or too large or too deep to be stored.
     """
     if value is None:
         return "null"

@@ -92,7 +92,7 @@ def _named(name: str) -> ModuleType:
 def _existing(path: str) -> Path:
     file = Path(path).resolve()
     if not file.is_file():
-        raise HandlerError(f"There is no file {file}.")
+        raise HandlerError(f"No such file: {file}.")
     return file
 
 
@@ -176,7 +176,7 @@ def _imported(dotted: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and f"{dotted}.".startswith(f"{error.name}."):
             places = "\n  ".join(place or os.getcwd() for place in sys.path)
-            raise HandlerError(f"There is no module {dotted!r}. Looked in:\n  {places}") from error
+            raise HandlerError(f"No module named {dotted!r}. Searched in:\n  {places}") from error
         raise _import_failed(dotted, error) from error
     except HandlerError:
         raise

@@ -38,12 +38,12 @@ class Handler:
         policy: Queue, attempts, timeout and backoff of tasks that do not say otherwise.
         isolation: `loop` awaits it among the worker's own coroutines, `thread` calls it in
             a thread, `process` runs it in a child process that can be killed.
-        never_retry: Exceptions that fail a task at once.
+        never_retry: Exceptions that fail a task without a retry.
         memory_bytes_max: What the child process and its own children may hold together;
             None means no limit. Only with `process`.
         known_schema: What `payload_schema` answers; None means that the signature says it.
         extra: What keys that no parameter names come to: `forbid` or `ignore`.
-        invalid_payload: Whether a payload that does not fit fails its task at once (`fail`) or
+        invalid_payload: Whether a payload that does not fit fails its task for good (`fail`) or
             is tried again (`retry`).
     """
 
@@ -219,7 +219,7 @@ def handler(
         max_attempts: How many failed attempts end a task, 1 to 1000.
         timeout_seconds: How long one attempt may take, up to 7 days.
         backoff: The waits between attempts; None means `Backoff()`.
-        never_retry: Exceptions that fail a task at once, whatever attempts are left.
+        never_retry: Exceptions that fail a task without a retry, whatever attempts are left.
         isolation: `loop` (only `async def`), `thread` (only `def`) or `process` (both).
             None means `loop` for `async def` and `thread` for `def`.
         memory_bytes_max: Most resident memory of the handler's process and its children;

@@ -24,7 +24,7 @@ from asyncflow.domain.retry import Backoff
 from asyncflow.store.database import Executor
 
 HAS_NOT_ENDED = "w.stopped_at IS NULL AND w.lost_at IS NULL"
-"""A worker `w` has neither stopped nor been declared lost."""
+"""A worker `w` has neither stopped nor been declared dead."""
 
 # Only maintenance declares workers lost, and it may not be running.
 IS_LIVE = f"""{HAS_NOT_ENDED}
@@ -246,7 +246,7 @@ async def mark_lost(
 @dataclass(frozen=True, slots=True)
 class Living:
     """
-    A worker that has neither stopped nor been declared lost.
+    A worker that has neither stopped nor been declared dead.
 
     Attributes:
         running: Tasks it holds a lease on.

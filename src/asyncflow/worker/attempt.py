@@ -196,8 +196,8 @@ class Attempt:
                 self._run.cancel()
             outcome = await self._run.outcome()
         except Exception as error:
-            # Ours, or the machine's. Charged all the same, or a task that always ends like
-            # this would run for ever.
+            # Our mistake, or the machine's. Charged all the same, or a task that always ends
+            # like this would be run without end.
             return Crashed(Failure("Crashed", f"The attempt could not be run: {error!r}"))
         finally:
             self._run = None

@@ -29,7 +29,7 @@ class Intake:
     The claims of one worker, from `Transport.take` until their attempts end.
 
     Args:
-        slots: How many handlers run at once, 1 or more.
+        slots: How many handlers run at the same time, 1 or more.
         make_attempt: Makes an attempt that calls `free_slot` and `let_go` when it ends.
 
     Attributes:

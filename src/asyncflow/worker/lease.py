@@ -7,20 +7,20 @@ this worker holds, which brings cancellations and shows claims whose answer got 
 
 Five things can happen to a lease, and each has one answer:
 
-- The beat fails for a while, whatever the reason. Nobody knows whether the leases still hold, so at
-  `FENCE_SHARE` of their length the worker stops what it runs (it *fences* itself) before
-  anyone else may start the same tasks. If PostgreSQL answered and merely refused, because a right
-  or a table is missing, the connection is kept, and with it the lock that shows that this worker
-  lives. If it does not know the worker at all, it is being restored, and the row may come back.
-- The reaper declared this worker lost. It ends and comes back under a new id.
-- The whole process stood still past the fence: it was frozen, or a handler held the
-  interpreter's lock. It gives itself up for lost. The reaper charges its attempts as crashes;
-  were they given back unpunished, such a handler would do the same again for ever.
-- The event loop that runs the handlers stands still. Beats would keep its leases for ever;
-  after `stall_seconds` the process ends itself instead. The attempt that blocks the loop has
-  failed, the others are given back.
-- The process dies. The advisory lock on this connection falls with it, and the reaper knows
-  within a few beats.
+- A beat fails, for whatever reason. The leases may still hold, or not, so at `FENCE_SHARE` of their
+  length the worker stops what it runs (it *fences* itself) before another worker may start the
+  same tasks. If PostgreSQL answered and merely refused, because a right or a table is missing, the
+  connection is kept, and with it the lock that shows that this worker lives. If it does not know
+  the worker at all, the database is being restored, and the row may come back.
+- The reaper declares this worker dead. It ends and comes back under a new id.
+- The whole process stands still past the fence: it was frozen, or a handler held the interpreter's
+  lock. It then ends as if declared dead, and the reaper charges its attempts as crashes. Released
+  unpunished, such a handler would do the same again, without end.
+- The event loop that runs the handlers stands still. Beats would keep its leases as long as it
+  does, so after `Times.stall` the process ends itself. The attempt that blocks the loop has failed;
+  the others are released.
+- The process dies. The advisory lock on this connection falls with it, and the reaper knows within
+  a few beats.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ class LeaseHolder(Protocol):
 
     def on_lost(self) -> None:
         """
-        This worker was given up; it must not go on under this id.
+        This worker was declared dead; it must not go on under this id.
         """
 
     def on_stalled(self, seconds: float) -> Callable[[Held], Settling]:
         """
-        The loop has stood still for so long, and the process is about to end: say how each lease
+        The loop has stood still for this long, and the process is about to end: say how each lease
         is to be settled. Called from the keeper's thread.
         """
         ...
@@ -156,7 +156,7 @@ class LeaseKeeper:
     async def _keep(self) -> None:
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(woken.set)
-        # Beside the beats, not between them: a statement that hangs must not delay the fence.
+        # In parallel with the beats, not between them: a statement that hangs must not delay it.
         watching = loop.create_task(self._watch())
         keeping = loop.create_task(self._keep_until_stopped(woken))
         stopping = loop.create_task(woken.wait())
@@ -176,8 +176,8 @@ class LeaseKeeper:
                     events.heartbeat_failed(reason=str(error))
             await set_within(woken, self._times.heartbeat_retry)
         if not (self._lost or self._said_goodbye):
-            # Its connection broke, and the reaper would report a worker that is well as lost.
-            # Once only: PostgreSQL may be away, and whoever stops does not wait for it.
+            # Its connection broke, and the reaper would declare a healthy worker dead. Tried once:
+            # PostgreSQL may be down, and a worker that stops does not wait for it.
             with contextlib.suppress(StoreError):
                 async with self._connection() as connection:
                     await self._say_goodbye(connection)
@@ -191,7 +191,7 @@ class LeaseKeeper:
             if self._published is not None:
                 await workers.publish_handlers(connection, self._published)
                 self._published = None
-            # Only now will the relay let tasks go that nobody but this worker runs.
+            # Only now will the relay send tasks that this worker alone can run.
             await send_wakeup(connection)
             while not (self._stopping.is_set() or self._lost):
                 await self._beat_unless_refused(connection)
@@ -252,9 +252,9 @@ class LeaseKeeper:
                 older_than_seconds=2 * self._registration.heartbeat_seconds,
             )
         except TimeoutError:
-            # Behind a migration that locks the tasks, or dead rows that nobody may remove yet. It
-            # costs cancellations some time. Were the connection given up, its lock would fall, and
-            # this worker would be taken for dead.
+            # Behind a migration that locks the tasks, or dead rows that cannot be removed yet. It
+            # only delays cancellations. Without this connection the lock would fall, and this
+            # worker would be declared dead.
             return
         if held:
             self._tell(self._holder.on_held, held)
@@ -263,12 +263,12 @@ class LeaseKeeper:
         ticked_at = time.monotonic()
         while True:
             before, ticked_at = ticked_at, time.monotonic()
-            self._give_up_if_frozen(ticked_at - before)
+            self._end_if_frozen(ticked_at - before)
             self._fence_if_overdue()
             self._check_stall()
             await asyncio.sleep(WATCH_SECONDS)
 
-    def _give_up_if_frozen(self, stood_still_seconds: float) -> None:
+    def _end_if_frozen(self, stood_still_seconds: float) -> None:
         if stood_still_seconds > self._fence_seconds and not self._lost:
             self._lost = True
             self._tell(self._holder.on_lost)
@@ -310,5 +310,5 @@ class LeaseKeeper:
         try:
             self._worker_loop.call_soon_threadsafe(call, *arguments)
         except RuntimeError:
-            # The worker's loop is closed: there is nobody left to tell.
+            # The worker's loop is closed: nothing is left to tell.
             self._stopping.set()

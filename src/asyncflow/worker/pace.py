@@ -1,5 +1,5 @@
 """
-How many tasks a worker claims and holds at once.
+How many tasks a worker claims ahead, and how many it holds.
 
 Slow tasks are claimed one at a time and only into free slots, so that five workers share
 them evenly. Tasks that take milliseconds would then spend more time in round trips than in
@@ -18,7 +18,7 @@ class Pace:
     Learns from the attempts that end how far ahead to claim.
 
     Args:
-        slots: Attempts the worker runs at once, 1 or more.
+        slots: Attempts the worker runs at the same time, 1 or more.
     """
 
     def __init__(self, slots: int) -> None:
@@ -27,7 +27,7 @@ class Pace:
 
     def observe(self, run_seconds: float) -> None:
         """
-        Take note of how long an attempt ran.
+        Learn how long an attempt ran.
         """
         if self._average_seconds is None:
             self._average_seconds = run_seconds
@@ -36,7 +36,7 @@ class Pace:
 
     def forget(self) -> None:
         """
-        Begin anew with the slots alone: what was claimed ahead found none.
+        Start again from the slots alone: what was claimed ahead found no slot.
         """
         self._average_seconds = None
 

@@ -38,7 +38,7 @@ class Stall(NamedTuple):
 
     Attributes:
         stack: Where, as a traceback, outermost call first; from the handler on if one is found.
-        context: Of the attempt whose code that is; None if nobody can tell.
+        context: Of the attempt whose code that is; None if that is unknown.
     """
 
     stack: str
@@ -128,7 +128,7 @@ def _context_in(caller: FrameType | None) -> Context | None:
 
 def _context_of(task: asyncio.Task[Any] | None) -> Context | None:
     # Before Python 3.12 a task does not tell its context, but the garbage collector knows it. It
-    # also knows that of whoever waits for the task, which is of the same attempt or of none.
+    # also knows that of the code that waits for the task, which is of the same attempt or of none.
     if task is None:
         return None
     contexts = [c for c in gc.get_referents(task) if isinstance(c, contextvars.Context)]

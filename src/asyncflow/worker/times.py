@@ -1,5 +1,5 @@
 """
-How long a worker waits for this and that.
+How long a worker waits, for each thing it waits for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Times:
         release: How long the last settles may take to be written after that.
         stall: How long the event loop may stand still, or stuck handlers may hold every slot,
             before the process ends itself.
-        tick: Between two looks after claims that wait, progress and stuck handlers.
+        tick: The time between two checks of waiting claims, progress and stuck handlers.
         claim_wait_max: A claim that found no slot for this long goes back: another worker may
             have one.
         settle_retry: Bounds of the random wait between tries to settle, so that workers do not

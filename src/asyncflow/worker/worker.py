@@ -192,7 +192,7 @@ class Worker:
             await asyncio.sleep(self._times.tick)
             self._intake.review(wait_seconds_max=self._times.claim_wait_max)
             await self._progress.flush()
-            self._isolation.garbage.look()  # Attempts that run for long leave some, too.
+            self._isolation.garbage.check()  # Attempts that run for long leave some, too.
             self._end_if_exhausted()
 
     def _end_if_exhausted(self) -> None:

@@ -39,7 +39,7 @@ LAST_WORDS_SECONDS = 0.5
 
 class ChildListener(Protocol):
     """
-    Whoever waits for an attempt in a child; called in the loop's thread.
+    What waits for an attempt in a child; called in the loop's thread.
     """
 
     def progressed(self, progress: Progress) -> None:
@@ -200,7 +200,7 @@ class Child(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_alive = False
         self._disconnected.set()
-        # Nothing but death should close the connection. Whoever lives on without it is lost.
+        # Only death should close the connection. A child that lives on without it is of no use.
         asyncio.get_running_loop().call_later(LEAVE_SECONDS, self.kill)
 
     def _send(self, message: Message) -> None:
@@ -225,7 +225,7 @@ class Child(asyncio.Protocol):
             self._ready.set_result(None)
         else:
             self._ready.set_exception(ChildNotStarted(reason))
-            self._ready.exception()  # perhaps nobody waits for it any more
+            self._ready.exception()  # perhaps nothing waits for it any more
 
     def _receive_of_attempt(self, message: Message) -> None:
         if self._listener is None or message["number"] != self.tasks:
@@ -245,14 +245,14 @@ class Child(asyncio.Protocol):
         words, status = await self._death
         try:
             # The socket may still hold the outcome of an attempt that ended before the death. It
-            # stays open for ever if a forked grandchild left the group and holds it.
+            # stays open as long as a forked grandchild that left the group holds it.
             await asyncio.wait_for(self._disconnected.wait(), LAST_WORDS_SECONDS)
         except TimeoutError:
             self._transport.close()
         self._settle_ready(f"It {words}.")
         if self._listener is not None:
             listener, self._listener = self._listener, None
-            # A fresh child that dies at once would do so again; a warm one died idle.
+            # A fresh child that dies immediately would do so again; a warm one died idle.
             was_entered = self._was_entered or self.tasks == 1
             listener.child_died(self._end(words, status), was_entered=was_entered)
 
@@ -270,7 +270,7 @@ class Child(asyncio.Protocol):
         if not self._was_entered:
             message += " It had not entered the handler; its standard error may say why."
         elif status == -signal.SIGKILL:
-            message += " If nobody killed it, the system ran out of memory."
+            message += " Unless someone killed it, the system ran out of memory."
         return Crashed(Failure("Crashed", message))
 
 

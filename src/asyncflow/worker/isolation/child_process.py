@@ -99,7 +99,7 @@ class Server:
                 "stop_seen": call.stop_seen,
             }
         )
-        self._garbage.look()
+        self._garbage.check()
 
     def _listen(self) -> None:
         reader = Reader()
@@ -109,7 +109,7 @@ class Server:
                     self._receive(message)
         with self._stopping:
             if self._call is not None:
-                os.killpg(0, signal.SIGKILL)  # nobody waits for it; another worker may run it
+                os.killpg(0, signal.SIGKILL)  # the worker has gone; another may run it
         self._requests.put(None)
 
     def _receive(self, message: Message) -> None:

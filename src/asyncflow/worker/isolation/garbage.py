@@ -1,10 +1,10 @@
 """
-Looks for cyclic garbage when memory has grown, and not only when many objects are new.
+Collects cyclic garbage when memory has grown, and not only when many objects are new.
 
 Python's collector counts objects and knows nothing of their size. An exception that its own
 handler keeps (`except ValueError as error: kept = error`) is a cycle of a few objects, which may
 hold megabytes of local variables: hundreds of them pile up before the count is full. So memory
-is looked at when attempts end, and what grew is answered by a collection.
+is checked when attempts end, and growth triggers a collection.
 
 Most of what piles up is young, and a collection of the two young generations takes little time
 whatever the program holds. A full one takes time in proportion to all of it. It follows only if
@@ -22,8 +22,8 @@ from collections.abc import Callable
 GROWTH_BYTES = 32 << 20
 """How much more memory than after the last collection is a reason for the next one."""
 
-LOOK_SECONDS = 0.02
-"""Looking costs some microseconds; attempts may end every ten."""
+CHECK_SECONDS = 0.02
+"""A check costs some microseconds; attempts may end every ten."""
 
 COLLECT_SECONDS = 60.0
 """Garbage may hold other things than memory, sockets above all; so it does not stay for longer."""
@@ -62,7 +62,7 @@ def collect(generation: int) -> None:
 
 class Garbage:
     """
-    One process's look-out. Belongs to the thread that runs attempts, or settles them.
+    Watches the memory of one process. Belongs to the thread that runs attempts, or settles them.
 
     Args:
         resident: How many bytes of memory are held.
@@ -80,20 +80,20 @@ class Garbage:
         self._resident = resident
         self._collect = collect
         self._clock = clock
-        self._look_at = 0.0
+        self._check_at = 0.0
         self._collect_at = clock() + COLLECT_SECONDS
         bytes_held = resident()
         self._young_bytes_max = bytes_held + GROWTH_BYTES
         self._bytes_max = bytes_held + _growth(bytes_held)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """
-        Collect if there is reason to. Call it often: most calls only read the clock.
+        Collect if memory has grown enough. Call it often: most calls only read the clock.
         """
         now = self._clock()
-        if now < self._look_at:
+        if now < self._check_at:
             return
-        self._look_at = now + LOOK_SECONDS
+        self._check_at = now + CHECK_SECONDS
         bytes_held = self._resident()
         if bytes_held > self._young_bytes_max or now > self._collect_at:
             bytes_held = self._collected()

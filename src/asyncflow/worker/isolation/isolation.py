@@ -32,7 +32,7 @@ class Isolation:
     Runs the attempts of one worker.
 
     Args:
-        slots: How many attempts the worker runs at once, 1 or more.
+        slots: How many attempts the worker runs at the same time, 1 or more.
         cancel_grace_seconds: How long an attempt may take to stop when asked, 0 or more.
         result_bytes_max: Most bytes of a result as JSON.
         tasks_per_child_max: A child process is replaced after this many attempts, so that
@@ -76,10 +76,9 @@ class Isolation:
     @property
     def stuck(self) -> int:
         """
-        How many handlers still run although their attempts were given up.
+        How many handlers still run although their attempts have ended.
 
-        Each holds a thread or disturbs the loop; a worker should not start work without
-        bound beside them.
+        Each holds a thread or disturbs the loop, so a worker counts them as taken slots.
         """
         return len(self.stuck_runs)
 

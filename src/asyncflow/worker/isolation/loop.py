@@ -22,8 +22,8 @@ class LoopRun(Run):
     """
     An `async def` handler, awaited inline in the asyncio task of its attempt.
 
-    It may outlive the attempt there: given up, `on_stuck` gets the outcome, and what `outcome`
-    returns later is nobody's.
+    It may outlive the attempt there. Then `on_stuck` gets the attempt's outcome, and what
+    `outcome` returns in the end is ignored.
     """
 
     _task: asyncio.Task[Any] | None = None

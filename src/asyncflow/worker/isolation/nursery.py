@@ -232,7 +232,7 @@ class Nursery:
         if not self._loaded.done():
             words = f"The process that loads handlers ended while it loaded {self._loading!r}."
             self._loaded.set_exception(HandlerError(words))
-            self._loaded.exception()  # perhaps nobody waits for it
+            self._loaded.exception()  # perhaps nothing waits for it
         for child in self._children.values():
             _kill_group(child.pid)
             child.die("was killed with its worker's nursery", -signal.SIGKILL)

@@ -1,8 +1,8 @@
 """
 The process that child processes come from: `python -m asyncflow.worker.isolation.nursery_process`.
 
-A worker starts one nursery and has it load the modules of handlers, once, beside the worker
-itself. From then on every child is forked from it: it is up within milliseconds, imports
+A worker starts one nursery and has it load the modules of handlers, once, as the worker itself
+does. From then on every child is forked from it: it is up within milliseconds, imports
 nothing, and runs the code that was loaded at the worker's start, whatever has been edited
 since.
 
@@ -54,7 +54,7 @@ EXIT_SECONDS = 2
 """How long functions registered with `atexit` by modules of handlers may take."""
 
 SOCKETS_MAX = 16
-"""Received at once."""
+"""Received in one call."""
 
 Files = Mapping[str, Sequence[int]]
 """When each was changed, in nanoseconds, and its size."""
@@ -97,7 +97,7 @@ def _serve(connection: socket.socket) -> None:
 
 class NurseryProcess:
     """
-    Starts, kills and buries children.
+    Starts children, kills them and reports their deaths.
     """
 
     def __init__(self, control: socket.socket, worker_pid: int, *, forks: bool) -> None:
@@ -202,7 +202,7 @@ class NurseryProcess:
             try:
                 found, status = os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:
-                found, status = pid, signal.SIGKILL  # somebody else's code waited for it
+                found, status = pid, signal.SIGKILL  # a user's code waited for it
             if found:
                 del self._pids[number]
                 _kill_group(pid)  # which keeps its id until the last of it is gone
@@ -242,7 +242,7 @@ def _spawn(connection: socket.socket) -> int:
 
 def _kill(pid: int) -> None:
     # Itself, too: it may not have made its group yet. It is not buried, so its id is its own.
-    with contextlib.suppress(ProcessLookupError):  # unless somebody else's code waited for it
+    with contextlib.suppress(ProcessLookupError):  # unless a user's code waited for it
         os.kill(pid, signal.SIGKILL)
     _kill_group(pid)
 

@@ -86,7 +86,7 @@ class Reader:
 
 def write_outcome(outcome: Outcome) -> Message:
     """
-    What a call came to; calls only ever complete or fail.
+    The outcome of a call, which only ever completes or fails.
     """
     if isinstance(outcome, Completed):
         return {"result": outcome.result}

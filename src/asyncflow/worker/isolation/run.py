@@ -65,8 +65,8 @@ class Run:
         Call the handler and wait for its end; once.
 
         Returns:
-            What the attempt came to, whatever the handler does; None if it was interrupted and
-            left nothing whole, or could not begin.
+            The attempt's outcome, whatever the handler does; None if it was interrupted and left
+            nothing whole, or could not begin.
         """
         raise NotImplementedError
 
@@ -156,7 +156,7 @@ class Run:
         """
         self.end()
         self.isolation.stuck_runs.discard(self)
-        self.isolation.garbage.look()
+        self.isolation.garbage.check()
         if self.is_stopping and (stop_seen or not isinstance(outcome, Completed)):
             return self.stopped(outcome)
         return outcome
@@ -177,7 +177,7 @@ class Run:
 
     def stopped(self, end: Outcome | None, remark: str = "") -> Outcome | None:
         """
-        What an attempt comes to that was asked to stop, and how it ended then.
+        The outcome of an attempt that was asked to stop, given how its handler ended.
         """
         if self._is_interrupted:
             return None

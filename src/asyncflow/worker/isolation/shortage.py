@@ -1,9 +1,9 @@
 """
-What a worker does while its machine has no process, thread or file descriptor left: it gives
-tasks back unpunished, and takes fewer.
+What a worker does while its machine has no process, thread or file descriptor left: it releases
+tasks, uncharged, and takes fewer.
 
-What the machine lacks is never charged to a task. Its pause lets other workers have the task,
-and keeps this one from claiming and releasing in circles.
+A shortage is never charged to a task. The pause lets other workers have the task, and keeps this
+one from claiming and releasing in circles.
 """
 
 from __future__ import annotations
@@ -43,6 +43,6 @@ class Shortage:
 
     def pass_by(self) -> None:
         """
-        One could: what was lacking is there.
+        An attempt could begin: the shortage is over.
         """
         self._pause_seconds = PAUSE_SECONDS_MIN
