@@ -190,7 +190,7 @@ class System:
         """
         body = {"name": name, "payload": payload or {}, **fields}
         response = await self.client.post(f"{self.url}/tasks", json=body)
-        assert response.status_code == 202, response.text
+        assert 202 == response.status_code, response.text
         return str(response.json()["id"])
 
     async def submit_batch(self, tasks: Sequence[Json]) -> list[str]:
@@ -198,7 +198,7 @@ class System:
         Submit up to 1,000 tasks at once and return their ids in order.
         """
         response = await self.client.post(f"{self.url}/tasks/batch", json={"tasks": tasks})
-        assert response.status_code == 202, response.text
+        assert 202 == response.status_code, response.text
         return [str(task["id"]) for task in response.json()["tasks"]]
 
     async def get(self, task_id: str) -> Json:
@@ -206,7 +206,7 @@ class System:
         Read one task.
         """
         response = await self.client.get(f"{self.url}/tasks/{task_id}")
-        assert response.status_code == 200, response.text
+        assert 200 == response.status_code, response.text
         return dict(response.json())
 
     async def post(self, task_id: str, verb: str) -> httpx.Response:
@@ -225,7 +225,7 @@ class System:
             nonlocal task
             response = await self.client.get(f"{self.url}/tasks/{task_id}")
             if response.status_code != 503:
-                assert response.status_code == 200, response.text
+                assert 200 == response.status_code, response.text
                 task = response.json()
             return task.get("status") in statuses
 
@@ -322,7 +322,7 @@ class System:
         """
         assert {503} == set(load.refused)
         assert None not in load.retry_after
-        assert load.broken == 0
+        assert 0 == load.broken
         assert {"completed": len(load.accepted)} == await self.all_terminal(load.accepted)
         assert all(process.is_running for process in self.processes)
 
