@@ -24,6 +24,7 @@ import httpx
 from tests.support.journal import Journal
 from tests.support.ports import free_port
 from tests.support.process import Process
+from tests.support.waiting import PATIENCE_SECONDS
 
 HANDLERS = Path(__file__).with_name("handlers.py")
 POLL_SECONDS = 0.05
@@ -215,7 +216,9 @@ class System:
         """
         return await self.client.post(f"{self.url}/tasks/{task_id}/{verb}")
 
-    async def reaches(self, task_id: str, *statuses: str, timeout_seconds: float = 20.0) -> Json:
+    async def reaches(
+        self, task_id: str, *statuses: str, timeout_seconds: float = PATIENCE_SECONDS
+    ) -> Json:
         """
         Wait until the task has one of `statuses`, and return it; through outages, too.
         """
@@ -235,14 +238,17 @@ class System:
             raise AssertionError(f"{error}; it is {task}") from None
         return task
 
-    async def finishes(self, task_id: str, *, timeout_seconds: float = 20.0) -> Json:
+    async def finishes(self, task_id: str, *, timeout_seconds: float = PATIENCE_SECONDS) -> Json:
         """
         Wait until the task is terminal, and return it.
         """
         return await self.reaches(task_id, *TERMINAL, timeout_seconds=timeout_seconds)
 
     async def answers(
-        self, request: Callable[[], Awaitable[httpx.Response]], *, timeout_seconds: float = 20.0
+        self,
+        request: Callable[[], Awaitable[httpx.Response]],
+        *,
+        timeout_seconds: float = PATIENCE_SECONDS,
     ) -> httpx.Response:
         """
         Wait until `request` is answered 200, and return the answer.
@@ -284,7 +290,7 @@ class System:
         return +states
 
     async def all_terminal(
-        self, task_ids: Collection[str], *, timeout_seconds: float = 30.0
+        self, task_ids: Collection[str], *, timeout_seconds: float = PATIENCE_SECONDS
     ) -> Counter[str]:
         """
         Wait until each of these tasks is terminal; return how many are in each state.
@@ -304,7 +310,7 @@ class System:
             raise AssertionError(f"{error}: {dict(states)}") from None
         return states
 
-    async def is_drained(self, *, timeout_seconds: float = 30.0) -> None:
+    async def is_drained(self, *, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """
         Wait until every task there is has ended; cheaper than `all_terminal` where they are many.
         """
@@ -353,7 +359,7 @@ class System:
         condition: Callable[[], Awaitable[object]],
         expectation: str,
         *,
-        timeout_seconds: float = 20.0,
+        timeout_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         """
         Wait until `condition` holds.
@@ -417,7 +423,7 @@ class Load:
         """
         self._stopped.set()
 
-    async def has_accepted(self, count: int, *, timeout_seconds: float = 20.0) -> None:
+    async def has_accepted(self, count: int, *, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """
         Wait until `count` more tasks are accepted.
         """
