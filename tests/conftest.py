@@ -24,10 +24,15 @@ pytest_plugins = ["tests.support.choice"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more about the machine than about the code.
-hypothesis.settings.register_profile(
-    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+EXAMPLES = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
-hypothesis.settings.load_profile("tests")
+hypothesis.settings.register_profile("tests", EXAMPLES)
+hypothesis.settings.register_profile("quick", EXAMPLES, max_examples=20)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("quick" if config.option.quick else "tests")
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ async def flowing(system: System) -> AsyncIterator[Load]:
         await flows(system, load)
 
     assert not load.refused
-    assert load.broken == 0
+    assert 0 == load.broken
     assert load.slowest_seconds < 5
     assert {"completed": len(load.accepted)} == await system.all_terminal(load.accepted)
 
@@ -83,7 +83,7 @@ async def broker_is(system: System, beginning: str) -> bool:
     Whether the API, ready all the same, tells such a state of RabbitMQ.
     """
     health = await system.client.get(f"{system.url}/health/ready")
-    assert health.status_code == 200
+    assert 200 == health.status_code
     return bool(health.json()["broker"].startswith(beginning))
 
 

@@ -18,13 +18,13 @@ async def test_a_failing_task_is_retried_with_growing_waits(shared: System) -> N
     task_id = await shared.submit("flaky", {"failures": 2})
 
     retrying = await shared.reaches(task_id, "RETRYING")
-    assert retrying["error"]["kind"] == "ConnectionError"
+    assert "ConnectionError" == retrying["error"]["kind"]
     task = await shared.finishes(task_id)
 
-    assert task["status"] == "COMPLETED"
-    assert task["result"] == {"attempt": 3}
-    assert task["failures"] == 2
-    assert [a["outcome"] for a in task["attempts"]] == ["RETRIED", "RETRIED", "COMPLETED"]
+    assert "COMPLETED" == task["status"]
+    assert {"attempt": 3} == task["result"]
+    assert 2 == task["failures"]
+    assert ["RETRIED", "RETRIED", "COMPLETED"] == [a["outcome"] for a in task["attempts"]]
     starts = [entry.time for entry in shared.journal.entries(task_id, what="start")]
     first, second = starts[1] - starts[0], starts[2] - starts[1]
     # The backoff says 0.2 and 0.4 seconds; whoever is due may be noticed half a second late.
@@ -40,12 +40,12 @@ async def test_a_dead_letter_tells_why_and_where(shared: System) -> None:
 
     task = await shared.finishes(task_id)
 
-    assert task["status"] == "FAILED"
+    assert "FAILED" == task["status"]
     assert task["result"] is None
-    assert task["error"]["kind"] == "LookupError"
-    assert task["error"]["message"] == "nothing to find"
+    assert "LookupError" == task["error"]["kind"]
+    assert "nothing to find" == task["error"]["message"]
     assert "_find_the_fault" in task["error"]["traceback"]
-    assert [a["outcome"] for a in task["attempts"]] == ["RETRIED", "FAILED"]
+    assert ["RETRIED", "FAILED"] == [a["outcome"] for a in task["attempts"]]
     listed = await shared.client.get(
         f"{shared.url}/tasks", params={"status": "FAILED", "name": "broken"}
     )
@@ -60,17 +60,17 @@ async def test_a_redriven_dead_letter_completes_in_a_new_generation(shared: Syst
     await shared.finishes(task_id)
 
     response = await shared.post(task_id, "redrive")
-    assert response.status_code == 202
+    assert 202 == response.status_code
     task = await shared.finishes(task_id)
 
-    assert task["status"] == "COMPLETED"
-    assert task["generation"] == 2
-    assert [(a["generation"], a["outcome"]) for a in task["attempts"]] == [
+    assert "COMPLETED" == task["status"]
+    assert 2 == task["generation"]
+    assert [
         (1, "RETRIED"),
         (1, "FAILED"),
         (2, "RETRIED"),
         (2, "COMPLETED"),
-    ]
+    ] == [(a["generation"], a["outcome"]) for a in task["attempts"]]
 
 
 async def test_a_completed_task_is_neither_cancelled_nor_redriven(shared: System) -> None:
@@ -83,8 +83,8 @@ async def test_a_completed_task_is_neither_cancelled_nor_redriven(shared: System
     for verb in ("cancel", "redrive"):
         response = await shared.post(task_id, verb)
 
-        assert response.status_code == 409
-        assert response.json()["state"] == "COMPLETED"
+        assert 409 == response.status_code
+        assert "COMPLETED" == response.json()["state"]
 
 
 async def test_a_handler_may_ask_for_a_retry_and_reject_the_task(shared: System) -> None:
@@ -95,9 +95,9 @@ async def test_a_handler_may_ask_for_a_retry_and_reject_the_task(shared: System)
 
     task = await shared.finishes(task_id)
 
-    assert task["status"] == "FAILED"
-    assert task["error"]["message"] == "not for me"
-    assert [a["outcome"] for a in task["attempts"]] == ["RETRIED", "FAILED"]
+    assert "FAILED" == task["status"]
+    assert "not for me" == task["error"]["message"]
+    assert ["RETRIED", "FAILED"] == [a["outcome"] for a in task["attempts"]]
     first, second = shared.journal.entries(task_id, what="start")
     assert 0.5 <= second.time - first.time < 2.0
 
@@ -129,9 +129,9 @@ async def test_a_task_that_kills_its_child_process_fails_and_hurts_nobody(
 
     task = await shared.finishes(poison)
 
-    assert task["status"] == "FAILED"
-    assert task["error"]["kind"] == "Crashed"
+    assert "FAILED" == task["status"]
+    assert "Crashed" == task["error"]["kind"]
     assert "status 9" in task["error"]["message"]
-    assert len(task["attempts"]) == 3
+    assert 3 == len(task["attempts"])
     assert {"completed": 4} == await shared.all_terminal(neighbours)
     assert [(await shared.get(task_id))["attempt"] for task_id in neighbours] == [1] * 4

@@ -32,27 +32,27 @@ async def follow_one_task(system: System) -> None:
         f"{system.url}/tasks", json={"name": "sample-task", "payload": {"seconds": 1}}
     )
 
-    assert response.status_code == 202
+    assert 202 == response.status_code
     submitted = response.json()
     task_id = submitted["id"]
-    assert UUID(task_id).version == 7
+    assert 7 == UUID(task_id).version
     assert response.headers["Location"] == f"/tasks/{task_id}"
-    assert submitted["name"] == "sample-task"
-    assert submitted["status"] == "PENDING"
+    assert "sample-task" == submitted["name"]
+    assert "PENDING" == submitted["status"]
 
     running = await system.reaches(task_id, "RUNNING")
-    assert running["attempt"] == 1
-    assert [a["outcome"] for a in running["attempts"]] == ["RUNNING"]
+    assert 1 == running["attempt"]
+    assert ["RUNNING"] == [a["outcome"] for a in running["attempts"]]
     assert running["result"] is None
 
     task = await system.finishes(task_id)
-    assert task["status"] == "COMPLETED"
-    assert task["result"] == {"message": "Processed for 1 seconds.", "seconds": 1.0}
-    assert task["payload"] == {"seconds": 1}
+    assert "COMPLETED" == task["status"]
+    assert {"message": "Processed for 1 seconds.", "seconds": 1.0} == task["result"]
+    assert {"seconds": 1} == task["payload"]
     assert task["error"] is None
     check_times(task)
     [attempt] = task["attempts"]
-    assert attempt["outcome"] == "COMPLETED"
+    assert "COMPLETED" == attempt["outcome"]
     assert attempt["worker_id"] == running["worker_id"]
     assert 1.0 <= attempt["duration_seconds"] < 2.0
 
@@ -107,8 +107,8 @@ async def test_the_curl_line_of_the_readme_completes(system: System) -> None:
     await system.until(reports_progress, "it reports progress")
     task = await system.finishes(task_id)
 
-    assert task["status"] == "COMPLETED"
-    assert task["result"]["seconds"] == 5.0
+    assert "COMPLETED" == task["status"]
+    assert 5.0 == task["result"]["seconds"]
     assert 5.0 <= task["timings"]["run_seconds"] < 6.0
 
 

@@ -44,7 +44,7 @@ async def test_a_busy_worker_leaves_tasks_to_an_idle_one(system: System) -> None
     task_ids = await system.submit_batch([{"name": "work", "payload": {"seconds": 0.1}}] * 10)
 
     assert {"completed": 10} == await system.all_terminal(task_ids)
-    assert (await system.get(long))["status"] == "RUNNING"
+    assert "RUNNING" == (await system.get(long))["status"]
 
 
 async def alive(system: System) -> int:

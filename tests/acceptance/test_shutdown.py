@@ -54,13 +54,13 @@ async def test_a_worker_that_stops_finishes_what_it_runs(system: System) -> None
 
     worker.send(signal.SIGTERM)
 
-    assert await worker.exit_status() == 0
+    assert 0 == await worker.exit_status()
     task = await system.get(running)
-    assert task["status"] == "COMPLETED"
-    assert task["attempt"] == 1
-    assert (await system.get(waiting))["attempt"] == 0
+    assert "COMPLETED" == task["status"]
+    assert 1 == task["attempt"]
+    assert 0 == (await system.get(waiting))["attempt"]
     await system.start_worker()
-    assert (await system.finishes(waiting))["status"] == "COMPLETED"
+    assert "COMPLETED" == (await system.finishes(waiting))["status"]
 
 
 async def test_what_does_not_finish_in_time_is_given_back_unpunished(system: System) -> None:
@@ -77,15 +77,15 @@ async def test_what_does_not_finish_in_time_is_given_back_unpunished(system: Sys
 
     worker.send(signal.SIGTERM)
     released_from = time.monotonic()
-    assert await worker.exit_status(timeout_seconds=5) == 0
+    assert 0 == await worker.exit_status(timeout_seconds=5)
 
     for task_id in task_ids:
         second = await system.journal.wait_for("start", task_id, attempt=2)
         task = await system.finishes(task_id)
         assert second.time - released_from < 3
-        assert task["status"] == "COMPLETED"
-        assert task["failures"] == 0
-        assert [a["outcome"] for a in task["attempts"]] == ["RELEASED", "COMPLETED"]
+        assert "COMPLETED" == task["status"]
+        assert 0 == task["failures"]
+        assert ["RELEASED", "COMPLETED"] == [a["outcome"] for a in task["attempts"]]
         assert task["attempts"][1]["worker_id"] == other.lines[0]["worker_id"]
 
 
@@ -101,11 +101,11 @@ async def test_a_second_signal_forces_the_process_to_quit(system: System) -> Non
     stopping = await worker.log_event("process.stopping")
     await system.until(lambda: is_forced_to_quit(worker), "it logs that it is forced to quit")
 
-    assert await worker.exit_status(timeout_seconds=5) == 0
-    assert stopping["running"] == 1
+    assert 0 == await worker.exit_status(timeout_seconds=5)
+    assert 1 == stopping["running"]
     task = await system.get(task_id)
-    assert task["failures"] == 0
-    assert [a["outcome"] for a in task["attempts"]] == ["RELEASED"]
+    assert 0 == task["failures"]
+    assert ["RELEASED"] == [a["outcome"] for a in task["attempts"]]
 
 
 async def test_an_api_that_stops_answers_what_it_was_asked(system: System) -> None:
@@ -117,7 +117,7 @@ async def test_an_api_that_stops_answers_what_it_was_asked(system: System) -> No
     async with system.load(clients=8, pause_seconds=0.01) as load:
         await load.has_accepted(50)
         first.send(signal.SIGTERM)
-        assert await first.exit_status(timeout_seconds=10) == 0
+        assert 0 == await first.exit_status(timeout_seconds=10)
         await load.has_accepted(50)
 
     assert {"completed": len(load.accepted)} == await system.all_terminal(load.accepted)
@@ -144,7 +144,7 @@ async def test_a_rolling_restart_of_all_workers_loses_and_fails_nothing(
     assert {"completed": len(load.accepted)} == await system.all_terminal(load.accepted)
     assert await outcomes(system) <= {"released"}
     [row] = await system.rows("SELECT max(failures) AS failures FROM asyncflow.tasks")
-    assert row["failures"] == 0
+    assert 0 == row["failures"]
 
 
 async def is_forced_to_quit(worker: Process) -> bool:
@@ -161,7 +161,7 @@ async def stop(worker: Process) -> None:
     Stop one worker in good order.
     """
     worker.send(signal.SIGTERM)
-    assert await worker.exit_status() == 0
+    assert 0 == await worker.exit_status()
 
 
 async def outcomes(system: System) -> set[str]:

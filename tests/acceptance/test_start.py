@@ -51,7 +51,7 @@ async def test_every_process_refuses_a_database_without_schema(unmigrated: Syste
     for said in await refusals(unmigrated):
         assert said.startswith("asyncflow: ")
         assert "asyncflow migrate" in said
-        assert len(said.splitlines()) == 1
+        assert 1 == len(said.splitlines())
 
 
 async def test_every_process_refuses_a_malformed_broker_url(
@@ -65,7 +65,7 @@ async def test_every_process_refuses_a_malformed_broker_url(
         for said in await refusals(system):
             assert said.startswith("asyncflow: ASYNCFLOW_BROKER_URL: must look like amqp://")
             assert "s3" not in said
-            assert len(said.splitlines()) == 1
+            assert 1 == len(said.splitlines())
 
 
 async def test_every_process_refuses_a_database_of_another_encoding(
@@ -145,7 +145,7 @@ async def test_every_process_refuses_a_newer_schema(system: System) -> None:
 
     for said in await refusals(system):
         assert "9999" in said
-        assert len(said.splitlines()) == 1
+        assert 1 == len(said.splitlines())
 
 
 async def test_migrations_may_run_at_the_same_time(unmigrated: System) -> None:
@@ -159,7 +159,7 @@ async def test_migrations_may_run_at_the_same_time(unmigrated: System) -> None:
     assert "already" in again
     await unmigrated.start()
     task_id = await unmigrated.submit("work")
-    assert (await unmigrated.finishes(task_id))["status"] == "COMPLETED"
+    assert "COMPLETED" == (await unmigrated.finishes(task_id))["status"]
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ async def work_together(system: System, started: Sequence[Process]) -> None:
     await worker.log_event("process.started")
     await system.reaches_api(line["url"])
     task_id = await system.submit("work")
-    assert (await system.finishes(task_id))["status"] == "COMPLETED"
+    assert "COMPLETED" == (await system.finishes(task_id))["status"]
 
 
 async def test_a_missing_handler_module_is_one_sentence(system: System) -> None:
@@ -233,7 +233,7 @@ async def test_a_missing_handler_module_is_one_sentence(system: System) -> None:
     """
     worker = await system.run("worker", "--handlers", "no_such_module")
 
-    assert await worker.exit_status() == 2
+    assert 2 == await worker.exit_status()
     assert "no_such_module" in worker.output
     assert "Traceback" not in worker.output
 

@@ -25,7 +25,7 @@ async def test_a_delayed_task_does_not_start_before_its_time(shared: System) -> 
     run_at = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
     delayed = await shared.submit("work", delay_seconds=1)
     timed = await shared.submit("work", run_at=run_at)
-    assert (await shared.get(delayed))["status"] == "SCHEDULED"
+    assert "SCHEDULED" == (await shared.get(delayed))["status"]
 
     tasks = [await shared.finishes(delayed), await shared.finishes(timed)]
 
@@ -59,9 +59,9 @@ async def test_a_task_that_expires_before_it_starts_never_runs(shared: System) -
 
     task = await shared.finishes(task_id)
 
-    assert task["status"] == "CANCELLED"
-    assert task["error"]["kind"] == "Expired"
-    assert shared.journal.entries(task_id) == []
+    assert "CANCELLED" == task["status"]
+    assert "Expired" == task["error"]["kind"]
+    assert [] == shared.journal.entries(task_id)
 
 
 async def test_a_waiting_task_is_cancelled_immediately(shared: System) -> None:
@@ -72,11 +72,11 @@ async def test_a_waiting_task_is_cancelled_immediately(shared: System) -> None:
 
     response = await shared.post(task_id, "cancel")
 
-    assert response.status_code == 200
-    assert response.json()["status"] == "CANCELLED"
+    assert 200 == response.status_code
+    assert "CANCELLED" == response.json()["status"]
     after = await shared.submit("work", delay_seconds=1)
     await shared.finishes(after)
-    assert shared.journal.entries(task_id) == []
+    assert [] == shared.journal.entries(task_id)
 
 
 @pytest.mark.any_engine
@@ -88,13 +88,13 @@ async def test_a_running_coroutine_is_cancelled(shared: System) -> None:
     await shared.journal.wait_for("start", task_id)
 
     response = await shared.post(task_id, "cancel")
-    assert response.status_code == 202
+    assert 202 == response.status_code
     task = await shared.finishes(task_id, timeout_seconds=5)
 
-    assert task["status"] == "CANCELLED"
+    assert "CANCELLED" == task["status"]
     assert task["cancel_requested_at"] is not None
-    assert [a["outcome"] for a in task["attempts"]] == ["CANCELLED"]
-    assert shared.journal.entries(task_id, what="end") == []
+    assert ["CANCELLED"] == [a["outcome"] for a in task["attempts"]]
+    assert [] == shared.journal.entries(task_id, what="end")
 
 
 @pytest.mark.any_engine
@@ -110,7 +110,7 @@ async def test_a_deaf_child_process_is_killed_when_its_task_is_cancelled(
     await shared.post(task_id, "cancel")
     task = await shared.finishes(task_id, timeout_seconds=8)
 
-    assert task["status"] == "CANCELLED"
+    assert "CANCELLED" == task["status"]
     await shared.until(lambda: is_gone(start.pid), "the child is gone")
 
 
@@ -122,16 +122,16 @@ async def test_a_task_nobody_offers_says_what_it_waits_for_and_runs_later(
     """
     task_id = await shared.submit("novelty")
     waiting = await shared.get(task_id)
-    assert waiting["status"] == "PENDING"
+    assert "PENDING" == waiting["status"]
     assert "No live worker offers 'novelty'" in waiting["waiting_for"]
 
     newer = await shared.start_worker(handlers=[NEWER_HANDLERS])
     task = await shared.finishes(task_id)
     await newer.end()
 
-    assert task["status"] == "COMPLETED"
-    assert task["result"] == "new"
-    assert task["attempt"] == 1
+    assert "COMPLETED" == task["status"]
+    assert "new" == task["result"]
+    assert 1 == task["attempt"]
 
 
 async def test_a_task_waits_in_the_queue_of_its_handler(shared: System) -> None:
@@ -156,12 +156,12 @@ async def test_a_paused_queue_accepts_tasks_and_starts_none(shared: System) -> N
     other = await shared.submit("work", delay_seconds=0.3)
     await shared.finishes(other)
     paused = await shared.get(task_id)
-    assert paused["status"] == "PENDING"
+    assert "PENDING" == paused["status"]
     assert paused["waiting_for"].startswith("Queue 'side-lane' is paused")
 
     await shared.command("queue", "resume", "side-lane")
 
-    assert (await shared.finishes(task_id))["status"] == "COMPLETED"
+    assert "COMPLETED" == (await shared.finishes(task_id))["status"]
 
 
 async def test_an_urgent_task_overtakes_a_backlog(shared: System) -> None:

@@ -36,12 +36,12 @@ async def test_a_task_of_a_killed_worker_runs_again_within_five_seconds(system: 
     task = await system.finishes(task_id)
 
     assert second.time - killed_at <= WORKER_RERUN_SECONDS
-    assert task["status"] == "COMPLETED"
-    assert task["result"] == {"attempt": 2}
-    assert [a["outcome"] for a in task["attempts"]] == ["RETRIED", "COMPLETED"]
-    assert task["attempts"][0]["error"]["kind"] == "WorkerLost"
+    assert "COMPLETED" == task["status"]
+    assert {"attempt": 2} == task["result"]
+    assert ["RETRIED", "COMPLETED"] == [a["outcome"] for a in task["attempts"]]
+    assert "WorkerLost" == task["attempts"][0]["error"]["kind"]
     assert task["attempts"][0]["worker_id"] != task["attempts"][1]["worker_id"]
-    assert task["failures"] == 1
+    assert 1 == task["failures"]
 
 
 @pytest.mark.any_engine
@@ -76,8 +76,8 @@ async def test_a_task_of_a_killed_child_runs_again_within_two_seconds(system: Sy
     task = await system.finishes(task_id)
 
     assert second.time - killed_at <= CHILD_RERUN_SECONDS
-    assert task["status"] == "COMPLETED"
-    assert [a["outcome"] for a in task["attempts"]] == ["RETRIED", "COMPLETED"]
+    assert "COMPLETED" == task["status"]
+    assert ["RETRIED", "COMPLETED"] == [a["outcome"] for a in task["attempts"]]
     assert "SIGKILL" in task["attempts"][0]["error"]["message"]
 
 
@@ -108,9 +108,9 @@ async def test_a_frozen_worker_is_fenced_and_comes_back_under_a_new_id(system: S
     assert frozen.has_logged("worker.fenced")
     for task_id in held:
         task = await system.get(task_id)
-        assert task["result"] == {"attempt": 2}
+        assert {"attempt": 2} == task["result"]
         assert task["worker_id"] != former
-        assert [a["outcome"] for a in task["attempts"]] == ["RETRIED", "COMPLETED"]
+        assert ["RETRIED", "COMPLETED"] == [a["outcome"] for a in task["attempts"]]
     query = "SELECT lost_at IS NOT NULL AS lost FROM asyncflow.workers WHERE id = $1"
     assert (await system.rows(query, former))[0]["lost"]
 
@@ -130,9 +130,9 @@ async def test_a_task_that_kills_its_worker_fails_and_its_neighbours_complete(
 
     task = await system.finishes(poison, timeout_seconds=40)
 
-    assert task["status"] == "FAILED"
-    assert task["error"]["kind"] == "WorkerLost"
-    assert [a["outcome"] for a in task["attempts"]] == ["RETRIED", "FAILED"]
+    assert "FAILED" == task["status"]
+    assert "WorkerLost" == task["error"]["kind"]
+    assert ["RETRIED", "FAILED"] == [a["outcome"] for a in task["attempts"]]
     assert {"completed": 6} == await system.all_terminal(neighbours)
 
 

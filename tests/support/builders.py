@@ -1,8 +1,11 @@
 """
 Builders that put tasks and workers into any state, for every test that needs one.
 
-They go the product's own way there: submit, claim, settle. So a row they leave behind is
-one that can exist; only time is cheated, by `backdate`.
+A noun makes one (`a_task`, `a_worker`; no database knows of `new_task` and `a_claim`), a
+participle takes one step and returns its result (`submitted`, `claimed`, `settled`), `row_of`
+and `state_of` read. They use the product's own statements, so every row they leave is one that
+can exist; only `backdate` cheats, with the time. `tasks` has the defaults for tests of what runs,
+`running` workers inside a test, `system` whole processes, `waiting` the waits.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ class ATask(NamedTuple):
 
 def new_task(**changes: Any) -> NewTask:
     """
-    A task nobody stored yet.
+    A task that is not stored yet.
     """
     values: dict[str, Any] = {
         "id": _ids.next(),
@@ -163,7 +166,7 @@ async def a_task(
 
 async def as_sent(db: Executor, task_ids: Sequence[UUID]) -> list[Admitted]:
     """
-    The tasks as a relay knows them that sends their hints now.
+    The tasks as a relay that sends their hints now knows them.
     """
     rows = await db.fetch(
         "SELECT id, attempt, priority FROM asyncflow.tasks WHERE id = ANY ($1)", list(task_ids)
@@ -236,7 +239,7 @@ async def state_of(db: Executor, task_id: UUID) -> State:
 
 async def backdate(db: Executor, table: str, row_id: UUID, **seconds_ago: float) -> None:
     """
-    Set timestamps of a row to so many seconds ago, in place of waiting.
+    Move timestamps of a row that many seconds into the past, instead of waiting.
     """
     for column, seconds in seconds_ago.items():
         await db.execute(

@@ -1,11 +1,15 @@
 """
-Which tests run on which versions of the servers: a plugin of pytest.
+Which tests run, and on which versions of the servers: a plugin of pytest.
 
 By default a test runs on the newest PostgreSQL and the oldest RabbitMQ that are
-supported. Tests under tests/store run on the oldest PostgreSQL too, but for those marked
-`any_postgres`, and those marked `oldest_postgres` on nothing else; tests marked `every_rabbitmq`
-run on the newest RabbitMQ too, but for those of such a module that are marked `any_rabbitmq`. The
-last lines of a run say what was not run.
+supported. Tests under tests/store also run on the oldest PostgreSQL, except those marked
+`any_postgres`; those marked `oldest_postgres` run on nothing else. Tests marked `every_rabbitmq`
+also run on the newest RabbitMQ, except those in such a module that are marked `any_rabbitmq`.
+
+`--quick` runs what tells most in a minute: the tests that need no server, and those of the store
+and the API, on one PostgreSQL. The two lists below say what it leaves out.
+
+The last lines of a run say what was not run.
 """
 
 from __future__ import annotations
@@ -19,7 +23,39 @@ import pytest
 
 from tests.support import fetch, pgbouncer, postgres, rabbitmq
 
-ON_EVERY_POSTGRES = Path(__file__).parents[1] / "store"
+TESTS = Path(__file__).parents[1]
+ON_EVERY_POSTGRES = TESTS / "store"
+
+# With `--quick`, the folders whose tests may use PostgreSQL.
+QUICK_ON_POSTGRES = ("store", "api")
+
+NOT_QUICK = (
+    "acceptance",
+    "cli",
+    "embedded",
+    "faults",
+    "model",
+    "verify",
+    "api/test_behind_proxies.py",
+    "api/test_fuzz.py",
+    "api/test_raw_requests.py",
+    "api/test_slow_sockets.py",
+    "api/test_torture.py",
+    "store/test_lock_order.py",
+    "store/test_model.py",
+    "worker/test_garbage.py",
+    "worker/test_isolation.py",
+    "worker/test_nursery.py",
+)
+"""Folders and files that `--quick` leaves out: whole systems, children, thousands of cases."""
+
+SLOW = (
+    "api/test_server.py::test_an_idle_connection_is_kept_as_long_as_it_is_set",
+    "store/test_database.py::test_connections_that_a_firewall_forgot_cost_one_timeout",
+    "telemetry/test_logs.py::test_a_process_outlives_a_pipe_that_nobody_reads",
+    "transport/test_amqp_frames.py::test_a_stream_cut_anywhere_gives_the_same_events",
+)
+"""Single tests that `--quick` leaves out, because each takes seconds."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +74,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="skip the tests that need RabbitMQ",
     )
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="run the tests that need no server, and the store and the API on one PostgreSQL",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +86,29 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_rabbitmq: run on each supported version of RabbitMQ")
     config.addinivalue_line("markers", "any_rabbitmq: one version of RabbitMQ is enough")
     config.addinivalue_line("markers", "any_postgres: one version of PostgreSQL is enough")
+    if config.option.quick:
+        config.option.postgres = config.option.postgres or postgres.EMBEDDED
+        config.option.without_rabbitmq = True
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    left_out = config.option.quick and collection_path in [TESTS / name for name in NOT_QUICK]
+    return True if left_out else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.quick:
+        left_out = [item for item in items if not _is_quick(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    folder, _, rest = str(item.path.relative_to(TESTS)).partition("/")
+    fixtures = item.fixturenames if isinstance(item, pytest.Function) else []
+    if "broker" in fixtures or ("postgres_server" in fixtures and folder not in QUICK_ON_POSTGRES):
+        return False
+    return f"{folder}/{rest}::{item.name.partition('[')[0]}" not in SLOW
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -79,7 +143,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.getoption("numprocesses"):
         majors = _chosen(session, "--postgres", postgres.MAJORS)
         versions = _chosen(session, "--rabbitmq", rabbitmq.VERSIONS)
-        _provide(session, majors, versions, with_pgbouncer=True, with_proxies=True)
+        in_full = not session.config.option.quick
+        _provide(session, majors, versions, with_pgbouncer=True, with_proxies=in_full)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -155,3 +220,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         reporter.write_line(f"skipped {count}: {reason.removeprefix('Skipped: ')}")
     if not reasons:
         reporter.write_line("skipped nothing")
+    if config.option.quick:
+        reporter.write_line(
+            f"quick: left out what needs RabbitMQ, {', '.join(NOT_QUICK)} and what takes seconds; "
+            "bin/test runs everything"
+        )

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.support.waiting import PATIENCE_SECONDS
+
 POLL_SECONDS = 0.01
 
 
@@ -55,7 +57,12 @@ class Journal:
         ]
 
     async def wait_for(
-        self, what: str, task_id: str, *, attempt: int = 1, timeout_seconds: float = 20.0
+        self,
+        what: str,
+        task_id: str,
+        *,
+        attempt: int = 1,
+        timeout_seconds: float = PATIENCE_SECONDS,
     ) -> Entry:
         """
         Wait until an attempt started or ended.

@@ -111,7 +111,8 @@ class PostgresServer:
     def _create(self, template: str) -> str:
         name = f"test_{next(self._numbers)}"
         self.cluster.start()  # The test before may have left it stopped.
-        self._run(f"CREATE DATABASE {name} TEMPLATE {template}")
+        # Files that are copied cost half of what pages cost that go through the log.
+        self._run(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
         return self._url(name)
 
     def _create_template(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from tests.support import forked
+from tests.support.waiting import PATIENCE_SECONDS
 
 LINE_BYTES_MAX = 1024 * 1024
 TAIL_LINES = 40
@@ -93,7 +94,12 @@ class Process:
         return self._process.exitcode is None
 
     async def log_event(
-        self, event: str, *, after: int = 0, timeout_seconds: float = 20.0, **fields: object
+        self,
+        event: str,
+        *,
+        after: int = 0,
+        timeout_seconds: float = PATIENCE_SECONDS,
+        **fields: object,
     ) -> LogLine:
         """
         Wait until it logged `event` with these fields, and return that line.
@@ -110,7 +116,7 @@ class Process:
 
         return await self._wait_for(found, f"log {event} {fields}", timeout_seconds)
 
-    async def complains(self, words: str, *, timeout_seconds: float = 20.0) -> LogLine:
+    async def complains(self, words: str, *, timeout_seconds: float = PATIENCE_SECONDS) -> LogLine:
         """
         Wait until it logged something with these words in its reason, and return that line.
         """

@@ -24,6 +24,7 @@ import httpx
 from tests.support.journal import Journal
 from tests.support.ports import free_port
 from tests.support.process import Process
+from tests.support.waiting import PATIENCE_SECONDS
 
 HANDLERS = Path(__file__).with_name("handlers.py")
 POLL_SECONDS = 0.05
@@ -190,7 +191,7 @@ class System:
         """
         body = {"name": name, "payload": payload or {}, **fields}
         response = await self.client.post(f"{self.url}/tasks", json=body)
-        assert response.status_code == 202, response.text
+        assert 202 == response.status_code, response.text
         return str(response.json()["id"])
 
     async def submit_batch(self, tasks: Sequence[Json]) -> list[str]:
@@ -198,7 +199,7 @@ class System:
         Submit up to 1,000 tasks at once and return their ids in order.
         """
         response = await self.client.post(f"{self.url}/tasks/batch", json={"tasks": tasks})
-        assert response.status_code == 202, response.text
+        assert 202 == response.status_code, response.text
         return [str(task["id"]) for task in response.json()["tasks"]]
 
     async def get(self, task_id: str) -> Json:
@@ -206,7 +207,7 @@ class System:
         Read one task.
         """
         response = await self.client.get(f"{self.url}/tasks/{task_id}")
-        assert response.status_code == 200, response.text
+        assert 200 == response.status_code, response.text
         return dict(response.json())
 
     async def post(self, task_id: str, verb: str) -> httpx.Response:
@@ -215,7 +216,9 @@ class System:
         """
         return await self.client.post(f"{self.url}/tasks/{task_id}/{verb}")
 
-    async def reaches(self, task_id: str, *statuses: str, timeout_seconds: float = 20.0) -> Json:
+    async def reaches(
+        self, task_id: str, *statuses: str, timeout_seconds: float = PATIENCE_SECONDS
+    ) -> Json:
         """
         Wait until the task has one of `statuses`, and return it; through outages, too.
         """
@@ -225,7 +228,7 @@ class System:
             nonlocal task
             response = await self.client.get(f"{self.url}/tasks/{task_id}")
             if response.status_code != 503:
-                assert response.status_code == 200, response.text
+                assert 200 == response.status_code, response.text
                 task = response.json()
             return task.get("status") in statuses
 
@@ -235,14 +238,17 @@ class System:
             raise AssertionError(f"{error}; it is {task}") from None
         return task
 
-    async def finishes(self, task_id: str, *, timeout_seconds: float = 20.0) -> Json:
+    async def finishes(self, task_id: str, *, timeout_seconds: float = PATIENCE_SECONDS) -> Json:
         """
         Wait until the task is terminal, and return it.
         """
         return await self.reaches(task_id, *TERMINAL, timeout_seconds=timeout_seconds)
 
     async def answers(
-        self, request: Callable[[], Awaitable[httpx.Response]], *, timeout_seconds: float = 20.0
+        self,
+        request: Callable[[], Awaitable[httpx.Response]],
+        *,
+        timeout_seconds: float = PATIENCE_SECONDS,
     ) -> httpx.Response:
         """
         Wait until `request` is answered 200, and return the answer.
@@ -284,7 +290,7 @@ class System:
         return +states
 
     async def all_terminal(
-        self, task_ids: Collection[str], *, timeout_seconds: float = 30.0
+        self, task_ids: Collection[str], *, timeout_seconds: float = PATIENCE_SECONDS
     ) -> Counter[str]:
         """
         Wait until each of these tasks is terminal; return how many are in each state.
@@ -304,7 +310,7 @@ class System:
             raise AssertionError(f"{error}: {dict(states)}") from None
         return states
 
-    async def is_drained(self, *, timeout_seconds: float = 30.0) -> None:
+    async def is_drained(self, *, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """
         Wait until every task there is has ended; cheaper than `all_terminal` where they are many.
         """
@@ -322,7 +328,7 @@ class System:
         """
         assert {503} == set(load.refused)
         assert None not in load.retry_after
-        assert load.broken == 0
+        assert 0 == load.broken
         assert {"completed": len(load.accepted)} == await self.all_terminal(load.accepted)
         assert all(process.is_running for process in self.processes)
 
@@ -353,7 +359,7 @@ class System:
         condition: Callable[[], Awaitable[object]],
         expectation: str,
         *,
-        timeout_seconds: float = 20.0,
+        timeout_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         """
         Wait until `condition` holds.
@@ -417,7 +423,7 @@ class Load:
         """
         self._stopped.set()
 
-    async def has_accepted(self, count: int, *, timeout_seconds: float = 20.0) -> None:
+    async def has_accepted(self, count: int, *, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """
         Wait until `count` more tasks are accepted.
         """

@@ -1,34 +1,33 @@
 """
-Tasks and workers for tests: made in the real store, looked up there, waited for.
+Tasks and workers for tests of what runs: the relay, transports, workers and maintenance.
+
+The words of `builders` with other defaults: tasks are called `work`, workers have one slot and
+beat quickly, and whoever submits wakes the listeners up, as the API does. A task in a certain
+state is built by `builders.a_task`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID, uuid4
 
-from asyncflow.domain.outcome import Settlement
 from asyncflow.domain.states import Event
-from asyncflow.domain.task import DEFAULT_TENANT_ID, Claim, NewTask, TaskIds
-from asyncflow.errors import StoreUnavailable
-from asyncflow.store import claims, settle, workers
-from asyncflow.store import submit as store
+from asyncflow.domain.task import Claim
+from asyncflow.store import settle, workers
 from asyncflow.store.claims import Offer
 from asyncflow.store.database import Database
 from asyncflow.store.settle import Settling
 from asyncflow.store.wakeups import send_wakeup
 from asyncflow.store.workers import Registration
+from tests.support import builders
+from tests.support.builders import QUEUE as QUEUE
+from tests.support.waiting import PATIENCE_SECONDS as PATIENCE_SECONDS
+from tests.support.waiting import until as until
 
 NAME = "work"
-QUEUE = "default"
-PATIENCE_SECONDS = 30.0
-
-task_ids = TaskIds()
 
 
 @asynccontextmanager
@@ -41,25 +40,14 @@ async def database(url: str) -> AsyncIterator[Database]:
 
 
 async def submit(
-    db: Database,
-    count: int = 1,
-    *,
-    name: str = NAME,
-    queue: str = QUEUE,
-    priority: int = 4,
-    payload: str = "{}",
-    **more: Any,
+    db: Database, count: int = 1, *, name: str = NAME, payload: str = "{}", **changes: Any
 ) -> list[UUID]:
     """
-    Submit tasks as the API does, wake-up included; return their ids.
+    Submit equal tasks and wake the listeners up; return their ids, oldest first.
     """
-    new = [
-        NewTask(task_ids.next(), DEFAULT_TENANT_ID, name, queue, priority, payload, **more)
-        for _ in range(count)
-    ]
-    await store.submit(db, new)
+    ids = await builders.submitted(db, count, name=name, payload=payload, **changes)
     await send_wakeup(db)
-    return [task.id for task in new]
+    return ids
 
 
 def a_registration(
@@ -86,7 +74,7 @@ def a_registration(
 
 async def a_worker(db: Database, **facts: Any) -> Registration:
     """
-    A worker that is registered and never beats.
+    Register a worker that never beats.
     """
     registration = a_registration(**facts)
     await workers.register(db, registration)
@@ -95,23 +83,17 @@ async def a_worker(db: Database, **facts: Any) -> Registration:
 
 async def claim(db: Database, worker_id: UUID, limit: int = 1, *, name: str = NAME) -> list[Claim]:
     """
-    Claim due tasks behind every transport's back.
+    Claim due tasks without any transport.
     """
-    return await claims.claim_due(
-        db,
-        lease_id=uuid4(),
-        worker_id=worker_id,
-        offers=[Offer(name, 5, 900.0)],
-        queues=[QUEUE],
-        limit=limit,
-    )
+    offers = [Offer(name, max_attempts=5, timeout_seconds=900.0)]
+    return await builders.claimed_due(db, limit, worker_id=worker_id, offers=offers)
 
 
 async def complete(db: Database, done: Sequence[Claim]) -> list[bool]:
     """
     Settle claims as completed.
     """
-    completed = Settlement(Event.COMPLETE, result="null")
+    completed = builders.SETTLEMENTS[Event.COMPLETE]
     return await settle.settle(db, [Settling(c.task_id, c.lease_id, completed) for c in done])
 
 
@@ -127,24 +109,7 @@ async def state(db: Database, task_id: UUID) -> str:
     """
     The state of one task.
     """
-    found = await db.fetchval("SELECT state FROM asyncflow.tasks WHERE id = $1", task_id)
-    return str(found)
-
-
-async def until(
-    condition: Callable[[], Awaitable[Any]], *, seconds: float = PATIENCE_SECONDS
-) -> None:
-    """
-    Ask the store or a server again until `condition` holds; they cannot call us.
-
-    That the store cannot serve just now is a no.
-    """
-    async with asyncio.timeout(seconds):
-        while True:
-            with contextlib.suppress(StoreUnavailable):
-                if await condition():
-                    return
-            await asyncio.sleep(0.01)
+    return str(await builders.state_of(db, task_id))
 
 
 async def until_states(db: Database, **expected: int) -> None:

@@ -1,32 +1,43 @@
 """
-Waiting for what PostgreSQL does and tells nobody.
+Waiting for what a server does and cannot tell a test.
+
+Where there is a signal, a log line, a notification or an event, wait for that instead. The limits
+are there to end a test that hangs; a test that promises a time measures it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
+from asyncflow.errors import StoreUnavailable
 from asyncflow.store.database import Executor
 
-PATIENCE_SECONDS = 15.0
-LOOK_SECONDS = 0.005
+PATIENCE_SECONDS = 60.0
+POLL_SECONDS = 0.01
 
 
-async def until(condition: Callable[[], Awaitable[object]]) -> None:
+async def until(
+    condition: Callable[[], Awaitable[object]], *, seconds: float = PATIENCE_SECONDS
+) -> None:
     """
-    Return as soon as `condition` is true; fail after some seconds.
+    Return once `condition` is true. An unavailable store counts as false.
+
+    Raises:
+        TimeoutError: It was not true within `seconds`.
     """
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(seconds):
         while True:
-            if await condition():
-                return
-            await asyncio.sleep(LOOK_SECONDS)
+            with contextlib.suppress(StoreUnavailable):
+                if await condition():
+                    return
+            await asyncio.sleep(POLL_SECONDS)
 
 
 async def until_someone_waits_for_a_lock(db: Executor) -> None:
     """
-    Return when a statement of this database is held up by another one.
+    Return once a statement in this database waits for a lock that another one holds.
     """
     await until(lambda: db.fetchval(WAITING))
 

@@ -111,5 +111,5 @@ async def test_processes_wait_for_a_free_connection_and_then_work(alone: System)
     line = await api.log_event("process.started")
     await alone.reaches_api(line["url"])
     task_id = await alone.submit("work")
-    assert (await alone.finishes(task_id))["status"] == "COMPLETED"
+    assert "COMPLETED" == (await alone.finishes(task_id))["status"]
     assert all(process.is_running for process in (api, worker, maintenance))

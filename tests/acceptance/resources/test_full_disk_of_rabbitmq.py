@@ -52,9 +52,9 @@ async def sits_out(system: System, *, raising: Raising, ending: Raising) -> None
         await load.has_accepted(5)
         await system.finishes(load.accepted[-1], timeout_seconds=FLOWING_AGAIN_SECONDS)
 
-    assert waiting["status"] == "PENDING"
+    assert "PENDING" == waiting["status"]
     assert not load.refused
-    assert load.broken == 0
+    assert 0 == load.broken
     assert load.slowest_seconds < 5
     assert {"completed": len(load.accepted)} == await system.all_terminal(load.accepted)
     assert [] == await system.punished()

@@ -131,7 +131,7 @@ async def test_tasks_live_their_whole_life_behind_a_pooler(pooled: System) -> No
     assert ("FAILED", 202) == (failed["status"], redriven.status_code)
     completed = [*many, *good, broken]
     assert {"completed": len(completed)} == await pooled.all_terminal(completed)
-    assert (await pooled.get(good[4]))["attempt"] == 3
+    assert 3 == (await pooled.get(good[4]))["attempt"]
     assert broken in await pooled.command("task", "list", "--name", "broken", "--json")
     assert SESSIONS >= await sessions(pooled)
 
@@ -149,9 +149,9 @@ async def test_a_task_of_a_killed_worker_runs_again_behind_a_pooler(pooled_alone
     await pooled_alone.start_worker()
     task = await pooled_alone.finishes(task_id)
 
-    assert task["status"] == "COMPLETED"
-    assert task["result"] == {"attempt": 2}
-    assert task["attempts"][0]["error"]["kind"] == "WorkerLost"
+    assert "COMPLETED" == task["status"]
+    assert {"attempt": 2} == task["result"]
+    assert "WorkerLost" == task["attempts"][0]["error"]["kind"]
 
 
 async def test_a_pooler_that_dies_costs_time_and_no_task(
@@ -242,7 +242,7 @@ async def test_a_pooler_of_sessions_serves_what_needs_sessions(
             await worker.kill()
             await system.start_worker()
 
-            assert (await system.finishes(task_id))["result"] == {"attempt": 2}
+            assert {"attempt": 2} == (await system.finishes(task_id))["result"]
 
 
 async def test_dev_runs_behind_a_pooler(
@@ -263,6 +263,6 @@ async def test_dev_runs_behind_a_pooler(
 
         task_id = await system.submit("sample-task", {"seconds": 0})
 
-        assert (await system.finishes(task_id))["status"] == "COMPLETED"
+        assert "COMPLETED" == (await system.finishes(task_id))["status"]
         dev.send(signal.SIGTERM)
         assert 0 == await dev.exit_status()

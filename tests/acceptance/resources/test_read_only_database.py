@@ -56,15 +56,15 @@ async def test_a_read_only_database_costs_time_and_no_task(system: System) -> No
         await system.finishes(load.accepted[-1], timeout_seconds=FLOWING_AGAIN_SECONDS)
 
     assert (503, 503) == (refused.status_code, ready.status_code)
-    assert refused.json()["detail"] == "The database is unavailable; try again."
+    assert "The database is unavailable; try again." == refused.json()["detail"]
     assert refused.headers["Retry-After"]
-    assert read["status"] == "RUNNING"
+    assert "RUNNING" == read["status"]
     assert {503} == set(load.refused)
     assert None not in load.retry_after
-    assert load.broken == 0
+    assert 0 == load.broken
     task_ids = [running, *load.accepted]
     assert {"completed": len(task_ids)} == await system.all_terminal(task_ids)
-    assert (await system.finishes(running))["result"] == {"attempt": 1}
+    assert {"attempt": 1} == (await system.finishes(running))["result"]
     assert [] == await system.punished()
     assert all(process.is_running for processes in started for process in processes)
 
