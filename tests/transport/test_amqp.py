@@ -378,22 +378,6 @@ async def test_a_consumer_learns_that_the_broker_cancelled_it(channel: Channel, 
     assert await channel.inspect_queue(queue) is None
 
 
-async def test_the_higher_priority_consumer_is_served_first(channel: Channel, queue: str) -> None:
-    """
-    The lower one gets what the higher cannot take.
-    """
-    low, high = Inbox(), Inbox()
-    await low.listen(channel, queue, prefetch=10)
-    await channel.consume(
-        queue, prefetch=2, priority=5, on_deliveries=high._take, on_cancelled=high.cancelled.set
-    )
-
-    await publish(channel, queue, b"1", b"2", b"3")
-
-    assert await high.bodies(2) == [b"1", b"2"]
-    assert await low.bodies(1) == [b"3"]
-
-
 async def test_a_wrong_ack_closes_the_channel(channel: Channel, queue: str) -> None:
     """
     The owner learns it from `wait_closed`; acks after that do nothing.

@@ -1,5 +1,5 @@
 """
-Waiting for the broker: calls that await their replies, and a limit to every wait.
+Waiting for the broker: calls and their replies, and a time limit on every wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MethodT = TypeVar("MethodT", bound=base.Frame)
 
 class Calls:
     """
-    The replies that one channel expects, in the order in which they must come.
+    The replies that one channel expects, in the order in which they must arrive.
     """
 
     def __init__(self) -> None:
@@ -27,10 +27,10 @@ class Calls:
 
     def expect(self, reply: type[MethodT]) -> asyncio.Future[MethodT]:
         """
-        Say that a reply of this type comes next; call it together with sending the call.
+        Expect a reply of this type next; call it in the same step that sends the call.
 
-        A future that is cancelled keeps its place, so that its late reply is not taken
-        for somebody else's.
+        A cancelled future keeps its place, so that its late reply is not taken for another
+        call's.
         """
         future: asyncio.Future[base.Frame] = asyncio.get_running_loop().create_future()
         self._expected.append((reply, future))
@@ -44,14 +44,14 @@ class Calls:
             MalformedFrame: The oldest call expects another type, or there is none.
         """
         if not self._expected or not isinstance(method, self._expected[0][0]):
-            raise MalformedFrame(f"Nobody asked for {method.name}.")
+            raise MalformedFrame(f"{method.name} answers no call.")
         _, future = self._expected.popleft()
         if not future.done():
             future.set_result(method)
 
     def fail(self, reason: TransportError) -> None:
         """
-        Fail every call: no reply will come any more.
+        Fail every call: no more replies will arrive.
         """
         while self._expected:
             _, future = self._expected.popleft()

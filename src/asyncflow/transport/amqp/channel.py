@@ -35,13 +35,13 @@ Arguments = Mapping[str, FieldValue]
 
 class PublishResult(enum.Enum):
     """
-    What became of one published message.
+    The outcome of publishing one message.
     """
 
     CONFIRMED = "confirmed"
     """A queue has it, on disk if the queue is durable."""
     RETURNED = "returned"
-    """No queue is bound for its routing key: nobody has it."""
+    """No queue is bound for its routing key: the message is gone."""
     REFUSED = "refused"
     """A queue is full or failed; another queue bound for the same key may have it."""
 
@@ -57,7 +57,7 @@ class QueueCounts(NamedTuple):
 
 class Link(Protocol):
     """
-    What a channel needs of its connection.
+    What a channel needs from its connection.
     """
 
     timeout_seconds: float
@@ -66,12 +66,12 @@ class Link(Protocol):
 
     def write(self, frames: bytes) -> None:
         """
-        Send frames, together with all others of this turn of the event loop.
+        Send frames, together with all others written in this turn of the event loop.
         """
 
     def release(self, number: int) -> None:
         """
-        Make the number of a closed channel free for a new one.
+        Free the number of a closed channel for reuse.
         """
 
     async def channel(self) -> Channel:
@@ -85,8 +85,8 @@ class Channel:
     One channel, made by `Connection.channel`.
 
     Every call waits at most the connection's `timeout_seconds` and then raises
-    `BrokerTimeout`; on a dead channel it raises the reason at once, `ChannelClosed` or
-    `ConnectionLost`. A mistake the broker complains of kills the channel.
+    `BrokerTimeout`; on a dead channel it raises the reason immediately, `ChannelClosed`
+    or `ConnectionLost`. An error that the broker reports kills the channel.
     """
 
     def __init__(self, connection: Link, number: int) -> None:
@@ -106,7 +106,7 @@ class Channel:
     @property
     def is_open(self) -> bool:
         """
-        Whether nothing has ended it yet.
+        Whether the channel is still usable.
         """
         return not self._closed.is_set()
 
@@ -114,20 +114,20 @@ class Channel:
         self, messages: Sequence[Message], *, exchange: str, timeout_seconds: float
     ) -> list[PublishResult]:
         """
-        Publish messages, persistent and mandatory, and wait for the broker's word on each.
+        Publish messages, persistent and mandatory, and wait for each one's confirm or return.
 
-        All are written at once. Many calls may be under way on one channel; the caller
-        bounds how many. While the broker takes no messages (an alarm, or it does not
-        read), nothing is written and the wait goes on.
+        All are written in one piece. Calls may overlap on one channel; the caller bounds how
+        many. While the broker takes no messages (an alarm, or it does not read), nothing is
+        written and the wait goes on.
 
         Returns:
             One result per message, in the messages' order.
 
         Raises:
-            BrokerTimeout: Some were not answered within `timeout_seconds`; any of them
-                may be, or may yet come, in a queue.
-            ChannelClosed, ConnectionLost: The same, and the channel is gone. 404: there
-                is no such exchange.
+            BrokerTimeout: Some were not answered within `timeout_seconds`; any of them may
+                have reached a queue, or may still reach one.
+            ChannelClosed, ConnectionLost: The same, and the channel is gone. 404: no exchange
+                has this name.
         """
         if not self._confirming:
             raise RuntimeError("Call confirm_select before publish.")
@@ -162,10 +162,9 @@ class Channel:
         prefetch: int,
         on_deliveries: Callable[[list[Delivery]], None],
         on_cancelled: Callable[[], None],
-        priority: int | None = None,
     ) -> str:
         """
-        Have the broker send the queue's messages, at most `prefetch` unacknowledged.
+        Have the broker deliver the queue's messages, at most `prefetch` unacknowledged.
 
         Args:
             prefetch: 1 … 65535; 0 sets no limit.
@@ -174,20 +173,18 @@ class Channel:
             on_cancelled: Called when the broker ends the consumer, for instance because
                 the queue was deleted; the channel lives on and acks still count. Not
                 called when the channel dies: see `wait_closed`.
-            priority: Consumers of higher priority are served first; None is 0.
 
         Returns:
             The consumer's tag, for `cancel`.
 
         Raises:
-            BrokerTimeout: The channel is closed then, lest deliveries come to nobody.
+            BrokerTimeout: The channel is closed too, so that no deliveries go unread.
         """
         self._consumers_made += 1
         tag = f"{self.number}.{self._consumers_made}"
-        arguments: dict[str, FieldValue] = {} if priority is None else {"x-priority": priority}
-        consume = commands.Basic.Consume(queue=queue, consumer_tag=tag, arguments=arguments)
+        consume = commands.Basic.Consume(queue=queue, consumer_tag=tag)
         try:
-            # In one go, because a prefetch applies to the consumers begun after it.
+            # Sent together, because a prefetch applies to consumers that start after it.
             qos_ok = self._send(commands.Basic.Qos(prefetch_count=prefetch), commands.Basic.QosOk)
             consume_ok = self._send(consume, commands.Basic.ConsumeOk)
             self._consumers[tag] = _Consumer(tag, on_deliveries, on_cancelled)
@@ -200,16 +197,16 @@ class Channel:
 
     async def cancel(self, tag: str) -> None:
         """
-        End a consumer; deliveries may come until this returns, and can be acked after it.
+        End a consumer. Deliveries may arrive until this returns, and can be acked afterwards.
         """
         await self._call(commands.Basic.Cancel(consumer_tag=tag), commands.Basic.CancelOk)
         self._consumers.pop(tag, None)
 
     def ack(self, tag: int, *, multiple: bool = False) -> None:
         """
-        Acknowledge a delivery, and all before it if `multiple`; nothing on a dead channel.
+        Acknowledge a delivery, and all before it if `multiple`; a no-op on a dead channel.
 
-        Never waits and never fails: if the channel is gone, so is what was unacknowledged.
+        Never waits and never fails: a dead channel's deliveries go back to their queues anyway.
         """
         if not self._closed.is_set():
             self._connection.write(encode_ack(self.number, tag, multiple=multiple))
@@ -229,45 +226,32 @@ class Channel:
         await self._call(commands.Confirm.Select(), commands.Confirm.SelectOk)
         self._confirming = True
 
-    async def declare_exchange(
-        self,
-        name: str,
-        *,
-        kind: str = "direct",
-        durable: bool = True,
-        arguments: Arguments | None = None,
-    ) -> None:
+    async def declare_exchange(self, name: str, *, kind: str = "direct") -> None:
         """
         Make the exchange exist. `kind` is direct, topic, fanout or headers.
 
         Raises:
             ChannelClosed: 406: it exists with other properties.
         """
-        declare = commands.Exchange.Declare(
-            exchange=name, exchange_type=kind, durable=durable, arguments=dict(arguments or {})
-        )
+        declare = commands.Exchange.Declare(exchange=name, exchange_type=kind, durable=True)
         await self._call(declare, commands.Exchange.DeclareOk)
 
-    async def declare_queue(
-        self, name: str, *, durable: bool = True, arguments: Arguments | None = None
-    ) -> QueueCounts:
+    async def declare_queue(self, name: str, *, arguments: Arguments | None = None) -> QueueCounts:
         """
         Make the queue exist.
 
         Raises:
             ChannelClosed: 406: it exists with other properties.
         """
-        declare = commands.Queue.Declare(
-            queue=name, durable=durable, arguments=dict(arguments or {})
-        )
+        declare = commands.Queue.Declare(queue=name, durable=True, arguments=dict(arguments or {}))
         reply = await self._call(declare, commands.Queue.DeclareOk)
         return QueueCounts(reply.message_count or 0, reply.consumer_count or 0)
 
     async def inspect_queue(self, name: str) -> QueueCounts | None:
         """
-        Count what is in a queue, None if there is no such queue.
+        Count a queue's messages and consumers; None if it does not exist.
 
-        Asks on a channel of its own, because the answer "no such queue" costs the channel.
+        Asks on a channel of its own, because the broker closes the channel if it does not.
         """
         probe = await self._connection.channel()
         try:
@@ -332,7 +316,7 @@ class Channel:
 
     async def wait_closed(self) -> TransportError | None:
         """
-        Wait until the channel is gone; return why, None if this process closed it.
+        Wait until the channel is gone; return why, or None if this process closed it.
         """
         await self._closed.wait()
         return None if self._leaving else self._reason
@@ -347,23 +331,23 @@ class Channel:
 
     def abandon(self) -> None:
         """
-        As `close`, without waiting for the broker.
+        Like `close`, without waiting for the broker.
         """
         if not self._closed.is_set():
             self._leaving = True
             self._fail(ChannelClosed(200, "this process closed it."))
-            goodbye = commands.Channel.Close(200, "Goodbye", 0, 0)
-            self._connection.write(encode_method(self.number, goodbye))
+            close = commands.Channel.Close(200, "Goodbye", 0, 0)
+            self._connection.write(encode_method(self.number, close))
 
     async def open(self) -> None:
         """
-        For the connection: the call that begins the channel.
+        For the connection: open the channel on the broker.
         """
         await self._call(commands.Channel.Open(), commands.Channel.OpenOk)
 
     def end(self, reason: TransportError) -> None:
         """
-        For the connection: it is gone, or the channel is; fail all who wait.
+        For the connection: fail everything that waits, because it or the channel is gone.
         """
         self._fail(reason)
         self._released.set()
@@ -373,7 +357,7 @@ class Channel:
         For the connection: act on what the broker sent to this channel.
 
         Raises:
-            MalformedFrame: It is nothing that the broker may send now.
+            MalformedFrame: The broker may not send this now.
         """
         if self._closed.is_set():
             self._take_late(event)
@@ -409,8 +393,8 @@ class Channel:
             self._calls.answer(method)
 
     def _take_late(self, event: Event) -> None:
-        # We said goodbye: all that still counts is the answer, or the broker's own goodbye
-        # crossing ours, which it wants answered although our answer is still to come.
+        # We have closed the channel. Only two events still matter: the reply, and a close of the
+        # broker's that crossed ours, which it wants answered although its reply is still due.
         method = event.method if isinstance(event, Method) else None
         if isinstance(method, commands.Channel.CloseOk):
             self._connection.release(self.number)
@@ -420,7 +404,7 @@ class Channel:
 
     def _consumer(self, tag: str) -> _Consumer:
         if tag not in self._consumers:
-            raise MalformedFrame("The broker speaks of a consumer that does not exist.")
+            raise MalformedFrame("The broker named an unknown consumer.")
         return self._consumers[tag]
 
     def _settle(self, confirm: Confirm) -> None:
@@ -482,7 +466,7 @@ class _Batch:
     """
     The messages of one `publish` call, numbered from `first` on.
 
-    One whose caller gave up stays until it is answered: the numbers go on regardless.
+    A batch whose caller has timed out stays until it is answered: numbering goes on.
     """
 
     __slots__ = ("_low", "done", "first", "results", "returned", "unanswered")

@@ -1,9 +1,9 @@
 """
-A connection to the broker, from login to farewell; its channels' traffic passes through.
+A connection to the broker, from login to close; its channels' traffic passes through.
 
-Three things end it: `close`, the broker (a goodbye, a hang-up, silence for two heartbeats,
-bytes that are not AMQP), or a callback of ours that raises. Whatever it is, everything that
-waits on the connection or a channel of it fails at that moment, with the same reason.
+Three things end it: `close`, the broker (a close, a hang-up, silence for two heartbeats, bytes
+that are not AMQP), or a callback of ours that raises. In each case everything that waits on the
+connection or on one of its channels fails at that moment, with the same reason.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ async def connect(
     on_blocked: Callable[[bool], None] | None = None,
 ) -> Connection:
     """
-    Connect and log in to the broker at `url`, or say within `timeout_seconds` why not.
+    Connect and log in to the broker at `url`, within `timeout_seconds`.
 
     Args:
         url: `amqp://user:password@host:port/vhost`, or `amqps://` for TLS; user, password
@@ -61,8 +61,8 @@ async def connect(
             certificate and name are verified, against the system's authorities or those
             in `?cacertfile=/path.pem`; `?verify=verify_none` verifies nothing. What else may
             stand there says `url`; it wins over the arguments.
-        name: How the broker's own tools shall call this connection.
-        heartbeat_seconds: 1 or more. A silent broker is given up after 2 to 2.5 of these.
+        name: Shown for this connection by the broker's own tools.
+        heartbeat_seconds: 1 or more. A silent broker is declared dead after 2 to 2.5 of these.
         timeout_seconds: For connecting, and for each later call unless it says otherwise.
         on_blocked: Called with True when the broker stops taking messages (memory or disk
             alarm), with False when it takes them again.
@@ -156,34 +156,34 @@ class Connection(asyncio.Protocol):
 
     async def wait_closed(self) -> TransportError | None:
         """
-        Wait until the connection is gone; return why, None if this process closed it.
+        Wait until the connection is gone; return why, or None if this process closed it.
         """
         await self._closed.wait()
         return self._reason
 
     async def close(self, timeout_seconds: float = 2.0) -> None:
         """
-        Send what was written, take leave and disconnect.
+        Flush, close the connection and disconnect.
 
         Never raises. A broker that does not answer costs `timeout_seconds` and one more.
         """
         if not self._leaving and not self._closed.is_set():
             self._leaving = True
             self._end_channels(self._left())
-            goodbye = commands.Connection.Close(200, "Goodbye", 0, 0)
+            close = commands.Connection.Close(200, "Goodbye", 0, 0)
             close_ok = self._calls.expect(commands.Connection.CloseOk)
-            self.write(encode_method(0, goodbye))
+            self.write(encode_method(0, close))
             try:
-                await within(timeout_seconds, goodbye.name, close_ok)
+                await within(timeout_seconds, close.name, close_ok)
             except TransportError:
-                pass  # Gone without a goodbye is gone as well.
+                pass  # A broker that does not answer is gone as well.
             finally:
                 self.abandon()
         await self._disconnected.wait()
 
     def abandon(self) -> None:
         """
-        As `close`, at once and without a goodbye.
+        Like `close`, immediately and without telling the broker.
         """
         self._leaving = True
         self._end(self._left())
@@ -226,7 +226,7 @@ class Connection(asyncio.Protocol):
 
     def release(self, number: int) -> None:
         """
-        For the channels: make the number of a closed channel free for a new one.
+        For the channels: free the number of a closed channel for reuse.
         """
         self._channels.pop(number, None)
 
@@ -307,8 +307,8 @@ class Connection(asyncio.Protocol):
         self._outgoing.clear()
 
     def _tick(self, heartbeat_seconds: int) -> None:
-        # Ticks are counted, not seconds: if this process itself stood still, the broker's
-        # bytes lie unread in the socket, and one late tick must not condemn it.
+        # Count ticks, not seconds: if this process itself stood still, the broker's bytes lie
+        # unread in the socket, and one late tick must not end the connection.
         if self._silent_ticks >= _SILENT_TICKS_MAX:
             silence = f"the broker was silent for {2 * heartbeat_seconds} s."
             self._end(ConnectionLost(self.address, silence))
@@ -368,7 +368,7 @@ def _tune_ok(
     tune: commands.Connection.Tune, address: Address, heartbeat_seconds: int
 ) -> commands.Connection.TuneOk:
     """
-    The smallest of each wish, where 0 is none.
+    Agree on the smaller of both sides' limits, where 0 means no limit.
     """
     channels_max = min(_CHANNELS_MAX, address.channels_max or _CHANNELS_MAX)
     frame_bytes_max = min(FRAME_BYTES_MAX, address.frame_bytes_max or FRAME_BYTES_MAX)

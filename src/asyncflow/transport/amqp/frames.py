@@ -229,7 +229,7 @@ class FrameReader:
             elif kind == _METHOD:
                 self._read_method(channel, buffer[start:stop])
             elif kind != _HEARTBEAT:
-                raise MalformedFrame(f"There is no frame of kind {kind}.")
+                raise MalformedFrame(f"Unknown frame type {kind}.")
             position = stop + 1
         self._bytes_wanted = FRAME_OVERHEAD_BYTES
         return position

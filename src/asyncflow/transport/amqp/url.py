@@ -1,8 +1,8 @@
 """
-The broker's URL taken apart. Nothing of it but a parameter's name is ever repeated in an error.
+Parse the broker's URL. Errors repeat nothing of it but the names of parameters.
 
-Parameters are those of RabbitMQ's own clients (https://www.rabbitmq.com/docs/uri-query-parameters),
-as far as they mean something here; any other is refused by name.
+Parameters are those of RabbitMQ's own clients (https://www.rabbitmq.com/docs/uri-query-parameters)
+that apply here; any other is refused by name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PARAMETERS: Final = (
 @dataclass(frozen=True, slots=True)
 class Address:
     """
-    Where the broker is and who we are to it; `tls` is None for a plain connection.
+    The broker's address and our credentials; `tls` is None for a plain connection.
 
     As a string it is host and port, fit for logs.
 
@@ -115,7 +115,7 @@ def _check_parameters(options: Mapping[str, str], *, secure: bool) -> None:
     if options.get("auth_mechanism", "plain").lower() != "plain":
         mistakes.append("auth_mechanism in the broker URL must be plain.")
     if "keyfile" in options and "certfile" not in options:
-        mistakes.append("keyfile in the broker URL needs certfile beside it.")
+        mistakes.append("keyfile in the broker URL needs certfile as well.")
     if mistakes:
         raise InvalidSettings(mistakes)
 
