@@ -890,7 +890,7 @@ async def test_a_handler_whose_thread_cannot_start_never_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    Its task is given back, and a thread that is free later must not find it.
+    Its task is released, and a thread that is free later must not find it.
     """
     ran: list[str] = []
     isolation = Isolation(slots=2)
