@@ -811,6 +811,7 @@ async def test_a_run_interrupted_before_its_child_is_there_ends(
     It ends immediately, and the child is kept for the next one.
     """
     running, ended = begin(patient, the(name), a_context())
+    await asyncio.sleep(0)  # It asks for a child.
 
     running.interrupt()
 

@@ -375,6 +375,7 @@ async def test_an_attempt_that_is_stopped_while_its_child_starts_is_not_begun(
         await nursery.start()
         stopping: tuple[Run, asyncio.Future[Outcome | None]]
         stopping = begin(isolation, in_child("answer"), a_context())
+        await asyncio.sleep(0)  # It asks for a child.
         stopping[0].interrupt()
         assert await asyncio.wait_for(stopping[1], 30) is None
         (await asyncio.to_thread(gate.open, "w")).close()
