@@ -91,7 +91,7 @@ async def test_what_does_not_finish_in_time_is_given_back_unpunished(system: Sys
 
 async def test_a_second_signal_forces_the_process_to_quit(system: System) -> None:
     """
-    The first signal would wait for a minute; the second gives back what runs, at once.
+    The first signal would wait for a minute; the second releases what runs, immediately.
     """
     _, [worker], _ = await system.start(shutdown_grace_seconds=60)
     task_id = await system.submit("work", {"seconds": 50})
@@ -149,7 +149,7 @@ async def test_a_rolling_restart_of_all_workers_loses_and_fails_nothing(
 
 async def is_forced_to_quit(worker: Process) -> bool:
     """
-    Ask once more: what follows the first signal at once is taken for its echo.
+    Signal again: one that follows the first immediately is taken for its echo.
     """
     if worker.is_running:
         worker.send(signal.SIGTERM)
@@ -158,7 +158,7 @@ async def is_forced_to_quit(worker: Process) -> bool:
 
 async def stop(worker: Process) -> None:
     """
-    Stop one worker in good order.
+    Stop one worker gracefully.
     """
     worker.send(signal.SIGTERM)
     assert 0 == await worker.exit_status()
