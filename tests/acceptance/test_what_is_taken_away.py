@@ -335,7 +335,7 @@ class Gate:
 
     def registry(self) -> Registry:
         """
-        With it and a handler that returns at once.
+        With it and a handler that returns immediately.
         """
 
         async def long() -> None:
@@ -415,7 +415,7 @@ async def take_and_give_back(thing: Thing, admin: Administrator, house: House) -
 
 async def lock_and_let_go(table: str, admin: Administrator, house: House) -> None:
     """
-    As a migration of somebody else's does: longer than a statement may take.
+    As another application's migration might: longer than a statement may take.
     """
     await admin.execute(f"BEGIN; LOCK TABLE asyncflow.{table} IN ACCESS EXCLUSIVE MODE")
     try:
