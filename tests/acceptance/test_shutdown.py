@@ -70,7 +70,7 @@ async def test_what_does_not_finish_in_time_is_given_back_unpunished(system: Sys
     """
     _, [worker], _ = await system.start(shutdown_grace_seconds=0.2)
     names = ("work", "work-in-process")
-    task_ids = [await system.submit(name, {"seconds": 2}) for name in names]
+    task_ids = [await system.submit(name, {"seconds": 6}) for name in names]
     for task_id in task_ids:
         await system.journal.wait_for("start", task_id)
     other = await system.start_worker()
