@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from tests.support.choice import NOT_QUICK, SLOW
@@ -42,6 +43,7 @@ def files(*folders: str) -> list[Path]:
     return sorted(found)
 
 
+@cache
 def parsed(file: Path) -> ast.Module:
     """
     The syntax tree of a file.

@@ -51,6 +51,8 @@ NOT_QUICK = (
 
 SLOW = (
     "api/test_server.py::test_an_idle_connection_is_kept_as_long_as_it_is_set",
+    "store/test_cancel.py::test_of_a_cancellation_and_an_attempt_that_race_one_wins",
+    "store/test_columns.py::test_a_nullable_column_is_added_in_four_places",
     "store/test_database.py::test_connections_that_a_firewall_forgot_cost_one_timeout",
     "telemetry/test_logs.py::test_a_process_outlives_a_pipe_that_nobody_reads",
     "transport/test_amqp_frames.py::test_a_stream_cut_anywhere_gives_the_same_events",
