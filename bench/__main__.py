@@ -101,7 +101,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="length of the sustained load")
     parser.add_argument("--profile", action="store_true", help="sample with py-spy; slows")
     parser.add_argument(
-        "--publish", action="store_true", help="write the report into docs/, not beside the lines"
+        "--publish", action="store_true", help="write the report into docs/, not next to the lines"
     )
     parser.add_argument(
         "--into",

@@ -2,7 +2,7 @@
 Where a process of the benchmark finds its servers and settings, in its environment, and the
 programs of the systems.
 
-Every system uses the one database `bench` and one virtual host, made anew for each
+Every system uses the one database `bench` and one virtual host, created again for each
 measurement.
 """
 
@@ -42,6 +42,6 @@ def variant() -> str:
 
 def program(name: str) -> str:
     """
-    The path of a command that is installed beside this Python.
+    The path of a command that is installed next to this Python.
     """
     return str(Path(sys.executable).with_name(name))

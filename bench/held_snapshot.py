@@ -7,7 +7,7 @@ transaction that stays open cost?").
 
 One worker process on a PostgreSQL of its own, with its stock settings. The same load goes through
 it twice: first calm, then while a session sits idle in a REPEATABLE READ transaction. The load
-is so many tasks per second, or with `--per-second 0` a backlog that never runs dry. Then a backlog
+is a steady rate of tasks, or with `--per-second 0` a backlog that never runs dry. Then a backlog
 of `--drain` tasks is timed in the same state. A line of JSON per ten seconds, and one at the end.
 """
 
@@ -76,7 +76,7 @@ class Load:
 
     async def submit(self, count: int) -> None:
         """
-        Submit so many tasks that do nothing.
+        Submit `count` tasks that do nothing.
         """
         for begin in range(0, count, BATCH):
             size = min(BATCH, count - begin)

@@ -1,5 +1,5 @@
 """
-Starts the processes of a measurement, looks at what they use, and ends them.
+Starts the processes of a measurement, samples what they use, and ends them.
 """
 
 from __future__ import annotations

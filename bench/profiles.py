@@ -2,7 +2,7 @@
 Profiles with py-spy while a measurement runs, and who in them spends the time.
 
 A sample belongs to the innermost frame of a known owner, so that time in the standard
-library counts for whoever called it. Only for runs with `--profile`: sampling slows.
+library counts towards its caller. Only for runs with `--profile`: sampling slows them down.
 """
 
 from __future__ import annotations

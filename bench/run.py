@@ -192,7 +192,7 @@ class Run:
         self, entrant: Entrant, *arguments: object, **environment: str
     ) -> subprocess.Popen[str]:
         """
-        Start `bench.produce` beside what runs already.
+        Start `bench.produce` next to what already runs.
         """
         with self.log(entrant).open("ab") as log:
             return subprocess.Popen(
@@ -212,7 +212,7 @@ class Run:
 
     def wait_for_workers(self, processes: Processes, *, count: int = 1) -> None:
         """
-        Return when so many worker processes have run a task.
+        Return when `count` worker processes have run a task.
         """
 
         def have_begun() -> bool:

@@ -64,7 +64,7 @@ class Services:
 
     def renew(self) -> None:
         """
-        Make the database and the virtual host anew and empty.
+        Create the database and the virtual host again, empty.
         """
         with psycopg.connect(self._postgres.url, autocommit=True) as connection:
             connection.execute(f"DROP DATABASE IF EXISTS {addresses.DATABASE} WITH (FORCE)")

@@ -81,7 +81,7 @@ class Soak:
 
     async def run(self, minutes: float) -> list[Facts]:
         """
-        Submit all the while; return a sample of every minute.
+        Submit continuously; return a sample per minute.
         """
         roles = ("api", "worker", "maintenance")
         started = await self._system.start(

@@ -182,7 +182,7 @@ SCENES: dict[str, Callable[[System, Broker | None], Awaitable[Facts]]] = {
 
 async def _probe(system: System, count: int) -> tuple[list[str], list[float]]:
     """
-    Submit so many tasks, one every 10 ms; their ids, and the seconds that each 202 took.
+    Submit `count` tasks, one every 10 ms; return their ids, and the seconds that each 202 took.
     """
     task_ids, took = [], []
     for _ in range(count):

@@ -25,7 +25,7 @@ import asyncpg
 BATCH = 100
 
 # As in asyncflow.store.database. Without these a statement planned while the table is
-# nearly empty keeps a sequential scan for ever: claims fell from 75,000 to 1,500 per second.
+# nearly empty keeps a sequential scan forever: claims fell from 75,000 to 1,500 per second.
 PLANNER = {
     "enable_seqscan": "off",
     "enable_hashjoin": "off",

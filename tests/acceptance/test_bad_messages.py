@@ -193,7 +193,7 @@ async def publish(connection: Connection, messages: Sequence[bytes]) -> None:
 
 async def holds(connection: Connection, queue: str, count: int) -> bool:
     """
-    Whether exactly so many messages wait in a queue.
+    Whether exactly this many messages wait in a queue.
     """
     channel = await connection.channel()
     counts = await channel.inspect_queue(queue)

@@ -105,7 +105,7 @@ def delete(broker: Broker, vhost: str) -> None:
 
 def erase(broker: Broker, vhost: str) -> None:
     """
-    Delete the virtual host with all that is in it, and make it anew.
+    Delete the virtual host with everything in it, and create it again.
     """
     broker.api("DELETE", f"vhosts/{vhost}")
     broker.api("PUT", f"vhosts/{vhost}", {})

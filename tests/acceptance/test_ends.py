@@ -35,13 +35,13 @@ def alone(database_url: str, tmp_path: Path) -> System:
 async def test_an_exhausted_worker_ends_with_status_70_whatever_is_left(alone: System) -> None:
     """
     A thread, an executor and a task that nothing can stop, and a child: a program would wait for
-    them, and whoever supervises the worker would start no other.
+    them, and the worker's supervisor would not start another.
     """
     async with alone as system:
         await system.start_api()
         worker = await system.start_worker(
             handlers=[HABITS],
-            # One that begins anew: forked for a test, it might have no processes of its own.
+            # A fresh process: forked for a test, it might have no processes of its own.
             python=Path(sys.executable),
             test_isolation="loop",
             worker_slots=1,
@@ -138,7 +138,7 @@ async def test_the_first_process_of_a_container_hears_signals_early(
 @pytest.mark.skipif(not debian.may_use_trees(), reason="only root may make a process the first")
 async def test_the_first_process_of_a_container_reaps_orphans(alone: System) -> None:
     """
-    And leaves those alone that somebody waits for.
+    It leaves those alone that something waits for.
     """
     async with alone as system:
         await system.start_api()
@@ -206,6 +206,6 @@ def first_process_in(unshare: subprocess.Popen[bytes]) -> psutil.Process:
 
 async def exists(file: Path) -> bool:
     """
-    Whether somebody has made it.
+    Whether the file exists.
     """
     return await asyncio.to_thread(file.exists)

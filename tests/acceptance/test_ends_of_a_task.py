@@ -27,7 +27,7 @@ async def test_a_failing_task_is_retried_with_growing_waits(shared: System) -> N
     assert ["RETRIED", "RETRIED", "COMPLETED"] == [a["outcome"] for a in task["attempts"]]
     starts = [entry.time for entry in shared.journal.entries(task_id, what="start")]
     first, second = starts[1] - starts[0], starts[2] - starts[1]
-    # The backoff says 0.2 and 0.4 seconds; whoever is due may be noticed half a second late.
+    # The backoff is 0.2 and 0.4 seconds; a due task may be noticed half a second late.
     assert 0.2 <= first < 1.5
     assert 0.4 <= second < 1.7
 

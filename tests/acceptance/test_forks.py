@@ -93,7 +93,7 @@ async def test_a_forked_child_does_not_keep_a_killed_workers_sessions(
 
 async def has_ended(process: psutil.Process) -> bool:
     """
-    Whether it does nothing any more, though its parent may not have asked how it ended.
+    Whether it has ended, even if its parent has not reaped it.
     """
     try:
         return process.status() == psutil.STATUS_ZOMBIE

@@ -26,7 +26,7 @@ CURL = """
 
 async def follow_one_task(system: System) -> None:
     """
-    The seed scenario: what the first task somebody submits looks like, all its life.
+    The seed scenario: what a first task looks like throughout its life.
     """
     response = await system.client.post(
         f"{system.url}/tasks", json={"name": "sample-task", "payload": {"seconds": 1}}

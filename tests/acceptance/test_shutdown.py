@@ -31,11 +31,11 @@ async def test_every_process_leaves_in_good_order(
 
     for process in processes:
         process.send(number)
-    statuses = [await process.exit_status(timeout_seconds=5) for process in processes]
+    statuses = [await process.exit_status() for process in processes]
 
     assert [0, 0, 0] == statuses
     assert all(process.has_logged("process.stopped") for process in processes)
-    await system.until(lambda: no_sessions(system), "no session is left", timeout_seconds=2)
+    await system.until(lambda: no_sessions(system), "no session is left")
     if engine.broker is not None:
         await system.until(lambda: no_connections(engine), "no connection is left")
     [worker] = await system.rows("SELECT stopped_at, lost_at FROM asyncflow.workers")
@@ -70,14 +70,14 @@ async def test_what_does_not_finish_in_time_is_given_back_unpunished(system: Sys
     """
     _, [worker], _ = await system.start(shutdown_grace_seconds=0.2)
     names = ("work", "work-in-process")
-    task_ids = [await system.submit(name, {"seconds": 2}) for name in names]
+    task_ids = [await system.submit(name, {"seconds": 6}) for name in names]
     for task_id in task_ids:
         await system.journal.wait_for("start", task_id)
     other = await system.start_worker()
 
     worker.send(signal.SIGTERM)
     released_from = time.monotonic()
-    assert 0 == await worker.exit_status(timeout_seconds=5)
+    assert 0 == await worker.exit_status()
 
     for task_id in task_ids:
         second = await system.journal.wait_for("start", task_id, attempt=2)
@@ -91,7 +91,7 @@ async def test_what_does_not_finish_in_time_is_given_back_unpunished(system: Sys
 
 async def test_a_second_signal_forces_the_process_to_quit(system: System) -> None:
     """
-    The first signal would wait for a minute; the second gives back what runs, at once.
+    The first signal would wait for a minute; the second releases what runs, immediately.
     """
     _, [worker], _ = await system.start(shutdown_grace_seconds=60)
     task_id = await system.submit("work", {"seconds": 50})
@@ -101,7 +101,7 @@ async def test_a_second_signal_forces_the_process_to_quit(system: System) -> Non
     stopping = await worker.log_event("process.stopping")
     await system.until(lambda: is_forced_to_quit(worker), "it logs that it is forced to quit")
 
-    assert 0 == await worker.exit_status(timeout_seconds=5)
+    assert 0 == await worker.exit_status()
     assert 1 == stopping["running"]
     task = await system.get(task_id)
     assert 0 == task["failures"]
@@ -117,7 +117,7 @@ async def test_an_api_that_stops_answers_what_it_was_asked(system: System) -> No
     async with system.load(clients=8, pause_seconds=0.01) as load:
         await load.has_accepted(50)
         first.send(signal.SIGTERM)
-        assert 0 == await first.exit_status(timeout_seconds=10)
+        assert 0 == await first.exit_status()
         await load.has_accepted(50)
 
     assert {"completed": len(load.accepted)} == await system.all_terminal(load.accepted)
@@ -149,7 +149,7 @@ async def test_a_rolling_restart_of_all_workers_loses_and_fails_nothing(
 
 async def is_forced_to_quit(worker: Process) -> bool:
     """
-    Ask once more: what follows the first signal at once is taken for its echo.
+    Signal again: one that follows the first immediately is taken for its echo.
     """
     if worker.is_running:
         worker.send(signal.SIGTERM)
@@ -158,7 +158,7 @@ async def is_forced_to_quit(worker: Process) -> bool:
 
 async def stop(worker: Process) -> None:
     """
-    Stop one worker in good order.
+    Stop one worker gracefully.
     """
     worker.send(signal.SIGTERM)
     assert 0 == await worker.exit_status()

@@ -150,7 +150,7 @@ async def test_every_process_refuses_a_newer_schema(system: System) -> None:
 
 async def test_migrations_may_run_at_the_same_time(unmigrated: System) -> None:
     """
-    Five at once all succeed, and the schema is used right after.
+    Five concurrent ones all succeed, and the schema can be used right after.
     """
     migrations = [await unmigrated.run("migrate") for _ in range(5)]
 
@@ -198,7 +198,7 @@ async def test_a_process_that_waits_for_the_database_stops_at_a_signal(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """
-    Waiting is no reason not to leave with status 0.
+    A process that waits for the database still exits with status 0.
     """
     url = f"postgresql://nobody@127.0.0.1:{free_port()}/nothing"
     async with System(database_url=url, broker_url=None, folder=tmp_path) as system:

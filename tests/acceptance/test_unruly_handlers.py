@@ -17,8 +17,8 @@ async def test_a_worker_outlives_handlers_that_exit_behind_its_back(
     database_url: str, tmp_path: Path
 ) -> None:
     """
-    `sys.exit()` and `KeyboardInterrupt` in tasks and callbacks, beside a task that is running:
-    it completes at its first attempt, and the worker takes the next one and stops in good order.
+    `sys.exit()` and `KeyboardInterrupt` in tasks and callbacks do not disturb a running task:
+    it completes at its first attempt, and the worker takes the next one and stops gracefully.
     """
     async with System(database_url=database_url, broker_url=None, folder=tmp_path) as system:
         await system.start_api()

@@ -28,7 +28,6 @@ from asyncflow.maintenance.chores import Chore, chores, run_chore
 from asyncflow.relay import times as relay_times
 from asyncflow.relay.relay import Relay
 from asyncflow.settings import Settings
-from asyncflow.store import wakeups
 from asyncflow.store.database import Database, Executor
 from asyncflow.store.wakeups import Waker
 from asyncflow.transport import postgres
@@ -336,7 +335,7 @@ class Gate:
 
     def registry(self) -> Registry:
         """
-        With it and a handler that returns at once.
+        With it and a handler that returns immediately.
         """
 
         async def long() -> None:
@@ -375,7 +374,7 @@ async def a_house(
                 heartbeat_seconds=0.05,
                 lease_seconds=20.0,
                 broker_url=broker_url,
-                postgres_times=postgres.Times(poll=0.05, outage=SOON),
+                postgres_times=postgres.Times(poll=0.05, outage=SOON, listen=0.03),
                 rabbitmq_times=rabbitmq.Times(outage=SOON, backoff=BACKOFF),
                 times=Times(heartbeat_retry=0.03, settle_retry=SOON),
             )
@@ -390,14 +389,6 @@ async def a_house(
             httpx.AsyncClient(transport=transport, base_url="http://api")
         )
         yield House(client, worker, maintenance, logs)
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """
-    Everybody tries again sooner than usual, or the matrix would mostly wait.
-    """
-    monkeypatch.setattr(wakeups, "RECONNECT_SECONDS", 0.03)
 
 
 async def take_and_give_back(thing: Thing, admin: Administrator, house: House) -> None:
@@ -424,7 +415,7 @@ async def take_and_give_back(thing: Thing, admin: Administrator, house: House) -
 
 async def lock_and_let_go(table: str, admin: Administrator, house: House) -> None:
     """
-    As a migration of somebody else's does: longer than a statement may take.
+    As another application's migration might: longer than a statement may take.
     """
     await admin.execute(f"BEGIN; LOCK TABLE asyncflow.{table} IN ACCESS EXCLUSIVE MODE")
     try:
@@ -461,7 +452,7 @@ async def drop_and_restore(admin: Administrator, server: PostgresServer, house: 
 
 
 async def test_what_is_taken_away_for_a_moment_costs_nobody_anything(
-    postgres_server: PostgresServer, database_url: str, impatient: None
+    postgres_server: PostgresServer, database_url: str
 ) -> None:
     """
     Nobody ends, the API answers 503 and never 500, no attempt is charged or begun again, and
@@ -473,7 +464,7 @@ async def test_what_is_taken_away_for_a_moment_costs_nobody_anything(
 @pytest.mark.needs_rabbitmq
 @pytest.mark.oldest_postgres
 async def test_nor_does_it_with_rabbitmq(
-    postgres_server: PostgresServer, database_url: str, vhost_url: str, impatient: None
+    postgres_server: PostgresServer, database_url: str, vhost_url: str
 ) -> None:
     """
     The same on the other engine, and on the oldest PostgreSQL.

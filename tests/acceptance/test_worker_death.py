@@ -58,7 +58,7 @@ async def test_child_processes_die_with_their_worker(system: System) -> None:
     await worker.kill()
 
     for pid in (start.pid for start in starts):
-        await system.until(partial(is_gone, pid), "the child is gone", timeout_seconds=2)
+        await system.until(partial(is_gone, pid), "the child is gone", timeout_seconds=20)
 
 
 @pytest.mark.any_engine
@@ -119,7 +119,7 @@ async def test_a_task_that_kills_its_worker_fails_and_its_neighbours_complete(
     system: System,
 ) -> None:
     """
-    A poison task that takes whole workers down ends FAILED; who ran beside it, runs again.
+    A poison task that takes whole workers down ends FAILED; its neighbours run again.
     """
     await asyncio.gather(system.start_api(), system.start_maintenance())
     # Workers that die are started again.

@@ -39,7 +39,7 @@ def postgres_ground(postgres_server: PostgresServer, ground_folder: Path) -> Gro
     """
     PostgreSQL alone.
     """
-    # The first one makes the template, which is not for many at once.
+    # The first database makes the template, which must not happen concurrently.
     postgres_server.drop_database(postgres_server.create_database())
     return Ground(postgres_server, None, ground_folder)
 

@@ -95,7 +95,7 @@ async def cancel_by_http(trial: Trial) -> None:
 
 async def lose_hint(trial: Trial) -> None:
     """
-    It was queued long ago, and there is no message of it.
+    It was queued long ago, and its message is lost.
     """
     task = await builders.a_task(trial.db, state=State.QUEUED, **step(trial))
     await builders.backdate(trial.db, "tasks", task.id, queued_at=AGES)
@@ -122,7 +122,7 @@ async def let_expire(trial: Trial) -> None:
 
 async def finish_long_ago(trial: Trial) -> None:
     """
-    It completed, and nobody needs it any more.
+    It has completed, and its retention has passed.
     """
     task = await builders.a_task(trial.db, state=State.COMPLETED, **step(trial))
     await builders.backdate(trial.db, "tasks", task.id, finished_at=2 * RETENTION_DAYS * 86_400)

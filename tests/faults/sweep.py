@@ -53,7 +53,7 @@ class Sweep:
 
     def report(self) -> str:
         """
-        A line for every case that is done.
+        One line for every finished case.
         """
         done = [f.result() for f in self._findings.values() if f.done() and not f.exception()]
         held = sum(not finding.faults for finding in done)

@@ -27,7 +27,7 @@ def cases_of(engine: str) -> list[object]:
 @pytest.mark.parametrize("case", cases_of("postgres"))
 def test_nothing_is_lost_on_postgres(case: Case, postgres_sweep: Sweep) -> None:
     """
-    The task comes to its end, its handler starts no oftener than it may, and nothing is stuck.
+    The task ends, its handler starts no more often than it may, and nothing is stuck.
     """
     assert_held(postgres_sweep.finding(case))
 

@@ -290,7 +290,7 @@ class Trial:
 
     async def _all_leave(self) -> None:
         """
-        Every process ends in good order, maintenance when no worker is left alive for it.
+        Every process stops gracefully, maintenance once no worker is left alive.
         """
         if self.client is not None:
             async with asyncio.timeout(STEP_SECONDS):

@@ -18,7 +18,7 @@ from tests.model.invariants import AT_EVERY_CHANGE, IN_EVERY_WORLD, Change
 from tests.model.protocol import Kind, Protocol, Step, World
 from tests.model.statements import IllegalMove
 
-EVERYTHING_ENDS = "every task ends and nothing is left over, if nothing goes wrong any more"
+EVERYTHING_ENDS = "every task ends and nothing is left over, once nothing goes wrong"
 MOVES_ARE_LEGAL = "a statement moves a task only where the table has an arrow"
 
 

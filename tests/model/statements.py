@@ -148,7 +148,7 @@ class Statements:
 
     def mark_queued(self, row: Row, *, attempt: int) -> Row:
         """
-        MARK_QUEUED, for a hint that was sent after so many attempts. A later one has used it up.
+        MARK_QUEUED, for a hint that was sent after `attempt` attempts. A later one has used it up.
         """
         if row.state is not State.PENDING or not row.due or row.attempt != attempt:
             return row

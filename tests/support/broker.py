@@ -1,5 +1,5 @@
 """
-What a test can do with a RabbitMQ, whoever runs it.
+What a test can do with a RabbitMQ, wherever it runs.
 
 Each test works in a virtual host of its own, made through the management plugin, which
 takes a few milliseconds (`rabbitmqctl` takes more than a second).
@@ -119,7 +119,7 @@ class Broker(ABC):
     @abstractmethod
     def stop(self) -> None:
         """
-        Stop the broker in good order and wait until it is gone.
+        Stop the broker gracefully and wait until it is gone.
         """
 
     @abstractmethod
@@ -143,7 +143,7 @@ class Broker(ABC):
     @abstractmethod
     def wipe(self) -> None:
         """
-        Start anew with no data at all, on the same port; virtual hosts are gone too.
+        Restart without any data, on the same port; virtual hosts are gone too.
         """
 
     @abstractmethod

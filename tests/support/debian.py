@@ -47,7 +47,7 @@ def make_tree(version: str) -> Path:
     """
     Make the folder with this version of RabbitMQ unless it is there; needs root.
 
-    Safe to run by several processes at once, and to interrupt.
+    Safe to run concurrently in several processes, and to interrupt.
 
     Raises:
         CannotMakeTree: debootstrap failed.

@@ -36,7 +36,7 @@ class SmallDisk:
 
     def fill(self) -> None:
         """
-        Take what is left, to the last block.
+        Fill the disk to the last block.
         """
         with self._filler.open("ab", buffering=0) as filler:
             try:
@@ -48,7 +48,7 @@ class SmallDisk:
 
     def fill_but(self, mebibytes: int) -> None:
         """
-        Take what is left, but for so much.
+        Fill the disk except for `mebibytes`.
         """
         size = shutil.disk_usage(self.folder).free - mebibytes * 1024**2
         with self._filler.open("wb") as filler:
@@ -56,7 +56,7 @@ class SmallDisk:
 
     def free(self) -> None:
         """
-        Give back what `fill` took.
+        Free what `fill` took.
         """
         self._filler.unlink(missing_ok=True)
 

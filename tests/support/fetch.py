@@ -57,7 +57,7 @@ def _fetch_what_is_missing(
     if absent and shutil.which("debootstrap") is None and _has_apt():
         _apt_install("debootstrap", say)
     with ThreadPoolExecutor() as pool:
-        # Trees take longest, and are made beside what is installed here.
+        # Trees take longest, and are made while packages are installed.
         trees = _begin_to_make_trees(absent, pool, say)
         if postgres.missing(majors) and _has_apt():
             _fetch_postgres(say)
@@ -71,7 +71,7 @@ def _fetch_what_is_missing(
 
 
 def _fetch_postgres(say: Say) -> None:
-    # Debian would run a server for everybody; the tests only want the programs.
+    # Debian would start a server for the machine; the tests only want the programs.
     configuration = Path("/etc/postgresql-common/createcluster.conf")
     if not configuration.exists():
         configuration.parent.mkdir(exist_ok=True)

@@ -170,7 +170,7 @@ class ProcessBroker(Broker):
             said = self.log_file.read_bytes()[said_before:]
             if self._process is None or self._process.poll() is not None:
                 raise RuntimeError(f"RabbitMQ did not start:\n{said.decode()[-4000:]}")
-            # Its ports open a little before it is ready to be stopped in good order.
+            # Its ports open a little before it can be stopped gracefully.
             return b"completed with" in said and self.answers()
 
         wait_until(is_ready, START_SECONDS_MAX, "the broker did not start")
@@ -262,7 +262,7 @@ class DebianTree:
 
 def wait_until(condition: Callable[[], bool], seconds: float, failure: str) -> None:
     """
-    Return as soon as the condition holds.
+    Return once the condition holds.
 
     Raises:
         RuntimeError: It did not hold in time; the sentence begins with `failure`.

@@ -40,7 +40,7 @@ SETTINGS = {
     "unix_socket_dir": "",
 }
 
-# A reader of our pipe waits beside it; when that closes, the whole group goes.
+# A reader of our pipe runs next to it; when the pipe closes, the whole group is killed.
 GUARD = """
     "$@" &
     read -r _
@@ -144,6 +144,6 @@ def missing() -> list[str]:
 
 
 def _program() -> Path | None:
-    # Debian puts it where only root looks.
+    # Debian installs it into a folder that is only on root's PATH.
     found = shutil.which(PACKAGE, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
     return Path(found) if found else None

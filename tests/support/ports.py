@@ -30,7 +30,7 @@ def free_port() -> int:
 
 def free_ports(count: int) -> list[int]:
     """
-    Take so many of them.
+    Reserve `count` ports.
     """
     ports: list[int] = []
     while len(ports) < count:

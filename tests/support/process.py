@@ -172,7 +172,7 @@ class Process:
 
     async def end(self) -> None:
         """
-        See to it that it and its group are gone, whatever state they are in.
+        Kill it and its group, whatever state they are in.
         """
         self._process.kill()  # It may not lead a group yet.
         with contextlib.suppress(ProcessLookupError):
@@ -218,7 +218,7 @@ class Process:
 
 async def is_gone(pid: int) -> bool:
     """
-    Whether no process of this id does anything any more.
+    Whether the process with this id has ended.
     """
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

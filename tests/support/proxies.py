@@ -26,7 +26,7 @@ PACKAGES = ("nginx", "haproxy")
 START_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 60.0
 
-# A reader of our pipe waits beside it; when that closes, the whole group goes.
+# A reader of our pipe runs next to it; when the pipe closes, the whole group is killed.
 GUARD = """
     "$@" &
     proxy=$!
@@ -149,7 +149,7 @@ class Proxy:
 
     def close(self) -> None:
         """
-        End it at once.
+        Kill it.
         """
         self._end(b"")
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -199,6 +199,6 @@ def _lack(name: str) -> str:
 
 
 def _program(name: str) -> Path | None:
-    # Debian puts them where only root looks.
+    # Debian installs them into a folder that is only on root's PATH.
     found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
     return Path(found) if found else None

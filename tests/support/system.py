@@ -83,7 +83,7 @@ class System:
         self, *, apis: int = 1, workers: int = 1, maintenances: int = 1, **settings: Any
     ) -> tuple[list[Process], list[Process], list[Process]]:
         """
-        Start so many of each at once, and return them when they are ready.
+        Start this many of each concurrently, and return them when they are ready.
         """
         started = await asyncio.gather(
             *(self.start_api(**settings) for _ in range(apis)),
@@ -196,7 +196,7 @@ class System:
 
     async def submit_batch(self, tasks: Sequence[Json]) -> list[str]:
         """
-        Submit up to 1,000 tasks at once and return their ids in order.
+        Submit up to 1,000 tasks in one batch and return their ids in order.
         """
         response = await self.client.post(f"{self.url}/tasks/batch", json={"tasks": tasks})
         assert 202 == response.status_code, response.text
@@ -269,7 +269,7 @@ class System:
 
     async def rows(self, query: str, *arguments: object) -> list[asyncpg.Record]:
         """
-        Ask the database itself.
+        Query the database directly.
         """
         connection = await asyncpg.connect(self.database_url)
         try:
@@ -312,7 +312,7 @@ class System:
 
     async def is_drained(self, *, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """
-        Wait until every task there is has ended; cheaper than `all_terminal` where they are many.
+        Wait until every task has ended; cheaper than `all_terminal` for many tasks.
         """
         left = "SELECT 1 FROM asyncflow.tasks_live LIMIT 1"
 
@@ -374,7 +374,7 @@ class System:
     @asynccontextmanager
     async def load(self, name: str = "work", **options: Any) -> AsyncIterator[Load]:
         """
-        Submit tasks all the while; see `Load`.
+        Submit tasks until the end of the block; see `Load`.
         """
         load = Load(self, name, **options)
         running = asyncio.create_task(load.run())

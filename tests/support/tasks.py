@@ -2,7 +2,7 @@
 Tasks and workers for tests of what runs: the relay, transports, workers and maintenance.
 
 The words of `builders` with other defaults: tasks are called `work`, workers have one slot and
-beat quickly, and whoever submits wakes the listeners up, as the API does. A task in a certain
+beat quickly, and a submission wakes the listeners up, as the API's does. A task in a certain
 state is built by `builders.a_task`.
 """
 

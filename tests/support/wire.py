@@ -124,7 +124,7 @@ class Wire(Proxy):
 
     def release_answers(self) -> None:
         """
-        Hold back nothing any more.
+        Let all answers through again.
         """
         self._released.set()
 
@@ -190,7 +190,7 @@ class Desk:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         order = (await reader.readline()).decode().rstrip("\n")
-        # Whoever asked may be killed meanwhile, or tired of waiting.
+        # The client may have been killed meanwhile, or have timed out.
         with contextlib.suppress(ConnectionError):
             await self._obey(order)
             writer.write(b"done\n")
@@ -211,7 +211,7 @@ class Desk:
             case "release":
                 wire.release_answers()
             case _:
-                raise ValueError(f"Nobody here can {order!r}.")
+                raise ValueError(f"unknown order {order!r}")
 
 
 @asynccontextmanager

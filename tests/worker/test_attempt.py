@@ -326,7 +326,7 @@ async def test_an_attempt_ends_although_nothing_can_be_logged(
     assert {Event.COMPLETE} == set(far_side.events)
 
 
-async def test_an_attempt_given_back_before_it_began_is_released() -> None:
+async def test_an_attempt_released_before_it_began_runs_no_handler() -> None:
     """
     Its handler is not entered.
     """

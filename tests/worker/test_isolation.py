@@ -811,6 +811,7 @@ async def test_a_run_interrupted_before_its_child_is_there_ends(
     It ends immediately, and the child is kept for the next one.
     """
     running, ended = begin(patient, the(name), a_context())
+    await asyncio.sleep(0)  # It asks for a child.
 
     running.interrupt()
 
@@ -890,7 +891,7 @@ async def test_a_handler_whose_thread_cannot_start_never_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    Its task is given back, and a thread that is free later must not find it.
+    Its task is released, and a thread that is free later must not find it.
     """
     ran: list[str] = []
     isolation = Isolation(slots=2)

@@ -65,7 +65,7 @@ async def an_isolation(*modules: Path | str) -> AsyncIterator[tuple[Isolation, N
 
 async def not_entered(isolation: Isolation, handler: Handler) -> None:
     """
-    Run an attempt that cannot begin, and see that its task is given back.
+    Run an attempt that cannot begin, and see that its task is released.
     """
     _, ended = begin(isolation, handler, a_context())
     assert await asyncio.wait_for(ended, 30) is None
@@ -119,7 +119,7 @@ async def test_a_child_that_imports_by_itself_refuses_files_that_have_changed(
     tmp_path: Path,
 ) -> None:
     """
-    One worker never runs two versions of a handler; the task is given back.
+    One worker never runs two versions of a handler; the task is released.
     """
     tasks = written(tmp_path / "tasks.py", NO_FORK + TASKS.format(answer="old"))
 
@@ -185,7 +185,7 @@ async def test_a_handler_that_only_the_worker_has_is_told_at_the_start(tmp_path:
 
 async def test_a_child_that_cannot_import_says_what(tmp_path: Path) -> None:
     """
-    What failed, and its task is given back.
+    What failed, and its task is released.
     """
     broken = NO_FORK + "if IS_CHILD: raise RuntimeError('no licence')\n" + TASKS.format(answer=1)
     tasks = written(tmp_path / "tasks.py", broken)
@@ -375,6 +375,7 @@ async def test_an_attempt_that_is_stopped_while_its_child_starts_is_not_begun(
         await nursery.start()
         stopping: tuple[Run, asyncio.Future[Outcome | None]]
         stopping = begin(isolation, in_child("answer"), a_context())
+        await asyncio.sleep(0)  # It asks for a child.
         stopping[0].interrupt()
         assert await asyncio.wait_for(stopping[1], 30) is None
         (await asyncio.to_thread(gate.open, "w")).close()

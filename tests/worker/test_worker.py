@@ -417,10 +417,10 @@ async def test_claims_without_a_slot_go_back_and_are_not_claimed_again(db: Datab
         await soon(gate.entered)
         waiting = await submit(db, 10, name="quick")
 
-        async def all_given_back() -> bool:
+        async def all_released() -> bool:
             return await states(db) == {"completed": 100, "running": 1, "pending": 10}
 
-        await until(all_given_back)
+        await until(all_released)
         # Time enough to claim them ahead many times more.
         await asyncio.sleep(1.0)
 
@@ -732,7 +732,7 @@ async def test_a_late_settle_of_a_lost_lease_is_void(db: Database) -> None:
         assert "running" == await state(db, task_id)
 
 
-async def test_a_claim_whose_answer_was_lost_is_given_back(db: Database) -> None:
+async def test_a_claim_whose_answer_was_lost_is_released(db: Database) -> None:
     """
     The database says the worker holds a task, the worker knows nothing of it.
     """
@@ -764,7 +764,7 @@ async def test_a_claim_that_comes_after_its_release_is_not_run(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    The answer to a claim was so slow that the worker gave the lease back as an orphan.
+    The answer to a claim was so slow that the worker released the lease as an orphan.
     """
     may_come = asyncio.Event()
     take = PostgresTransport.take
@@ -886,7 +886,7 @@ async def test_a_handler_that_blocks_the_loop_ends_its_worker_and_is_charged(
     db: Database, database_url: str
 ) -> None:
     """
-    The failure says where it stood. Its neighbours are given back, charged with nothing.
+    The failure says where it stood. Its neighbours are released, charged with nothing.
     """
     ended = await stalled("time.sleep(600)", database_url)
 
@@ -965,7 +965,7 @@ async def test_what_its_machine_lacks_costs_a_task_nothing(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    It is given back and runs once there is room; the one attempt that it has is enough.
+    It is released and runs once there is room; the one attempt that it has is enough.
     """
     handler = DEFAULT_REGISTRY.get("number.process")
     assert handler is not None
@@ -979,7 +979,7 @@ async def test_what_its_machine_lacks_costs_a_task_nothing(
         with monkeypatch.context() as full:
             full.setattr(asyncio, "create_subprocess_exec", refuse)
             [task_id] = await submit(db, name=handler.name, max_attempts=1)
-            await until_given_back(db, task_id)
+            await until_released(db, task_id)
         await until_states(db, completed=1)
         task = await read(db, task_id)
 
@@ -987,8 +987,8 @@ async def test_what_its_machine_lacks_costs_a_task_nothing(
     assert "released" == task.attempts[0].outcome
 
 
-async def until_given_back(db: Database, task_id: UUID) -> None:
-    async def is_given_back() -> bool:
+async def until_released(db: Database, task_id: UUID) -> None:
+    async def is_released() -> bool:
         return bool((await read(db, task_id)).attempts)
 
-    await until(is_given_back)
+    await until(is_released)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from asyncflow.relay.window import REST_SECONDS_MAX
 from asyncflow.transport.rabbitmq.ownership import OWNED_SECONDS
 from asyncflow.transport.rabbitmq.queue_backoff import BackoffTimes
 
@@ -27,7 +28,7 @@ class Times:
         owned: How long the names in RabbitMQ stay ours after the last process has left.
     """
 
-    poll: float = 0.5
+    poll: float = REST_SECONDS_MAX
     lead: tuple[float, float] = (0.3, 1.0)
     call: float = 3.0
     lost_after: float = 3.0

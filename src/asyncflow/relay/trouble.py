@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import math
 
-LIMITED_SECONDS = 60.0
-"""How long a queue's limit is mentioned after it last took effect."""
+from asyncflow.relay.window import HALVED_SECONDS
 
 CONNECTION = ""
 """Stands for the connection where a queue is expected."""
@@ -47,4 +46,5 @@ class Troubles:
         """
         if self._reasons:
             return next(iter(self._reasons.values()))
-        return self._limit if now <= self._limited_at + LIMITED_SECONDS else None
+        # A limit is mentioned for as long as it keeps a window small.
+        return self._limit if now <= self._limited_at + HALVED_SECONDS else None

@@ -80,9 +80,16 @@ class Listener:
     transaction mode, which has no LISTEN, it does nothing: pollers poll.
     """
 
-    def __init__(self, db: Database, on_wakeup: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        db: Database,
+        on_wakeup: Callable[[], None],
+        *,
+        reconnect_seconds: float = RECONNECT_SECONDS,
+    ) -> None:
         self._db = db
         self._on_wakeup = on_wakeup
+        self._reconnect_seconds = reconnect_seconds
         self._background = Background(self._listen)
 
     async def __aenter__(self) -> Listener:
@@ -97,7 +104,7 @@ class Listener:
         while True:
             with contextlib.suppress(StoreUnavailable):
                 await self._listen_until_broken()
-            await asyncio.sleep(RECONNECT_SECONDS)
+            await asyncio.sleep(self._reconnect_seconds)
 
     async def _listen_until_broken(self) -> None:
         connection = await self._db.connect("wake-ups", timeout_seconds=CHECK_SECONDS)

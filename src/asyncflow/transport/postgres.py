@@ -14,7 +14,7 @@ from asyncflow.domain.task import Claim
 from asyncflow.errors import StoreError
 from asyncflow.store.database import Database
 from asyncflow.store.due import Due
-from asyncflow.store.wakeups import Listener
+from asyncflow.store.wakeups import RECONNECT_SECONDS, Listener
 from asyncflow.telemetry import events
 from asyncflow.transport import Claimant
 
@@ -28,10 +28,12 @@ class Times:
         poll: The safety net under wake-ups, and how late a delayed task may start.
         outage: Bounds of a random wait between tries while PostgreSQL is away, so that workers do
             not return in step.
+        listen: The wait before it listens for wake-ups again after that connection broke.
     """
 
     poll: float = 0.5
     outage: tuple[float, float] = (0.2, 1.0)
+    listen: float = RECONNECT_SECONDS
 
 
 TIMES = Times()
@@ -49,7 +51,7 @@ class PostgresTransport:
         self._due = Due(db)
         self._woken = asyncio.Event()
         self._stopped = False
-        self._listener = Listener(db, self._woken.set)
+        self._listener = Listener(db, self._woken.set, reconnect_seconds=times.listen)
 
     async def open(self) -> None:
         """

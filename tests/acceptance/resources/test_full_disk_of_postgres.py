@@ -136,7 +136,7 @@ async def use_up_write_ahead_log(url: str) -> None:
 
 async def has_come_back(server: PostgresServer) -> bool:
     """
-    Whether PostgreSQL serves again; started anew if it gave up, as an operator's supervisor would.
+    Whether PostgreSQL serves again; restarted if it had ended, as a supervisor would do.
     """
     if server.cluster.pid is None:
         await asyncio.to_thread(server.cluster.stop)

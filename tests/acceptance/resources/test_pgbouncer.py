@@ -54,7 +54,7 @@ async def behind(
     folder: Path,
 ) -> AsyncIterator[System]:
     """
-    A system whose processes know only the pooler; the test itself looks past it.
+    A system whose processes know only the pooler; the test itself goes around it.
     """
     async with a_system(request, folder, database_url, broker_url) as system:
         system.settings |= {"database_url": pooler.url(database_url), "database_pooler": True}

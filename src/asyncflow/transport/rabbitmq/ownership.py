@@ -3,7 +3,7 @@ One installation owns the names in RabbitMQ that begin with a prefix.
 
 Two installations that shared them would take each other's hints for those of deleted tasks. So
 the first one declares a marker queue with its identity as an argument, and RabbitMQ refuses the
-declaration of another. The queue vanishes once nobody has used it for `OWNED_SECONDS`.
+declaration of another. The queue vanishes after `OWNED_SECONDS` without use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from asyncflow.transport.amqp.channel import Arguments
 from asyncflow.transport.rabbitmq.topology import PREFIX, marker_queue, unreadable
 
 OWNED_SECONDS = 600.0
-"""Longer than a deployment, so that nobody moves in meanwhile; see docs/internals/decisions.md."""
+"""
+Longer than a deployment, so that no other installation takes the names meanwhile; see
+docs/internals/decisions.md.
+"""
 
 
 class Ownership:
@@ -67,8 +70,8 @@ async def own(
     Declare that the names belong to `installation`, and hold that while the channel is open.
 
     Args:
-        on_lost: Called when the marker queue was deleted. Whoever declares it next owns the
-            names, so connect again.
+        on_lost: Called when the marker queue was deleted. The next to declare it owns the names,
+            so connect again.
 
     Raises:
         ChannelClosed: 406: the names belong to another installation; `diagnosis` names it.

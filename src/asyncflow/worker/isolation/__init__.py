@@ -6,6 +6,8 @@ Running a handler, and stopping it: on the event loop, in a thread or in a child
     loop         an `async def` handler, awaited in the task of its attempt
     thread       a `def` handler, in a thread of the worker
     process      a handler in a child process, which can be killed
+    means        what all runs share
+    threads      threads that are reused
     alarm        the deadlines of all runs, on one timer
     garbage      collects cyclic garbage as memory grows
     shortage     pauses the intake while the machine has nothing left to run in

@@ -10,10 +10,18 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from asyncflow.worker.isolation.run import Run
+
+class Timed(Protocol):
+    """
+    What has a deadline; told apart by identity.
+    """
+
+    def on_deadline(self) -> None:
+        """
+        Called when it has come.
+        """
 
 
 class Alarm:
@@ -22,11 +30,11 @@ class Alarm:
     """
 
     def __init__(self) -> None:
-        self._deadlines: dict[Run, float] = {}
+        self._deadlines: dict[Timed, float] = {}
         self._rings_at = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
-    def set(self, run: Run, at: float) -> None:
+    def set(self, run: Timed, at: float) -> None:
         """
         Call `run.on_deadline` at `at` by `time.monotonic`; replaces the run's former one.
         """
@@ -34,7 +42,7 @@ class Alarm:
         if at < self._rings_at:
             self._arm(at)
 
-    def forget(self, run: Run) -> None:
+    def forget(self, run: Timed) -> None:
         """
         Do not call it any more.
         """

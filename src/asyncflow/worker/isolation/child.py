@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from asyncflow.domain.outcome import Crashed, Failed, Failure, Outcome
 from asyncflow.errors import ChildNotStarted
@@ -26,9 +27,6 @@ from asyncflow.worker.isolation.protocol import (
     write,
     write_claim,
 )
-
-if TYPE_CHECKING:
-    from asyncflow.worker.isolation.nursery import Nursery
 
 LEAVE_SECONDS = 1.0
 """How long an idle child may take to exit by itself, and a dying one to be reaped."""
@@ -63,14 +61,14 @@ class Child(asyncio.Protocol):
     One child process.
     """
 
-    def __init__(self, nursery: Nursery, number: int) -> None:
+    def __init__(self, number: int, *, kill: Callable[[Child], None]) -> None:
         self.number = number
         self.pid = 0
         self.tasks = 0
         self.is_alive = True
         self.idle_since = 0.0
         self.memory_bytes_max: int | None = None
-        self._nursery = nursery
+        self._kill = kill
         self._transport: asyncio.Transport
         self._reader = Reader()
         self._listener: ChildListener | None = None
@@ -168,7 +166,7 @@ class Child(asyncio.Protocol):
         End the child and everything the handler started, now.
         """
         self.is_alive = False
-        self._nursery.kill(self)
+        self._kill(self)
 
     def check_memory(self) -> None:
         """

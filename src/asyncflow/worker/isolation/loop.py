@@ -37,7 +37,7 @@ class LoopRun(Run):
             self.handler,
             self.payload,
             self.context,
-            result_bytes_max=self.isolation.result_bytes_max,
+            result_bytes_max=self.means.result_bytes_max,
         )
         # In variables of its own: what follows in this task is the worker's, the settle and log
         # lines above all.

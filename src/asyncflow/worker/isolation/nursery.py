@@ -114,7 +114,7 @@ class Nursery:
         except (HandlerError, OSError) as error:
             raise ChildNotStarted(_in_words(error)) from error
         self._number += 1
-        child = Child(self, self._number)
+        child = Child(self._number, kill=self.kill)
         with theirs:
             try:
                 await child.connect(ours)

@@ -27,12 +27,12 @@ class ChildRun(OutsideRun):
 
     async def _enter_child(self) -> None:
         try:
-            child = await self.isolation.children.lend()
+            child = await self.means.children.lend()
         except ChildNotStarted as error:
             return self.conclude(self.not_entered(str(error)))
-        self.isolation.shortage.pass_by()
+        self.means.shortage.pass_by()
         if self.is_stopping:
-            self.isolation.children.take_back(child)
+            self.means.children.take_back(child)
             return self.conclude(self.ended_unentered())
         self._child = child
         # What it took to start a process is no part of the attempt.
@@ -43,7 +43,7 @@ class ChildRun(OutsideRun):
             self.payload,
             self.context,
             self,
-            bytes_max=self.isolation.result_bytes_max,
+            bytes_max=self.means.result_bytes_max,
         )
 
     def progressed(self, progress: Progress) -> None:
@@ -57,7 +57,7 @@ class ChildRun(OutsideRun):
         self._let_go_of_child()
         if self._is_killed:
             self.end()
-            grace = self.isolation.cancel_grace_seconds
+            grace = self.means.cancel_grace_seconds
             self.conclude(self.stopped(None, f"It did not stop within {grace:g} s and was killed."))
         elif was_entered or self.is_stopping:
             self.conclude(self.ended(end, stop_seen=True))
@@ -87,4 +87,4 @@ class ChildRun(OutsideRun):
     def _let_go_of_child(self) -> None:
         child, self._child = self._child, None
         assert child is not None
-        self.isolation.children.take_back(child)
+        self.means.children.take_back(child)

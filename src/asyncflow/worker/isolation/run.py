@@ -17,16 +17,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from asyncflow.domain.outcome import Cancelled, Completed, Failed, Failure, Outcome
 from asyncflow.handlers.calls import failed
 from asyncflow.handlers.context import Context
 from asyncflow.handlers.registry import Handler
 from asyncflow.telemetry import events
-
-if TYPE_CHECKING:
-    from asyncflow.worker.isolation.isolation import Isolation
+from asyncflow.worker.isolation.means import Means
 
 INTERRUPT_SECONDS = 0.5
 """How long a handler may take to stop when the worker no longer wants its outcome."""
@@ -44,13 +42,13 @@ class Run:
 
     def __init__(
         self,
-        isolation: Isolation,
+        means: Means,
         handler: Handler,
         payload: str,
         context: Context,
         on_stuck: OnStuck,
     ) -> None:
-        self.isolation = isolation
+        self.means = means
         self.handler = handler
         self.payload = payload
         self.context = context
@@ -87,7 +85,7 @@ class Run:
         """
         if not self._is_over and not self._is_interrupted:
             self._is_interrupted = self.is_stopping = True
-            self.isolation.alarm.set(self, time.monotonic() + INTERRUPT_SECONDS)
+            self.means.alarm.set(self, time.monotonic() + INTERRUPT_SECONDS)
             self.context.ask_to_stop()
             self.stop_at_once()
 
@@ -103,7 +101,7 @@ class Run:
         See `Alarm`: the attempt's time is up, or its grace period.
         """
         if self.is_stopping:
-            self.isolation.alarm.forget(self)
+            self.means.alarm.forget(self)
             self.give_up()
         else:
             self._stop()
@@ -114,7 +112,7 @@ class Run:
         """
         Let the attempt's time run from now on.
         """
-        self.isolation.alarm.set(self, time.monotonic() + self.context.remaining_seconds())
+        self.means.alarm.set(self, time.monotonic() + self.context.remaining_seconds())
 
     def ask_to_stop(self) -> None:
         """
@@ -132,7 +130,7 @@ class Run:
         The grace period is over and the handler still runs: end the attempt without it.
         """
         self.end()
-        self.isolation.stuck_runs.add(self)
+        self.means.stuck_runs.add(self)
         self.conclude(
             self.stopped(
                 None,
@@ -155,8 +153,8 @@ class Run:
         The handler has ended: say what that means for the attempt.
         """
         self.end()
-        self.isolation.stuck_runs.discard(self)
-        self.isolation.garbage.check()
+        self.means.stuck_runs.discard(self)
+        self.means.garbage.check()
         if self.is_stopping and (stop_seen or not isinstance(outcome, Completed)):
             return self.stopped(outcome)
         return outcome
@@ -172,7 +170,7 @@ class Run:
         The machine lacks what the handler needs to run in; its task is not to blame.
         """
         self.end()
-        self.isolation.shortage.meet(reason)
+        self.means.shortage.meet(reason)
         return self.stopped(failed(asyncio.CancelledError())) if self.is_stopping else None
 
     def stopped(self, end: Outcome | None, remark: str = "") -> Outcome | None:
@@ -195,13 +193,13 @@ class Run:
         Its end is known: nothing stops it any more.
         """
         self._is_over = True
-        self.isolation.alarm.forget(self)
+        self.means.alarm.forget(self)
 
     def _stop(self) -> None:
         if not self._is_over and not self.is_stopping:
             self.is_stopping = True
-            grace = self.isolation.cancel_grace_seconds
-            self.isolation.alarm.set(self, time.monotonic() + grace)
+            grace = self.means.cancel_grace_seconds
+            self.means.alarm.set(self, time.monotonic() + grace)
             self.context.ask_to_stop()
             self.ask_to_stop()
 
