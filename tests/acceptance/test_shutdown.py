@@ -31,11 +31,11 @@ async def test_every_process_leaves_in_good_order(
 
     for process in processes:
         process.send(number)
-    statuses = [await process.exit_status() for process in processes]
+    statuses = [await process.exit_status(timeout_seconds=5) for process in processes]
 
     assert [0, 0, 0] == statuses
     assert all(process.has_logged("process.stopped") for process in processes)
-    await system.until(lambda: no_sessions(system), "no session is left")
+    await system.until(lambda: no_sessions(system), "no session is left", timeout_seconds=2)
     if engine.broker is not None:
         await system.until(lambda: no_connections(engine), "no connection is left")
     [worker] = await system.rows("SELECT stopped_at, lost_at FROM asyncflow.workers")
@@ -77,7 +77,7 @@ async def test_what_does_not_finish_in_time_is_given_back_unpunished(system: Sys
 
     worker.send(signal.SIGTERM)
     released_from = time.monotonic()
-    assert 0 == await worker.exit_status()
+    assert 0 == await worker.exit_status(timeout_seconds=5)
 
     for task_id in task_ids:
         second = await system.journal.wait_for("start", task_id, attempt=2)
@@ -101,7 +101,7 @@ async def test_a_second_signal_forces_the_process_to_quit(system: System) -> Non
     stopping = await worker.log_event("process.stopping")
     await system.until(lambda: is_forced_to_quit(worker), "it logs that it is forced to quit")
 
-    assert 0 == await worker.exit_status()
+    assert 0 == await worker.exit_status(timeout_seconds=5)
     assert 1 == stopping["running"]
     task = await system.get(task_id)
     assert 0 == task["failures"]
@@ -117,7 +117,7 @@ async def test_an_api_that_stops_answers_what_it_was_asked(system: System) -> No
     async with system.load(clients=8, pause_seconds=0.01) as load:
         await load.has_accepted(50)
         first.send(signal.SIGTERM)
-        assert 0 == await first.exit_status()
+        assert 0 == await first.exit_status(timeout_seconds=10)
         await load.has_accepted(50)
 
     assert {"completed": len(load.accepted)} == await system.all_terminal(load.accepted)

@@ -89,7 +89,7 @@ async def test_a_running_coroutine_is_cancelled(shared: System) -> None:
 
     response = await shared.post(task_id, "cancel")
     assert 202 == response.status_code
-    task = await shared.finishes(task_id, timeout_seconds=20)
+    task = await shared.finishes(task_id, timeout_seconds=5)
 
     assert "CANCELLED" == task["status"]
     assert task["cancel_requested_at"] is not None
@@ -108,7 +108,7 @@ async def test_a_deaf_child_process_is_killed_when_its_task_is_cancelled(
     start = await shared.journal.wait_for("start", task_id)
 
     await shared.post(task_id, "cancel")
-    task = await shared.finishes(task_id, timeout_seconds=20)
+    task = await shared.finishes(task_id, timeout_seconds=8)
 
     assert "CANCELLED" == task["status"]
     await shared.until(lambda: is_gone(start.pid), "the child is gone")

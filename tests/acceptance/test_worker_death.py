@@ -58,7 +58,7 @@ async def test_child_processes_die_with_their_worker(system: System) -> None:
     await worker.kill()
 
     for pid in (start.pid for start in starts):
-        await system.until(partial(is_gone, pid), "the child is gone", timeout_seconds=20)
+        await system.until(partial(is_gone, pid), "the child is gone", timeout_seconds=2)
 
 
 @pytest.mark.any_engine
