@@ -61,9 +61,9 @@ def test_the_load_is_measured_without_wrk() -> None:
     with serving(requests_max=1_000_000) as url:
         answers = post_for(0.2, url, b"{}", connections=2)
 
-    assert answers.generator == "a small Python client"
+    assert "a small Python client" == answers.generator
     assert answers.per_second > 0
-    assert answers.refused == 0
+    assert 0 == answers.refused
 
 
 def test_a_server_that_closes_connections_ends_the_measurement() -> None:

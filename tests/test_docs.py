@@ -121,7 +121,7 @@ def test_a_command_that_is_mentioned_exists(page: Path, line: str) -> None:
         command = command[:1]
     shown = CliRunner().invoke(app, [*command, "--help"], prog_name="asyncflow")
 
-    assert shown.exit_code == 0
+    assert 0 == shown.exit_code
     for option in (word for word in words if word.startswith("--")):
         assert option in shown.output
 

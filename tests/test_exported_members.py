@@ -43,4 +43,4 @@ def test_importing_the_package_imports_nothing_else() -> None:
     code = "import sys, asyncflow; print(*[m for m in sys.modules if m.startswith('asyncflow')])"
     printed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
-    assert printed.stdout.split() == ["asyncflow"]
+    assert ["asyncflow"] == printed.stdout.split()

@@ -87,7 +87,7 @@ def test_a_proxy_and_the_api_read_the_same_requests(web_proxy: Proxy, api: LiveA
             statuses = told[: len(statuses)]
         assert told == statuses, what
         assert not {500, 502, 503, 504} & {*statuses}, (what, answers)
-        assert (probed.status, json.loads(probed.content)["instance"]) == (404, "/probe"), what
+        assert (404, "/probe") == (probed.status, json.loads(probed.content)["instance"]), what
         assert not cancelled or any(cancelled in request.path for request in seen), what
     assert sum(not e.cancelled for e in exchanged) >= 200
     assert sum(bool(e.answers) and e.answers[0].status == 202 for e in exchanged) >= 20
@@ -113,9 +113,9 @@ def test_a_proxy_may_pass_on_an_offer_long_before_the_body(
                 received += chunk
 
     answer, probed = _answers(received)
-    assert (answer.status, answer.problem) == (400, "/problems/malformed-json")
+    assert (400, "/problems/malformed-json") == (answer.status, answer.problem)
     assert "line 1, column 1" in json.loads(answer.content)["detail"]
-    assert (probed.status, json.loads(probed.content)["instance"]) == (404, "/probe")
+    assert (404, "/probe") == (probed.status, json.loads(probed.content)["instance"])
     assert "PENDING" == api.send("GET", f"/tasks/{task_id}").json["status"]
 
 

@@ -99,7 +99,7 @@ async def test_a_payload_its_handler_cannot_take_is_refused(
     assert alone.json()["type"] == batched.json()["type"] == "/problems/invalid-payload"
     assert {e["pointer"]: e["detail"] for e in alone.json()["errors"]} == faults
     assert {e["pointer"] for e in batched.json()["errors"]} == {f"/tasks/1{at}" for at in faults}
-    assert await db.fetchval("SELECT count(*) FROM asyncflow.tasks") == 0
+    assert 0 == await db.fetchval("SELECT count(*) FROM asyncflow.tasks")
 
 
 async def test_a_good_payload_and_any_format_pass(
@@ -113,7 +113,7 @@ async def test_a_good_payload_and_any_format_pass(
         "/tasks", json={"name": "charge", "payload": {"order": 7, "at": "2031-01-01 10:00Z"}}
     )
 
-    assert answer.status_code == 202
+    assert 202 == answer.status_code
 
 
 async def test_many_faults_are_listed_briefly(
@@ -127,8 +127,8 @@ async def test_many_faults_are_listed_briefly(
     payload = {f"k{i}": "v" * 900 for i in range(100)}
     answer = await client.post("/tasks", json={"name": "charge", "payload": payload})
 
-    assert answer.status_code == 422
-    assert len(answer.json()["errors"]) == 20
+    assert 422 == answer.status_code
+    assert 20 == len(answer.json()["errors"])
     assert len(answer.content) < 20_000
     assert answer.json()["detail"].endswith("… (One of 100 errors; the first 20 are in `errors`.)")
 
@@ -143,7 +143,7 @@ async def test_a_payload_of_many_values_is_refused_with_its_first_error(
     payload = {"x": ["a"] * 50_000}
     answer = await client.post("/tasks", json={"name": "charge", "payload": payload})
 
-    assert answer.status_code == 422
+    assert 422 == answer.status_code
     assert ["/payload/x/0"] == [error["pointer"] for error in answer.json()["errors"]]
 
 
@@ -166,7 +166,7 @@ async def test_a_schema_that_cannot_be_used_refuses_nothing(
     await publish(db, catalogue, schema)
     answer = await client.post("/tasks", json={"name": "charge", "payload": {"x": 1}})
 
-    assert (answer.status_code, answer.json()["queue"]) == (202, "billing")
+    assert (202, "billing") == (answer.status_code, answer.json()["queue"])
 
 
 async def test_the_newest_schema_counts(
@@ -180,7 +180,7 @@ async def test_the_newest_schema_counts(
     await publish(db, catalogue, {"type": "object"})
     taken = await client.post("/tasks", json={"name": "charge", "payload": {"new": 1}})
 
-    assert (refused.status_code, taken.status_code) == (422, 202)
+    assert (422, 202) == (refused.status_code, taken.status_code)
 
 
 async def test_a_running_catalogue_learns_by_itself(db: Database) -> None:
@@ -188,13 +188,13 @@ async def test_a_running_catalogue_learns_by_itself(db: Database) -> None:
     The catalogue refreshes repeatedly while it is entered.
     """
     async with Catalogue(db, refresh_seconds=0.01) as catalogue:
-        assert queue_of(catalogue) == "default"
+        assert "default" == queue_of(catalogue)
         await publish_handlers(db, [Published("charge", "billing", SCHEMA)])
         async with asyncio.timeout(5):
             while queue_of(catalogue) == "default":  # noqa: ASYNC110 - it tells nobody
                 await asyncio.sleep(0.01)
 
-    assert queue_of(catalogue) == "billing"
+    assert "billing" == queue_of(catalogue)
 
 
 async def test_an_outage_leaves_the_last_copy_in_use(db: Database) -> None:
@@ -207,7 +207,7 @@ async def test_an_outage_leaves_the_last_copy_in_use(db: Database) -> None:
         await db.close()
         await asyncio.sleep(0.05)
 
-    assert queue_of(catalogue) == "billing"
+    assert "billing" == queue_of(catalogue)
 
 
 TO_ORDER, TO_ADDRESS = (

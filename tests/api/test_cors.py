@@ -120,7 +120,7 @@ async def test_a_browser_that_asks_beforehand_is_told_what_it_may_send(
         },
     )
 
-    assert answer.status_code == 204
+    assert 204 == answer.status_code
     assert method in answer.headers["allow"]
     assert told(answer) == {
         "allow-origin": PAGE,

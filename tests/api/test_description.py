@@ -74,7 +74,7 @@ async def test_every_route_is_described(app: FastAPI, description: dict[str, Any
     }
 
     assert served == {(method.upper(), path) for method, path, _ in operations(description)}
-    assert len(served) == 9
+    assert 9 == len(served)
 
 
 async def test_every_reference_resolves_and_every_shape_is_used(
@@ -159,10 +159,10 @@ async def test_the_limits_are_part_of_the_description(description: dict[str, Any
     """
     fields = description["components"]["schemas"]["SubmitTask"]["properties"]
 
-    assert (fields["priority"]["minimum"], fields["priority"]["maximum"]) == (0, 9)
-    assert fields["name"]["pattern"] == "^[A-Za-z0-9._-]{1,128}$"
+    assert (0, 9) == (fields["priority"]["minimum"], fields["priority"]["maximum"])
+    assert "^[A-Za-z0-9._-]{1,128}$" == fields["name"]["pattern"]
     batch = description["components"]["schemas"]["SubmitBatch"]["properties"]["tasks"]
-    assert batch["maxItems"] == 1000
+    assert 1000 == batch["maxItems"]
     assert set(description["x-problems"]) == set(KINDS)
 
 
@@ -175,16 +175,16 @@ async def test_the_docs_page_needs_nothing_from_elsewhere(
     front = await offline_client.get("/")
     page = await offline_client.get("/docs")
 
-    assert (front.status_code, front.headers["location"]) == (307, "/docs")
-    assert page.status_code == 200
-    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert (307, "/docs") == (front.status_code, front.headers["location"])
+    assert 200 == page.status_code
+    assert "text/html; charset=utf-8" == page.headers["content-type"]
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "unsafe" not in page.headers["content-security-policy"]
     linked = re.findall(r'(?:src|href)="([^"]+)"', page.text)
     own = [link for link in linked if not link.startswith("data:")]
-    assert len(own) == 3
+    assert 3 == len(own)
     for link in own:
         assert "//" not in link
         asset = await offline_client.get(f"/{link}")
-        assert asset.status_code == 200
+        assert 200 == asset.status_code
         assert "http" not in asset.text.replace("http://www.w3.org", "") or link == "openapi.json"

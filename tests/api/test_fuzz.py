@@ -70,7 +70,7 @@ def fuzz(url: str, answers: Path) -> str:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert run.returncode == 0, run.stdout
+    assert 0 == run.returncode, run.stdout
     return run.stdout
 
 

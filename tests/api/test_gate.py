@@ -266,8 +266,8 @@ async def test_every_path_is_behind_the_gate(
     answer = await offline_client.post(path, json={"name": "x"}, headers=REFUSED[kind])
 
     assert (answer.status_code, answer.json()["type"]) == (KINDS[kind].status, f"/problems/{kind}")
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "application/problem+json" == answer.headers["content-type"]
+    assert "nosniff" == answer.headers["x-content-type-options"]
     assert answer.json()["instance"] == path
 
 
@@ -305,7 +305,7 @@ async def test_a_refusal_says_what_to_set(offline_client: httpx.AsyncClient) -> 
         "add it, without a port, to ASYNCFLOW_API_HOSTS."
     )
     assert len(long.content) < 1_000
-    assert (broken.status_code, broken.json()["instance"]) == (421, "/tasks")
+    assert (421, "/tasks") == (broken.status_code, broken.json()["instance"])
     assert cross_site.json()["detail"] == (
         "The request comes from a page of https://app.example.com; other sites may only read. "
         "To allow an origin, add it to ASYNCFLOW_API_CORS_ORIGINS."
@@ -325,7 +325,7 @@ async def test_a_refused_change_changes_nothing(client: httpx.AsyncClient, db: D
 
     listed = (await client.get("/tasks")).json()["tasks"]
     assert [(task["id"], "PENDING")] == [(one["id"], one["status"]) for one in listed]
-    assert (await client.post(f"/tasks/{task['id']}/cancel")).status_code == 200
+    assert 200 == (await client.post(f"/tasks/{task['id']}/cancel")).status_code
 
 
 FORMS = [
@@ -355,7 +355,7 @@ async def test_a_body_that_a_form_could_send_does_not_act(
             f"/tasks/{TASK_ID}/{act}", content=content, headers={"Content-Type": content_type}
         )
 
-        assert answer.status_code == 415
+        assert 415 == answer.status_code
         assert answer.json()["detail"] == (
             "This takes no body; remove it, or send JSON with Content-Type: application/json."
         )
@@ -379,7 +379,7 @@ async def test_a_command_needs_no_body(
     """
     answer = await offline_client.post(f"/tasks/{TASK_ID}/{act}", content=content, headers=headers)
 
-    assert answer.status_code == 503  # It got as far as the database.
+    assert 503 == answer.status_code  # It got as far as the database.
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ async def test_a_process_without_a_database_is_live(offline_client: httpx.AsyncC
     """
     answer = await offline_client.get("/health/live")
 
-    assert (answer.status_code, answer.json()) == (200, {"status": "live"})
+    assert (200, {"status": "live"}) == (answer.status_code, answer.json())
 
 
 async def test_ready_proves_a_write(client: httpx.AsyncClient, db: Database) -> None:
@@ -50,7 +50,7 @@ async def test_ready_proves_a_write(client: httpx.AsyncClient, db: Database) -> 
     before = await db.fetchval("SELECT written_at FROM asyncflow.probe")
     answer = await client.get("/health/ready")
 
-    assert answer.status_code == 200
+    assert 200 == answer.status_code
     assert answer.json() == {
         "status": "ready",
         "schema_version": SCHEMA_VERSION,
@@ -75,8 +75,8 @@ async def test_a_database_that_takes_no_writes_is_not_ready(
     await db._pool.expire_connections()
     answer = await client.get("/health/ready")
 
-    assert answer.status_code == 503
-    assert answer.json()["type"] == "/problems/unavailable"
+    assert 503 == answer.status_code
+    assert "/problems/unavailable" == answer.json()["type"]
 
 
 @pytest.mark.parametrize("right", ["INSERT ON asyncflow.tasks", "USAGE ON SCHEMA asyncflow"])
@@ -114,8 +114,8 @@ async def test_a_wrong_schema_is_not_ready(client: httpx.AsyncClient, db: Databa
     )
     answer = await client.get("/health/ready")
 
-    assert answer.status_code == 503
-    assert answer.json()["type"] == "/problems/schema-mismatch"
+    assert 503 == answer.status_code
+    assert "/problems/schema-mismatch" == answer.json()["type"]
     assert "9999" in answer.json()["detail"]
     assert "deploy a newer version" in answer.json()["detail"]
 
@@ -129,8 +129,8 @@ async def test_a_newer_schema_that_serves_this_version_is_ready(
     await db.execute("UPDATE asyncflow.schema_version SET version_num = '9999'")
     answer = await client.get("/health/ready")
 
-    assert answer.status_code == 200
-    assert answer.json()["schema_version"] == "9999"
+    assert 200 == answer.status_code
+    assert "9999" == answer.json()["schema_version"]
 
 
 async def test_a_database_without_a_schema_is_not_ready(
@@ -145,8 +145,8 @@ async def test_a_database_without_a_schema_is_not_ready(
         answer = await _ready(app)
         await waker.close()
 
-    assert answer.status_code == 503
-    assert answer.json()["type"] == "/problems/schema-mismatch"
+    assert 503 == answer.status_code
+    assert "/problems/schema-mismatch" == answer.json()["type"]
 
 
 async def test_a_broken_broker_is_told_but_does_not_matter(
@@ -160,8 +160,8 @@ async def test_a_broken_broker_is_told_but_does_not_matter(
     await sign(db, relay_trouble="It cannot be reached.")
     broken = await _ready(through_rabbitmq)
 
-    assert (working.status_code, working.json()["broker"]) == (200, "up")
-    assert (broken.status_code, broken.json()["broker"]) == (200, "unusable: It cannot be reached.")
+    assert (200, "up") == (working.status_code, working.json()["broker"])
+    assert (200, "unusable: It cannot be reached.") == (broken.status_code, broken.json()["broker"])
 
 
 async def test_without_maintenance_the_state_of_the_broker_is_not_known(
@@ -192,7 +192,7 @@ async def test_without_maintenance_ready_is_degraded(
     answer = await client.get("/health/ready")
     gone = answer.json()
 
-    assert answer.status_code == 200
+    assert 200 == answer.status_code
     assert ["degraded", "ready", "degraded"] == [a["status"] for a in (never, running, gone)]
     assert "not running, never seen" in never["maintenance"]
     assert "running" == running["maintenance"]
@@ -208,7 +208,7 @@ async def test_what_the_relay_cannot_do_is_told_as_the_brokers_state(
     await sign(db, relay_trouble="User 'a' lacks the write permission.")
     answer = await _ready(through_rabbitmq)
 
-    assert answer.status_code == 200
+    assert 200 == answer.status_code
     assert "degraded" == answer.json()["status"]
     assert "unusable: User 'a' lacks the write permission." == answer.json()["broker"]
 

@@ -157,9 +157,9 @@ async def test_what_is_no_json_is_malformed(offline_client: httpx.AsyncClient, b
     ]
 
     for answer in answers:
-        assert answer.status_code == 400
-        assert answer.headers["content-type"] == "application/problem+json"
-        assert answer.json()["type"] == "/problems/malformed-json"
+        assert 400 == answer.status_code
+        assert "application/problem+json" == answer.headers["content-type"]
+        assert "/problems/malformed-json" == answer.json()["type"]
 
 
 @pytest.mark.parametrize(("body", "pointers"), REFUSED.values(), ids=REFUSED)
@@ -171,8 +171,8 @@ async def test_json_that_cannot_be_kept_is_refused_with_pointers(
     """
     answer = await offline_client.post("/tasks", content=body, headers=HEADERS)
 
-    assert answer.status_code == 422
-    assert answer.json()["type"] == "/problems/invalid-task"
+    assert 422 == answer.status_code
+    assert "/problems/invalid-task" == answer.json()["type"]
     assert pointers == [error["pointer"] for error in answer.json()["errors"]]
 
 
@@ -186,7 +186,7 @@ async def test_odd_but_good_json_is_taken_and_given_back(
     submitted = await client.post("/tasks", content=body, headers=HEADERS)
     shown = await client.get(submitted.headers["location"])
 
-    assert submitted.status_code == 202
+    assert 202 == submitted.status_code
     assert shown.json()["payload"] == json.loads(body)["payload"]
 
 
@@ -198,7 +198,7 @@ async def test_the_sentence_tells_where_the_json_breaks(
     """
     answer = await offline_client.post("/tasks", content=b'{"name":\n  oops}', headers=HEADERS)
 
-    assert answer.json()["detail"] == "The body is not JSON: expecting value at line 2, column 3."
+    assert "The body is not JSON: expecting value at line 2, column 3." == answer.json()["detail"]
 
 
 def test_thousands_of_faults_are_listed_briefly() -> None:
@@ -208,7 +208,7 @@ def test_thousands_of_faults_are_listed_briefly() -> None:
     with pytest.raises(InvalidTask) as refused:
         parse(b"[" + b"NaN," * 100_000 + b"1]")
 
-    assert len(refused.value.errors) == 20
+    assert 20 == len(refused.value.errors)
 
 
 def test_a_very_long_document_is_refused_without_a_search() -> None:

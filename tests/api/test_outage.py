@@ -33,9 +33,9 @@ async def test_without_a_database_every_endpoint_asks_to_retry(
     ]
 
     for answer in answers:
-        assert answer.status_code == 503
-        assert answer.headers["retry-after"] == "1"
-        assert answer.json()["type"] == "/problems/unavailable"
+        assert 503 == answer.status_code
+        assert "1" == answer.headers["retry-after"]
+        assert "/problems/unavailable" == answer.json()["type"]
         assert "127.0.0.1" not in answer.text
         assert "nobody" not in answer.text
 
@@ -63,7 +63,7 @@ async def test_the_api_recovers_by_itself_when_the_database_returns(
                 await asyncio.sleep(float(ready.headers["retry-after"]) / 10)
         taken = await client.post("/tasks", json={"name": "y"})
 
-    assert (refused.status_code, live.status_code) == (503, 200)
-    assert (ready.status_code, taken.status_code) == (200, 202)
+    assert (503, 200) == (refused.status_code, live.status_code)
+    assert (200, 202) == (ready.status_code, taken.status_code)
     listed = (await client.get("/tasks")).json()["tasks"]
     assert [taken.json()["id"], kept.json()["id"]] == [task["id"] for task in listed]

@@ -78,8 +78,8 @@ async def test_a_wrong_task_is_told_alike_alone_and_in_a_batch(
     refused = await stored(db)
     part = await posted(client, batch(GOOD, row, GOOD, row))
 
-    assert (alone.status_code, whole.status_code, refused) == (422, 422, 0)
-    assert (part.status_code, await stored(db)) == (207, 2)
+    assert (422, 422, 0) == (alone.status_code, whole.status_code, refused)
+    assert (207, 2) == (part.status_code, await stored(db))
     told = [alone.json(), whole.json(), *(one["problem"] for one in part.json()["refused"])]
     assert [f"/problems/{kind}"] * 4 == [problem["type"] for problem in told]
     prefixes = ["", "/tasks/1", "/tasks/1", "/tasks/3"]
@@ -125,7 +125,7 @@ async def test_a_partial_batch_without_a_fault_is_stored_as_any_other(
 
     assert [202, 202] == [answer.status_code for answer in answers]
     assert [[], []] == [answer.json()["refused"] for answer in answers]
-    assert await stored(db) == 4
+    assert 4 == await stored(db)
 
 
 async def test_a_partial_batch_of_wrong_tasks_only_stores_nothing(
@@ -136,10 +136,10 @@ async def test_a_partial_batch_of_wrong_tasks_only_stores_nothing(
     """
     answer = await posted(client, batch(EXPIRED, "{}"))
 
-    assert answer.status_code == 207
+    assert 207 == answer.status_code
     assert [None, None] == answer.json()["tasks"]
     assert [0, 1] == [one["index"] for one in answer.json()["refused"]]
-    assert await stored(db) == 0
+    assert 0 == await stored(db)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +170,9 @@ async def test_what_is_wrong_with_a_batch_itself_refuses_it_as_a_whole(
     """
     answer = await posted(client, content)
 
-    assert answer.status_code == 422
+    assert 422 == answer.status_code
     assert pointer in [error["pointer"] for error in answer.json()["errors"]]
-    assert await stored(db) == 0
+    assert 0 == await stored(db)
 
 
 @pytest.mark.parametrize("body_bytes_max", [2 * WALKED_LENGTH_MAX])
@@ -185,9 +185,9 @@ async def test_a_large_batch_with_odd_json_is_refused_as_a_whole(
     blanks = " " * WALKED_LENGTH_MAX
     answer = await posted(client, batch(GOOD, '{"name":"x","payload":{"x":NaN}}' + blanks))
 
-    assert answer.status_code == 422
+    assert 422 == answer.status_code
     assert "" == answer.json()["errors"][0]["pointer"]
-    assert await stored(db) == 0
+    assert 0 == await stored(db)
 
 
 async def test_a_batch_with_faults_of_both_kinds_is_an_invalid_task(

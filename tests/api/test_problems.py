@@ -24,7 +24,7 @@ GOOD = b'{"name":"x"}'
 
 
 def assert_problem(answer: httpx.Response, kind: str) -> Problem:
-    assert answer.headers["content-type"] == "application/problem+json"
+    assert "application/problem+json" == answer.headers["content-type"]
     problem = Problem.model_validate_json(answer.content)
     assert problem.type == f"/problems/{kind}"
     assert (problem.status, problem.title) == (answer.status_code, KINDS[kind].title)
@@ -80,7 +80,7 @@ async def test_a_submission_does_not_pass_through_fastapi(
     answer = await client.post("/tasks", content=GOOD, headers={"Content-Type": "application/json"})
     routed = await client.get("/tasks")
 
-    assert (answer.status_code, routed.status_code) == (202, 500)
+    assert (202, 500) == (answer.status_code, routed.status_code)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ async def test_a_body_beyond_the_limit_is_refused(
 
     problem = assert_problem(answer, "body-too-large")
     assert f"at most {settings.api_body_bytes_max} bytes" in problem.detail
-    assert answer.headers["connection"] == "close"
+    assert "close" == answer.headers["connection"]
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/tasks/", "/Tasks", "/tasks/x/y", "/%00"])
@@ -217,8 +217,8 @@ async def test_an_unknown_path_is_a_problem(offline_client: httpx.AsyncClient, p
     """
     answer = await offline_client.get(path)
 
-    assert answer.status_code == 404
-    assert answer.json()["type"] == "/problems/not-found"
+    assert 404 == answer.status_code
+    assert "/problems/not-found" == answer.json()["type"]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ async def test_an_unknown_path_gets_no_hint(offline_client: httpx.AsyncClient) -
     """
     answer = await offline_client.get("/nothing/")
 
-    assert answer.json()["detail"] == "There is nothing at /nothing/."
+    assert "There is nothing at /nothing/." == answer.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ async def test_a_wrong_method_is_told_the_right_ones(
     options = await offline_client.options(path)
 
     assert_problem(answer, "method-not-allowed")
-    assert (options.status_code, options.content) == (204, b"")
+    assert (204, b"") == (options.status_code, options.content)
     assert allow == answer.headers["allow"] == options.headers["allow"]
 
 
@@ -286,10 +286,10 @@ async def test_head_is_answered_like_get(offline_client: httpx.AsyncClient) -> N
     """
     Probes that send HEAD get the status of GET.
     """
-    assert (await offline_client.head("/health/live")).status_code == 200
-    assert (await offline_client.head("/health/ready")).status_code == 503
-    assert (await offline_client.head("/docs")).status_code == 200
-    assert (await offline_client.head("/tasks/x/cancel")).status_code == 405
+    assert 200 == (await offline_client.head("/health/live")).status_code
+    assert 503 == (await offline_client.head("/health/ready")).status_code
+    assert 200 == (await offline_client.head("/docs")).status_code
+    assert 405 == (await offline_client.head("/tasks/x/cancel")).status_code
 
 
 async def test_an_internal_error_shows_only_its_incident(
@@ -327,8 +327,8 @@ async def test_every_answer_keeps_browsers_from_guessing_and_caching(
     for path in ("/health/live", "/health/ready", "/nothing", "/docs", "/openapi.json"):
         answer = await offline_client.get(path, headers=origin)
 
-        assert answer.headers["x-content-type-options"] == "nosniff"
-        assert answer.headers["cache-control"] == "no-store"
+        assert "nosniff" == answer.headers["x-content-type-options"]
+        assert "no-store" == answer.headers["cache-control"]
         assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
@@ -341,7 +341,7 @@ async def test_the_type_of_a_problem_can_be_opened(
     """
     answer = await offline_client.get(f"/problems/{kind}")
 
-    assert answer.status_code == 200
+    assert 200 == answer.status_code
     assert KINDS[kind].meaning in answer.text
 
 
@@ -353,7 +353,7 @@ async def test_an_unknown_problem_type_lists_the_known_ones(
     """
     answer = await offline_client.get("/problems/nothing")
 
-    assert answer.status_code == 404
+    assert 404 == answer.status_code
     assert "illegal-transition" in answer.json()["detail"]
 
 
@@ -363,5 +363,5 @@ async def test_what_a_problem_quotes_is_cut(offline_client: httpx.AsyncClient) -
     """
     answer = await offline_client.post("/tasks", json={"name": "x", "k" * 100_000: 1})
 
-    assert answer.status_code == 422
+    assert 422 == answer.status_code
     assert len(answer.content) < 3_000

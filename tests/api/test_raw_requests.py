@@ -120,11 +120,11 @@ def test_every_request_gets_one_answer_and_no_body_is_run(watched: Watched, what
     answers = list(answers_in(received))
     if sent.stays:
         probed = answers.pop()
-        assert (probed.status, json.loads(probed.content)["instance"]) == (404, "/probe")
+        assert (404, "/probe") == (probed.status, json.loads(probed.content)["instance"])
     assert list(sent.answers) == [answer.status for answer in answers], received
     for answer in answers:
         assert (answer.status >= 400) == answer.problem.startswith("/problems/")
-        assert answer.headers["cache-control"] == "no-store"
+        assert "no-store" == answer.headers["cache-control"]
     assert "PENDING" == watched.api.send("GET", f"/tasks/{watched.task_id}").json["status"]
 
 
@@ -168,8 +168,8 @@ def test_an_offer_to_upgrade_is_ignored_when_the_body_comes_later(
         with connection.makefile("rb") as rest:
             (answer,) = answers_in(rest.read())
 
-    assert asked == b"HTTP/1.1 100 Continue\r\n\r\n"
-    assert (answer.status, answer.problem) == (400, "/problems/malformed-json")
+    assert b"HTTP/1.1 100 Continue\r\n\r\n" == asked
+    assert (400, "/problems/malformed-json") == (answer.status, answer.problem)
     assert "PENDING" == watched.api.send("GET", f"/tasks/{watched.task_id}").json["status"]
 
 

@@ -66,7 +66,7 @@ async def test_a_client_can_follow_what_it_is_told(proxied: httpx.AsyncClient) -
     task = await proxied.get(location)
 
     assert location == f"{ROOT_PATH}/tasks/{answer.json()['id']}"
-    assert (task.status_code, task.json()["name"]) == (200, "x")
+    assert (200, "x") == (task.status_code, task.json()["name"])
 
 
 async def test_every_operation_works_under_the_path(proxied: httpx.AsyncClient) -> None:
@@ -88,7 +88,7 @@ async def test_every_operation_works_under_the_path(proxied: httpx.AsyncClient) 
     assert {200} == {answer.status_code for answer in answers}
     assert (missing.status_code, missing.json()["instance"]) == (404, f"{ROOT_PATH}/tasks/")
     assert missing.json()["detail"].endswith(f"; did you mean {ROOT_PATH}/tasks?")
-    assert (wrong.status_code, wrong.headers["allow"]) == (405, "OPTIONS, POST")
+    assert (405, "OPTIONS, POST") == (wrong.status_code, wrong.headers["allow"])
 
 
 @pytest.mark.parametrize("slash", ["", "/"])

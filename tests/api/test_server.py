@@ -116,9 +116,9 @@ async def test_a_task_can_be_submitted_over_a_socket(port: int, db: Database) ->
     answer = await reader.read()
     writer.close()
 
-    assert status_of(answer) == 202
-    assert json.loads(answer.partition(b"\r\n\r\n")[2])["status"] == "PENDING"
-    assert await rows(db) == 1
+    assert 202 == status_of(answer)
+    assert "PENDING" == json.loads(answer.partition(b"\r\n\r\n")[2])["status"]
+    assert 1 == await rows(db)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_an_idle_connection_is_kept_as_long_as_it_is_set(database_url: str, tmp_
         answer = api.exchange(b"GET /health/live HTTP/1.1\r\nHost: api\r\n\r\n")
         kept_seconds = time.monotonic() - began
 
-    assert status_of(answer) == 200
+    assert 200 == status_of(answer)
     assert kept_seconds >= 1.5
     assert Settings().api_keep_alive_seconds > 60
 
@@ -260,7 +260,7 @@ def test_the_url_of_an_ipv6_address_can_be_opened_as_it_is_logged(
         answer = httpx.get(f"{started['url']}/health/live")
 
     assert f"http://[::1]:{api.port}" == started["url"]
-    assert answer.status_code == 200
+    assert 200 == answer.status_code
 
 
 async def test_an_answer_leaves_in_one_piece(app: FastAPI) -> None:
@@ -277,7 +277,7 @@ async def test_an_answer_leaves_in_one_piece(app: FastAPI) -> None:
     protocol.connection_lost(ConnectionResetError())
 
     (answer,) = wire.pieces
-    assert status_of(answer) == 202
+    assert 202 == status_of(answer)
     assert answer.endswith(b"}")
 
 
@@ -326,7 +326,7 @@ async def test_a_client_that_sends_too_much_reads_why(
         request = post(content)
     answer = await exchange(port, request)
 
-    assert status_of(answer) == 413
+    assert 413 == status_of(answer)
     assert b"connection: close" in answer.lower()
     assert answer.endswith(b"}")
 
@@ -340,7 +340,7 @@ async def test_a_large_body_that_was_only_announced_is_refused_immediately(
     request = post(b"", b"Expect: 100-continue", length=settings.api_body_bytes_max + 1)
     answer = await exchange(port, request)
 
-    assert status_of(answer) == 413
+    assert 413 == status_of(answer)
 
 
 @pytest.mark.parametrize("sent", [b"", b'{"name":'])
@@ -352,7 +352,7 @@ async def test_a_client_that_leaves_mid_body_leaves_nothing(
     """
     await exchange(port, post(sent, length=100), then_close=True)
 
-    assert await rows(db) == 0
+    assert 0 == await rows(db)
 
 
 async def test_a_client_that_leaves_after_its_body_leaves_one_task(port: int, db: Database) -> None:
@@ -364,7 +364,7 @@ async def test_a_client_that_leaves_after_its_body_leaves_one_task(port: int, db
     async with asyncio.timeout(5):
         while await rows(db) == 0:  # noqa: ASYNC110 - no answer tells of it
             await asyncio.sleep(0.01)
-    assert await rows(db) == 1
+    assert 1 == await rows(db)
 
 
 @pytest.mark.parametrize("body_seconds_max", [0.2])
@@ -374,7 +374,7 @@ async def test_a_body_that_never_comes_is_refused(port: int) -> None:
     """
     answer = await exchange(port, post(b'{"na', length=100))
 
-    assert status_of(answer) == 408
+    assert 408 == status_of(answer)
     assert b"/problems/request-timeout" in answer
 
 
@@ -394,7 +394,7 @@ async def test_a_head_that_dribbles_is_refused(port: int) -> None:
                 continue
     writer.close()
 
-    assert status_of(answer) == 408
+    assert 408 == status_of(answer)
 
 
 async def test_a_connection_that_sends_nothing_is_closed(port: int) -> None:
@@ -403,7 +403,7 @@ async def test_a_connection_that_sends_nothing_is_closed(port: int) -> None:
     """
     answer = await exchange(port, b"")
 
-    assert status_of(answer) == 408
+    assert 408 == status_of(answer)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ async def test_a_head_without_end_is_refused(port: int) -> None:
             answer = b"HTTP/1.1 431 (reset)"
     writer.close()
 
-    assert status_of(answer) == 431
+    assert 431 == status_of(answer)
 
 
 async def test_a_connection_serves_many_requests(port: int, db: Database) -> None:
@@ -469,14 +469,14 @@ async def test_a_connection_serves_many_requests(port: int, db: Database) -> Non
     for name in (b"one", b"two"):
         writer.write(post(b'{"name":"%s"}' % name))
         answer = await reader.readuntil(b"}")
-        assert status_of(answer) == 202
+        assert 202 == status_of(answer)
         await asyncio.sleep(ImpatientProtocol.head_seconds_max * 1.5)
     writer.write(post(b'{"name":"three"}') + post(b'{"name":"four"}', b"Connection: close"))
     answers = await reader.read()
     writer.close()
 
     assert answers.index(b'"three"') < answers.index(b'"four"')
-    assert await rows(db) == 4
+    assert 4 == await rows(db)
 
 
 @pytest.mark.parametrize(
@@ -496,4 +496,4 @@ async def test_ambiguous_requests_are_refused(port: int, request_bytes: bytes) -
     """
     answer = await exchange(port, request_bytes)
 
-    assert status_of(answer) == 400
+    assert 400 == status_of(answer)

@@ -37,20 +37,20 @@ async def test_a_submitted_task_is_stored_before_it_is_answered(
     """
     answer = await client.post("/tasks", json={"name": "sample-task"})
 
-    assert answer.status_code == 202
+    assert 202 == answer.status_code
     view = SubmittedTask.model_validate_json(answer.content, strict=True)
     assert answer.headers["location"] == f"/tasks/{view.id}"
-    assert (view.name, view.status, view.queue, view.priority) == (
+    assert (
         "sample-task",
         "PENDING",
         "default",
         4,
-    )
+    ) == (view.name, view.status, view.queue, view.priority)
     assert view.run_at == view.created_at
-    assert view.id.version == 7
+    assert 7 == view.id.version
     task = await get(db, 1, view.id)
     assert (task.name, task.payload, task.created_at) == ("sample-task", "{}", view.created_at)
-    assert (task.max_attempts, task.timeout_seconds, task.expires_at) == (None, None, None)
+    assert (None, None, None) == (task.max_attempts, task.timeout_seconds, task.expires_at)
 
 
 async def test_every_field_reaches_the_row(client: httpx.AsyncClient, db: Database) -> None:
@@ -71,18 +71,18 @@ async def test_every_field_reaches_the_row(client: httpx.AsyncClient, db: Databa
         },
     )
 
-    assert answer.status_code == 202
-    assert answer.json()["status"] == "SCHEDULED"
-    assert answer.json()["run_at"] == "2031-05-01T10:00:00.250000Z"
-    assert answer.json()["expires_at"] == "2031-05-01T10:00:01.000000Z"
+    assert 202 == answer.status_code
+    assert "SCHEDULED" == answer.json()["status"]
+    assert "2031-05-01T10:00:00.250000Z" == answer.json()["run_at"]
+    assert "2031-05-01T10:00:01.000000Z" == answer.json()["expires_at"]
     task = await get(db, 1, UUID(answer.json()["id"]))
-    assert json.loads(task.payload or "") == {
+    assert {
         "order": 17,
         "note": 'naïve 🎉 \\ " \u2028',
         "deep": [[{"a": None}]],
-    }
-    assert (task.queue, task.priority) == ("billing", 9)
-    assert (task.max_attempts, task.timeout_seconds) == (3, 1.5)
+    } == json.loads(task.payload or "")
+    assert ("billing", 9) == (task.queue, task.priority)
+    assert (3, 1.5) == (task.max_attempts, task.timeout_seconds)
     assert task.run_at == datetime(2031, 5, 1, 10, 0, 0, 250_000, UTC)
 
 
@@ -93,7 +93,7 @@ async def test_a_delay_counts_from_the_databases_clock(client: httpx.AsyncClient
     answer = await client.post("/tasks", json={"name": "later", "delay_seconds": 90.5})
 
     view = SubmittedTask.model_validate_json(answer.content)
-    assert view.status == "SCHEDULED"
+    assert "SCHEDULED" == view.status
     assert view.run_at - view.created_at == timedelta(seconds=90.5)
 
 
@@ -105,7 +105,7 @@ async def test_a_payload_is_stored_as_compact_json(client: httpx.AsyncClient, db
     answer = await client.post("/tasks", content=body, headers={"Content-Type": "application/json"})
 
     task = await get(db, 1, UUID(answer.json()["id"]))
-    assert task.payload == '{"b":1.5,"a":"é🎉/"}'
+    assert '{"b":1.5,"a":"é🎉/"}' == task.payload
 
 
 WRONG_TASKS: list[tuple[Any, list[str]]] = [
@@ -180,8 +180,8 @@ async def test_a_wrong_task_is_refused_with_a_pointer_to_each_fault(
     batched = await offline_client.post("/tasks/batch", json={"tasks": [{"name": "good"}, task]})
 
     assert alone.status_code == batched.status_code == 422
-    assert alone.headers["content-type"] == "application/problem+json"
-    assert alone.json()["type"] == "/problems/invalid-task"
+    assert "application/problem+json" == alone.headers["content-type"]
+    assert "/problems/invalid-task" == alone.json()["type"]
     assert pointers == [error["pointer"] for error in alone.json()["errors"]]
     assert [f"/tasks/1{pointer}" for pointer in pointers] == [
         error["pointer"] for error in batched.json()["errors"]
@@ -205,7 +205,7 @@ async def test_a_fault_says_what_would_have_worked(offline_client: httpx.AsyncCl
     assert answer.json()["detail"] == (
         "/name must be 1-128 characters from [A-Za-z0-9._-]. (One of 6 errors; see `errors`.)"
     )
-    assert {error["pointer"]: error["detail"] for error in answer.json()["errors"]} == {
+    assert {
         "/name": "must be 1-128 characters from [A-Za-z0-9._-]",
         "/priority": "must be at most 9",
         "/payload": "must be an object",
@@ -214,7 +214,7 @@ async def test_a_fault_says_what_would_have_worked(offline_client: httpx.AsyncCl
         "/delay_seconds": "must be at most 34560000",
         "/prioritty": "is not known (did you mean priority?); allowed are name, payload, "
         "queue, priority, run_at, delay_seconds, max_attempts, timeout_seconds, expires_at",
-    }
+    } == {error["pointer"]: error["detail"] for error in answer.json()["errors"]}
 
 
 async def test_a_task_that_would_expire_before_its_delay_is_refused(
@@ -227,11 +227,11 @@ async def test_a_task_that_would_expire_before_its_delay_is_refused(
     refused = await client.post("/tasks", json=task)
     taken = await client.post("/tasks", json={**task, "expires_at": in_seconds(5400)})
 
-    assert refused.status_code == 422
-    assert refused.json()["errors"] == [
+    assert 422 == refused.status_code
+    assert [
         {"pointer": "/expires_at", "detail": "must be later than the end of `delay_seconds`"}
-    ]
-    assert taken.status_code == 202
+    ] == refused.json()["errors"]
+    assert 202 == taken.status_code
 
 
 async def test_a_payload_beyond_the_limit_is_refused(
@@ -246,9 +246,9 @@ async def test_a_payload_beyond_the_limit_is_refused(
         "/tasks", json={"name": "x", "payload": {"x": "é" * (room // 2) + "abc"}}
     )
 
-    assert fits.status_code == 202
-    assert exceeds.status_code == 422
-    assert exceeds.json()["errors"][0]["pointer"] == "/payload"
+    assert 202 == fits.status_code
+    assert 422 == exceeds.status_code
+    assert "/payload" == exceeds.json()["errors"][0]["pointer"]
     assert f"at most {settings.payload_bytes_max} are accepted" in exceeds.json()["detail"]
 
 
@@ -259,13 +259,13 @@ async def test_a_batch_is_answered_in_its_order(client: httpx.AsyncClient, db: D
     tasks = [{"name": f"n-{i}", "priority": i % 10, "payload": {"i": i}} for i in range(1000)]
     answer = await client.post("/tasks/batch", json={"tasks": tasks})
 
-    assert answer.status_code == 202
+    assert 202 == answer.status_code
     views = answer.json()["tasks"]
     assert [task["name"] for task in tasks] == [view["name"] for view in views]
     assert sorted(view["id"] for view in views) == [view["id"] for view in views]
-    assert await stored_tasks(db) == 1000
+    assert 1000 == await stored_tasks(db)
     last = await get(db, 1, UUID(views[-1]["id"]))
-    assert last.payload == '{"i":999}'
+    assert '{"i":999}' == last.payload
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ async def test_a_batch_with_a_fault_is_refused_as_a_whole(
     """
     answer = await offline_client.post("/tasks/batch", json=batch)
 
-    assert answer.status_code == 422
+    assert 422 == answer.status_code
     assert answer.json()["errors"][0]["pointer"] == pointer
 
 
@@ -308,8 +308,8 @@ async def test_a_batch_postgresql_refuses_is_stored_not_at_all(
     await db.execute("ALTER TABLE asyncflow.tasks ADD CHECK (name <> 'refused')")
     answer = await client.post("/tasks/batch", json={"tasks": [{"name": "x"}, {"name": "refused"}]})
 
-    assert answer.status_code == 500
-    assert await stored_tasks(db) == 0
+    assert 500 == answer.status_code
+    assert 0 == await stored_tasks(db)
 
 
 async def test_concurrent_submissions_share_inserts_and_get_their_own_answers(
@@ -343,7 +343,7 @@ async def test_a_task_postgresql_refuses_fails_alone(
     )
 
     assert [500 if i == 7 else 202 for i in range(20)] == [a.status_code for a in answers]
-    assert await stored_tasks(db) == 19
+    assert 19 == await stored_tasks(db)
 
 
 async def test_a_due_submission_wakes_listeners_and_a_later_one_does_not(

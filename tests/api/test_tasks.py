@@ -25,7 +25,7 @@ from tests.support.builders import FAILURE, NAME, claimed_due
 
 async def submitted(client: httpx.AsyncClient, **task: Any) -> str:
     answer = await client.post("/tasks", json={"name": NAME, **task})
-    assert answer.status_code == 202
+    assert 202 == answer.status_code
     return str(answer.json()["id"])
 
 
@@ -41,15 +41,15 @@ async def test_a_fresh_task_shows_that_no_worker_offers_its_name(client: httpx.A
     task_id = await submitted(client, payload={"b": 1, "a": [1.0]})
     answer = await client.get(f"/tasks/{task_id}")
 
-    assert answer.status_code == 200
+    assert 200 == answer.status_code
     view = TaskView.model_validate_json(answer.content)
     assert str(view.id) == task_id
-    assert (view.status, view.attempt, view.generation, view.result) == ("PENDING", 0, 1, None)
-    assert view.payload == {"b": 1, "a": [1.0]}
+    assert ("PENDING", 0, 1, None) == (view.status, view.attempt, view.generation, view.result)
+    assert {"b": 1, "a": [1.0]} == view.payload
     assert view.waiting_for == (
         f"No live worker offers {NAME!r} on queue 'default'; it runs when one starts."
     )
-    assert (view.attempts, view.error) == ([], None)
+    assert ([], None) == (view.attempts, view.error)
     assert set(answer.json()) == set(TaskView.model_fields)
 
 
@@ -68,19 +68,19 @@ async def test_the_life_of_a_task_is_visible(client: httpx.AsyncClient, db: Data
     await settled(db, Settlement(Event.COMPLETE, result='{"ok": true}'))
     completed = (await client.get(f"/tasks/{task_id}")).json()
 
-    assert (running["status"], running["attempt"]) == ("RUNNING", 1)
+    assert ("RUNNING", 1) == (running["status"], running["attempt"])
     assert running["worker_id"] == running["attempts"][0]["worker_id"] is not None
-    assert running["attempts"][0]["outcome"] == "RUNNING"
+    assert "RUNNING" == running["attempts"][0]["outcome"]
     assert running["timings"]["wait_seconds"] >= 0
     assert running["timings"]["run_seconds"] is None
-    assert (retrying["status"], retrying["failures"]) == ("RETRYING", 1)
+    assert ("RETRYING", 1) == (retrying["status"], retrying["failures"])
     assert retrying["error"] == {
         "kind": FAILURE.kind,
         "message": FAILURE.message,
         "traceback": FAILURE.traceback,
     }
     assert retrying["timings"]["wait_seconds"] is None
-    assert (completed["status"], completed["result"]) == ("COMPLETED", {"ok": True})
+    assert ("COMPLETED", {"ok": True}) == (completed["status"], completed["result"])
     assert ["RETRIED", "COMPLETED"] == [a["outcome"] for a in completed["attempts"]]
     assert completed["attempts"][0]["error"]["kind"] == FAILURE.kind
     assert completed["attempts"][1]["duration_seconds"] == completed["timings"]["run_seconds"]
@@ -98,7 +98,7 @@ async def test_a_result_is_given_out_as_it_was_stored(
     await settled(db, Settlement(Event.COMPLETE, result=result))
     answer = await client.get(f"/tasks/{task_id}")
 
-    assert answer.status_code == 200
+    assert 200 == answer.status_code
     assert f'"result":{result}}}' in answer.text
     json.loads(answer.text)
 
@@ -225,7 +225,7 @@ async def test_lists_filter_by_status_name_and_queue(
     assert await listed(status=["pending", "failed"], name=NAME) == [failed]
     assert len(await listed(status=list(STATUSES))) == len(STATUSES)
     assert await listed(name="y") == await listed(queue="q", status="pending") == [pending]
-    assert await listed(name="y", queue="default") == []
+    assert [] == await listed(name="y", queue="default")
 
 
 async def test_lists_show_errors_without_tracebacks(
@@ -292,8 +292,8 @@ async def test_a_wrong_query_is_refused_by_parameter(
     """
     answer = await offline_client.get(f"/tasks?{query}")
 
-    assert answer.status_code == 422
-    assert answer.json()["type"] == "/problems/invalid-query"
+    assert 422 == answer.status_code
+    assert "/problems/invalid-query" == answer.json()["type"]
     assert [parameter] == [error["parameter"] for error in answer.json()["errors"]]
 
 
@@ -317,11 +317,11 @@ async def test_a_waiting_task_is_cancelled_immediately(client: httpx.AsyncClient
     cancelled = await client.post(f"/tasks/{task_id}/cancel")
     again = await client.post(f"/tasks/{task_id}/cancel")
 
-    assert (cancelled.status_code, cancelled.json()["status"]) == (200, "CANCELLED")
-    assert cancelled.json()["error"]["kind"] == "Cancelled"
-    assert again.status_code == 409
-    assert again.json()["type"] == "/problems/illegal-transition"
-    assert again.json()["state"] == "CANCELLED"
+    assert (200, "CANCELLED") == (cancelled.status_code, cancelled.json()["status"])
+    assert "Cancelled" == cancelled.json()["error"]["kind"]
+    assert 409 == again.status_code
+    assert "/problems/illegal-transition" == again.json()["type"]
+    assert "CANCELLED" == again.json()["state"]
     assert again.json()["detail"] == (
         f"Task {task_id} is cancelled; only pending, queued or running tasks can be cancelled."
     )
@@ -335,7 +335,7 @@ async def test_a_running_task_is_asked_to_stop(client: httpx.AsyncClient, db: Da
     await claimed_due(db)
     answer = await client.post(f"/tasks/{task_id}/cancel")
 
-    assert (answer.status_code, answer.json()["status"]) == (202, "RUNNING")
+    assert (202, "RUNNING") == (answer.status_code, answer.json()["status"])
     assert answer.json()["cancel_requested_at"] is not None
 
 
@@ -350,10 +350,10 @@ async def test_a_dead_letter_can_be_redriven(client: httpx.AsyncClient, db: Data
     again = await client.post(f"/tasks/{task_id}/redrive")
 
     view = redriven.json()
-    assert redriven.status_code == 202
-    assert (view["status"], view["generation"], view["failures"]) == ("PENDING", 2, 0)
+    assert 202 == redriven.status_code
+    assert ("PENDING", 2, 0) == (view["status"], view["generation"], view["failures"])
     assert ["FAILED"] == [attempt["outcome"] for attempt in view["attempts"]]
-    assert (again.status_code, again.json()["state"]) == (409, "PENDING")
+    assert (409, "PENDING") == (again.status_code, again.json()["state"])
 
 
 @pytest.mark.parametrize("status", ["SCHEDULED", "RETRYING"])
@@ -377,10 +377,10 @@ async def test_a_task_that_waits_can_be_run_now(
     assert redriven.json()["detail"] == (
         f"Task {task_id} is {status.lower()}; only failed or cancelled tasks can be redriven."
     )
-    assert (answer.status_code, answer.json()["status"]) == (202, "PENDING")
+    assert (202, "PENDING") == (answer.status_code, answer.json()["status"])
     assert (again.status_code, again.json()["run_at"]) == (202, answer.json()["run_at"])
     assert task_id == str(claim.task_id)
-    assert (late.status_code, late.json()["state"]) == (409, "RUNNING")
+    assert (409, "RUNNING") == (late.status_code, late.json()["state"])
     assert late.json()["detail"] == (
         f"Task {task_id} is running; only pending or queued tasks can be run now."
     )

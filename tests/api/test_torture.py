@@ -105,7 +105,7 @@ def test_a_tortured_body_is_refused_with_its_fact_or_read_back_as_it_was(
     batched = counting.post("/tasks/batch", batch)
 
     if body.kind is None:
-        assert (alone.status, batched.status) == (202, 202), (alone.content, batched.content)
+        assert (202, 202) == (alone.status, batched.status), (alone.content, batched.content)
         sent = json.loads(body.text).get("payload", {})
         for task_id in (alone.json["id"], batched.json["tasks"][1]["id"]):
             read = counting.api.send("GET", f"/tasks/{task_id}").json["payload"]
@@ -119,7 +119,7 @@ def told_by(answer: Answer, kind: str, path: str) -> str:
     """
     Every sentence of a problem document; fails if it is none, or a different one.
     """
-    assert answer.headers["content-type"] == "application/problem+json", answer
+    assert "application/problem+json" == answer.headers["content-type"], answer
     problem = Problem.model_validate_json(answer.content)
     expected = (f"/problems/{kind}", KINDS[kind].status, KINDS[kind].title, path)
     assert expected == (problem.type, problem.status, problem.title, problem.instance)
@@ -166,7 +166,7 @@ def test_a_content_type_says_json_or_is_refused(
     answer = counting.post("/tasks", b'{"name":"x"}', {"Content-Type": content_type})
 
     if is_read:
-        assert answer.status == 202
+        assert 202 == answer.status
     else:
         assert "Content-Type: application/json" in told_by(
             answer, "unsupported-media-type", "/tasks"
@@ -214,4 +214,4 @@ def test_what_is_nearly_an_id_is_not_found(counting: Counting, task_id: str) -> 
 
     for answer in answers:
         problem: Any = answer.json
-        assert (answer.status, problem["type"]) == (404, "/problems/task-not-found"), problem
+        assert (404, "/problems/task-not-found") == (answer.status, problem["type"]), problem

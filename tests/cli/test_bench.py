@@ -77,11 +77,11 @@ async def test_a_deployment_is_measured_and_left_as_it_was(
     with a_worker(tmp_path, env):
         ended = finished("bench", "--tasks", "300", "--json", folder=tmp_path, env=env)
 
-    assert ended.returncode == 0, ended.stderr
+    assert 0 == ended.returncode, ended.stderr
     figures = json.loads(ended.stdout)
-    assert (figures["workers"], figures["slots"]) == (1, 10)
+    assert (1, 10) == (figures["workers"], figures["slots"])
     for way in ("one_by_one", "in_batches"):
-        assert (figures[way]["tasks"], figures[way]["completed"]) == (300, 300)
+        assert (300, 300) == (figures[way]["tasks"], figures[way]["completed"])
         assert 0 < figures[way]["completed_per_second"]
         assert 0 < figures[way]["submitted_per_second"]
     latency = figures["latency"]
@@ -90,7 +90,7 @@ async def test_a_deployment_is_measured_and_left_as_it_was(
         assert 0 < latency[moment]["p50"] <= latency[moment]["p95"] <= latency[moment]["p99"]
     assert latency["start_ms"]["p50"] < latency["finish_ms"]["p50"]
     assert figures["removed"] == 1 + measuring.TRICKLE_TASKS + 600
-    assert await tasks_in(db) == 0
+    assert 0 == await tasks_in(db)
 
 
 async def test_the_figures_are_shown_for_people(
@@ -107,7 +107,7 @@ async def test_the_figures_are_shown_for_people(
     with a_worker(tmp_path, env), running("maintenance", folder=tmp_path, env=env):
         ended = finished("bench", *options, folder=tmp_path, env=env)
 
-    assert ended.returncode == 0, ended.stderr
+    assert 0 == ended.returncode, ended.stderr
     assert "1 worker process, 10 slots" in ended.stdout
     assert "one by one, 32 callers" in ended.stdout
     assert "until it starts" in ended.stdout
@@ -117,7 +117,7 @@ async def test_the_figures_are_shown_for_people(
     completed = "SELECT count(*) FROM asyncflow.tasks WHERE state = 'completed'"
     assert await db.fetchval(completed) == expected
     sizes = "SELECT array_agg(DISTINCT length(payload::text)) FROM asyncflow.tasks"
-    assert await db.fetchval(sizes) == [3000]
+    assert [3000] == await db.fetchval(sizes)
 
 
 def test_without_a_worker_the_answer_is_a_sentence(database_url: str, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_without_a_worker_the_answer_is_a_sentence(database_url: str, tmp_path: 
 
     ended = finished("bench", "--queue", "mail", folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert "No live worker offers 'sample-task' on queue 'mail'" in ended.stderr
     assert "Traceback" not in ended.stderr
 
@@ -145,7 +145,7 @@ async def test_a_paused_queue_is_not_measured(
 
     ended = finished("bench", folder=tmp_path, env=env)
 
-    assert (ended.returncode, await tasks_in(db)) == (2, 0)
+    assert (2, 0) == (ended.returncode, await tasks_in(db))
     assert "Queue 'default' is paused" in ended.stderr
 
 
@@ -159,7 +159,7 @@ def test_a_database_without_a_schema_is_told_apart(empty_database_url: str, tmp_
     empty = finished("bench", folder=tmp_path, env=env)
     absent = finished("bench", folder=tmp_path, env=without)
 
-    assert (empty.returncode, absent.returncode) == (2, 1)
+    assert (2, 1) == (empty.returncode, absent.returncode)
     assert "run `asyncflow migrate`" in empty.stderr
     assert "PostgreSQL cannot serve now" in absent.stderr
 
@@ -182,7 +182,7 @@ def test_an_option_out_of_range_is_refused(
 
     ended = finished("bench", *options, folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert fault in ended.stderr
 
 
@@ -201,7 +201,7 @@ async def test_a_measurement_that_is_broken_off_leaves_no_tasks(
         bench.send(signal.SIGINT)
         status = bench.ended()
 
-    assert (status, await tasks_in(db)) == (130, 0)
+    assert (130, 0) == (status, await tasks_in(db))
 
 
 async def test_tasks_that_nobody_takes_end_the_measurement(db: Database) -> None:
@@ -217,7 +217,7 @@ async def test_tasks_that_nobody_takes_end_the_measurement(db: Database) -> None
     await bench.close()
     removed = await bench.remove()
 
-    assert (removed, await tasks_in(db)) == (1, 0)
+    assert (1, 0) == (removed, await tasks_in(db))
 
 
 async def test_a_running_task_is_not_removed(db: Database) -> None:
@@ -236,7 +236,7 @@ async def test_a_running_task_is_not_removed(db: Database) -> None:
     await bench.close()
     removed = await bench.remove()
 
-    assert (removed, await tasks_in(db)) == (1, 1)
+    assert (1, 1) == (removed, await tasks_in(db))
 
 
 @pytest.mark.parametrize("size", [0, 13, 14, 25, 26, 1000])
@@ -246,7 +246,7 @@ def test_a_payload_has_the_size_that_was_asked_for(size: int) -> None:
     """
     payload = payload_of(size)
 
-    assert json.loads(payload)["seconds"] == 0
+    assert 0 == json.loads(payload)["seconds"]
     assert size <= len(payload) <= max(size, 25)
     if size >= 25:
         assert size == len(payload)

@@ -63,7 +63,7 @@ def used_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with running("dev", folder=folder, env=environment(api_port=free_port())) as dev:
         dev.until(STOP_LINE)
         dev.send(signal.SIGTERM)
-        assert dev.ended() == 0
+        assert 0 == dev.ended()
     return folder
 
 
@@ -98,8 +98,8 @@ def test_the_line_to_try_works_and_data_survives_a_restart(
         dev.until(f"attempt.settled.*{task_id}.*outcome=complete")
         dev.send(signal.SIGINT)
 
-        assert dev.ended() == 0
-        assert dev.survivors() == []
+        assert 0 == dev.ended()
+        assert [] == dev.survivors()
 
     with running("dev", folder=tmp_path, env=env) as dev:
         dev.until(STOP_LINE)
@@ -117,9 +117,9 @@ def test_the_first_signal_lets_a_task_finish(env: dict[str, str], folder: Path) 
         _run_until_begun(dev, env, folder, seconds=2)
         dev.send(signal.SIGTERM)
 
-        assert dev.ended() == 0
+        assert 0 == dev.ended()
         dev.until("attempt.settled.*outcome=complete")
-        assert dev.survivors() == []
+        assert [] == dev.survivors()
 
 
 def test_the_second_signal_gives_a_task_back(env: dict[str, str], folder: Path) -> None:
@@ -133,7 +133,7 @@ def test_the_second_signal_gives_a_task_back(env: dict[str, str], folder: Path) 
         dev.until("process.stopping.*worker")
         dev.send_until(signal.SIGINT, "process.force_quit.*worker")
 
-        assert dev.ended() == 0
+        assert 0 == dev.ended()
         dev.until("attempt.settled.*outcome=release")
 
 
@@ -145,7 +145,7 @@ def test_nothing_outlives_a_killed_parent(env: dict[str, str], folder: Path) -> 
         dev.until(STOP_LINE)
         dev.send(signal.SIGKILL)
 
-        assert dev.survivors() == []
+        assert [] == dev.survivors()
 
     with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
@@ -185,8 +185,8 @@ def test_closing_the_terminal_stops_everything(env: dict[str, str], folder: Path
     family = psutil.Process(process.pid).children(recursive=True)
     os.close(ours)
 
-    assert process.wait(60) == 0
-    assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert 0 == process.wait(60)
+    assert [] == psutil.wait_procs(family, timeout=60)[1]
 
 
 def test_a_taken_port_stops_it_before_anything_is_started(
@@ -198,9 +198,9 @@ def test_a_taken_port_stops_it_before_anything_is_started(
     with socket.create_server(("127.0.0.1", port)):
         ended = finished("dev", folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [] == list(tmp_path.iterdir())
 
 
 def test_two_in_one_folder_do_not_share_a_database(env: dict[str, str], folder: Path) -> None:
@@ -211,7 +211,7 @@ def test_two_in_one_folder_do_not_share_a_database(env: dict[str, str], folder: 
         dev.until(STOP_LINE)
         ended = finished("dev", "--port", str(free_port()), folder=folder, env=env)
 
-        assert ended.returncode == 2
+        assert 2 == ended.returncode
         assert f"already in use by process {dev.process.pid}" in ended.stderr
         task_id = submit(dev)
         dev.until(f"attempt.settled.*{task_id}.*outcome=complete")
@@ -227,7 +227,7 @@ def test_a_file_in_place_of_the_data_folder_is_a_sentence(
 
     ended = finished("dev", folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert "ASYNCFLOW_DATA_FOLDER" in ended.stderr
     assert "Traceback" not in ended.stderr
 
@@ -243,7 +243,7 @@ def test_a_data_folder_that_is_no_database_is_a_sentence(
 
     ended = finished("dev", folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert str(data.parent) in ended.stderr
     assert "Traceback" not in ended.stderr
 
@@ -253,9 +253,9 @@ def test_a_missing_module_of_handlers_stops_everything(env: dict[str, str], fold
     The last line printed is the worker's sentence.
     """
     with running("dev", "--handlers", "nowhere.tasks", folder=folder, env=env) as dev:
-        assert dev.ended() == 2
+        assert 2 == dev.ended()
         dev.until("There is no module 'nowhere.tasks'")
-        assert dev.survivors() == []
+        assert [] == dev.survivors()
 
 
 def test_handlers_of_the_current_folder_run(env: dict[str, str], folder: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_database_that_is_typed_is_used_and_left_running(
         dev.until(f"attempt.settled.*{task_id}.*outcome=complete")
         dev.send(signal.SIGTERM)
 
-        assert dev.ended() == 0
+        assert 0 == dev.ended()
         assert not (tmp_path / ".asyncflow").exists()
 
 
@@ -348,7 +348,7 @@ def test_the_database_of_the_settings_needs_a_yes(env: dict[str, str], tmp_path:
 
     ended = finished("dev", "--database-url", folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert "would migrate postgresql://me:***@127.0.0.1:1/production" in ended.stderr
     assert "--yes" in ended.stderr
 

@@ -16,7 +16,7 @@ def test_a_good_server_is_told_to_be_good(database_url: str, tmp_path: Path) -> 
     """
     ended = finished("doctor", folder=tmp_path, env=environment(database_url=database_url))
 
-    assert ended.returncode == 0
+    assert 0 == ended.returncode
     assert "ok        PostgreSQL encoding: " in ended.stdout
     doubtful = [line for line in ended.stdout.splitlines() if line.startswith("doubtful ")]
     assert "wrong" not in ended.stdout
@@ -32,7 +32,7 @@ def test_what_is_wrong_is_named_with_its_mend(empty_database_url: str, tmp_path:
     ended = finished("doctor", "--json", folder=tmp_path, env=env)
 
     findings = [json.loads(line) for line in ended.stdout.splitlines()]
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert ["PostgreSQL schema"] == [f["what"] for f in findings if f["verdict"] == "wrong"]
     (schema,) = [f for f in findings if f["what"] == "PostgreSQL schema"]
     assert "asyncflow migrate" in schema["remedy"]
@@ -47,7 +47,7 @@ def test_a_server_that_is_away_is_wrong(tmp_path: Path) -> None:
 
     ended = finished("doctor", folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert ended.stdout.startswith("wrong     PostgreSQL connection: ")
     assert "very-secret" not in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
@@ -64,7 +64,7 @@ def test_rabbitmq_is_looked_at_where_it_is_set(
     env = environment(database_url=database_url, broker_url=f"{broker_url}-missing")
     bad = finished("doctor", folder=tmp_path, env=env)
 
-    assert (good.returncode, bad.returncode) == (0, 2)
+    assert (0, 2) == (good.returncode, bad.returncode)
     assert "ok        RabbitMQ permissions: " in good.stdout
     assert "ok        RabbitMQ sharing: " in good.stdout
     assert "wrong     RabbitMQ virtual host: " in bad.stdout

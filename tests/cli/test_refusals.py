@@ -34,7 +34,7 @@ def test_without_a_database_url_a_process_says_what_to_set(command: str, tmp_pat
     """
     ended = finished(command, folder=tmp_path, env=environment())
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert ended.stderr.startswith("asyncflow: ASYNCFLOW_DATABASE_URL is not set;")
     assert "Traceback" not in ended.stderr
 
@@ -47,7 +47,7 @@ def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
 
     ended = finished("api", folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     for name in ("API_PORT", "LOG_LEVEL", "DATABASE_URL"):
         assert f"  ASYNCFLOW_{name}: " in ended.stderr
 
@@ -91,7 +91,7 @@ def test_a_database_that_cannot_be_reached_is_worth_another_try(tmp_path: Path) 
     """
     ended = finished("migrate", folder=tmp_path, env=environment(database_url=NOBODY_LISTENS))
 
-    assert ended.returncode == 1
+    assert 1 == ended.returncode
     assert ended.stderr.startswith("asyncflow: PostgreSQL cannot serve now: ")
     assert "very-secret" not in ended.stderr
 
@@ -107,7 +107,7 @@ def test_a_process_refuses_a_database_without_schema(
 
     ended = finished(command, folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert "has no AsyncFlow schema. Run `asyncflow migrate`" in ended.stderr
 
 
@@ -121,7 +121,7 @@ def test_a_taken_port_is_named_and_the_way_out_too(
 
     ended = finished("api", "--port", str(taken_port), folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert f"cannot listen on 127.0.0.1:{taken_port}" in ended.stderr
     assert "--port" in ended.stderr
 
@@ -134,7 +134,7 @@ def test_a_missing_module_of_handlers_is_named(database_url: str, tmp_path: Path
 
     ended = finished("worker", "--handlers", "nowhere.tasks", folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert "There is no module 'nowhere.tasks'. Looked in:" in ended.stderr
     assert str(tmp_path) in ended.stderr
 
@@ -145,7 +145,7 @@ def test_a_mistyped_command_is_answered_with_the_right_one(tmp_path: Path) -> No
     """
     ended = finished("wroker", folder=tmp_path, env=environment())
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert "Did you mean 'worker'?" in ended.stderr
 
 
@@ -162,7 +162,7 @@ def test_a_handler_whose_type_no_json_becomes_is_named_before_the_worker_starts(
 
     ended = finished("worker", "--handlers", "tasks", folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert "process.started" not in ended.stderr
     (line,) = ended.stderr.splitlines()
     assert line.startswith(
@@ -185,7 +185,7 @@ def test_a_module_of_handlers_may_run_a_loop_of_its_own_while_it_is_imported(
     with running("worker", "--handlers", "tasks", folder=tmp_path, env=env) as worker:
         worker.until("process.started")
         worker.send(signal.SIGTERM)
-        assert worker.ended() == 0
+        assert 0 == worker.ended()
 
 
 def test_a_handler_whose_queue_a_worker_does_not_take_is_named_at_its_start(
@@ -204,7 +204,7 @@ def test_a_handler_whose_queue_a_worker_does_not_take_is_named_at_its_start(
     ) as worker:
         line = json.loads(worker.until("handler.not_taken").string)
         worker.send(signal.SIGTERM)
-        assert worker.ended() == 0
+        assert 0 == worker.ended()
 
     assert ("monthly", "reports", "mail") == (line["name"], line["queue"], line["queues"])
     assert 1 == worker.output.count("handler.not_taken")

@@ -120,7 +120,7 @@ def test_every_command_refuses_an_unclear_url(
 
     status, output = said(capsys, command)
 
-    assert status == 2
+    assert 2 == status
     assert shows_nothing_of(password, output)
     assert variable in output
     assert "percent-encoded" in output
@@ -139,7 +139,7 @@ def test_dev_refuses_an_unclear_url_as_an_option(
 
     status, output = said(capsys, ["dev", f"--{name.replace('_', '-')}", url])
 
-    assert status == 2
+    assert 2 == status
     assert shows_nothing_of("QQQ XXX ZZZ 777", output)
     assert "percent-encoded" in output
 
@@ -167,7 +167,7 @@ def test_nothing_is_shown_by_the_program_itself(tmp_path: Path) -> None:
 
     ended = finished("migrate", folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert shows_nothing_of("QQQ XXX ZZZ 777", ended.stdout + ended.stderr)
 
 
@@ -183,6 +183,6 @@ def test_verify_refuses_an_unclear_broker(
 
     status, output = said(capsys, ["verify", *options])
 
-    assert status == 3
+    assert 3 == status
     assert shows_nothing_of(password, output)
     assert "percent-encoded" in output

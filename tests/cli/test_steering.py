@@ -92,8 +92,8 @@ async def test_a_task_is_shown_as_the_api_would(run: Run, database_url: str) -> 
     shown = json.loads(run("task", "get", task_id, "--json").stdout)
 
     assert task_id == shown["id"]
-    assert shown["status"] == "PENDING"
-    assert shown["payload"] == {"order": 7}
+    assert "PENDING" == shown["status"]
+    assert {"order": 7} == shown["payload"]
 
 
 async def test_a_task_is_shown_for_people(run: Run, database_url: str) -> None:
@@ -131,8 +131,8 @@ async def test_a_list_is_filtered_and_says_how_to_go_on(run: Run, database_url: 
     waiting = ("--status", "pending", "--status", "QUEUED")
     second = run("task", "list", "--name", "wait", *waiting, "--cursor", cursor).stdout
 
-    assert first.count("PENDING") == 2
-    assert second.count("PENDING") == 1
+    assert 2 == first.count("PENDING")
+    assert 1 == second.count("PENDING")
     assert "other" not in first + second
 
 
@@ -145,8 +145,8 @@ async def test_a_task_is_cancelled_and_redriven(run: Run, database_url: str) -> 
     cancelled = json.loads(run("task", "cancel", task_id, "--json").stdout)
     redriven = json.loads(run("task", "redrive", task_id, "--json").stdout)
 
-    assert cancelled["status"] == "CANCELLED"
-    assert (redriven["status"], redriven["generation"]) == ("PENDING", 2)
+    assert "CANCELLED" == cancelled["status"]
+    assert ("PENDING", 2) == (redriven["status"], redriven["generation"])
 
 
 async def test_a_waiting_task_is_run_now(run: Run, database_url: str) -> None:
@@ -172,7 +172,7 @@ async def test_what_a_task_does_not_allow_is_a_sentence(run: Run, database_url: 
 
     ended = run("task", "redrive", task_id)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert f"asyncflow: Task {task_id} is pending; only" in ended.stderr
 
 
@@ -193,7 +193,7 @@ def test_an_unknown_status_is_answered_with_the_known_ones(run: Run) -> None:
     """
     ended = run("task", "list", "--status", "lost")
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert "RETRYING" in ended.stderr
 
 
@@ -208,7 +208,7 @@ async def test_a_queue_is_paused_and_resumed(run: Run, database_url: str) -> Non
     resumed = run("queue", "resume", "default")
 
     assert "is paused" in paused["waiting_for"]
-    assert resumed.returncode == 0
+    assert 0 == resumed.returncode
 
 
 async def test_a_queue_nobody_knows_is_not_paused(run: Run, database_url: str) -> None:

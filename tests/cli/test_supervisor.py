@@ -37,8 +37,8 @@ def test_a_killed_worker_is_started_again(env: dict[str, str], tmp_path: Path) -
         parent.until(STARTED, times=3)
         parent.send(signal.SIGTERM)
 
-        assert parent.ended() == 0
-        assert parent.survivors() == []
+        assert 0 == parent.ended()
+        assert [] == parent.survivors()
 
 
 def test_workers_that_refuse_to_run_end_their_parent(env: dict[str, str], tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_workers_that_refuse_to_run_end_their_parent(env: dict[str, str], tmp_pa
 
     ended = finished(*arguments, folder=tmp_path, env=env)
 
-    assert ended.returncode == 2
+    assert 2 == ended.returncode
     assert "No module named 'nowhere.tasks'" in ended.stderr
 
 
@@ -75,7 +75,7 @@ def test_workers_end_when_their_parent_is_killed(env: dict[str, str], tmp_path: 
         parent.until(STARTED, times=2)
         parent.send(signal.SIGKILL)
 
-        assert parent.survivors() == []
+        assert [] == parent.survivors()
         parent.until(r"process\.stopped", times=2)
 
 

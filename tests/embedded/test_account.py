@@ -47,8 +47,8 @@ def test_a_folder_that_only_root_may_enter_is_no_obstacle(folder):
 
     with Cluster(private / "pg") as cluster:
         assert account_of(cluster) != "root"
-    assert private.stat().st_mode & 0o777 == 0o700
-    assert private.stat().st_uid == 0
+    assert 0o700 == private.stat().st_mode & 0o777
+    assert 0 == private.stat().st_uid
 
 
 def test_a_users_cluster_stays_that_users_under_sudo(folder):
@@ -60,10 +60,10 @@ def test_a_users_cluster_stays_that_users_under_sudo(folder):
     folder.chmod(0o711)
 
     with Cluster(theirs) as cluster:
-        assert account_of(cluster) == "nobody"
+        assert "nobody" == account_of(cluster)
     assert {path.stat().st_uid for path in theirs.rglob("*")} == {nobody.pw_uid}
 
 
 def test_an_account_that_another_process_has_just_made_is_used(folder):
     """Of two processes that find no account, one makes it; `useradd` refuses the other."""
-    assert account._create_account(folder, "nobody").pw_name == "nobody"
+    assert "nobody" == account._create_account(folder, "nobody").pw_name

@@ -82,15 +82,15 @@ async def ask(url: str, query: str) -> str:
 async def test_a_new_folder_becomes_a_durable_server(new_folder):
     """The first start makes a cluster that syncs every commit to disk."""
     with Cluster(new_folder) as cluster:
-        assert await ask(cluster.url, "SHOW fsync") == "on"
-        assert await ask(cluster.url, "SHOW synchronous_commit") == "on"
+        assert "on" == await ask(cluster.url, "SHOW fsync")
+        assert "on" == await ask(cluster.url, "SHOW synchronous_commit")
 
 
 async def test_only_the_owner_can_reach_the_server(cluster):
     """The socket lies in a folder that no other user can enter, and no port is open."""
-    assert await ask(cluster.url, "SHOW listen_addresses") == ""
+    assert "" == await ask(cluster.url, "SHOW listen_addresses")
     socket_folder = Path(await ask(cluster.url, "SHOW unix_socket_directories"))
-    assert socket_folder.stat().st_mode & 0o077 == 0
+    assert 0 == socket_folder.stat().st_mode & 0o077
 
 
 @pytest.mark.parametrize("end", ["fast", "immediate", "kill"])
@@ -106,7 +106,7 @@ async def test_commits_survive_however_the_server_ends(cluster, end):
     assert cluster.pid is None
     cluster.start()
 
-    assert await ask(url, "SELECT answer FROM kept") == "42"
+    assert "42" == await ask(url, "SELECT answer FROM kept")
 
 
 async def test_the_server_ends_with_a_killed_parent(folder):
@@ -118,7 +118,7 @@ async def test_the_server_ends_with_a_killed_parent(folder):
         parent.kill()
 
     with Cluster(folder) as cluster:
-        assert await ask(cluster.url, "SELECT 1") == "1"
+        assert "1" == await ask(cluster.url, "SELECT 1")
         assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
 
 
@@ -144,7 +144,7 @@ async def test_a_pid_file_that_names_an_innocent_process_is_no_obstacle(folder):
     pid_file.write_text(left_behind)
 
     with Cluster(folder) as cluster:
-        assert await ask(cluster.url, "SELECT 1") == "1"
+        assert "1" == await ask(cluster.url, "SELECT 1")
 
 
 async def test_an_interrupted_first_start_is_repeated(new_folder):
@@ -154,14 +154,14 @@ async def test_an_interrupted_first_start_is_repeated(new_folder):
     (unfinished / "PG_VERSION").write_text("18\n")
 
     with Cluster(new_folder) as cluster:
-        assert await ask(cluster.url, "SELECT 1") == "1"
+        assert "1" == await ask(cluster.url, "SELECT 1")
 
 
 async def test_a_folder_with_a_long_path_works(folder):
     """The socket moves to a private folder when its path would not fit the kernel's limit."""
     with Cluster(with_long_path(folder)) as cluster:
         socket_folder = Path(await ask(cluster.url, "SHOW unix_socket_directories"))
-        assert socket_folder.stat().st_mode & 0o077 == 0
+        assert 0 == socket_folder.stat().st_mode & 0o077
 
     assert not socket_folder.exists()
 
@@ -187,11 +187,11 @@ def with_long_path(folder: Path) -> Path:
 async def test_a_port_is_open_only_with_a_password(folder, unused_tcp_port):
     """Over TCP, which every user of the machine can reach, the password is asked for."""
     with Cluster(folder, port=unused_tcp_port) as cluster:
-        assert await ask(cluster.url, "SELECT 1") == "1"
+        assert "1" == await ask(cluster.url, "SELECT 1")
         with pytest.raises(asyncpg.InvalidPasswordError):
             await ask(f"postgresql://postgres@127.0.0.1:{unused_tcp_port}/postgres", "SELECT 1")
 
-    assert (folder / "password").stat().st_mode & 0o077 == 0
+    assert 0 == (folder / "password").stat().st_mode & 0o077
 
 
 def test_a_folder_of_another_major_version_is_refused_and_kept(folder):

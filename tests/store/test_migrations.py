@@ -357,7 +357,7 @@ async def test_a_session_that_holds_a_table_is_named_and_passed(
         with next_migration("ALTER TABLE asyncflow.queues ADD COLUMN note text"):
             await migrate(empty_database_url, say=hear)
 
-        assert await db.fetchval("SELECT count(note) FROM asyncflow.queues") == 0
+        assert 0 == await db.fetchval("SELECT count(note) FROM asyncflow.queues")
     assert "a session that holds a table of AsyncFlow (pid " in said[0]
     assert "asyncflow somebody" in said[0]
 

@@ -154,7 +154,7 @@ async def test_a_publish_is_confirmed_when_its_queue_has_it(channel: Channel, qu
     assert results == [CONFIRMED, CONFIRMED]
     inbox = Inbox()
     await inbox.listen(channel, queue)
-    assert await inbox.bodies(2) == [b"one", b"two"]
+    assert [b"one", b"two"] == await inbox.bodies(2)
 
 
 async def test_exactly_the_unroutable_messages_of_a_batch_are_returned(
@@ -219,7 +219,7 @@ async def test_publishing_nothing_is_done_at_once(channel: Channel) -> None:
     """
     An empty batch needs no broker.
     """
-    assert await channel.publish([], exchange="", timeout_seconds=0) == []
+    assert [] == await channel.publish([], exchange="", timeout_seconds=0)
 
 
 async def test_publishing_needs_confirms(connection: Connection) -> None:
@@ -273,7 +273,7 @@ async def test_a_huge_body_arrives_as_none(channel: Channel, queue: str) -> None
 
     await publish(channel, queue, b"x" * 1_000_000, b"next")
 
-    assert await inbox.bodies(2) == [None, b"next"]
+    assert [None, b"next"] == await inbox.bodies(2)
 
 
 async def test_headers_and_routing_key_arrive(channel: Channel, queue: str) -> None:
@@ -310,7 +310,7 @@ async def test_what_is_not_acked_comes_again(
 
     again = Inbox()
     await again.listen(channel, queue)
-    assert await again.bodies(1) == [b"c"]
+    assert [b"c"] == await again.bodies(1)
     assert again.deliveries[0].redelivered is True
 
 
@@ -329,7 +329,7 @@ async def test_a_nack_gives_back_or_drops(channel: Channel, queue: str) -> None:
 
     again = Inbox()
     await again.listen(channel, queue)
-    assert await again.bodies(1) == [b"keep"]
+    assert [b"keep"] == await again.bodies(1)
 
 
 async def test_prefetch_bounds_what_is_unacknowledged(channel: Channel, queue: str) -> None:
@@ -344,7 +344,7 @@ async def test_prefetch_bounds_what_is_unacknowledged(channel: Channel, queue: s
 
     channel.ack(inbox.deliveries[0].tag)
 
-    assert await inbox.bodies(3) == [b"0", b"1", b"2"]
+    assert [b"0", b"1", b"2"] == await inbox.bodies(3)
 
 
 async def test_nothing_is_delivered_after_cancel(channel: Channel, queue: str) -> None:
@@ -387,7 +387,7 @@ async def test_a_wrong_ack_closes_the_channel(channel: Channel, queue: str) -> N
     reason = await asyncio.wait_for(channel.wait_closed(), PATIENCE_SECONDS)
 
     assert isinstance(reason, ChannelClosed)
-    assert reason.code == 406
+    assert 406 == reason.code
     channel.ack(1)
     channel.nack(1, requeue=True)
 
@@ -399,7 +399,7 @@ async def test_consuming_from_a_missing_queue_fails(channel: Channel) -> None:
     with pytest.raises(ChannelClosed) as caught:
         await Inbox().listen(channel, "no-such-queue")
 
-    assert caught.value.code == 404
+    assert 404 == caught.value.code
 
 
 async def test_every_published_message_is_consumed_exactly_once(
@@ -442,7 +442,7 @@ async def test_an_exchange_routes_by_its_bindings(channel: Channel, queue: str) 
     results = await channel.publish(messages, exchange="exchange", timeout_seconds=5)
 
     assert results == [CONFIRMED, RETURNED]
-    assert await channel.purge_queue(queue) == 1
+    assert 1 == await channel.purge_queue(queue)
 
 
 async def test_a_queue_cannot_be_declared_twice_with_other_properties(
@@ -454,7 +454,7 @@ async def test_a_queue_cannot_be_declared_twice_with_other_properties(
     with pytest.raises(ChannelClosed) as caught:
         await channel.declare_queue(queue, arguments={"x-queue-type": "classic"})
 
-    assert caught.value.code == 406
+    assert 406 == caught.value.code
 
 
 async def test_a_reply_goes_to_the_call_it_answers_though_an_earlier_one_gave_up(
@@ -468,8 +468,8 @@ async def test_a_reply_goes_to_the_call_it_answers_though_an_earlier_one_gave_up
     await asyncio.sleep(0)
     abandoned.cancel()
 
-    assert await channel.purge_queue(queue) == 1
-    assert await channel.delete_queue("other") == 0
+    assert 1 == await channel.purge_queue(queue)
+    assert 0 == await channel.delete_queue("other")
 
 
 @pytest.mark.any_rabbitmq
@@ -480,7 +480,7 @@ async def test_channel_numbers_are_used_again(connection: Connection) -> None:
     for _ in range(2100):
         await (await connection.channel()).close()
 
-    assert (await connection.channel()).number == 1
+    assert 1 == (await connection.channel()).number
 
 
 async def test_closing_ends_all_waiting_at_once(broker_url: str, queue: str) -> None:
@@ -534,7 +534,7 @@ async def test_a_wrong_password_is_refused_without_repeating_it(broker_url: str)
     with pytest.raises(BrokerRefused) as caught:
         await connect(with_login(broker_url, "guest:wrong%2Fsecret"), name="test")
 
-    assert caught.value.code == 403
+    assert 403 == caught.value.code
     assert "secret" not in str(caught.value)
 
 
@@ -640,7 +640,7 @@ async def test_parameters_of_the_url_are_honoured(broker: Broker, broker_url: st
         channels = [await connection.channel() for _ in range(8)]
         with pytest.raises(ChannelClosed):
             await connection.channel()
-        assert len(channels) == 8
+        assert 8 == len(channels)
 
     assert "30\t8\t8192" in told
     assert 0.25 == parse_url("amqp://host/?connection_timeout=250").timeout_seconds
@@ -758,7 +758,7 @@ async def test_what_is_not_written_for_lack_of_a_reader_is_never_sent(
 
         counts = await channel.inspect_queue(queue)
 
-    assert timeouts == 60
+    assert 60 == timeouts
     assert counts is not None
     assert counts.messages < 50
 
@@ -779,7 +779,7 @@ async def test_nonsense_from_the_broker_loses_the_connection_cleanly(
         reason = await asyncio.wait_for(connection.wait_closed(), PATIENCE_SECONDS)
 
     assert isinstance(reason, ConnectionLost)
-    assert caplog.records == []
+    assert [] == caplog.records
 
 
 async def test_an_alarm_blocks_publishers_only_and_passes(
@@ -815,7 +815,7 @@ async def test_an_alarm_blocks_publishers_only_and_passes(
         assert await asyncio.wait_for(blocked.get(), PATIENCE_SECONDS) is False
         assert await publish(publisher, queue, b"w") == [CONFIRMED]
         # "y" was under way when the alarm rang; "z" was never written.
-        assert (await inbox.bodies(3))[1:] == [b"y", b"w"]
+        assert [b"y", b"w"] == (await inbox.bodies(3))[1:]
 
 
 async def test_a_consumer_that_raises_loses_the_connection(
@@ -840,7 +840,7 @@ async def test_a_consumer_that_raises_loses_the_connection(
     assert "data_received" in caplog.text
     inbox = Inbox()
     await inbox.listen(channel, queue)
-    assert await inbox.bodies(1) == [b"x"]
+    assert [b"x"] == await inbox.bodies(1)
 
 
 @pytest.fixture(scope="session")

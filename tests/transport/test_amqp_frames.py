@@ -157,7 +157,7 @@ def test_noise_is_never_more_than_a_malformed_frame(noise: bytes) -> None:
     reader.feed(noise)
 
     if reader.failure is not None:
-        assert reader.feed(frame.marshal(commands.Channel.CloseOk(), 1)) == []
+        assert [] == reader.feed(frame.marshal(commands.Channel.CloseOk(), 1))
 
 
 @given(
@@ -276,7 +276,7 @@ def test_a_publish_says_what_was_asked(
     publish, head, *parts = decoded(raw, channel=7)
     assert (publish.exchange, publish.routing_key, publish.mandatory) == ("x", routing_key, True)
     assert head.body_size == len(payload)
-    assert head.properties.delivery_mode == 2
+    assert 2 == head.properties.delivery_mode
     assert head.properties.message_id == str(sequence)
     assert head.properties.priority == priority
     assert (head.properties.headers or {}) == table
@@ -380,7 +380,7 @@ def test_what_cannot_be_amqp_is_a_malformed_frame(what: str) -> None:
     """
     reader = FrameReader()
 
-    assert reader.feed(IMPOSSIBLE[what]()) == []
+    assert [] == reader.feed(IMPOSSIBLE[what]())
     assert isinstance(reader.failure, MalformedFrame)
 
 

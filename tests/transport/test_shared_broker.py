@@ -340,7 +340,7 @@ async def test_hints_that_a_policy_drops_are_named_and_go_again(
     parked = await channel.inspect_queue(unreadable())
     await connection.close()
     assert parked is not None
-    assert parked.messages == 0
+    assert 0 == parked.messages
 
 
 async def test_a_delivery_limit_gives_hints_back(
