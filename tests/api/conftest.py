@@ -88,8 +88,8 @@ async def app(
 @pytest.fixture
 async def offline_client(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """
-    A client of an application whose database cannot be reached: a refused request was refused
-    before the database was asked, and any other is answered with 503.
+    A client of an application whose database is unreachable: any request that gets as far as the
+    database is answered with 503.
     """
     async with Database("postgresql://nobody@127.0.0.1:1/nothing") as db:
         waker = Waker(db)
@@ -103,7 +103,7 @@ async def offline_client(settings: Settings) -> AsyncIterator[httpx.AsyncClient]
 @pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """
-    A client of `app`. An exception that leaves the application fails the test.
+    A client of `app`. An unhandled exception in the application fails the test.
     """
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:

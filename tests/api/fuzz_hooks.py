@@ -1,5 +1,5 @@
 """
-Loaded by the Schemathesis that `test_fuzz` starts: notes every answer, a line of JSON each.
+Hooks for the Schemathesis run of `test_fuzz`: record every response as one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ANSWERS = open(os.environ["ASYNCFLOW_TEST_FUZZ_ANSWERS"], "a", buffering=1)
 @schemathesis.hook
 def after_call(context, case, response):
     """
-    The request, the status, and the ids of the tasks that are stored by it.
+    Record the request, the status, and the ids of the tasks that it stored.
     """
     ids = []
     if case.method == "POST" and case.path in ("/tasks", "/tasks/batch"):

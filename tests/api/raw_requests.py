@@ -1,9 +1,9 @@
 """
-A corpus of requests as bytes: odd but valid ones, invalid ones, and ambiguous ones, each with
-what the API must make of it.
+A corpus of raw requests: odd but valid ones, invalid ones, and ambiguous ones, each with the
+expected reaction of the API.
 
-Many carry a canary where only a body can be: a whole request that would cancel a task. It never
-runs, whatever stands before it.
+Many carry a canary where only a body can be: a complete request that would cancel a task. It must
+never run, whatever precedes it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Sent(NamedTuple):
     What a client sends on one connection.
 
     Attributes:
-        what: For people; unique.
-        bytes: All of it.
-        answers: The statuses it is answered with, in this order; interim answers are not counted.
+        what: A unique description.
+        bytes: All bytes sent.
+        answers: The expected statuses, in order, without interim responses.
         stays: Whether the connection can be used for another request.
-        leaves: The client says that it sends nothing more.
+        leaves: Whether the client half-closes the connection after sending.
     """
 
     what: str
@@ -42,7 +42,7 @@ def get(
     *lines: bytes, target: bytes = b"/health/live", method: bytes = b"GET", body: bytes = b""
 ) -> bytes:
     """
-    A request that reads something, with more lines in its head.
+    A request that reads something, with these additional header lines.
     """
     head = [method + b" " + target + b" HTTP/1.1\r\nHost: api\r\n", *lines, b"\r\n", body]
     return b"".join(head)
@@ -50,35 +50,35 @@ def get(
 
 def post(*lines: bytes, body: bytes = TASK, target: bytes = b"/tasks") -> bytes:
     """
-    A request that submits a task; the lines say how long it is.
+    A request that submits a task; `lines` must state the length of its body.
     """
     return get(JSON, *lines, target=target, method=b"POST", body=body)
 
 
 def length(body: bytes) -> bytes:
     """
-    The line that says so.
+    The Content-Length header for this body.
     """
     return b"Content-Length: %d\r\n" % len(body)
 
 
 def chunks(*pieces: bytes) -> bytes:
     """
-    A body in pieces, without its end.
+    A chunked body without its last chunk.
     """
     return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
 
 
 def cancelling(task_id: str) -> bytes:
     """
-    A canary: the request that cancels a task.
+    A canary: a request that cancels this task.
     """
     return b"POST /tasks/%b/cancel HTTP/1.1\r\nHost: api\r\n\r\n" % task_id.encode()
 
 
 def corpus(canary: bytes) -> Iterator[Sent]:
     """
-    Everything, with this canary.
+    The whole corpus, with this canary.
     """
     yield from upgrades(canary)
     yield from tunnels(canary)
@@ -169,7 +169,7 @@ ODD_OFFERS = {
 
 def tunnels(canary: bytes) -> Iterator[Sent]:
     """
-    CONNECT, which ends HTTP on a connection, too.
+    CONNECT, which would also end HTTP on the connection.
     """
     for target in (b"db:5432", b"api:80", b"/tasks", b"http://api/", b"*", b"[::1]:22"):
         for what, lines in {
@@ -183,7 +183,7 @@ def tunnels(canary: bytes) -> Iterator[Sent]:
 
 def expectations(canary: bytes) -> Iterator[Sent]:
     """
-    Clients that would like to be asked for their body.
+    Requests with an Expect header, whose clients wait before sending the body.
     """
     expect = b"Expect: 100-continue\r\n"
     yield Sent("an expectation", post(expect, length(TASK)), [202], True)
@@ -193,7 +193,7 @@ def expectations(canary: bytes) -> Iterator[Sent]:
     offer = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
     yield Sent("with an offer", post(offer, expect, length(TASK)), [202], True)
     yield Sent("and nothing else", get(expect), [200], True)
-    # The rest was not asked for, so it is unknown whether it is a body or the next request.
+    # The API never sent 100, so what follows may be the body or the next request.
     unasked = get(expect, length(canary))
     yield Sent("answered unasked, and a body that does not come", unasked, [200])
     part = get(expect, b"Content-Length: 5000\r\n", body=canary)
@@ -208,7 +208,7 @@ def expectations(canary: bytes) -> Iterator[Sent]:
 
 def lengths(canary: bytes) -> Iterator[Sent]:
     """
-    Numbers that are not quite one.
+    Content-Length values that are almost numbers.
     """
     for text in LENGTHS:
         sent = post(b"Content-Length: %b\r\n" % text, body=canary)
@@ -240,7 +240,7 @@ LENGTHS = [
 
 def two_framings(canary: bytes) -> Iterator[Sent]:
     """
-    Requests that end at two places.
+    Requests whose end is ambiguous.
     """
     twelve, thirteen = b"Content-Length: 12\r\n", b"Content-Length: 13\r\n"
     body = LAST + canary
@@ -267,7 +267,7 @@ def two_framings(canary: bytes) -> Iterator[Sent]:
 
 def codings(canary: bytes) -> Iterator[Sent]:
     """
-    Transfer codings that another server would take for chunked.
+    Transfer codings that another server might read as chunked.
     """
     for text, status in CODINGS.items():
         sent = post(b"Transfer-Encoding:%b\r\n" % text, body=LAST + canary)
@@ -315,7 +315,7 @@ CODINGS = {
 
 def chunk_framings(canary: bytes) -> Iterator[Sent]:
     """
-    Sizes, extensions and line ends of chunks.
+    Chunk sizes, chunk extensions and line endings.
     """
     for text in SIZES:
         sent = post(CHUNKED, body=text + b"\r\n" + canary)
@@ -350,7 +350,8 @@ def chunk_framings(canary: bytes) -> Iterator[Sent]:
     yield Sent("chunks with a canary", post(CHUNKED, body=chunks(canary) + LAST), [400], True)
     yield Sent("no chunk at all", post(CHUNKED, body=LAST), [400], True)
     yield Sent("a long nothing", post(CHUNKED, body=b"000;a=b\r\n\r\n"), [400], True)
-    # It has its answer when the fault comes; a second one would be that of the next request.
+    # The request has been answered by the time the error shows up; the client would take a second
+    # response for that of its next request.
     unread = get(CHUNKED, body=b"zzz\r\n" + canary)
     yield Sent("a wrong chunk of an unneeded body", unread, [400])
 
@@ -364,7 +365,7 @@ SIZES = [
 
 def trailers(canary: bytes) -> Iterator[Sent]:
     """
-    What follows the last chunk is not part of the head.
+    Trailers after the last chunk, which are not part of the head.
     """
     for what, lines in {
         "a checksum": b"X-Checksum: 1\r\n",
@@ -392,7 +393,7 @@ def trailers(canary: bytes) -> Iterator[Sent]:
 
 def header_lines(canary: bytes) -> Iterator[Sent]:
     """
-    Lines of a head that two readers may read in two ways.
+    Header lines that two parsers may read differently.
     """
     for what, line in WRONG_LINES.items():
         yield Sent(what, get(line, body=canary), [400])
@@ -434,7 +435,7 @@ WRONG_LINES = {
 
 def repeated_headers() -> Iterator[Sent]:
     """
-    A header that is there twice means two things, or a list.
+    Repeated headers: two contradicting values, or a list.
     """
     for line in ONCE:
         what = f"{line.partition(b':')[0].decode()} twice"
@@ -463,7 +464,7 @@ ONCE = [
 
 def large_heads() -> Iterator[Sent]:
     """
-    Heads of up to 64 KiB are read, and targets of up to 32 KiB.
+    Large heads: up to 64 KiB are accepted, and targets up to 32 KiB.
     """
     for size in (1_000, 10_000, 60_000):
         yield Sent(f"a header of {size}", get(b"X-Odd: " + b"y" * size + b"\r\n"), [200], True)
@@ -486,7 +487,7 @@ def large_heads() -> Iterator[Sent]:
 
 def request_lines(canary: bytes) -> Iterator[Sent]:
     """
-    First lines; and other protocols'.
+    Request lines, and the first bytes of other protocols.
     """
     for what, line in WRONG_FIRST_LINES.items():
         yield Sent(what, line + b"\r\nHost: api\r\n\r\n" + canary, [400])
@@ -525,10 +526,10 @@ WRONG_FIRST_LINES = {
 
 def targets() -> Iterator[Sent]:
     """
-    Forms of the target (RFC 9112 3.2), and what is none.
+    Forms of the request target (RFC 9112 3.2), and invalid ones.
     """
     for target, status in TARGETS.items():
-        # What is answered by the application leaves the connection as it is.
+        # An answer from the application leaves the connection open.
         yield Sent(f"target {target!a}", get(target=target), [status], status != 400)
     yield Sent("every method of every path", get(method=b"OPTIONS", target=b"*"), [404], True)
     absolute = b"GET http://api/health/live HTTP/1.1\r\nHost: other\r\n\r\n"
@@ -594,7 +595,7 @@ TARGETS = {
 
 def versions() -> Iterator[Sent]:
     """
-    What is spoken, was spoken, and is spoken elsewhere.
+    HTTP versions: supported, historic and foreign ones.
     """
     for version, status in VERSIONS.items():
         sent = b"GET /health/live %b\r\nHost: api\r\n\r\n" % version
@@ -630,7 +631,7 @@ VERSIONS = {
 
 def unneeded_bodies(canary: bytes) -> Iterator[Sent]:
     """
-    A body is a body, whether or not the operation has a use for it.
+    Requests with a body that the operation does not use; it is still a body.
     """
     nobody = b"/tasks/00000000-0000-7000-8000-000000000000"
     for method, target, status in (
@@ -657,7 +658,7 @@ def unneeded_bodies(canary: bytes) -> Iterator[Sent]:
 
 def pipelines(canary: bytes) -> Iterator[Sent]:
     """
-    Pipelined requests: answered in their order, up to the first that ends the connection.
+    Pipelined requests: answered in order, up to the first that ends the connection.
     """
     task = post(length(TASK))
     wrong = post(length(b"{"), body=b"{")
@@ -686,7 +687,7 @@ def pipelines(canary: bytes) -> Iterator[Sent]:
 
 def half_closed(canary: bytes) -> Iterator[Sent]:
     """
-    Clients that say they send nothing more. What is whole is answered, what is not changes nothing.
+    Half-closed connections: complete requests are answered, and incomplete ones change nothing.
     """
     task = post(length(TASK))
     cancel = canary.removesuffix(b"\r\n") + JSON

@@ -1,10 +1,10 @@
 """
-Common proxies in front of the API: each request that the proxy sees gets one answer, sent to its
-client, and nothing runs that the proxy did not see.
+Common proxies in front of the API: each request that the proxy sees gets one answer, sent to the
+client that made it, and no request runs that the proxy did not see.
 
-Proxies refuse much of the corpus, and read some of it differently than the API would. The API must
-read what they forward as they meant it: proxies reuse connections, so another client would
-otherwise get the wrong answer.
+Proxies refuse much of the corpus and read some of it differently than the API would. The API must
+read what they forward as they meant it: proxies reuse connections, so otherwise another client
+would get the wrong answer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.api.test_raw_requests import NOBODY, PROBE, Answer
 from tests.support.live import PATIENCE_SECONDS, LiveApi, live_api
 from tests.support.proxies import PACKAGES, Proxy, running_proxy
 
-# Offers differ in their words only.
+# One offer is enough: they differ only in the protocol's name.
 WHATS = [
     sent.what
     for sent in corpus(cancelling(NOBODY))
@@ -36,12 +36,12 @@ BROKEN_OFF = {400, 408, 499}
 """What a proxy logs when a request ended too early to be answered."""
 
 
-pytestmark = pytest.mark.timeout(600)  # Against a hang, not against a slow machine.
+pytestmark = pytest.mark.timeout(600)  # Catches a hang; generous enough for a slow machine.
 
 
 class Exchanged(NamedTuple):
     """
-    What became of one entry of the corpus.
+    The outcome of one entry of the corpus.
     """
 
     what: str
@@ -72,7 +72,7 @@ def web_proxy(api: LiveApi, request: pytest.FixtureRequest) -> Iterator[Proxy]:
 @pytest.mark.skipif(sys.platform != "linux", reason="clients need addresses of their own")
 def test_a_proxy_and_the_api_read_the_same_requests(web_proxy: Proxy, api: LiveApi) -> None:
     """
-    Each entry is sent from an address of its own; then another client sends a request.
+    Each entry is sent from its own address; then another client's request must get its own answer.
     """
     exchanged = list(_exchange_all(web_proxy, api))
     logged = web_proxy.logged()
@@ -98,7 +98,7 @@ def test_a_proxy_may_pass_on_an_offer_long_before_the_body(
     web_proxy: Proxy, api: LiveApi, offer: bytes
 ) -> None:
     """
-    The body is sent once the client was asked for it, and stays a body that is not JSON.
+    The body, sent only after the 100, is still read as a body; it is not JSON.
     """
     task_id = api.send("POST", "/tasks", b'{"name":"canary"}').json["id"]
     body = cancelling(task_id)
@@ -136,14 +136,13 @@ def _exchange_all(proxy: Proxy, api: LiveApi) -> Iterator[Exchanged]:
 
 def _answers(received: bytes) -> Iterator[Answer]:
     """
-    Read what a proxy sent, which has more ways to state its length; interim answers do not
-    count.
+    Parse a proxy's answers, which have more ways to state their length; skip interim ones.
     """
     while received:
         head, _, received = received.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         if not first.startswith("HTTP/1."):
-            yield Answer(WITHOUT_STATUS, {}, b"")  # To HTTP/0.9 there is no head in an answer.
+            yield Answer(WITHOUT_STATUS, {}, b"")  # Answers to HTTP/0.9 have no head.
             return
         status = int(first.split(" ")[1])
         headers = {name.lower(): value for name, value in (x.split(": ", 1) for x in lines)}
@@ -171,13 +170,13 @@ def _unchunked(received: bytes) -> tuple[bytes, bytes]:
 
 def _through(proxy: Proxy, sent: bytes, *, source: str) -> bytes:
     """
-    Send everything, announce the end, and read to the end.
+    Send everything, half-close, and read to the end.
     """
     received = b""
     with socket.create_connection(
         ("127.0.0.1", proxy.port), timeout=PATIENCE_SECONDS, source_address=(source, 0)
     ) as connection:
-        # It may not want to read all that is sent.
+        # The proxy may close before it has read everything.
         with contextlib.suppress(OSError):
             connection.sendall(sent)
             connection.shutdown(socket.SHUT_WR)

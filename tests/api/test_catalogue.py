@@ -1,5 +1,5 @@
 """
-What workers publish: default queues, and payloads checked before they are stored.
+What workers publish: default queues, and schemas that check payloads before they are stored.
 """
 
 from __future__ import annotations
@@ -120,8 +120,7 @@ async def test_many_faults_are_listed_briefly(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    At most twenty errors are listed, with long values cut, and the answer says how many there
-    are.
+    At most twenty errors are listed, with long values truncated, and the answer states the total.
     """
     await publish(db, catalogue, {"type": "object", "additionalProperties": {"type": "integer"}})
     payload = {f"k{i}": "v" * 900 for i in range(100)}
@@ -137,7 +136,7 @@ async def test_a_payload_of_many_values_is_refused_with_its_first_error(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    Finding all of them would take seconds, in which no one else is served.
+    Finding every error would take seconds, during which no other client is served.
     """
     await publish(db, catalogue, {"properties": {"x": {"items": {"type": "integer"}}}})
     payload = {"x": ["a"] * 50_000}
@@ -161,7 +160,7 @@ async def test_a_schema_that_cannot_be_used_refuses_nothing(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue, schema: dict[str, Any]
 ) -> None:
     """
-    The schema is reported, nothing is fetched for it, and only the worker checks the payload.
+    An unusable schema is logged, no references are fetched, and only the worker checks payloads.
     """
     await publish(db, catalogue, schema)
     answer = await client.post("/tasks", json={"name": "charge", "payload": {"x": 1}})
@@ -173,7 +172,7 @@ async def test_the_newest_schema_counts(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    A newly deployed handler that accepts more is used from the next refresh on.
+    The schema of a newly deployed handler applies from the next refresh on.
     """
     await publish(db, catalogue, SCHEMA)
     refused = await client.post("/tasks", json={"name": "charge", "payload": {"new": 1}})
@@ -199,7 +198,7 @@ async def test_a_running_catalogue_learns_by_itself(db: Database) -> None:
 
 async def test_an_outage_leaves_the_last_copy_in_use(db: Database) -> None:
     """
-    Entering also works without a database.
+    Entering the catalogue also works without a database.
     """
     catalogue = Catalogue(db, refresh_seconds=0.01)
     await publish_handlers(db, [Published("charge", "billing", SCHEMA)])
@@ -218,7 +217,7 @@ TO_ORDER, TO_ADDRESS = (
 
 async def two_services(db: Database, catalogue: Catalogue) -> list[UUID]:
     """
-    Two workers that declare `mail`, each in its own queue; the second is newer.
+    Two workers that declare `mail`, each with its own queue; the second is newer.
     """
     workers = []
     for queue, schema in (("shop", TO_ORDER), ("news", TO_ADDRESS)):
@@ -233,8 +232,8 @@ async def test_services_that_share_a_name_do_not_refuse_each_others_payloads(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    A payload that either accepts goes to its queue; if a queue is named, its own service checks
-    the payload.
+    A payload that one of the services accepts goes to that service's queue; if the task names a
+    queue, the service of that queue checks the payload.
     """
     await two_services(db, catalogue)
     to_order = {"name": "mail", "payload": {"order_id": 1}}
@@ -254,7 +253,7 @@ async def test_services_that_share_a_name_are_reported_once(
     db: Database, catalogue: Catalogue, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """
-    The warning tells their operators to rename one.
+    One warning tells the operators to rename one of the handlers.
     """
     await two_services(db, catalogue)
     await catalogue.refresh()
@@ -268,7 +267,7 @@ async def test_a_handler_whose_workers_are_gone_gives_way_to_one_that_lives(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    It was renamed or moved; if no worker is live, the newest counts.
+    A dead worker's handler was renamed or moved; if no worker is live, the newest schema counts.
     """
     shop, news = await two_services(db, catalogue)
     await stop(db, news)

@@ -33,7 +33,7 @@ ROUTES = [
 @pytest.fixture
 def origins() -> tuple[str, ...]:
     """
-    Pages of two origins may use the API, unless a test overrides it.
+    Two allowed origins, unless a test overrides them.
     """
     return (PAGE, "http://localhost:5173")
 
@@ -58,7 +58,7 @@ async def asked(
     browser: httpx.AsyncClient, method: str, path: str, origin: str | None
 ) -> httpx.Response:
     """
-    The answer to a page, or to another client if there is no origin.
+    The answer to a page of `origin`, or to a client that is not a page if None.
     """
     headers = {"Origin": origin} if origin else {}
     return await browser.request(method, path, json={"name": "x"}, headers=headers)
@@ -66,7 +66,7 @@ async def asked(
 
 def told(answer: httpx.Response) -> dict[str, str]:
     """
-    The headers that concern a browser.
+    The CORS headers and `Vary`.
     """
     return {
         name.removeprefix("access-control-"): value
@@ -80,7 +80,7 @@ async def test_a_page_of_an_allowed_origin_may_read_every_answer(
     browser: httpx.AsyncClient, method: str, path: str, status: int
 ) -> None:
     """
-    It can also read problems, and the `Location` of what it submitted.
+    The page can also read problems, and the `Location` of a task that it submitted.
     """
     answer = await asked(browser, method, path, PAGE)
 
@@ -97,7 +97,7 @@ async def test_others_are_told_nothing_but_that_answers_differ(
     browser: httpx.AsyncClient, origin: str | None
 ) -> None:
     """
-    `Vary` keeps a cache from giving one page's answer to another.
+    Other origins get no CORS headers; `Vary` keeps a cache from giving them another page's answer.
     """
     answers = [await asked(browser, "GET", path, origin) for path in ("/tasks", "/nothing")]
 
@@ -109,7 +109,7 @@ async def test_a_browser_that_asks_beforehand_is_told_what_it_may_send(
     browser: httpx.AsyncClient, method: str, path: str, status: int
 ) -> None:
     """
-    Every path accepts every header that the page wants to send.
+    A preflight is answered on every path, and allows every header that the page asks for.
     """
     answer = await browser.options(
         path,
@@ -136,7 +136,7 @@ async def test_a_browser_that_asks_for_a_foreign_page_is_told_nothing(
     browser: httpx.AsyncClient,
 ) -> None:
     """
-    The browser then does not send the request.
+    A preflight from another origin gets no CORS headers, so the browser does not send the request.
     """
     headers = {"Origin": FOREIGN, "Access-Control-Request-Method": "POST"}
     answer = await browser.options("/tasks", headers=headers)
@@ -147,7 +147,7 @@ async def test_a_browser_that_asks_for_a_foreign_page_is_told_nothing(
 @pytest.mark.parametrize("origins", [("*",)])
 async def test_an_asterisk_allows_every_origin(browser: httpx.AsyncClient) -> None:
     """
-    Answers then do not differ by origin, so caches need not know.
+    With `*`, answers do not differ by origin, so they need no `Vary`.
     """
     answer = await asked(browser, "GET", "/tasks", FOREIGN)
 
@@ -156,6 +156,6 @@ async def test_an_asterisk_allows_every_origin(browser: httpx.AsyncClient) -> No
 
 async def test_without_origins_nothing_is_added_or_run(app: FastAPI) -> None:
     """
-    The step costs a submission nothing.
+    Without origins the CORS middleware is not installed, so it costs a submission nothing.
     """
     assert app is with_cors(app, origins=())

@@ -1,9 +1,9 @@
 """
-Schemathesis reads the description of a live API and sends valid data, invalid data, and what
-follows from earlier answers. No answer is a server error, every answer is described, and every 202
-is a row.
+Schemathesis reads the description of a live API and sends valid data, invalid data, and sequences
+of requests that follow from earlier answers. No answer is a server error, every answer is
+described, and every 202 is a row.
 
-A run of seconds with one seed is part of the suite. For more:
+The suite contains a run of a few seconds with a fixed seed. For a longer one:
 
     ASYNCFLOW_TEST_FUZZ_CASES=20000 ASYNCFLOW_TEST_FUZZ_SEED=2 bin/test tests/api/test_fuzz.py
 """
@@ -47,7 +47,7 @@ def test_the_api_does_what_its_description_says(database_url: str, tmp_path: Pat
     accepted = [UUID(task_id) for answer in answers for task_id in answer["ids"]]
     assert accepted
     assert sorted(accepted) == sorted(rows)
-    assert {200, 202, 404, 405, 409, 422} <= set(statuses)  # Else it was too shy.
+    assert {200, 202, 404, 405, 409, 422} <= set(statuses)  # Otherwise it covered too little.
 
 
 def fuzz(url: str, answers: Path) -> str:
@@ -76,7 +76,7 @@ def fuzz(url: str, answers: Path) -> str:
 
 def examples() -> int:
     """
-    How many examples per operation make `CASES` cases, roughly.
+    How many examples per operation make roughly `CASES` cases.
     """
     return CASES // 10
 

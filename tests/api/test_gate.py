@@ -1,6 +1,6 @@
 """
-A page in a user's browser cannot drive the API, whatever names and headers it uses; other clients
-notice nothing.
+A foreign page in a user's browser cannot use the API, whatever names and headers it sends; other
+clients are unaffected.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def refused(
     gate: Gate, *headers: tuple[bytes, bytes], method: str = "POST", path: str = "/tasks"
 ) -> str | None:
     """
-    The kind of problem a request with these headers is; None if it may go on.
+    The kind of problem with which the gate refuses a request; None if it lets the request through.
     """
     try:
         gate.check({"type": "http", "method": method, "path": path, "headers": headers})
@@ -93,7 +93,8 @@ FOREIGN = [
 @pytest.mark.parametrize("listens_on", ["127.0.0.1", "::1", "0.0.0.0", "::", "10.0.0.5"])
 def test_this_machine_is_always_answered_and_foreign_names_never(listens_on: str) -> None:
     """
-    Whatever address the server listens on, a page that rebinds its own name to it is refused.
+    Loopback names are always accepted; a page that rebinds its own name to the server's address is
+    refused, whatever address that is.
     """
     gate = a_gate(listens_on)
     hosts = [(b"host", host.encode("utf-8")) for host in [*LOOPBACK, *FOREIGN]]
@@ -128,7 +129,7 @@ def test_a_server_answers_to_where_it_listens_and_to_what_it_is_told(
     listens_on: str, hosts: tuple[str, ...], host: str, expected: str | None
 ) -> None:
     """
-    A server answers to its own address, to every address if it listens on all of them, and to
+    A server answers to the address it listens on (to any address if it listens on all) and to the
     configured names.
     """
     gate = a_gate(listens_on, hosts=hosts)
@@ -138,7 +139,7 @@ def test_a_server_answers_to_where_it_listens_and_to_what_it_is_told(
 
 def test_one_foreign_host_among_several_is_enough() -> None:
     """
-    The order does not matter. A request without a host, which no browser sends, is accepted.
+    Their order does not matter. A request without a host, which no browser sends, is accepted.
     """
     gate = a_gate()
     ours, foreign = (b"host", b"localhost"), (b"host", b"attacker.example")
@@ -149,7 +150,7 @@ def test_one_foreign_host_among_several_is_enough() -> None:
 
 def test_what_hosts_it_was_asked_for_is_not_kept_without_limit() -> None:
     """
-    No client can fill the memory with names.
+    The cache of hosts is bounded, so no client can fill the memory with names.
     """
     gate = a_gate()
 
@@ -184,7 +185,7 @@ def origins_and_sites() -> Iterator[tuple[Headers, str | None]]:
     yield [(b"origin", b"http://attacker.example")], "cross-site"
     ours = [(b"host", b"localhost"), (b"origin", b"http://localhost")]
     yield [*ours, (b"origin", b"http://attacker.example")], "cross-site"
-    # The browser's own word, also where a proxy has changed `Host`.
+    # `Sec-Fetch-Site` comes from the browser and holds even if a proxy has changed `Host`.
     behind_proxy = [(b"host", b"127.0.0.1:3000"), (b"origin", b"https://tasks.example.com")]
     yield behind_proxy, "cross-site"
     yield [*behind_proxy, (b"sec-fetch-site", b"same-origin")], None
@@ -206,7 +207,7 @@ def test_only_pages_of_this_server_and_of_allowed_origins_change_something(
     headers: Headers, expected: str | None
 ) -> None:
     """
-    Reading is left to the browser, which hides answers from pages of other origins.
+    Other pages may only read; the browser hides the answers from them.
     """
     gate = a_gate(origins=("https://App.example.com",))
 
@@ -220,7 +221,7 @@ def test_only_pages_of_this_server_and_of_allowed_origins_change_something(
 
 def test_every_origin_can_be_allowed() -> None:
     """
-    An asterisk is for operators who authenticate clients in another way.
+    An asterisk allows all origins, for operators who authenticate clients in another way.
     """
     gate = a_gate(origins=("*",))
 
@@ -232,7 +233,8 @@ def test_every_origin_can_be_allowed() -> None:
 )
 def test_idempotency_keys_are_refused_until_they_work(keys: list[bytes]) -> None:
     """
-    A client that relies on them would submit twice. Reading is idempotent anyway.
+    A client that relied on an ignored key would submit twice. Reads with a key are accepted: they
+    are idempotent anyway.
     """
     gate = a_gate()
     headers = [(b"host", b"localhost"), *((b"idempotency-key", key) for key in keys)]
@@ -261,7 +263,8 @@ async def test_every_path_is_behind_the_gate(
     offline_client: httpx.AsyncClient, path: str, kind: str
 ) -> None:
     """
-    The refusal is a problem document and precedes any lookup: 503 would reveal the database.
+    The refusal is a problem document and comes before any database access, which would answer 503
+    here.
     """
     answer = await offline_client.post(path, json={"name": "x"}, headers=REFUSED[kind])
 
@@ -275,7 +278,8 @@ async def test_every_route_is_behind_the_gate(
     app: FastAPI, offline_client: httpx.AsyncClient
 ) -> None:
     """
-    That includes routes that only read: a rebinding page could read their answers.
+    Every route refuses foreign hosts, even those that only read: a page that rebinds its name could
+    read their answers.
     """
     routes = [
         (method, route.path.replace("{id}", TASK_ID).replace("{kind}", "internal"))  # type: ignore[attr-defined]
@@ -293,7 +297,7 @@ async def test_every_route_is_behind_the_gate(
 
 async def test_a_refusal_says_what_to_set(offline_client: httpx.AsyncClient) -> None:
     """
-    Its first reader is the operator of a new proxy; a long name is cut.
+    The sentence names the setting, for the operator of a new proxy; a long name is truncated.
     """
     misdirected = await offline_client.get("/tasks", headers={"Host": "tasks.example.com:8443"})
     long = await offline_client.get("/tasks", headers={"Host": "x" * 10_000})
@@ -314,7 +318,7 @@ async def test_a_refusal_says_what_to_set(offline_client: httpx.AsyncClient) -> 
 
 async def test_a_refused_change_changes_nothing(client: httpx.AsyncClient, db: Database) -> None:
     """
-    A foreign page neither submits nor cancels; the same request without its origin does.
+    A foreign page can neither submit nor cancel; the same request without its headers can.
     """
     task = (await client.post("/tasks", json={"name": "x"})).json()
     page = {"Origin": "http://attacker.example", "Sec-Fetch-Site": "cross-site"}
@@ -344,7 +348,8 @@ async def test_a_body_that_a_form_could_send_does_not_act(
     offline_client: httpx.AsyncClient, act: str, content_type: str
 ) -> None:
     """
-    Old browsers do not say where a form comes from. The database is never asked.
+    The content type of a form is refused before the database is accessed: old browsers do not state
+    the origin of a form.
     """
 
     async def chunks() -> Any:
@@ -375,11 +380,11 @@ async def test_a_command_needs_no_body(
     offline_client: httpx.AsyncClient, act: str, content: bytes, headers: dict[str, str]
 ) -> None:
     """
-    `curl -X POST`, `curl -d ''` and client libraries all work.
+    Commands from `curl -X POST`, `curl -d ''` and client libraries all work.
     """
     answer = await offline_client.post(f"/tasks/{TASK_ID}/{act}", content=content, headers=headers)
 
-    assert 503 == answer.status_code  # It got as far as the database.
+    assert 503 == answer.status_code  # The request got as far as the database.
 
 
 @pytest.mark.parametrize(
@@ -399,7 +404,7 @@ async def test_listening_beyond_this_machine_logs_a_warning(
 
     monkeypatch.setattr(uvicorn.Server, "serve", serve)
     monkeypatch.setattr("importlib.metadata.version", lambda _: "1.2.3")
-    # Nobody can reach what does not listen.
+    # No real socket listens during the test.
     monkeypatch.setattr("socket.socket.listen", lambda *_: None)
     settings = Settings(database_url=database_url, api_host=listens_on, api_port=free_port())
 

@@ -25,7 +25,7 @@ from tests.support.roles import administrator
 @pytest.fixture
 async def through_rabbitmq(db: Database, settings: Settings) -> AsyncIterator[FastAPI]:
     """
-    The application of an installation with RabbitMQ, which it never connects to.
+    The application of an installation with RabbitMQ; it never connects to RabbitMQ itself.
     """
     waker = Waker(db)
     settings = replace(settings, broker_url="amqp://nobody@127.0.0.1:1/nothing")
@@ -35,7 +35,7 @@ async def through_rabbitmq(db: Database, settings: Settings) -> AsyncIterator[Fa
 
 async def test_a_process_without_a_database_is_live(offline_client: httpx.AsyncClient) -> None:
     """
-    Restarting the process would not help.
+    The live probe stays green without a database: restarting the process would not help.
     """
     answer = await offline_client.get("/health/live")
 
@@ -64,7 +64,7 @@ async def test_a_database_that_takes_no_writes_is_not_ready(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    A read-only server answers queries, but must not get requests.
+    A read-only server answers queries, but the load balancer must not send it requests.
     """
     name = await db.fetchval("SELECT current_database()")
     await db.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
@@ -124,7 +124,7 @@ async def test_a_newer_schema_that_serves_this_version_is_ready(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Deployments migrate first: the load balancer must keep the running processes.
+    Deployments migrate first, so processes of the old version must stay ready.
     """
     await db.execute("UPDATE asyncflow.schema_version SET version_num = '9999'")
     answer = await client.get("/health/ready")
@@ -137,7 +137,7 @@ async def test_a_database_without_a_schema_is_not_ready(
     empty_database_url: str, settings: Settings
 ) -> None:
     """
-    The same holds for a database that was never migrated.
+    A database that was never migrated is not ready either.
     """
     async with Database(empty_database_url) as db:
         waker = Waker(db)
@@ -153,7 +153,7 @@ async def test_a_broken_broker_is_told_but_does_not_matter(
     db: Database, through_rabbitmq: FastAPI
 ) -> None:
     """
-    Tasks are accepted without it, so the API stays ready.
+    A broken broker is reported; tasks are accepted without it, so the API stays ready.
     """
     await sign(db, relay_trouble=None)
     working = await _ready(through_rabbitmq)
@@ -168,7 +168,7 @@ async def test_without_maintenance_the_state_of_the_broker_is_not_known(
     db: Database, through_rabbitmq: FastAPI
 ) -> None:
     """
-    The last report says nothing about now.
+    The state of the broker is unknown: the last report is out of date.
     """
     never = await _ready(through_rabbitmq)
     await sign(db, relay_trouble=None)
@@ -203,7 +203,8 @@ async def test_what_the_relay_cannot_do_is_told_as_the_brokers_state(
     db: Database, through_rabbitmq: FastAPI
 ) -> None:
     """
-    A connection of the API's own would tell nothing about permissions.
+    The broker's state is what the relay reports: a connection made by the API would not test the
+    relay's permissions.
     """
     await sign(db, relay_trouble="User 'a' lacks the write permission.")
     answer = await _ready(through_rabbitmq)

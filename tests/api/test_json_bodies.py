@@ -1,5 +1,5 @@
 """
-A corpus of bad JSON: each is the client's error, none is a 500, and none is stored.
+A corpus of bad JSON: each document is a client error, none causes a 500, and none is stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def in_payload(text: str) -> bytes:
 
 
 def nested(depth: int, opening: str, closing: str) -> bytes:
-    # The document and the payload are two levels themselves.
+    # The document and the payload count as two levels.
     return in_payload(opening * (depth - 2) + "1" + closing * (depth - 2))
 
 
@@ -181,7 +181,8 @@ async def test_odd_but_good_json_is_taken_and_given_back(
     client: httpx.AsyncClient, body: bytes
 ) -> None:
     """
-    The payload that is returned equals the one that was sent.
+    Unusual but valid JSON is accepted, and the payload that is returned equals the one that was
+    sent.
     """
     submitted = await client.post("/tasks", content=body, headers=HEADERS)
     shown = await client.get(submitted.headers["location"])
@@ -194,7 +195,7 @@ async def test_the_sentence_tells_where_the_json_breaks(
     offline_client: httpx.AsyncClient,
 ) -> None:
     """
-    Line and column are counted as in an editor.
+    The error names line and column, counted as in an editor.
     """
     answer = await offline_client.post("/tasks", content=b'{"name":\n  oops}', headers=HEADERS)
 
@@ -203,7 +204,7 @@ async def test_the_sentence_tells_where_the_json_breaks(
 
 def test_thousands_of_faults_are_listed_briefly() -> None:
     """
-    A hostile body does not get an answer a thousand times its size.
+    The answer to a hostile body is bounded, not a thousand times its size.
     """
     with pytest.raises(InvalidTask) as refused:
         parse(b"[" + b"NaN," * 100_000 + b"1]")
@@ -213,7 +214,7 @@ def test_thousands_of_faults_are_listed_briefly() -> None:
 
 def test_a_very_long_document_is_refused_without_a_search() -> None:
     """
-    Locating the error would hold up every other client.
+    The error in a very long document is not located: that would hold up every other client.
     """
     with pytest.raises(InvalidTask) as refused:
         parse(b"[" + b"1," * 1_000_000 + b"NaN]")
@@ -276,8 +277,8 @@ def test_every_good_value_is_read_as_it_was_written(value: object, escaped: bool
 @given(st.text("\\u0dDcC8{[", max_size=60))
 def test_escapes_are_judged_as_the_parser_reads_them(inside: str) -> None:
     """
-    However backslashes, NULs and surrogates mix, a text is refused exactly if the parsed value
-    could not be stored.
+    However backslashes, NULs and surrogates are combined, a text is refused if and only if the
+    parsed value could not be stored.
     """
     body = f'["{inside}"]'
     try:
@@ -302,7 +303,7 @@ def test_escapes_are_judged_as_the_parser_reads_them(inside: str) -> None:
 @given(st.binary())
 def test_any_bytes_are_read_or_refused(body: bytes) -> None:
     """
-    No input makes the reader fail in an unexpected way.
+    No input makes the reader raise an unexpected error.
     """
     try:
         parse(body)

@@ -1,5 +1,5 @@
 """
-During an outage of the database, the API refuses quickly, says when to retry, and recovers by
+During a database outage the API refuses requests quickly, says when to retry, and recovers by
 itself.
 """
 
@@ -19,7 +19,7 @@ async def test_without_a_database_every_endpoint_asks_to_retry(
     offline_client: httpx.AsyncClient,
 ) -> None:
     """
-    The answer is 503 with Retry-After, without PostgreSQL's words, which name hosts and users.
+    The answer is 503 with Retry-After, without PostgreSQL's message, which names hosts and users.
     """
     answers = [
         await offline_client.post("/tasks", json={"name": "x"}),
@@ -44,8 +44,8 @@ async def test_the_api_recovers_by_itself_when_the_database_returns(
     client: httpx.AsyncClient, catalogue: Catalogue, postgres_server: PostgresServer
 ) -> None:
     """
-    The database crashes and is started again: 503 meanwhile, 202 after, and nothing accepted is
-    lost.
+    The database crashes and restarts: requests get 503 meanwhile and 202 afterwards, and no
+    accepted task is lost.
     """
     kept = await client.post("/tasks", json={"name": "kept"})
     async with catalogue:

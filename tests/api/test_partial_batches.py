@@ -32,7 +32,7 @@ WRONG_ROWS: list[tuple[str, str, str]] = [
     ('{"name":"x","priority":10}', "invalid-task", "/priority"),
     ('{"name":"x","prioritty":1}', "invalid-task", "/prioritty"),
     ('{"name":"x","payload":{"x":"%s"}}' % ("y" * 150_000), "invalid-task", "/payload"),
-    # What only the strict reading of JSON finds.
+    # Errors that only the strict JSON parser finds.
     ('{"name":"x","payload":{"x":"a\\u0000"}}', "invalid-task", "/payload/x"),
     ('{"name":"x","payload":{"x":"\\ud83c"}}', "invalid-task", "/payload/x"),
     ('{"name":"x","payload":{"x":NaN}}', "invalid-task", "/payload/x"),
@@ -45,7 +45,7 @@ WRONG_ROWS: list[tuple[str, str, str]] = [
 @pytest.fixture(autouse=True)
 async def charge(db: Database, catalogue: Catalogue) -> None:
     """
-    A handler that declares its payload.
+    A handler with a typed payload.
     """
     schema = {"type": "object", "required": ["order"]}
     await publish_handlers(db, [Published("charge", "billing", schema)])
@@ -70,8 +70,8 @@ async def test_a_wrong_task_is_told_alike_alone_and_in_a_batch(
     client: httpx.AsyncClient, db: Database, row: str, kind: str, place: str
 ) -> None:
     """
-    The problem and the sentence are the same, at the task's place; without `partial` it refuses
-    the batch, with it the others are stored.
+    In a batch, an invalid task gets the same problem and sentence, at its position. Without
+    `partial` it refuses the batch; with it, the other tasks are stored.
     """
     alone = await client.post("/tasks", content=row, headers=JSON)
     whole = await posted(client, batch(GOOD, row, partial=False))
@@ -94,7 +94,7 @@ async def test_the_tasks_of_a_partial_batch_are_answered_at_their_places(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Null stands for a refused task; the others are stored as they were sent.
+    The position of a refused task holds null; the others are stored as they were sent.
     """
     rows = [
         EXPIRED,
@@ -132,7 +132,7 @@ async def test_a_partial_batch_of_wrong_tasks_only_stores_nothing(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    It is answered like any other partial batch, so clients need no special case.
+    The answer is that of any other partial batch, so clients need no special case.
     """
     answer = await posted(client, batch(EXPIRED, "{}"))
 
@@ -166,7 +166,7 @@ async def test_what_is_wrong_with_a_batch_itself_refuses_it_as_a_whole(
     client: httpx.AsyncClient, db: Database, content: bytes, pointer: str
 ) -> None:
     """
-    `partial` forgives invalid tasks, nothing else.
+    `partial` tolerates invalid tasks only, not an invalid batch.
     """
     answer = await posted(client, content)
 
@@ -180,7 +180,7 @@ async def test_a_large_batch_with_odd_json_is_refused_as_a_whole(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Locating the error would take seconds, in which no other client is served.
+    Locating the errors would take seconds, during which no other client is served.
     """
     blanks = " " * WALKED_LENGTH_MAX
     answer = await posted(client, batch(GOOD, '{"name":"x","payload":{"x":NaN}}' + blanks))
@@ -194,7 +194,7 @@ async def test_a_batch_with_faults_of_both_kinds_is_an_invalid_task(
     client: httpx.AsyncClient,
 ) -> None:
     """
-    `invalid-payload` says that nothing else is wrong.
+    The problem is `invalid-task`, because `invalid-payload` would say that nothing else is wrong.
     """
     charge = '{"name":"charge","payload":{}}'
     payloads = await posted(client, batch(charge, charge, partial=False))
@@ -215,7 +215,7 @@ async def test_a_refusal_says_how_many_faults_there_are(
     client: httpx.AsyncClient, row: str
 ) -> None:
     """
-    The count is right however the errors were found. The first twenty are listed.
+    The total is correct whichever check found the errors; the first twenty are listed.
     """
     answer = await posted(client, batch(*[row] * 321, partial=False))
 
@@ -227,7 +227,8 @@ async def test_a_task_of_a_partial_batch_says_how_many_faults_it_has(
     client: httpx.AsyncClient,
 ) -> None:
     """
-    A thousand tasks with twenty listed errors each would be megabytes.
+    Each refused task states its total but lists fewer errors: a thousand tasks with twenty each
+    would be megabytes.
     """
     unknown = ",".join(f'"k{number}":1' for number in range(30))
     odd = ",".join(f'"k{number}":NaN' for number in range(30))
@@ -243,11 +244,11 @@ async def test_a_partial_batch_wakes_listeners_for_what_it_stored(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Refused tasks wake no listener.
+    Listeners are woken for the stored tasks, and not for the refused ones.
     """
     heard: asyncio.Queue[None] = asyncio.Queue()
     async with Listener(db, lambda: heard.put_nowait(None)):
-        await asyncio.wait_for(heard.get(), 5)  # It listens now.
+        await asyncio.wait_for(heard.get(), 5)  # The listener is connected now.
         await posted(client, batch(EXPIRED, '{"name":"x","delay_seconds":60}'))
         silent = heard.empty()
         await posted(client, batch(EXPIRED, GOOD))

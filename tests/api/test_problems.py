@@ -1,5 +1,5 @@
 """
-Errors as problem documents, and requests that HTTP itself rules out.
+Errors as problem documents, and requests that break the rules of HTTP itself.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ async def test_a_submission_is_answered_alike_with_and_without_fastapi(
     app: FastAPI, client: httpx.AsyncClient, db: Database, content: bytes, content_type: str
 ) -> None:
     """
-    `POST /tasks` is served directly; without that shortcut FastAPI finds its route.
+    `POST /tasks` is served directly; without that shortcut FastAPI's route gives the same answer.
     """
     await db.execute("ALTER TABLE asyncflow.tasks ADD CHECK (name <> 'refused')")
     headers = {"Content-Type": content_type}
@@ -73,7 +73,7 @@ async def test_a_submission_does_not_pass_through_fastapi(
     app: FastAPI, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    FastAPI's router would double what a submission costs.
+    A submission bypasses FastAPI's router, which would double its cost.
     """
     monkeypatch.setattr(app.router, "middleware_stack", None)
 
@@ -134,7 +134,7 @@ async def test_every_way_to_say_json_is_understood(
     offline_client: httpx.AsyncClient, content_type: str
 ) -> None:
     """
-    The request gets as far as the database, which cannot be reached here.
+    Every spelling of the JSON content type gets as far as the database, which is unreachable here.
     """
     answer = await offline_client.post(
         "/tasks", content=GOOD, headers={"Content-Type": content_type}
@@ -147,7 +147,7 @@ async def test_another_charset_is_named_as_what_is_wrong(
     offline_client: httpx.AsyncClient,
 ) -> None:
     """
-    The rest of the header was right.
+    The sentence names the charset, because the rest of the header was correct.
     """
     answer = await offline_client.post(
         "/tasks", content=GOOD, headers={"Content-Type": "application/json; charset=utf-16"}
@@ -161,7 +161,7 @@ async def test_another_charset_is_named_as_what_is_wrong(
 
 def test_a_content_type_without_end_is_refused_in_no_time() -> None:
     """
-    A backtracking pattern would not end before the test's timeout.
+    The header is parsed in linear time; a backtracking pattern would exceed the test's timeout.
     """
     headers = {b"content-type": b"application/json" + b" ; \t" * 20_000 + b"x"}
 
@@ -174,7 +174,7 @@ async def test_compressed_bodies_are_refused(
     offline_client: httpx.AsyncClient, encoding: str
 ) -> None:
     """
-    The answer is 415 without decompressing anything, so there is no bomb.
+    The answer is 415 and nothing is decompressed, so a compression bomb is harmless.
     """
     answer = await offline_client.post(
         "/tasks",
@@ -191,7 +191,7 @@ async def test_a_body_beyond_the_limit_is_refused(
     offline_client: httpx.AsyncClient, settings: Settings, path: str, declared: bool
 ) -> None:
     """
-    The answer is 413, whether the length was announced or not; the connection is closed.
+    The answer is 413, with or without a Content-Length, and the connection is closed.
     """
     body = b'{"name":"x","payload":{"x":"%s"}}' % (b"y" * settings.api_body_bytes_max)
 
@@ -213,7 +213,7 @@ async def test_a_body_beyond_the_limit_is_refused(
 @pytest.mark.parametrize("path", ["/nothing", "/tasks/", "/Tasks", "/tasks/x/y", "/%00"])
 async def test_an_unknown_path_is_a_problem(offline_client: httpx.AsyncClient, path: str) -> None:
     """
-    The answer is 404, without a redirect to a guess.
+    The answer is 404, with no redirect to a similar path.
     """
     answer = await offline_client.get(path)
 
@@ -237,7 +237,8 @@ async def test_a_path_that_is_nearly_right_is_hinted_at(
     offline_client: httpx.AsyncClient, method: str, path: str, hint: str
 ) -> None:
     """
-    There is no redirect: clients would follow it with a GET, and a submission would list tasks.
+    The answer names the right path but does not redirect: clients would follow with a GET, and a
+    submission would list tasks.
     """
     answer = await offline_client.request(method, f"http://api{path}")
 
@@ -247,7 +248,7 @@ async def test_a_path_that_is_nearly_right_is_hinted_at(
 
 async def test_an_unknown_path_gets_no_hint(offline_client: httpx.AsyncClient) -> None:
     """
-    No hint is better than a wrong one.
+    A path that resembles no other gets no hint, which is better than a wrong one.
     """
     answer = await offline_client.get("/nothing/")
 
@@ -296,7 +297,7 @@ async def test_an_internal_error_shows_only_its_incident(
     app: FastAPI, client: httpx.AsyncClient
 ) -> None:
     """
-    The answer is 500 with an id that the log line has, too, without traceback or message.
+    The answer is 500 with an id that is also in the log line, and without traceback or message.
     """
 
     async def broken() -> None:
@@ -321,7 +322,7 @@ async def test_every_answer_keeps_browsers_from_guessing_and_caching(
     offline_client: httpx.AsyncClient,
 ) -> None:
     """
-    Good answers, problems and pages all have the headers; CORS is off.
+    Successful answers, problems and pages all have the headers; CORS is off.
     """
     origin = {"Origin": "http://evil.example"}
     for path in ("/health/live", "/health/ready", "/nothing", "/docs", "/openapi.json"):
@@ -337,7 +338,7 @@ async def test_the_type_of_a_problem_can_be_opened(
     offline_client: httpx.AsyncClient, kind: str
 ) -> None:
     """
-    Its URI leads to its meaning.
+    The URI of a problem type leads to its description.
     """
     answer = await offline_client.get(f"/problems/{kind}")
 
@@ -359,7 +360,7 @@ async def test_an_unknown_problem_type_lists_the_known_ones(
 
 async def test_what_a_problem_quotes_is_cut(offline_client: httpx.AsyncClient) -> None:
     """
-    A key of 100 kB is not returned in full.
+    A quoted key of 100 kB is truncated.
     """
     answer = await offline_client.post("/tasks", json={"name": "x", "k" * 100_000: 1})
 

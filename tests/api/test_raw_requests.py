@@ -1,9 +1,9 @@
 """
-Raw requests: one request gets one answer, never a server error, and no body is ever run as a
+Raw requests: each request gets one answer, never a server error, and no body is ever run as a
 request.
 
-They are sent to a live API over a socket, and to the protocol alone, where every way to cut them
-into packets can be tried.
+They are sent to a live API over a socket, and directly to the protocol class, where every way to
+split them into packets can be tried.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROBE = b"GET /probe HTTP/1.1\r\nHost: api\r\nConnection: close\r\n\r\n"
 
 class Answer(NamedTuple):
     """
-    One answer, as read by a client that trusts its lengths.
+    One answer, as read by a client that trusts the stated lengths.
     """
 
     status: int
@@ -42,7 +42,7 @@ class Answer(NamedTuple):
     @property
     def problem(self) -> str:
         """
-        The kind of its problem; empty if it is none.
+        The problem type; empty if the answer is not a problem.
         """
         if self.headers.get("content-type") != "application/problem+json":
             return ""
@@ -51,7 +51,7 @@ class Answer(NamedTuple):
 
 def answers_in(received: bytes, *, with_bodies: bool = True) -> Iterator[Answer]:
     """
-    Read what a server sent; interim answers (1xx) do not count.
+    Parse a server's answers; skip interim ones (1xx).
     """
     while received:
         head, end, received = received.partition(b"\r\n\r\n")
@@ -82,7 +82,7 @@ def watched(
     postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Watched]:
     """
-    One API for all of them, which ends without having logged an error.
+    One API for the whole corpus; it must exit without having logged an error.
     """
     database_url = postgres_server.create_database()
     with live_api(database_url, tmp_path_factory.mktemp("raw")) as api:
@@ -108,8 +108,8 @@ def test_the_corpus_is_large_and_says_each_thing_once() -> None:
 @pytest.mark.parametrize("what", WHATS, ids=lambda what: ascii(what)[1:-1])
 def test_every_request_gets_one_answer_and_no_body_is_run(watched: Watched, what: str) -> None:
     """
-    Each entry is followed by a request that is only answered correctly on a connection that was
-    read correctly.
+    Each entry is followed by a probe, which is only answered correctly if the entry was read
+    correctly.
     """
     sent = watched.corpus[what]
 
@@ -133,7 +133,8 @@ def test_an_answer_to_head_has_no_body_and_what_was_sent_with_it_is_one(
     watched: Watched, method: bytes
 ) -> None:
     """
-    That holds even if the parser refuses the request before it knows the method.
+    A body sent with HEAD is read as a body, even if the parser refuses the request before it knows
+    the method.
     """
     canary = cancelling(watched.task_id)
 
@@ -185,37 +186,37 @@ class Far(asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """
-        Read an answer.
+        Record a piece of an answer.
         """
         self.received += data
 
     def is_closing(self) -> bool:
         """
-        Whether the server has closed it.
+        Whether the server has closed the connection.
         """
         return self.closed
 
     def close(self) -> None:
         """
-        Note that it ends.
+        Record that the server closed the connection.
         """
         self.closed = True
 
     def write_eof(self) -> None:
         """
-        Note that nothing more can be read.
+        Record that the server sends nothing more.
         """
         self.closed = True
 
     def get_write_buffer_size(self) -> int:
         """
-        Everything is read immediately.
+        Zero: everything is read immediately.
         """
         return 0
 
     def pause_reading(self) -> None:
         """
-        Nothing is sent before it is read.
+        Do nothing: the test delivers the data itself.
         """
 
     resume_reading = pause_reading
@@ -223,7 +224,7 @@ class Far(asyncio.Transport):
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     """
-    Answer a request with its own contents.
+    Answer a request with a dump of its contents.
     """
     body = b""
     more = True
@@ -240,7 +241,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 ECHOING = uvicorn.Config(echo, ws="none", lifespan="off", log_config=None)
-# Offers differ in their words only.
+# One offer is enough: they differ only in the protocol's name.
 SHORT = [
     sent
     for sent in corpus(b"POST /c HTTP/1.1\r\n\r\n")
@@ -250,7 +251,7 @@ SHORT = [
 
 async def answered(*packets: bytes) -> tuple[bytes, bool]:
     """
-    Everything that one connection receives, and whether it has ended.
+    Everything that the client of one connection receives, and whether the server closed it.
     """
     state, far = ServerState(), Far()
     protocol = BoundedProtocol(ECHOING, state, {})
@@ -258,10 +259,10 @@ async def answered(*packets: bytes) -> tuple[bytes, bool]:
     for packet in packets:
         protocol.data_received(packet)
     unchanged, seen = 0, far.received
-    while state.tasks and unchanged < 10:  # Else it waits for a body that ends too early.
+    while state.tasks and unchanged < 10:  # A truncated body never completes.
         await asyncio.sleep(0)
         unchanged, seen = (unchanged + 1 if seen == far.received else 0), far.received
-    await asyncio.sleep(0)  # The turn in which the last answer leaves.
+    await asyncio.sleep(0)  # The turn in which the last answer is sent.
     closed = far.closed
     protocol.connection_lost(ConnectionResetError())
     await asyncio.gather(*state.tasks)
@@ -270,8 +271,7 @@ async def answered(*packets: bytes) -> tuple[bytes, bool]:
 
 async def test_packets_make_no_difference() -> None:
     """
-    Cut in two anywhere, or sent byte by byte, the bytes are the same requests to the
-    application.
+    The application sees the same requests if the bytes are split anywhere, or sent one by one.
     """
     for sent in SHORT:
         whole = await answered(sent.bytes)

@@ -26,7 +26,7 @@ async def proxied(
     request: pytest.FixtureRequest, db: Database, settings: Settings, catalogue: Catalogue
 ) -> AsyncIterator[httpx.AsyncClient]:
     """
-    A client of a proxy that strips the prefix, or leaves it.
+    A client of a proxy that strips the prefix, or keeps it.
     """
     waker = Waker(db)
     app = create_app(
@@ -59,7 +59,7 @@ async def proxied(
 
 async def test_a_client_can_follow_what_it_is_told(proxied: httpx.AsyncClient) -> None:
     """
-    `Location` of a submission has the path that the client knows.
+    The `Location` of a submitted task has the path that the client sees.
     """
     answer = await proxied.post(f"{ROOT_PATH}/tasks", json={"name": "x"})
     location = answer.headers["location"]
@@ -71,7 +71,7 @@ async def test_a_client_can_follow_what_it_is_told(proxied: httpx.AsyncClient) -
 
 async def test_every_operation_works_under_the_path(proxied: httpx.AsyncClient) -> None:
     """
-    A problem names the requested path, too.
+    Every operation works below the prefix, and a problem names the path that the client requested.
     """
     batch = await proxied.post(f"{ROOT_PATH}/tasks/batch", json={"tasks": [{"name": "x"}]})
     task = f"{ROOT_PATH}/tasks/{batch.json()['tasks'][0]['id']}"
@@ -94,7 +94,7 @@ async def test_every_operation_works_under_the_path(proxied: httpx.AsyncClient) 
 @pytest.mark.parametrize("slash", ["", "/"])
 async def test_the_docs_page_works_under_the_path(proxied: httpx.AsyncClient, slash: str) -> None:
     """
-    The front page leads to it, and everything that it loads is found.
+    The front page redirects to the docs page, and everything that the docs page loads is found.
     """
     front = await proxied.get(f"{ROOT_PATH}{slash}")
     page = await proxied.get(front.headers["location"])
@@ -110,7 +110,8 @@ async def test_the_docs_page_works_under_the_path(proxied: httpx.AsyncClient, sl
 @pytest.mark.parametrize("root_path", ["/tasks", "/tasks/v1", "/health", "/openapi.json"])
 async def test_a_path_that_is_the_apis_own_is_refused(settings: Settings, root_path: str) -> None:
     """
-    The API could not tell whether the proxy has stripped it.
+    A prefix that equals a path of the API is refused: the API could not tell whether the proxy has
+    stripped it.
     """
     async with Database("postgresql://nobody@127.0.0.1:1/nothing") as db:
         with pytest.raises(InvalidSettings, match="ASYNCFLOW_API_ROOT_PATH"):

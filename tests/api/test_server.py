@@ -1,5 +1,5 @@
 """
-Over real sockets: what only a server can get wrong.
+What only a server with real sockets can get wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.support.ports import free_port
 
 class ImpatientProtocol(BoundedProtocol):
     """
-    The API's protocol, with a short limit for heads.
+    The API's protocol, with a short time limit for heads.
     """
 
     head_seconds_max = 0.3
@@ -106,7 +106,7 @@ async def rows(db: Database) -> int:
 
 async def test_a_task_can_be_submitted_over_a_socket(port: int, db: Database) -> None:
     """
-    The whole path works, with a body in several pieces.
+    The whole path works, with a body that arrives in several pieces.
     """
     request = post(b'{"name":"x"}', b"Connection: close")
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -134,7 +134,7 @@ async def test_the_gate_knows_headers_in_any_case(
     port: int, db: Database, header: bytes, status: int
 ) -> None:
     """
-    Headers over a socket may be in any case, and repeated.
+    The gate recognises headers in any case, and repeated ones.
     """
     request = post(b'{"name":"x"}', b"Connection: close").replace(b"Host: api", header)
     answer = await exchange(port, request)
@@ -145,7 +145,7 @@ async def test_the_gate_knows_headers_in_any_case(
 
 class Wire(asyncio.Transport):
     """
-    The far side of one connection: what is written, piece by piece.
+    The far side of one connection; records each write.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class Wire(asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """
-        Take what would be a system call, and a segment to the client.
+        Record what would be one system call and one segment.
         """
         assert not self.cut
         self.pieces.append(bytes(data))
@@ -171,7 +171,7 @@ class Wire(asyncio.Transport):
 
 def test_an_idle_connection_is_kept_as_long_as_it_is_set(database_url: str, tmp_path: Path) -> None:
     """
-    The default is longer than the minute of common load balancers.
+    The setting applies; its default is longer than the 60 seconds of common load balancers.
     """
     with live_api(database_url, tmp_path, api_keep_alive_seconds=1.5) as api:
         began = time.monotonic()
@@ -187,7 +187,8 @@ async def test_what_is_loaded_at_the_start_is_not_looked_through_again(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    A garbage collection over the whole web framework would hold up every request.
+    The start freezes what is loaded: a garbage collection over the whole web framework would hold
+    up every request.
     """
     frozen = []
 
@@ -208,7 +209,7 @@ async def test_what_is_loaded_at_the_start_is_not_looked_through_again(
 
 def test_the_server_leaves_signals_to_the_process() -> None:
     """
-    Uvicorn would replace the handlers of SIGINT and SIGTERM while it serves.
+    The server does not replace the handlers of SIGINT and SIGTERM, as Uvicorn normally would.
     """
     server = processes._server(uvicorn.Config("unused"))
     before = signal.getsignal(signal.SIGTERM)
@@ -223,7 +224,8 @@ async def test_a_port_that_is_taken_while_the_database_is_awaited_is_one_sentenc
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Several sockets can be bound to one port, until one of them listens.
+    The port is only known to be taken on `listen`: several sockets can be bound to one port until
+    one of them listens.
     """
     port = free_port()
     with socket.socket() as other:
@@ -240,7 +242,7 @@ async def test_a_port_that_is_taken_while_the_database_is_awaited_is_one_sentenc
 
 def test_an_ipv6_address_is_written_with_brackets() -> None:
     """
-    Otherwise its last group would be read as the port.
+    Without brackets the last group of the address would be read as the port.
     """
     with pytest.raises(AddressTaken, match=r"cannot listen on \[2001:db8::1\]:3000 "):
         listen("2001:db8::1", 3000)
@@ -265,7 +267,7 @@ def test_the_url_of_an_ipv6_address_can_be_opened_as_it_is_logged(
 
 async def test_an_answer_leaves_in_one_piece(app: FastAPI) -> None:
     """
-    Head and body are sent together: each piece costs both sides a wakeup.
+    Head and body are sent in one write: each piece costs both sides a wakeup.
     """
     wire = Wire()
     protocol = BoundedProtocol(uvicorn.Config(app, log_config=None), ServerState(), {})
@@ -283,7 +285,7 @@ async def test_an_answer_leaves_in_one_piece(app: FastAPI) -> None:
 
 async def test_an_answer_to_a_client_that_left_is_dropped() -> None:
     """
-    That includes a client that leaves between the answer and its sending.
+    An answer is dropped without an error, even if the client leaves just before it is sent.
     """
     wire = Wire()
     answered = asyncio.Event()
@@ -302,7 +304,7 @@ async def test_an_answer_to_a_client_that_left_is_dropped() -> None:
     protocol.data_received(post(b""))
     async with asyncio.timeout(10):
         await answered.wait()
-    await asyncio.sleep(0)  # The turn in which it would be sent.
+    await asyncio.sleep(0)  # The turn in which the answer would be sent.
     protocol.connection_lost(ConnectionResetError())
 
     assert not wire.pieces
@@ -314,7 +316,7 @@ async def test_a_client_that_sends_too_much_reads_why(
     port: int, settings: Settings, chunked: bool
 ) -> None:
     """
-    A client that sends everything before it reads gets the 413; then the connection ends.
+    A client that sends everything before it reads still gets the 413; then the connection ends.
     """
     content = b" " * (settings.api_body_bytes_max * 4)
     if chunked:
@@ -335,7 +337,7 @@ async def test_a_large_body_that_was_only_announced_is_refused_immediately(
     port: int, settings: Settings
 ) -> None:
     """
-    A client that asks first, with Expect: 100-continue, need not send it.
+    A client that sends `Expect: 100-continue` gets the 413 before it sends the body.
     """
     request = post(b"", b"Expect: 100-continue", length=settings.api_body_bytes_max + 1)
     answer = await exchange(port, request)
@@ -357,7 +359,7 @@ async def test_a_client_that_leaves_mid_body_leaves_nothing(
 
 async def test_a_client_that_leaves_after_its_body_leaves_one_task(port: int, db: Database) -> None:
     """
-    A complete request counts, whether or not the client waits for the answer.
+    A complete request is stored once, whether or not the client waits for the answer.
     """
     await exchange(port, post(b'{"name":"x"}'), then_close=True)
 
@@ -399,7 +401,8 @@ async def test_a_head_that_dribbles_is_refused(port: int) -> None:
 
 async def test_a_connection_that_sends_nothing_is_closed(port: int) -> None:
     """
-    It is closed: an open socket costs the server as much as the client.
+    A silent connection is closed after the limit: an open socket costs the server as much as the
+    client.
     """
     answer = await exchange(port, b"")
 
@@ -419,7 +422,7 @@ async def test_bytes_that_begin_no_request_hold_no_connection(
     port: int, request_bytes: bytes, drop: bytes
 ) -> None:
     """
-    After an answer they do not keep the connection open, however regularly they arrive.
+    Stray bytes after an answer do not keep the connection open, however regularly they arrive.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request_bytes)
@@ -463,7 +466,8 @@ async def test_a_head_without_end_is_refused(port: int) -> None:
 
 async def test_a_connection_serves_many_requests(port: int, db: Database) -> None:
     """
-    It is kept alive beyond the limit for a head, and pipelined requests are answered in order.
+    A connection is kept alive beyond the time limit for a head, and pipelined requests are answered
+    in order.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for name in (b"one", b"two"):
@@ -492,7 +496,7 @@ async def test_a_connection_serves_many_requests(port: int, db: Database) -> Non
 )
 async def test_ambiguous_requests_are_refused(port: int, request_bytes: bytes) -> None:
     """
-    The answer is 400 and the connection ends, so nothing can be smuggled.
+    The answer is 400 and the connection is closed, so no request can be smuggled.
     """
     answer = await exchange(port, request_bytes)
 

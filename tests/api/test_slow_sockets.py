@@ -1,9 +1,9 @@
 """
-A hundred clients hold their sockets and do nothing useful with them: every other client is served,
-and the server itself closes each of them.
+A hundred clients hold their sockets without doing anything useful: every other client is served,
+and the server closes each of these sockets by itself.
 
-No speed is measured. First the server's limits are hours: if it waited for any of these clients, it
-would hang. Then they are a second, and every client waits to be closed.
+No speed is measured. First the server's limits are hours, so a server that waited for any of these
+clients would hang. Then the limits are one second, and every client waits to be closed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SOCKETS_PER_KIND = 10
 SOCKETS_THAT_READ_NOTHING = 10
 DROP_SECONDS = 0.2
 
-pytestmark = pytest.mark.timeout(600)  # Against a hang, not against a slow machine.
+pytestmark = pytest.mark.timeout(600)  # Catches a hang; generous enough for a slow machine.
 
 
 @contextlib.contextmanager
 def api_with_patience(database_url: str, folder: Path, *, seconds: int) -> Iterator[LiveApi]:
     """
-    An API whose limits, up to 75 seconds by default, are all set to `seconds`.
+    An API whose time limits (by default up to 75 seconds) are all `seconds`.
     """
     prelude = f"""
 import functools
@@ -51,15 +51,15 @@ GET = b"GET /health/live HTTP/1.1\r\nHost: api\r\n\r\n"
 POST = b"POST /tasks HTTP/1.1\r\nHost: api\r\nContent-Type: application/json\r\n"
 
 Slow = Callable[[int], Coroutine[Any, Any, None]]
-"""A client of a port; returns when the server has put an end to it."""
+"""A slow client of this port; returns once the server has closed it."""
 
 
 def dribbling(head: bytes, drop: bytes = b"", *, leaves: bool = False) -> Slow:
     """
-    A client that sends `head`, and then `drop` again and again.
+    A client that sends `head`, and then `drop` repeatedly.
 
     Args:
-        leaves: It announces the end of its data after `head`, and waits.
+        leaves: Half-close the connection after `head`, and wait.
     """
 
     async def run(port: int) -> None:
@@ -122,8 +122,8 @@ async def test_slow_sockets_keep_no_other_client_from_being_served(
     database_url: str, tmp_path: Path
 ) -> None:
     """
-    Slow heads, slow bodies, idle and deaf clients are connected at the same time, and none of
-    them ends.
+    Others are served while slow heads, slow bodies, idle clients and clients that never read are
+    connected, and none of these is closed.
     """
     with api_with_patience(database_url, tmp_path, seconds=3_600) as api:
         async with asyncio.TaskGroup() as group, reading_nothing(api.port):
@@ -169,7 +169,7 @@ def submit(api: LiveApi) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     """
-    Wait until the sockets are in the expected state; they cannot notify us.
+    Poll until the sockets are in the expected state; they cannot notify us.
     """
     while not condition():  # noqa: ASYNC110 - see above
         await asyncio.sleep(0.25)

@@ -99,7 +99,7 @@ async def test_a_delay_counts_from_the_databases_clock(client: httpx.AsyncClient
 
 async def test_a_payload_is_stored_as_compact_json(client: httpx.AsyncClient, db: Database) -> None:
     """
-    Spaces are removed, escapes become characters, and the order of keys stays.
+    Insignificant spaces are removed, escapes become characters, and the order of keys is kept.
     """
     body = b'{"name": "x", "payload": {"b" : 1.50, "a": "\\u00e9\\ud83c\\udf89\\/" }}'
     answer = await client.post("/tasks", content=body, headers={"Content-Type": "application/json"})
@@ -173,8 +173,7 @@ async def test_a_wrong_task_is_refused_with_a_pointer_to_each_fault(
     offline_client: httpx.AsyncClient, task: Any, pointers: list[str]
 ) -> None:
     """
-    The answer is 422 and names every error, before the database is asked; the same holds inside
-    a batch.
+    The answer is 422 and names every error, before the database is accessed, alone and in a batch.
     """
     alone = await offline_client.post("/tasks", json=task)
     batched = await offline_client.post("/tasks/batch", json={"tasks": [{"name": "good"}, task]})
@@ -190,7 +189,7 @@ async def test_a_wrong_task_is_refused_with_a_pointer_to_each_fault(
 
 async def test_a_fault_says_what_would_have_worked(offline_client: httpx.AsyncClient) -> None:
     """
-    The sentences that people read, word by word.
+    These are the exact sentences that users read.
     """
     task = {
         "name": "a b",
@@ -221,7 +220,7 @@ async def test_a_task_that_would_expire_before_its_delay_is_refused(
     client: httpx.AsyncClient,
 ) -> None:
     """
-    `expires_at` must be later than the end of `delay_seconds`, or the task could never run.
+    `expires_at` must be later than the end of `delay_seconds`, otherwise the task could never run.
     """
     task = {"name": "x", "delay_seconds": 3600, "expires_at": in_seconds(1800)}
     refused = await client.post("/tasks", json=task)
@@ -254,7 +253,7 @@ async def test_a_payload_beyond_the_limit_is_refused(
 
 async def test_a_batch_is_answered_in_its_order(client: httpx.AsyncClient, db: Database) -> None:
     """
-    A thousand tasks in one batch are all stored, each answered at its place.
+    A thousand tasks in one batch are all stored, and answered in the order in which they were sent.
     """
     tasks = [{"name": f"n-{i}", "priority": i % 10, "payload": {"i": i}} for i in range(1000)]
     answer = await client.post("/tasks/batch", json={"tasks": tasks})
@@ -291,7 +290,7 @@ async def test_a_batch_with_a_fault_is_refused_as_a_whole(
     offline_client: httpx.AsyncClient, batch: Any, pointer: str
 ) -> None:
     """
-    It is refused before the database is asked, with a pointer into the batch.
+    The batch is refused before the database is accessed, with a pointer to the invalid task.
     """
     answer = await offline_client.post("/tasks/batch", json=batch)
 
@@ -303,7 +302,7 @@ async def test_a_batch_postgresql_refuses_is_stored_not_at_all(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    All or nothing also holds if only the database finds the error.
+    The batch is all or nothing, even if only the database finds the error.
     """
     await db.execute("ALTER TABLE asyncflow.tasks ADD CHECK (name <> 'refused')")
     answer = await client.post("/tasks/batch", json={"tasks": [{"name": "x"}, {"name": "refused"}]})
@@ -316,7 +315,7 @@ async def test_concurrent_submissions_share_inserts_and_get_their_own_answers(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    200 concurrent clients get 200 rows, and each answer is about its own task.
+    200 concurrent clients create 200 rows, and each gets the answer for its own task.
     """
     answers = await asyncio.gather(
         *(client.post("/tasks", json={"name": f"n-{i}", "payload": {"i": i}}) for i in range(200))
@@ -327,7 +326,7 @@ async def test_concurrent_submissions_share_inserts_and_get_their_own_answers(
     assert {(a.json()["id"], a.json()["name"]) for a in answers} == {
         (row["id"], row["name"]) for row in rows
     }
-    # now() is the transaction's: far fewer of them than tasks.
+    # now() is the time of the transaction: there are far fewer transactions than tasks.
     assert len({row["created_at"] for row in rows}) < 50
 
 
@@ -350,11 +349,11 @@ async def test_a_due_submission_wakes_listeners_and_a_later_one_does_not(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Idle workers hear of a due task immediately, and of a later one not at all.
+    Listeners are notified of a due task immediately, and of a later one not at all.
     """
     heard: asyncio.Queue[None] = asyncio.Queue()
     async with Listener(db, lambda: heard.put_nowait(None)):
-        await asyncio.wait_for(heard.get(), 5)  # It listens now.
+        await asyncio.wait_for(heard.get(), 5)  # The listener is connected now.
         await client.post("/tasks", json={"name": "x", "delay_seconds": 60})
         await client.post("/tasks/batch", json={"tasks": [{"name": "x", "delay_seconds": 60}]})
         silent = heard.empty()

@@ -36,7 +36,7 @@ async def settled(db: Database, settlement: Settlement) -> None:
 
 async def test_a_fresh_task_shows_that_no_worker_offers_its_name(client: httpx.AsyncClient) -> None:
     """
-    A due task without a worker says what it waits for.
+    A due task with no worker for its name says what it is waiting for.
     """
     task_id = await submitted(client, payload={"b": 1, "a": [1.0]})
     answer = await client.get(f"/tasks/{task_id}")
@@ -55,8 +55,8 @@ async def test_a_fresh_task_shows_that_no_worker_offers_its_name(client: httpx.A
 
 async def test_the_life_of_a_task_is_visible(client: httpx.AsyncClient, db: Database) -> None:
     """
-    It shows RUNNING with a worker, RETRYING with an error, COMPLETED with result, attempts and
-    timings.
+    The API shows RUNNING with a worker, RETRYING with an error, and COMPLETED with result, attempts
+    and timings.
     """
     task_id = await submitted(client)
     [claim] = await claimed_due(db)
@@ -91,7 +91,7 @@ async def test_a_result_is_given_out_as_it_was_stored(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    That holds for deep nesting and long integers.
+    The result is returned unchanged, even with deep nesting and long integers.
     """
     result = "[" * 500 + "12345678901234567890123" + "]" * 500
     task_id = await submitted(client)
@@ -119,21 +119,22 @@ async def test_a_result_is_given_out_as_it_was_stored(
 )
 async def test_what_is_no_id_is_not_found(offline_client: httpx.AsyncClient, task_id: str) -> None:
     """
-    Each verb answers 404; without its dashes, or with more around it, a UUID is not an id.
+    Every operation answers 404; a UUID without dashes, or with anything around it, is not an id.
     """
     assert [404, 404, 404, 404] == await statuses(offline_client, task_id)
 
 
 async def test_an_unknown_id_is_not_found(client: httpx.AsyncClient) -> None:
     """
-    Each verb answers 404.
+    Every operation answers 404.
     """
     assert [404, 404, 404, 404] == await statuses(client, "0192f0c1-2b3c-7d4e-8f50-123456789abc")
 
 
 async def test_an_id_may_be_in_upper_case(client: httpx.AsyncClient) -> None:
     """
-    Some languages print UUIDs like that; the answer has it in lower case.
+    An id in upper case, as some languages print UUIDs, is accepted; the answer has it in lower
+    case.
     """
     task_id = await submitted(client)
     answers = [
@@ -158,7 +159,7 @@ async def statuses(client: httpx.AsyncClient, task_id: str) -> list[int]:
 
 async def test_pages_follow_each_other_without_gaps(client: httpx.AsyncClient) -> None:
     """
-    The newest task comes first; tasks submitted meanwhile shift nothing.
+    The newest task comes first, and tasks submitted meanwhile do not shift the pages.
     """
     ids = [await submitted(client, payload={"i": i}) for i in range(5)]
     first = (await client.get("/tasks", params={"limit": 2})).json()
@@ -181,7 +182,7 @@ async def test_lists_filter_by_status_name_and_queue(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Each status that users see can be requested, in any case; filters combine.
+    Every status that users see can be requested, in any case, and filters combine.
     """
     failed = await submitted(client)
     await settled(db, Settlement(Event.FAIL, failure=FAILURE))
@@ -232,7 +233,7 @@ async def test_lists_show_errors_without_tracebacks(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    A page of dead letters stays readable.
+    Lists show an error without its traceback, so a page of dead letters stays readable.
     """
     await submitted(client)
     await settled(db, Settlement(Event.FAIL, failure=FAILURE))
@@ -247,7 +248,7 @@ async def test_lists_show_errors_without_tracebacks(
 
 def test_the_statuses_of_the_api_are_those_of_the_store() -> None:
     """
-    Every status that can be shown can be requested.
+    The statuses that can be requested are exactly those that the store can show.
     """
     assert list(STATUSES) == list(STATUS_FILTERS)
 
@@ -299,7 +300,7 @@ async def test_a_wrong_query_is_refused_by_parameter(
 
 async def test_a_wrong_status_lists_the_right_ones(offline_client: httpx.AsyncClient) -> None:
     """
-    The sentence is complete.
+    The sentence lists every valid status.
     """
     answer = await offline_client.get("/tasks?status=done")
 
@@ -311,7 +312,8 @@ async def test_a_wrong_status_lists_the_right_ones(offline_client: httpx.AsyncCl
 
 async def test_a_waiting_task_is_cancelled_immediately(client: httpx.AsyncClient) -> None:
     """
-    The answer is 200 with the cancelled task; a second time is a conflict that names its state.
+    The answer is 200 with the cancelled task; cancelling it again is a conflict that names its
+    state.
     """
     task_id = await submitted(client)
     cancelled = await client.post(f"/tasks/{task_id}/cancel")
@@ -341,8 +343,8 @@ async def test_a_running_task_is_asked_to_stop(client: httpx.AsyncClient, db: Da
 
 async def test_a_dead_letter_can_be_redriven(client: httpx.AsyncClient, db: Database) -> None:
     """
-    The answer is 202: pending in a new generation, with its history. A pending task cannot be
-    redriven.
+    The answer is 202, and the task is pending in a new generation with its history kept. A pending
+    task cannot be redriven.
     """
     task_id = await submitted(client)
     await settled(db, Settlement(Event.FAIL, failure=FAILURE))
@@ -361,8 +363,8 @@ async def test_a_task_that_waits_can_be_run_now(
     client: httpx.AsyncClient, db: Database, status: str
 ) -> None:
     """
-    The answer is 202, and it is due; its redrive is a conflict that names the status shown to
-    users.
+    The answer is 202, and the task is due; redriving it is a conflict that names the status shown
+    to users.
     """
     task_id = await submitted(client, delay_seconds=0 if status == "RETRYING" else 3600)
     if status == "RETRYING":
@@ -390,11 +392,11 @@ async def test_a_task_that_is_run_now_wakes_listeners(
     client: httpx.AsyncClient, db: Database
 ) -> None:
     """
-    Idle workers hear of it, as of a submission.
+    Listeners are notified, as they are of a submission.
     """
     heard: asyncio.Queue[None] = asyncio.Queue()
     task_id = await submitted(client, delay_seconds=3600)
     async with Listener(db, lambda: heard.put_nowait(None)):
-        await asyncio.wait_for(heard.get(), 5)  # It listens now.
+        await asyncio.wait_for(heard.get(), 5)  # The listener is connected now.
         await client.post(f"/tasks/{task_id}/run-now")
         await asyncio.wait_for(heard.get(), 5)

@@ -1,7 +1,7 @@
 """
-Bodies, types and ids that no client library would send, to a live API: each is refused as the
-client's error, or accepted and returned unchanged. None is a server error. Oddities of HTTP are in
-`raw_requests`.
+Bodies, content types and ids that no client library would send, against a live API: each is refused
+as a client error, or accepted and returned unchanged; none causes a server error. Oddities of HTTP
+itself are in `raw_requests`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BODIES = list(corpus())
 
 class Counting:
     """
-    A live API, and how many tasks it said it stored.
+    A live API, with a count of the tasks that it accepted.
     """
 
     def __init__(self, api: LiveApi) -> None:
@@ -48,8 +48,8 @@ def counting(
     postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Counting]:
     """
-    One API for all bodies. In the end every row was answered with 202, every 202 is a row, and
-    all can be listed.
+    One API for all bodies. At the end, rows and 202s must match one to one, and all tasks can be
+    listed.
     """
     database_url = postgres_server.create_database()
     with live_api(database_url, tmp_path_factory.mktemp("torture")) as api:
@@ -74,7 +74,7 @@ def listed(api: LiveApi) -> int:
 
 async def stored(database_url: str) -> int:
     """
-    How many tasks there are.
+    How many tasks the database holds.
     """
     connection = await asyncpg.connect(database_url)
     try:
@@ -85,7 +85,7 @@ async def stored(database_url: str) -> int:
 
 def test_the_corpus_is_large_and_says_each_thing_once() -> None:
     """
-    There are about 400 bodies, of both kinds, each with a name of its own.
+    There are about 400 bodies, accepted and refused ones, each with a unique name.
     """
     assert len(BODIES) >= 300
     assert len(BODIES) == len({body.what for body in BODIES})
@@ -98,7 +98,7 @@ def test_a_tortured_body_is_refused_with_its_fact_or_read_back_as_it_was(
     counting: Counting, body: Body
 ) -> None:
     """
-    Each is sent alone and as the second of a batch.
+    Each body is sent alone and as the second task of a batch.
     """
     alone = counting.post("/tasks", body.text)
     batch = b'{"tasks":[{"name":"first"},' + body.text + b"]}"
@@ -117,7 +117,7 @@ def test_a_tortured_body_is_refused_with_its_fact_or_read_back_as_it_was(
 
 def told_by(answer: Answer, kind: str, path: str) -> str:
     """
-    Every sentence of a problem document; fails if it is none, or a different one.
+    Every sentence of a problem document; fails unless the answer is the expected problem.
     """
     assert "application/problem+json" == answer.headers["content-type"], answer
     problem = Problem.model_validate_json(answer.content)
@@ -161,7 +161,7 @@ def test_a_content_type_says_json_or_is_refused(
     counting: Counting, content_type: str, is_read: bool
 ) -> None:
     """
-    Nothing in between is guessed at, and none takes long.
+    The content type is never guessed, and no value takes long to parse.
     """
     answer = counting.post("/tasks", b'{"name":"x"}', {"Content-Type": content_type})
 
@@ -203,7 +203,7 @@ def test_a_content_type_says_json_or_is_refused(
 )
 def test_what_is_nearly_an_id_is_not_found(counting: Counting, task_id: str) -> None:
     """
-    Every verb answers 404, in the spelling that was sent.
+    Every operation answers 404 to such an id, sent exactly as it is.
     """
     answers = [
         counting.api.send("GET", f"/tasks/{task_id}"),

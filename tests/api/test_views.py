@@ -1,5 +1,5 @@
 """
-JSON that is written by hand equals what its model writes.
+Hand-written JSON equals what the model would serialise.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def test_a_submitted_task_reads_as_its_model_writes_it(
     submitted: Submitted, changes: dict[str, Any]
 ) -> None:
     """
-    The bytes are equal.
+    Both encodings of a submitted task are equal, byte for byte.
     """
     task = NewTask(
         id=UUID("0192f0c1-2b3c-7d4e-8f50-123456789abc"),

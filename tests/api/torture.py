@@ -1,9 +1,9 @@
 """
-A corpus of some 400 request bodies that are invalid, nearly invalid, or valid but suspicious, each
-with what the API must make of it.
+A corpus of about 400 request bodies that are invalid, nearly invalid, or valid but suspicious, each
+with the expected reaction of the API.
 
-`test_json_bodies` has the bodies that were thought of one by one while the parser was
-written; here every place of a document meets every kind of damage.
+`test_json_bodies` has bodies written individually, alongside the parser; here every part of a
+document is combined with every kind of damage.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Body(NamedTuple):
     One body for `POST /tasks`.
 
     Attributes:
-        what: For people; unique.
+        what: A unique description.
         text: The bytes that are sent.
-        kind: The problem it is answered with, a key of `KINDS`; None if it is accepted.
-        fact: What that answer says, or where it points, as a regular expression.
+        kind: The expected problem, a key of `KINDS`; None if the body is accepted.
+        fact: A regular expression that the problem's sentence or pointer must match.
     """
 
     what: str
@@ -50,7 +50,7 @@ def in_payload(value: str) -> bytes:
 
 def corpus() -> Iterator[Body]:
     """
-    Every body.
+    All bodies.
     """
     yield from truncated()
     yield from poked()
@@ -66,7 +66,7 @@ def corpus() -> Iterator[Body]:
 
 def truncated() -> Iterator[Body]:
     """
-    A good document that ends too early, wherever that is.
+    A valid document, truncated at each position.
     """
     whole = GOOD.encode()
     for length in range(1, len(whole), 2):
@@ -75,14 +75,14 @@ def truncated() -> Iterator[Body]:
 
 def poked() -> Iterator[Body]:
     """
-    A good document with one byte too many, inside of a string and between two tokens.
+    A valid document with one extra byte, inside a string and between two tokens.
     """
     whole = GOOD.encode()
     places = {"in a string": whole.index(b"x") + 1, "between tokens": whole.index(b":")}
     for (where, at), byte in itertools.product(places.items(), POKES):
         text = whole[:at] + bytes([byte]) + whole[at:]
         if where == "in a string" and byte == 0x7F:
-            # It is a character like any other to JSON, and none that a name may have.
+            # To JSON this is an ordinary character, but a name may not contain it.
             yield Body(f"byte {byte:#x} {where}", text, INVALID, "/name must be 1-128 characters")
         else:
             yield Body(f"byte {byte:#x} {where}", text, MALFORMED, "is not (JSON|UTF-8)")
@@ -93,7 +93,7 @@ POKES = [0x00, 0x01, 0x08, 0x0B, 0x1B, 0x1F, 0x7F, 0x80, 0xA0, 0xBF, 0xC0, 0xE2,
 
 def brackets_in_disorder() -> Iterator[Body]:
     """
-    What opens is not what closes, or nothing closes.
+    Brackets that do not match, or are never closed.
     """
     for value in ("[}", "{]", "[[]", "{}}", "[1}", '{"b":1]', '["b":1]', "{1}", "[,]", "{,}"):
         yield Body(f"brackets {value}", in_payload(value), MALFORMED, "is not JSON")
@@ -107,7 +107,7 @@ def brackets_in_disorder() -> Iterator[Body]:
 
 def every_type_in_every_field() -> Iterator[Body]:
     """
-    Each field of a task with each of some values; what is right is told by `FITS`.
+    Every field of a task with values of every type; `FITS` says which are valid.
     """
     for (field, fits), (what, value) in itertools.product(FITS.items(), VALUES.items()):
         task = {"name": "x", field: value}
@@ -161,7 +161,7 @@ VALUES: dict[str, Any] = {
 
 def nearly_times() -> Iterator[Body]:
     """
-    Times of RFC 3339, and those that resemble it or are PostgreSQL's own words.
+    RFC 3339 times, near misses, and PostgreSQL's special values.
     """
     for time in TIMES:
         yield Body(f"run_at {time}", json.dumps({"name": "x", "run_at": time}).encode())
@@ -235,7 +235,7 @@ NO_TIMES = [
 
 def numerals() -> Iterator[Body]:
     """
-    Numbers at the limits of what can be stored, and what is not a number.
+    Numbers at the limits of what can be stored, and invalid numerals.
     """
     for numeral in KEPT_NUMERALS:
         yield Body(f"numeral {numeral[:30]}", in_payload(numeral))
@@ -293,8 +293,8 @@ NO_NUMERALS = [
 
 def strings() -> Iterator[Body]:
     """
-    Texts that have meant something to a shell, a log, a template or a database. Each is only
-    a text, as a value and as a key.
+    Texts with a special meaning to a shell, a log, a template or a database. Each is accepted as
+    plain text, as a value and as a key.
     """
     for what, text in TEXTS.items():
         yield Body(f"text: {what}", json.dumps({"name": "x", "payload": {"a": text}}).encode())
@@ -351,7 +351,7 @@ def keys() -> Iterator[Body]:
 
 def encodings() -> Iterator[Body]:
     """
-    A good document in anything but UTF-8.
+    A valid document in other encodings than UTF-8.
     """
     for encoding, text in ENCODED.items():
         yield Body(encoding, text, MALFORMED, "UTF-8|is not JSON")
@@ -382,7 +382,7 @@ ENCODED = {
 
 def whole_documents_of_other_types() -> Iterator[Body]:
     """
-    JSON, but no object.
+    Valid JSON that is not an object.
     """
     for text in (
         "null",
