@@ -34,7 +34,7 @@ async def db(database_url: str) -> AsyncIterator[Database]:
 @contextmanager
 def a_worker(folder: Path, env: Mapping[str, str]) -> Iterator[Program]:
     """
-    Run a worker that is known to the database.
+    Run a worker and wait until it is registered.
     """
     with running("worker", folder=folder, env=env) as worker:
         worker.until("process.started")
@@ -43,7 +43,7 @@ def a_worker(folder: Path, env: Mapping[str, str]) -> Iterator[Program]:
 
 async def a_worker_on_paper(db: Database) -> None:
     """
-    Register a worker that looks alive in the database and never takes a task.
+    Register a worker that appears alive in the database and never takes a task.
     """
     await workers.register(
         db,
@@ -70,7 +70,7 @@ async def test_a_deployment_is_measured_and_left_as_it_was(
     database_url: str, db: Database, tmp_path: Path
 ) -> None:
     """
-    The figures are complete and consistent, and no task remains.
+    The figures are complete and consistent, and no task of the measurement remains.
     """
     env = environment(database_url=database_url)
 
@@ -97,9 +97,9 @@ async def test_the_figures_are_shown_for_people(
     database_url: str, broker_url: str, db: Database, tmp_path: Path
 ) -> None:
     """
-    The output names what was measured; `--keep` leaves the tasks, with the requested size.
+    The output names what was measured; `--keep` keeps the tasks, with the requested size.
 
-    The workers' hints come through a broker here; the command needs none.
+    The workers use a broker here; the command itself needs none.
     """
     env = environment(database_url=database_url, broker_url=broker_url)
     options = ("--tasks", "100", "--payload-bytes", "3000", "--keep")
@@ -122,7 +122,7 @@ async def test_the_figures_are_shown_for_people(
 
 def test_without_a_worker_the_answer_is_a_sentence(database_url: str, tmp_path: Path) -> None:
     """
-    Nothing is submitted, and the sentence says what would help.
+    Without a worker nothing is submitted, and the error says what would help.
     """
     env = environment(database_url=database_url)
 
@@ -137,7 +137,7 @@ async def test_a_paused_queue_is_not_measured(
     database_url: str, db: Database, tmp_path: Path
 ) -> None:
     """
-    Its tasks would never start.
+    A paused queue is refused: its tasks would never start.
     """
     await a_worker_on_paper(db)
     env = environment(database_url=database_url)
@@ -151,7 +151,7 @@ async def test_a_paused_queue_is_not_measured(
 
 def test_a_database_without_a_schema_is_told_apart(empty_database_url: str, tmp_path: Path) -> None:
     """
-    The sentence differs from that for an unreachable database.
+    The error for a missing schema differs from that for an unreachable database.
     """
     env = environment(database_url=empty_database_url)
     without = environment(database_url="postgresql://nobody@127.0.0.1:1/nothing")
@@ -176,7 +176,7 @@ def test_an_option_out_of_range_is_refused(
     options: tuple[str, ...], fault: str, database_url: str, tmp_path: Path
 ) -> None:
     """
-    The option is checked before the database is used.
+    An option out of range is refused before the database is accessed.
     """
     env = environment(database_url=database_url)
 
@@ -190,7 +190,7 @@ async def test_a_measurement_that_is_broken_off_leaves_no_tasks(
     database_url: str, db: Database, tmp_path: Path
 ) -> None:
     """
-    Ctrl-C removes the tasks that still wait.
+    Ctrl-C removes the tasks that are still pending.
     """
     await a_worker_on_paper(db)
     env = environment(database_url=database_url)
@@ -206,7 +206,7 @@ async def test_a_measurement_that_is_broken_off_leaves_no_tasks(
 
 async def test_tasks_that_nobody_takes_end_the_measurement(db: Database) -> None:
     """
-    The measurement fails with possible reasons instead of waiting forever.
+    If no worker takes the tasks, the measurement fails and lists possible reasons.
     """
     await a_worker_on_paper(db)
     bench = Bench(db, queue="default", payload_bytes=0, stall_seconds=0.0)
@@ -222,7 +222,7 @@ async def test_tasks_that_nobody_takes_end_the_measurement(db: Database) -> None
 
 async def test_a_running_task_is_not_removed(db: Database) -> None:
     """
-    It belongs to the worker that holds its lease.
+    A running task is left to the worker that holds its lease.
     """
     bench = Bench(db, queue="default", payload_bytes=0)
     await bench._submit(bench._new_tasks(2))
@@ -242,7 +242,7 @@ async def test_a_running_task_is_not_removed(db: Database) -> None:
 @pytest.mark.parametrize("size", [0, 13, 14, 25, 26, 1000])
 def test_a_payload_has_the_size_that_was_asked_for(size: int) -> None:
     """
-    A smaller payload than the handler needs is enlarged.
+    A payload has the requested size, or the smallest that the handler needs.
     """
     payload = payload_of(size)
 

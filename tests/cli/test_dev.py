@@ -48,7 +48,7 @@ def port() -> int:
 @pytest.fixture
 def env(port: int) -> dict[str, str]:
     """
-    A newcomer's environment: only a port is set, so that tests can run concurrently.
+    A newcomer's environment; only a port is set, so that tests can run concurrently.
     """
     return environment(api_port=port)
 
@@ -56,8 +56,8 @@ def env(port: int) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def used_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
-    A folder in which `asyncflow dev` ran once without a task, to be copied, because creating a
-    database takes seconds.
+    A folder in which `asyncflow dev` has run once, without a task. Tests copy it, because creating
+    a database takes seconds.
     """
     folder = tmp_path_factory.mktemp("used")
     with running("dev", folder=folder, env=environment(api_port=free_port())) as dev:
@@ -110,7 +110,7 @@ def test_the_line_to_try_works_and_data_survives_a_restart(
 
 def test_the_first_signal_lets_a_task_finish(env: dict[str, str], folder: Path) -> None:
     """
-    Nothing is interrupted within the grace period.
+    After the first signal, a running task may finish within the grace period.
     """
     with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
@@ -124,7 +124,7 @@ def test_the_first_signal_lets_a_task_finish(env: dict[str, str], folder: Path) 
 
 def test_the_second_signal_gives_a_task_back(env: dict[str, str], folder: Path) -> None:
     """
-    It is released without a failure and runs again at the next start.
+    The second signal releases the task, without a failure.
     """
     with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
@@ -139,7 +139,7 @@ def test_the_second_signal_gives_a_task_back(env: dict[str, str], folder: Path) 
 
 def test_nothing_outlives_a_killed_parent(env: dict[str, str], folder: Path) -> None:
     """
-    Not even PostgreSQL survives, and the next start works.
+    When the parent is killed, no child survives, not even PostgreSQL, and the next start works.
     """
     with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
@@ -153,7 +153,7 @@ def test_nothing_outlives_a_killed_parent(env: dict[str, str], folder: Path) -> 
 
 def test_a_killed_process_is_started_again(env: dict[str, str], folder: Path) -> None:
     """
-    One crash does not end `asyncflow dev`.
+    A killed process is restarted; one crash does not end `asyncflow dev`.
     """
     with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
@@ -193,7 +193,7 @@ def test_a_taken_port_stops_it_before_anything_is_started(
     env: dict[str, str], port: int, tmp_path: Path
 ) -> None:
     """
-    One sentence is printed, and no database folder is created.
+    With the port taken, one sentence is printed and no database folder is created.
     """
     with socket.create_server(("127.0.0.1", port)):
         ended = finished("dev", folder=tmp_path, env=env)
@@ -205,7 +205,7 @@ def test_a_taken_port_stops_it_before_anything_is_started(
 
 def test_two_in_one_folder_do_not_share_a_database(env: dict[str, str], folder: Path) -> None:
     """
-    The second names the first one's process; the first continues.
+    The second process is refused with the pid of the first, which continues.
     """
     with running("dev", folder=folder, env=env) as dev:
         dev.until(STOP_LINE)
@@ -221,7 +221,7 @@ def test_a_file_in_place_of_the_data_folder_is_a_sentence(
     env: dict[str, str], tmp_path: Path
 ) -> None:
     """
-    The sentence names the setting that would help.
+    One sentence is printed, with the setting that would help.
     """
     (tmp_path / ".asyncflow").touch()
 
@@ -236,7 +236,7 @@ def test_a_data_folder_that_is_no_database_is_a_sentence(
     env: dict[str, str], tmp_path: Path
 ) -> None:
     """
-    The sentence names the folder.
+    A data folder that holds no database is refused in one sentence that names the folder.
     """
     data = tmp_path / ".asyncflow" / "postgres" / "data"
     data.mkdir(parents=True)
@@ -250,7 +250,7 @@ def test_a_data_folder_that_is_no_database_is_a_sentence(
 
 def test_a_missing_module_of_handlers_stops_everything(env: dict[str, str], folder: Path) -> None:
     """
-    The last line printed is the worker's sentence.
+    Everything stops, and the last line printed is the worker's error.
     """
     with running("dev", "--handlers", "nowhere.tasks", folder=folder, env=env) as dev:
         assert 2 == dev.ended()
@@ -260,7 +260,7 @@ def test_a_missing_module_of_handlers_stops_everything(env: dict[str, str], fold
 
 def test_handlers_of_the_current_folder_run(env: dict[str, str], folder: Path) -> None:
     """
-    The module is named in `.env`, as in a project.
+    Handlers are loaded from the current folder; `.env` names the module, as in a project.
     """
     (folder / "tasks.py").write_text(
         "import asyncflow\n\n\n@asyncflow.handler\ndef greet(seconds: int) -> str:\n"
@@ -278,7 +278,7 @@ NO_BROKER = "amqp://me:very-secret@127.0.0.1:1/"
 
 def test_servers_that_are_set_are_left_alone(env: dict[str, str], folder: Path) -> None:
     """
-    They may be production's: dev says that it uses its own database and no broker.
+    Configured servers may be production's: dev says that it uses its own database and no broker.
     """
     env = {**env, "ASYNCFLOW_DATABASE_URL": NOBODY_LISTENS}
     (folder / ".env").write_text(
@@ -300,7 +300,8 @@ def test_a_database_that_is_typed_is_used_and_left_running(
     env: dict[str, str], empty_database_url: str, tmp_path: Path
 ) -> None:
     """
-    The banner names it; it is migrated, and nothing is stored in the folder.
+    A database given on the command line is migrated, used and named in the banner, and nothing is
+    stored in the folder.
     """
     env = {**env, "ASYNCFLOW_DATABASE_URL": NOBODY_LISTENS}
 
@@ -322,9 +323,9 @@ SET = Settings(database_url=NOBODY_LISTENS, broker_url=NO_BROKER, database_poole
     [
         (None, None, (None, None, False)),
         (None, FROM_SETTINGS, (None, NO_BROKER, False)),
-        # One installation: its broker comes along.
+        # One installation: its broker is used, too.
         (FROM_SETTINGS, None, (NOBODY_LISTENS, NO_BROKER, True)),
-        # A typed URL is in the settings already.
+        # An explicit URL is in the settings already.
         (NOBODY_LISTENS, None, (NOBODY_LISTENS, None, True)),
         (NOBODY_LISTENS, NO_BROKER, (NOBODY_LISTENS, NO_BROKER, True)),
     ],
@@ -333,7 +334,8 @@ def test_only_servers_that_were_asked_for_are_used(
     typed_database: str | None, typed_broker: str | None, expected: tuple[object, ...]
 ) -> None:
     """
-    Each has its option; the database's option without a URL selects both configured servers.
+    Each server has its own option; the database's option without a URL selects both configured
+    servers.
     """
     chosen = chosen_servers(SET, database=typed_database, broker=typed_broker, confirmed=True)
 
@@ -342,7 +344,7 @@ def test_only_servers_that_were_asked_for_are_used(
 
 def test_the_database_of_the_settings_needs_a_yes(env: dict[str, str], tmp_path: Path) -> None:
     """
-    Without a terminal, dev refuses and says what it would have done.
+    Without a terminal and `--yes`, dev refuses and says what it would have done.
     """
     env = {**env, "ASYNCFLOW_DATABASE_URL": NOBODY_LISTENS}
 
@@ -358,7 +360,7 @@ def test_at_a_terminal_the_database_of_the_settings_is_asked_for(
     answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """
-    Any answer but yes ends it before anything is done.
+    At a terminal dev asks, and any answer but yes ends it before anything is done.
     """
     terminal = io.StringIO(answer)
     monkeypatch.setattr(terminal, "isatty", lambda: True)
@@ -383,7 +385,7 @@ def test_an_option_without_a_url_needs_the_setting(
     typed_database: str | None, typed_broker: str | None, variable: str
 ) -> None:
     """
-    Otherwise there is no server to use.
+    An option without a URL is refused if the setting is missing: there is no server to use.
     """
     with pytest.raises(InvalidSettings, match=f"ASYNCFLOW_{variable}"):
         chosen_servers(Settings(), database=typed_database, broker=typed_broker, confirmed=True)

@@ -1,5 +1,5 @@
 """
-`asyncflow doctor`: says what is wrong with the servers, and how to fix it.
+`asyncflow doctor` says what is wrong with the servers, and how to fix it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.support.programs import environment, finished
 
 def test_a_good_server_is_told_to_be_good(database_url: str, tmp_path: Path) -> None:
     """
-    One line per check is printed; the status is 0.
+    With healthy servers one line per check is printed, and the exit status is 0.
     """
     ended = finished("doctor", folder=tmp_path, env=environment(database_url=database_url))
 
@@ -25,7 +25,7 @@ def test_a_good_server_is_told_to_be_good(database_url: str, tmp_path: Path) -> 
 
 def test_what_is_wrong_is_named_with_its_mend(empty_database_url: str, tmp_path: Path) -> None:
     """
-    The other checks are still made; the status is 2.
+    A failed check is printed with its fix, the other checks still run, and the exit status is 2.
     """
     env = environment(database_url=empty_database_url)
 
@@ -41,7 +41,7 @@ def test_what_is_wrong_is_named_with_its_mend(empty_database_url: str, tmp_path:
 
 def test_a_server_that_is_away_is_wrong(tmp_path: Path) -> None:
     """
-    Neither a traceback nor the password is printed.
+    An unreachable server is a failed check; neither a traceback nor the password is printed.
     """
     env = environment(database_url="postgresql://someone:very-secret@127.0.0.1:1/none")
 
@@ -57,7 +57,7 @@ def test_rabbitmq_is_looked_at_where_it_is_set(
     database_url: str, broker_url: str, tmp_path: Path
 ) -> None:
     """
-    It is checked with the database's identity; a missing virtual host is named.
+    RabbitMQ is checked if it is configured; a missing virtual host is named.
     """
     env = environment(database_url=database_url, broker_url=broker_url)
     good = finished("doctor", folder=tmp_path, env=env)

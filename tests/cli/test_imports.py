@@ -31,7 +31,8 @@ def test_a_process_starts_without_what_others_need(
     command: str, database_url: str, tmp_path: Path
 ) -> None:
     """
-    Memory and start-up time are paid per process, and there are many workers.
+    A process does not import what only other processes need: memory and start-up time are paid per
+    process, and there are many workers.
     """
     env = environment(database_url=database_url, api_port=free_port())
     process = subprocess.Popen(

@@ -1,5 +1,5 @@
 """
-What cannot work ends with one sentence and an exit status, never a traceback.
+A command that cannot work ends with one sentence and an exit status, never a traceback.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def taken_port() -> Iterator[int]:
 @pytest.mark.parametrize("command", ["api", "worker", "maintenance", "migrate"])
 def test_without_a_database_url_a_process_says_what_to_set(command: str, tmp_path: Path) -> None:
     """
-    The first sentence that a newcomer meets names the variable and an example.
+    The error, the first that a newcomer sees, names the variable and gives an example.
     """
     ended = finished(command, folder=tmp_path, env=environment())
 
@@ -41,7 +41,7 @@ def test_without_a_database_url_a_process_says_what_to_set(command: str, tmp_pat
 
 def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
     """
-    Finding three mistakes does not take three starts.
+    All mistakes are reported together, so three mistakes do not take three starts.
     """
     env = environment(api_port="http", log_level="loud", database_url="mysql://host/name")
 
@@ -54,7 +54,7 @@ def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
 
 def test_a_wrong_setting_does_not_show_its_value(tmp_path: Path) -> None:
     """
-    A URL may contain a password.
+    The value is not printed, because a URL may contain a password.
     """
     env = environment(database_url="mysql://someone:very-secret@host/name")
 
@@ -76,7 +76,7 @@ def test_settings_are_read_from_a_file_in_the_current_folder(tmp_path: Path) -> 
 
 def test_an_option_wins_over_the_environment(tmp_path: Path) -> None:
     """
-    A typed value takes precedence.
+    An option overrides the environment.
     """
     env = environment(api_port=80_000)
 
@@ -87,7 +87,7 @@ def test_an_option_wins_over_the_environment(tmp_path: Path) -> None:
 
 def test_a_database_that_cannot_be_reached_is_worth_another_try(tmp_path: Path) -> None:
     """
-    Exit status 1 means that the same command may work later; the password stays hidden.
+    The exit status is 1, because the same command may work later; the password stays hidden.
     """
     ended = finished("migrate", folder=tmp_path, env=environment(database_url=NOBODY_LISTENS))
 
@@ -101,7 +101,7 @@ def test_a_process_refuses_a_database_without_schema(
     command: str, empty_database_url: str, tmp_path: Path
 ) -> None:
     """
-    The sentence says how to create the schema.
+    A process refuses a database without the schema and says how to create it.
     """
     env = environment(database_url=empty_database_url, api_port=free_port())
 
@@ -128,7 +128,7 @@ def test_a_taken_port_is_named_and_the_way_out_too(
 
 def test_a_missing_module_of_handlers_is_named(database_url: str, tmp_path: Path) -> None:
     """
-    The worker says where it looked for it.
+    The error names the missing module and where the worker searched for it.
     """
     env = environment(database_url=database_url)
 
@@ -141,7 +141,7 @@ def test_a_missing_module_of_handlers_is_named(database_url: str, tmp_path: Path
 
 def test_a_mistyped_command_is_answered_with_the_right_one(tmp_path: Path) -> None:
     """
-    The sentence suggests the command that was meant.
+    The error suggests the command that was meant.
     """
     ended = finished("wroker", folder=tmp_path, env=environment())
 
@@ -153,7 +153,7 @@ def test_a_handler_whose_type_no_json_becomes_is_named_before_the_worker_starts(
     database_url: str, tmp_path: Path
 ) -> None:
     """
-    One sentence names file, function and parameter; a supervisor does not restart the worker.
+    One sentence names file, function and parameter, and a supervisor does not restart the worker.
     """
     (tmp_path / "tasks.py").write_text(
         "import asyncflow\nclass Plain: ...\n@asyncflow.handler\ndef mail(to: Plain): ...\n"
@@ -174,7 +174,8 @@ def test_a_module_of_handlers_may_run_a_loop_of_its_own_while_it_is_imported(
     database_url: str, tmp_path: Path
 ) -> None:
     """
-    Handlers are loaded before the worker's event loop exists.
+    A module may run an event loop on import: handlers are loaded before the worker's own loop
+    exists.
     """
     (tmp_path / "tasks.py").write_text(
         "import asyncio, asyncflow\nasync def settings(): return 'mail'\n"
@@ -192,7 +193,8 @@ def test_a_handler_whose_queue_a_worker_does_not_take_is_named_at_its_start(
     database_url: str, tmp_path: Path
 ) -> None:
     """
-    Its tasks may never run. The built-in handler is not reported.
+    The worker warns of a handler whose queue it does not serve, because its tasks may never run.
+    The built-in handler is not reported.
     """
     (tmp_path / "tasks.py").write_text(
         "import asyncflow\n@asyncflow.handler(queue='reports')\ndef monthly(): ...\n"

@@ -1,5 +1,5 @@
 """
-No part of a password is ever printed, wherever it is in a URL.
+No part of a password is ever printed, wherever it stands in a URL.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from asyncflow.errors import InvalidSettings
 from asyncflow.settings import load_settings
 from tests.support.programs import environment, finished
 
-# Pieces that no text of ours contains, between characters that move a URL's borders.
+# Pieces that occur in no text of ours, separated by characters that delimit parts of a URL.
 PIECES = st.text("QXZ7", min_size=3, max_size=6)
 BETWEEN = st.text("@:/?#[]%&=+ ,;'\"\\~\t\N{FULLWIDTH COMMERCIAL AT}é\udcff", max_size=3)
 PASSWORDS = st.lists(st.tuples(BETWEEN, PIECES), min_size=1, max_size=4).map(
@@ -65,7 +65,7 @@ def shows_nothing_of(password: str, output: str) -> bool:
 @example(password="QQQ@XXX/ZZZ", name="broker_url")
 def test_a_url_that_is_refused_shows_nothing_of_its_password(password: str, name: str) -> None:
     """
-    This holds for all characters.
+    The error for an invalid URL never shows the password, whatever characters it has.
     """
     given = {name: URLS[name].format(password)}
     try:
@@ -79,7 +79,7 @@ def test_a_url_that_is_refused_shows_nothing_of_its_password(password: str, name
 @given(password=PASSWORDS, command=st.sampled_from([["migrate"], ["task", "list"], ["doctor"]]))
 def test_a_command_shows_nothing_of_a_password(password: str, command: list[str]) -> None:
     """
-    This holds whether it refuses the URL or cannot reach the server.
+    No output shows the password, whether the command refuses the URL or cannot reach the server.
     """
     output = io.StringIO()
     with (
@@ -108,7 +108,7 @@ def test_every_command_refuses_an_unclear_url(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """
-    The status is 2, and one sentence is printed, wherever the URL comes from.
+    The exit status is 2, and one sentence is printed, whatever the source of the URL.
     """
     password = "QQQ@XXX:ZZZ/777"
     variable, url = f"ASYNCFLOW_{name.upper()}", URLS[name].format(password)
@@ -132,7 +132,7 @@ def test_dev_refuses_an_unclear_url_as_an_option(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """
-    The option is validated as strictly as the setting.
+    The option of `dev` is validated as strictly as the setting.
     """
     monkeypatch.chdir(tmp_path)
     url = URLS[name].format("QQQ@XXX:ZZZ/777")
@@ -149,7 +149,7 @@ def test_a_server_that_is_away_shows_nothing_of_the_password(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """
-    The URL is valid, but the connection fails.
+    The URL is valid, but the connection fails; the error does not show the password.
     """
     monkeypatch.setenv("ASYNCFLOW_DATABASE_URL", URLS["database_url"].format("QQQ:XXX%40ZZZ"))
 
@@ -161,7 +161,7 @@ def test_a_server_that_is_away_shows_nothing_of_the_password(
 
 def test_nothing_is_shown_by_the_program_itself(tmp_path: Path) -> None:
     """
-    A traceback shows nothing either.
+    The output of a real process, even a traceback, does not show the password.
     """
     env = environment(database_url=URLS["database_url"].format("QQQ@XXX:ZZZ/777"))
 
@@ -176,7 +176,7 @@ def test_verify_refuses_an_unclear_broker(
     password: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """
-    Its option is validated as strictly as the setting. Status 3 means that the run was not made.
+    The option is validated as strictly as the setting. Exit status 3 means that there was no run.
     """
     url = f"amqp://me:{password}" + ("@host/" if "@" in password else "")
     options = ["--engine", "rabbitmq", "--broker-url", url, "--output", str(tmp_path / "run")]

@@ -98,7 +98,7 @@ async def test_a_task_is_shown_as_the_api_would(run: Run, database_url: str) -> 
 
 async def test_a_task_is_shown_for_people(run: Run, database_url: str) -> None:
     """
-    The output says why the task does not start.
+    The readable form says why the task does not start.
     """
     task_id = await _a_task(database_url)
 
@@ -110,7 +110,7 @@ async def test_a_task_is_shown_for_people(run: Run, database_url: str) -> None:
 
 async def test_a_payload_cannot_steer_the_terminal(run: Run, database_url: str) -> None:
     """
-    Control characters are replaced.
+    Control characters in a payload are replaced in the output.
     """
     task_id = await _a_task(database_url, payload='{"a": "\x9b31m"}')
 
@@ -121,7 +121,7 @@ async def test_a_payload_cannot_steer_the_terminal(run: Run, database_url: str) 
 
 async def test_a_list_is_filtered_and_says_how_to_go_on(run: Run, database_url: str) -> None:
     """
-    The printed cursor leads to the next page.
+    Filters apply, and the printed cursor leads to the next page.
     """
     for name in ("wait", "wait", "wait", "other"):
         await _a_task(database_url, name=name)
@@ -138,7 +138,7 @@ async def test_a_list_is_filtered_and_says_how_to_go_on(run: Run, database_url: 
 
 async def test_a_task_is_cancelled_and_redriven(run: Run, database_url: str) -> None:
     """
-    Both print the task in its new state.
+    Both commands print the task in its new state.
     """
     task_id = await _a_task(database_url)
 
@@ -151,7 +151,7 @@ async def test_a_task_is_cancelled_and_redriven(run: Run, database_url: str) -> 
 
 async def test_a_waiting_task_is_run_now(run: Run, database_url: str) -> None:
     """
-    The task is printed and due now.
+    The task is due immediately and is printed.
     """
     task_id = await _a_task(database_url)
     connection = await asyncpg.connect(database_url)
@@ -178,7 +178,7 @@ async def test_what_a_task_does_not_allow_is_a_sentence(run: Run, database_url: 
 
 def test_an_unknown_task_is_a_sentence(run: Run) -> None:
     """
-    Scripts can tell it from a typing error by the exit status.
+    One sentence is printed; the exit status lets scripts tell it from a usage error.
     """
     task_id = uuid4()
 
@@ -189,7 +189,7 @@ def test_an_unknown_task_is_a_sentence(run: Run) -> None:
 
 def test_an_unknown_status_is_answered_with_the_known_ones(run: Run) -> None:
     """
-    The option is checked before the database is used.
+    The error lists the valid statuses, before the database is accessed.
     """
     ended = run("task", "list", "--status", "lost")
 
@@ -199,7 +199,7 @@ def test_an_unknown_status_is_answered_with_the_known_ones(run: Run) -> None:
 
 async def test_a_queue_is_paused_and_resumed(run: Run, database_url: str) -> None:
     """
-    Its tasks say that they wait for it.
+    While a queue is paused, its tasks say that they are waiting for it.
     """
     task_id = await _a_task(database_url)
 
@@ -213,7 +213,8 @@ async def test_a_queue_is_paused_and_resumed(run: Run, database_url: str) -> Non
 
 async def test_a_queue_nobody_knows_is_not_paused(run: Run, database_url: str) -> None:
     """
-    A misspelt name is refused with the names that exist; --force is for future queues.
+    An unknown name is refused with the names that exist; --force allows queues that do not exist
+    yet.
     """
     await _a_task(database_url)
 
@@ -232,7 +233,8 @@ async def test_queues_are_listed_with_what_waits_and_who_serves_them(
     run: Run, database_url: str
 ) -> None:
     """
-    One queue is only paused, one is only served, and one has tasks.
+    The list includes a queue that is only paused, one that is only served, and one that only has
+    tasks.
     """
     worker_id = uuid4()
     await _execute(database_url, A_WORKER, worker_id)
@@ -253,7 +255,8 @@ async def test_queues_are_listed_with_what_waits_and_who_serves_them(
 
 async def test_workers_are_listed_with_what_they_do(run: Run, database_url: str) -> None:
     """
-    One without a heartbeat for longer than its leases is pointed out.
+    The list shows what each worker does, and marks one whose last heartbeat is older than its
+    leases.
     """
     worker_id = uuid4()
     await _execute(database_url, A_WORKER, worker_id)
@@ -273,7 +276,8 @@ async def test_a_cancel_of_a_running_task_says_that_it_was_asked_for(
     run: Run, database_url: str
 ) -> None:
     """
-    The task is still RUNNING, which would look as if nothing had happened.
+    The output says that the cancellation was requested: the task is still RUNNING, as if nothing
+    had happened.
     """
     task_id = await _a_task(database_url)
     await _execute(database_url, RUN, task_id, uuid4())
@@ -286,7 +290,7 @@ async def test_a_cancel_of_a_running_task_says_that_it_was_asked_for(
 
 async def test_a_traceback_reaches_a_pipe_line_by_line(run: Run, database_url: str) -> None:
     """
-    Nothing is wrapped to the width of a terminal.
+    The lines of a traceback are not wrapped to the width of a terminal.
     """
     frame = f'  File "{"deep/" * 40}tasks.py", line 7, in send'
     failure = {"kind": "ValueError", "message": "No.", "traceback": f"Traceback:\n{frame}\nNo."}
@@ -300,14 +304,15 @@ async def test_a_traceback_reaches_a_pipe_line_by_line(run: Run, database_url: s
 
 def test_the_version_is_an_option_too(run: Run) -> None:
     """
-    `asyncflow --version` prints it, as is usual.
+    `asyncflow --version` prints the version, as is usual.
     """
     assert run("version").stdout == run("--version").stdout != ""
 
 
 def test_psql_opens_in_the_schema_of_asyncflow(run: Run) -> None:
     """
-    The password is in the environment, where other users cannot see it.
+    `psql` starts in AsyncFlow's schema. It gets the password in the environment, where other users
+    cannot see it.
     """
     ended = run("psql", "-Atc", "SELECT count(*) FROM tasks")
 

@@ -28,7 +28,7 @@ def env(database_url: str) -> dict[str, str]:
 
 def test_a_killed_worker_is_started_again(env: dict[str, str], tmp_path: Path) -> None:
     """
-    The others continue meanwhile, and an ERROR is logged.
+    A killed worker is restarted and an ERROR is logged, while the others continue.
     """
     with running("worker", "--processes", "2", folder=tmp_path, env=env) as parent:
         parent.until(STARTED, times=2)
@@ -43,7 +43,7 @@ def test_a_killed_worker_is_started_again(env: dict[str, str], tmp_path: Path) -
 
 def test_workers_that_refuse_to_run_end_their_parent(env: dict[str, str], tmp_path: Path) -> None:
     """
-    Restarting them could not help.
+    Workers that refuse to start are not restarted, which could not help; the parent exits.
     """
     arguments = ("worker", "--processes", "2", "--handlers", "nowhere.tasks")
 
@@ -55,7 +55,7 @@ def test_workers_that_refuse_to_run_end_their_parent(env: dict[str, str], tmp_pa
 
 def test_options_reach_every_worker(env: dict[str, str], tmp_path: Path) -> None:
     """
-    They override the environment, also if they equal the defaults.
+    Options override the environment in every worker, even if they equal the defaults.
     """
     env = {**env, "ASYNCFLOW_WORKER_SLOTS": "3"}
     arguments = ("--processes", "2", "--slots", "10", "--queues", "slow,fast")
@@ -69,7 +69,7 @@ def test_options_reach_every_worker(env: dict[str, str], tmp_path: Path) -> None
 
 def test_workers_end_when_their_parent_is_killed(env: dict[str, str], tmp_path: Path) -> None:
     """
-    They stop gracefully and log it.
+    Workers whose parent is killed stop gracefully and log it.
     """
     with running("worker", "--processes", "2", folder=tmp_path, env=env) as parent:
         parent.until(STARTED, times=2)
@@ -83,7 +83,7 @@ async def test_a_child_that_cannot_be_started_now_is_started_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    A moment without memory or processes is no reason to end the other children.
+    A temporary shortage of memory or processes does not end the other children.
     """
     start = asyncio.create_subprocess_exec
     tries = 0
