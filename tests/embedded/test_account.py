@@ -32,7 +32,7 @@ def account_of(cluster: Cluster) -> str:
 
 
 def test_root_runs_the_server_under_another_account(folder):
-    """The server has an ordinary account, and all of its data belong to that account."""
+    """The server runs as an ordinary user, who owns all of its data."""
     with Cluster(folder / "pg") as cluster:
         owner = pwd.getpwuid((folder / "pg" / "data").stat().st_uid).pw_name
 
@@ -41,7 +41,7 @@ def test_root_runs_the_server_under_another_account(folder):
 
 
 def test_a_folder_that_only_root_may_enter_is_no_obstacle(folder):
-    """Data below a folder like /root can be used, and that folder keeps its permissions."""
+    """A data folder below one like /root works, and the outer folder keeps its permissions."""
     private = folder / "private"
     private.mkdir(mode=0o700)
 
@@ -52,7 +52,7 @@ def test_a_folder_that_only_root_may_enter_is_no_obstacle(folder):
 
 
 def test_a_users_cluster_stays_that_users_under_sudo(folder):
-    """Root runs the server as the owner of its folder, who can use it afterwards."""
+    """Root runs the server as the owner of its folder, who can still use it afterwards."""
     nobody = pwd.getpwnam("nobody")
     theirs = folder / "pg"
     theirs.mkdir(mode=0o700)

