@@ -1,5 +1,5 @@
 """
-A handler's signature is its contract: what it takes, what it refuses, what it publishes.
+A handler's signature is its contract: what it accepts, what it refuses, what it publishes.
 """
 
 import dataclasses
@@ -181,7 +181,7 @@ def test_a_payload_becomes_arguments(
     function: Function, payload: Any, arguments: dict[str, Any]
 ) -> None:
     """
-    Keys are parameters, defaults stay the function's own, types are the annotated ones.
+    Keys become parameters of the annotated types; the function's own defaults apply.
     """
     assert arguments == declared(function).bind(json.dumps(payload))
 
@@ -191,7 +191,7 @@ def test_a_wrong_payload_is_refused_with_its_place(
     function: Function, payload: Any, pointer: str
 ) -> None:
     """
-    The fault's JSON pointer leads to what is wrong, or to where something is missing.
+    The error's JSON pointer leads to the wrong value, or to where one is missing.
     """
     with pytest.raises(InvalidPayload) as refusal:
         declared(function).bind(json.dumps(payload))
@@ -204,7 +204,8 @@ def test_the_schema_allows_what_bind_takes(
     function: Function, payload: Any, arguments: dict[str, Any]
 ) -> None:
     """
-    A submitter that checks against the published schema is not refused in vain.
+    The published schema allows every payload that `bind` accepts, so a check against it refuses no
+    valid task.
     """
     schema = declared(function).payload_schema()
 
@@ -216,7 +217,8 @@ def test_the_schema_refuses_what_bind_refuses(
     function: Function, payload: Any, pointer: str
 ) -> None:
     """
-    What passes the API's check does not fail in the worker.
+    The published schema refuses what `bind` refuses, so a payload that passes the API's check does
+    not fail in the worker.
     """
     schema = declared(function).payload_schema()
 
@@ -245,7 +247,8 @@ json_values = st.recursive(
 )
 def test_schema_and_bind_agree(function: Function, payload: Any) -> None:
     """
-    What the schema allows, bind takes; it takes more only by Pydantic's lax conversions.
+    `bind` accepts everything that the schema allows; it accepts more only through Pydantic's lax
+    conversions.
     """
     handler = declared(function)
     try:
@@ -258,7 +261,7 @@ def test_schema_and_bind_agree(function: Function, payload: Any) -> None:
 
     assert taken or not allowed
     if taken and not allowed:
-        # Lax: true for a number. There are no numbers in strings among the examples.
+        # Lax mode accepts true as a number. The examples have no numbers in strings.
         assert any(isinstance(leaf, bool) for leaf in _leaves(payload))
 
 
@@ -274,7 +277,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("function", [nothing, bare, rest_only, plain, model])
 def test_only_objects_are_payloads(function: Function, payload: Any) -> None:
     """
-    Anything else is refused as a whole.
+    Any payload but an object is refused as a whole.
     """
     with pytest.raises(InvalidPayload) as refusal:
         declared(function).bind(payload)
@@ -284,7 +287,7 @@ def test_only_objects_are_payloads(function: Function, payload: Any) -> None:
 
 def test_an_unknown_key_names_what_the_handler_takes() -> None:
     """
-    The author of a misspelt key sees the right one.
+    The error lists the known keys, so the author of a misspelt one sees the right one.
     """
     with pytest.raises(InvalidPayload, match="the handler takes name, count, tags"):
         declared(plain).bind('{"name": "n", "cuont": 1}')
@@ -292,7 +295,7 @@ def test_an_unknown_key_names_what_the_handler_takes() -> None:
 
 def test_a_refusal_does_not_quote_the_payload() -> None:
     """
-    Payloads may hold secrets, and failures are shown to more people.
+    The error does not quote the payload: payloads may hold secrets, and more people see failures.
     """
     with pytest.raises(InvalidPayload) as refusal:
         declared(plain).bind('{"name": {"password": "s3cret"}}')
@@ -302,7 +305,7 @@ def test_a_refusal_does_not_quote_the_payload() -> None:
 
 def test_the_schema_says_which_dialect_it_is_and_what_is_left_out() -> None:
     """
-    Defaults are published as far as JSON can say them.
+    The schema names its dialect, and publishes the defaults of optional parameters.
     """
     schema = declared(plain).payload_schema()
 
@@ -313,7 +316,8 @@ def test_the_schema_says_which_dialect_it_is_and_what_is_left_out() -> None:
 
 def test_a_default_that_is_no_json_is_left_out_of_the_schema() -> None:
     """
-    A sentinel is the author's own business, and arrives as itself.
+    A default that JSON cannot represent, such as a sentinel, is not published, and the function
+    still gets it.
     """
     sentinel = object()
 
@@ -380,7 +384,8 @@ def final(a: Final[int]): ...  # type: ignore[valid-type]
 )
 def test_a_signature_that_no_payload_fills_is_an_error(function: Function, sentence: str) -> None:
     """
-    At the worker's start, in one sentence for the handler's author: file, function, parameter.
+    One sentence, at the worker's start, names file, function and parameter for the handler's
+    author.
     """
     with pytest.raises(HandlerError, match=sentence) as error:
         declared(function).check()
@@ -396,14 +401,14 @@ def test_a_signature_that_no_payload_fills_is_an_error(function: Function, sente
 )
 def test_a_method_that_needs_no_object_is_a_function(function: Function) -> None:
     """
-    It has one already, or takes none.
+    A bound method, class method or static method counts as a function: it needs no further object.
     """
     assert {"address": "a@b"} == declared(function).bind('{"address": "a@b"}')
 
 
 def test_keys_that_no_parameter_names_can_be_ignored() -> None:
     """
-    Payloads from before or after a change of the signature still run.
+    With `extra="ignore"`, payloads from before or after a change of the signature still run.
     """
     tolerant = Handler(name="sample", function=plain, isolation="thread", extra="ignore")
     empty = Handler(name="sample", function=nothing, isolation="thread", extra="ignore")
@@ -416,7 +421,7 @@ def test_keys_that_no_parameter_names_can_be_ignored() -> None:
 
 def test_the_context_comes_under_any_name() -> None:
     """
-    It is known by its type, and no key of the payload can take its place.
+    The context parameter is recognised by its type, and no key of the payload can replace it.
     """
     marker = cast(Context, object())
 
@@ -427,7 +432,8 @@ def test_the_context_comes_under_any_name() -> None:
 
 def test_handlers_without_types_run_without_pydantic() -> None:
     """
-    A child process that runs simple handlers stays small and starts fast.
+    Handlers without types do not import Pydantic, so a child process that runs them stays small and
+    starts fast.
     """
     code = """
 import sys

@@ -43,7 +43,7 @@ def a_context(
 )
 def test_progress_is_brought_into_range(reported: tuple[Any, ...], received: Progress) -> None:
     """
-    A progress report never fails a task, and PostgreSQL can store it.
+    Any progress report becomes one that PostgreSQL can store; none fails the task.
     """
     reports: list[Progress] = []
 
@@ -54,14 +54,14 @@ def test_progress_is_brought_into_range(reported: tuple[Any, ...], received: Pro
 
 def test_progress_needs_no_listener() -> None:
     """
-    A handler's tests can pass a bare context.
+    Without a listener `progress` does nothing, so a handler's tests can pass a bare context.
     """
     a_context().progress(0.5)
 
 
 def test_time_runs_out_but_never_below_zero() -> None:
     """
-    The deadline is aware, and what remains is measured on the monotonic clock.
+    The deadline has a time zone, and the remaining time ends at zero.
     """
     context = a_context(timeout_seconds=60)
 
@@ -72,7 +72,7 @@ def test_time_runs_out_but_never_below_zero() -> None:
 
 def test_a_request_to_stop_is_seen_once_the_handler_reads_it() -> None:
     """
-    The code that runs the attempt can tell whether the handler knew.
+    `stop_seen` tells the code that runs the attempt whether the handler has seen the request.
     """
     context = a_context()
     context.raise_if_cancelled()
@@ -86,7 +86,7 @@ def test_a_request_to_stop_is_seen_once_the_handler_reads_it() -> None:
 
 def test_outside_of_a_handler_there_is_no_current_context() -> None:
     """
-    The error says what the function is for.
+    Outside a handler `current_context` raises an error that says where it can be called.
     """
     with pytest.raises(LookupError, match="inside handlers only"):
         current_context()
@@ -94,7 +94,7 @@ def test_outside_of_a_handler_there_is_no_current_context() -> None:
 
 async def test_the_sample_task_takes_the_seconds_it_is_given() -> None:
     """
-    It reports progress and tells what it did.
+    The sample task runs for the requested seconds, reports progress, and returns a summary.
     """
     reports: list[Progress] = []
     (sample,) = [h for h in load_handlers([]) if h.name == "sample-task"]
@@ -110,7 +110,7 @@ async def test_the_sample_task_takes_the_seconds_it_is_given() -> None:
 @pytest.mark.parametrize("seconds", ["-1", "3600.1", '"long"', "null"])
 async def test_the_sample_task_refuses_other_payloads(seconds: str) -> None:
     """
-    0 to 3600 seconds.
+    Only 0 to 3600 seconds are valid.
     """
     (sample,) = [h for h in load_handlers([]) if h.name == "sample-task"]
 

@@ -1,5 +1,5 @@
 """
-Modules of handlers load by name or path, or their author learns why not.
+Handler modules are loaded by name or path, or their author learns why not.
 """
 
 import json
@@ -76,7 +76,7 @@ def test_the_built_in_handler_is_always_there(load: Load) -> None:
 
 def test_the_schema_of_the_built_in_handler_is_what_its_signature_says() -> None:
     """
-    It is written out only to spare workers Pydantic.
+    The hard-coded schema, which spares workers the import of Pydantic, equals the generated one.
     """
     sample = load_handlers([]).get("sample-task")
     assert sample is not None
@@ -88,7 +88,8 @@ def test_the_schema_of_the_built_in_handler_is_what_its_signature_says() -> None
 
 def test_a_module_that_logs_through_structlog_logs_as_its_worker_does(tmp_path: Path) -> None:
     """
-    Without asking its context for a logger.
+    A module's own structlog logger writes the worker's log format, without a logger from the
+    context.
     """
     write(tmp_path, mail=LOGGING)
     code = f"""
@@ -111,7 +112,7 @@ load_handlers(["mail"]).get("mail").function()
 @pytest.mark.parametrize("name", ["billing", "billing.py", "./billing.py"])
 def test_a_module_loads_by_name_or_path(load: Load, tmp_path: Path, name: str) -> None:
     """
-    From the current folder, though it is not installed.
+    A module in the current folder loads without being installed.
     """
     write(tmp_path, billing=HANDLER)
 
@@ -120,7 +121,7 @@ def test_a_module_loads_by_name_or_path(load: Load, tmp_path: Path, name: str) -
 
 def test_a_file_in_a_package_keeps_its_relative_imports(load: Load, tmp_path: Path) -> None:
     """
-    It is imported under its dotted name.
+    A file in a package is imported under its dotted name, so its relative imports work.
     """
     (tmp_path / "src/shop").mkdir(parents=True)
     (tmp_path / "src/shop/__init__.py").touch()
@@ -134,7 +135,7 @@ def test_a_file_in_a_package_keeps_its_relative_imports(load: Load, tmp_path: Pa
 
 def test_a_package_that_imports_its_handlers_counts(load: Load, tmp_path: Path) -> None:
     """
-    Whether they are declared in it or below it.
+    A package counts as declaring the handlers of the modules that it imports.
     """
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop/__init__.py").write_text("from . import tasks")
@@ -145,7 +146,7 @@ def test_a_package_that_imports_its_handlers_counts(load: Load, tmp_path: Path) 
 
 def test_naming_a_module_twice_is_no_mistake(load: Load, tmp_path: Path) -> None:
     """
-    By the same name or as a path.
+    A module may be named twice, by name or by path.
     """
     write(tmp_path, billing=HANDLER)
 
@@ -154,7 +155,8 @@ def test_naming_a_module_twice_is_no_mistake(load: Load, tmp_path: Path) -> None
 
 def test_a_missing_module_is_named_with_where_it_was_looked_for(load: Load, tmp_path: Path) -> None:
     """
-    The commonest cause is the wrong current folder.
+    The error lists where the module was searched for: the commonest cause is the wrong current
+    folder.
     """
     answer = load("billing.tasks")
 
@@ -164,7 +166,7 @@ def test_a_missing_module_is_named_with_where_it_was_looked_for(load: Load, tmp_
 
 def test_a_missing_file_is_named_in_full(load: Load, tmp_path: Path) -> None:
     """
-    As it was understood.
+    The error names the absolute path.
     """
     assert f"HandlerError: No such file: {tmp_path}/no/tasks.py." == load("no/tasks.py")
 
@@ -182,7 +184,7 @@ def test_an_import_that_fails_shows_the_authors_own_traceback(
     load: Load, tmp_path: Path, text: str, expected: str
 ) -> None:
     """
-    Their file is its first frame, and nothing of the import machinery.
+    The traceback starts at the author's file, without frames of the import machinery.
     """
     write(tmp_path, billing=text)
 
@@ -195,7 +197,7 @@ def test_an_import_that_fails_shows_the_authors_own_traceback(
 
 def test_a_module_without_handlers_is_an_error(load: Load, tmp_path: Path) -> None:
     """
-    It is most likely the wrong one.
+    A module without handlers is refused, because it is most likely the wrong one.
     """
     write(tmp_path, billing="def greet(): ...")
 
@@ -204,7 +206,8 @@ def test_a_module_without_handlers_is_an_error(load: Load, tmp_path: Path) -> No
 
 def test_a_file_may_have_a_name_that_another_module_has(load: Load, tmp_path: Path) -> None:
     """
-    It is imported under a name made of its path, and the other module keeps its own.
+    A file named like an existing module is imported under a name made from its path, and the other
+    module keeps its own.
     """
     write(tmp_path, json=HANDLER + "import json; json.dumps(1)")
 
@@ -213,7 +216,8 @@ def test_a_file_may_have_a_name_that_another_module_has(load: Load, tmp_path: Pa
 
 def test_files_of_one_name_in_two_folders_load(load: Load, tmp_path: Path) -> None:
     """
-    As `a.tasks` and `b.tasks` do, and naming one of them twice is no mistake.
+    Files with the same name in two folders both load, by path or as `a.tasks` and `b.tasks`, even
+    if named twice.
     """
     write(tmp_path, a__tasks=HANDLER, b__tasks=HANDLER.replace('"greet"', '"leave"'))
 
@@ -225,7 +229,8 @@ def test_a_module_beside_the_handlers_does_not_replace_one_of_pythons_own(
     load: Load, tmp_path: Path
 ) -> None:
     """
-    An `email.py` would break every library that sends mail, and Pydantic.
+    The standard library takes precedence over the folder of the handlers: an `email.py` there would
+    otherwise break Pydantic and every library that sends mail.
     """
     write(
         tmp_path,
@@ -240,7 +245,8 @@ def test_a_module_beside_the_handlers_wins_over_one_that_is_installed(
     load: Load, tmp_path: Path
 ) -> None:
     """
-    The author's `yaml.py` is what their `import yaml` means.
+    The folder of the handlers takes precedence over installed packages: the author's `import yaml`
+    means their own `yaml.py`.
     """
     write(tmp_path, pamqp="NAME = 'greet'")
     write(
@@ -256,7 +262,8 @@ def test_modules_of_handlers_may_be_called_as_one_of_pythons_own(
     load: Load, tmp_path: Path, name: str
 ) -> None:
     """
-    What the operator names is in the current folder first.
+    The modules that the operator names are searched for in the current folder first, even before
+    the standard library.
     """
     write(tmp_path, test__tasks=HANDLER, queue=HANDLER)
 
@@ -265,7 +272,7 @@ def test_modules_of_handlers_may_be_called_as_one_of_pythons_own(
 
 def test_a_signature_that_cannot_be_filled_is_told_at_loading(load: Load, tmp_path: Path) -> None:
     """
-    Not when the first task comes.
+    The error comes at loading, not with the first task.
     """
     write(tmp_path, billing=HANDLER.replace("name: str", "*names"))
 
@@ -274,7 +281,7 @@ def test_a_signature_that_cannot_be_filled_is_told_at_loading(load: Load, tmp_pa
 
 def test_a_type_that_no_json_becomes_is_told_at_loading(load: Load, tmp_path: Path) -> None:
     """
-    In one line with the file, the function and the parameter.
+    The error is one line with the file, the function and the parameter.
     """
     write(tmp_path, billing="class Plain: ..." + HANDLER.replace("name: str", "a: int, b: Plain"))
 
@@ -287,7 +294,7 @@ def test_a_type_that_no_json_becomes_is_told_at_loading(load: Load, tmp_path: Pa
 
 def test_annotations_may_name_classes_from_further_down(load: Load, tmp_path: Path) -> None:
     """
-    They are read once the module is complete.
+    Annotations are resolved once the whole module is loaded.
     """
     later = (
         HANDLER.replace("name: str", "name: 'Name'") + "import enum\nclass Name(enum.Enum): ...\n"

@@ -1,5 +1,5 @@
 """
-Functions become handlers when they are declared soundly and under a name of their own.
+Functions become handlers if their declaration is valid and their name unique.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ def generator():  # fmt: skip
 
 def test_a_handler_is_named_after_its_function() -> None:
     """
-    With hyphens for underscores, as names look in URLs and on command lines.
+    The name has hyphens for underscores, as is usual in URLs and on command lines.
     """
     registry = Registry()
 
@@ -41,7 +41,7 @@ def test_a_handler_is_named_after_its_function() -> None:
 
 def test_a_decorated_function_stays_as_it_was() -> None:
     """
-    It can be called and tested like any other.
+    The decorator returns the function unchanged, so it can be called and tested like any other.
     """
     registry = Registry()
 
@@ -50,7 +50,7 @@ def test_a_decorated_function_stays_as_it_was() -> None:
 
 def test_a_declaration_becomes_the_handlers_policy() -> None:
     """
-    Every argument arrives, and left out ones have the documented defaults.
+    Every argument reaches the handler, and omitted ones have the documented defaults.
     """
     registry = Registry()
     backoff = Backoff(base_seconds=1)
@@ -87,7 +87,7 @@ def test_the_kind_of_function_decides_the_isolation(
     declared: Function, isolation: Any, resulting: str
 ) -> None:
     """
-    Unless its author asks for a process.
+    An `async def` runs in the loop and a `def` in a thread, unless the author asks for a process.
     """
     registry = Registry()
 
@@ -121,7 +121,7 @@ def test_a_contradictory_declaration_is_an_error(
     declared: Function, arguments: dict[str, Any], sentence: str
 ) -> None:
     """
-    At decoration, with the handler's name and what would be right.
+    The decorator raises an error with the handler's name and what would be valid.
     """
     with pytest.raises(HandlerError, match=rf"Handler 'name' \(.*\): .*{sentence}"):
         handler("name", registry=Registry(), **arguments)(declared)
@@ -130,7 +130,7 @@ def test_a_contradictory_declaration_is_an_error(
 @pytest.mark.parametrize("name", ["", "a b", "ä", "a/b", "x" * 129, "a\n"])
 def test_a_name_that_urls_and_queues_cannot_carry_is_an_error(name: str) -> None:
     """
-    The same rule as for tasks and queues.
+    A handler's name follows the same rule as those of tasks and queues.
     """
     with pytest.raises(HandlerError, match="use 1 to 128 of"):
         handler(name, registry=Registry())(function)
@@ -138,7 +138,8 @@ def test_a_name_that_urls_and_queues_cannot_carry_is_an_error(name: str) -> None
 
 def test_two_functions_of_one_name_are_an_error_that_names_both() -> None:
     """
-    Which of them ran would depend on the order of imports.
+    Two functions with the same name are refused: which of them ran would depend on the order of
+    imports.
     """
     registry = Registry()
     handler("name", registry=registry)(function)
@@ -152,7 +153,7 @@ def test_two_functions_of_one_name_are_an_error_that_names_both() -> None:
 
 def test_the_same_function_may_be_added_again() -> None:
     """
-    Importing twice is not a mistake.
+    Adding the same function again is allowed, since a module may be imported twice.
     """
     registry = Registry()
 
@@ -164,7 +165,7 @@ def test_the_same_function_may_be_added_again() -> None:
 
 def test_an_unknown_name_is_no_handler() -> None:
     """
-    Names come from tasks; nothing but the registry is ever asked for them.
+    Names come from tasks, so they are looked up in the registry and nowhere else.
     """
     registry = Registry()
 
@@ -173,7 +174,7 @@ def test_an_unknown_name_is_no_handler() -> None:
 
 def test_a_handlers_exceptions_and_results_reach_its_tests() -> None:
     """
-    The function is called directly, without AsyncFlow.
+    A handler called directly behaves like the plain function, without AsyncFlow.
     """
 
     @handler("direct", registry=Registry())
