@@ -57,7 +57,7 @@ class Stream(io.StringIO):
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     """
-    Receives the lines of a worker; logging is restored afterwards.
+    A stream that receives a worker's log lines; logging is restored afterwards.
     """
     stream = Stream()
     handlers, level = logging.root.handlers[:], logging.root.level
@@ -93,7 +93,7 @@ def settle(number: int = 1, outcome: str = "completed") -> None:
 
 def test_an_event_is_one_json_object(stream: Stream) -> None:
     """
-    Its fields come first, then those of every line.
+    The fields of the event come first, then those common to all lines.
     """
     settle()
 
@@ -112,7 +112,7 @@ def test_an_event_is_one_json_object(stream: Stream) -> None:
 
 def test_the_line_of_a_completed_attempt_has_the_shape_of_all_others(stream: Stream) -> None:
     """
-    It is encoded by other code.
+    The line of a completed attempt, which a faster encoder writes, has the same keys as any other.
     """
     settle(1, outcome="completed")
     settle(1, outcome="released")
@@ -124,7 +124,7 @@ def test_the_line_of_a_completed_attempt_has_the_shape_of_all_others(stream: Str
 
 def test_an_event_without_fields_is_one_as_well(stream: Stream) -> None:
     """
-    It has only the fields of every line.
+    An event without fields is a line with only the common ones.
     """
     events.process_stopped()
 
@@ -133,7 +133,7 @@ def test_an_event_without_fields_is_one_as_well(stream: Stream) -> None:
 
 async def test_the_lines_of_one_turn_of_the_loop_leave_together(stream: Stream) -> None:
     """
-    They leave in order, in one write, without a wait.
+    The lines are written in order, in one write, at the end of the turn.
     """
     for number in range(5):
         settle(number)
@@ -146,7 +146,8 @@ async def test_the_lines_of_one_turn_of_the_loop_leave_together(stream: Stream) 
 
 async def test_a_write_is_never_too_large_for_a_pipe_to_keep_it_whole(stream: Stream) -> None:
     """
-    Several processes may share standard error.
+    No write exceeds the size that a pipe keeps whole, because several processes may share standard
+    error.
     """
     for number in range(100):
         settle(number)
@@ -159,7 +160,7 @@ async def test_a_write_is_never_too_large_for_a_pipe_to_keep_it_whole(stream: St
 
 async def test_a_line_longer_than_that_goes_alone(stream: Stream) -> None:
     """
-    It is not cut.
+    A line above that size is written by itself, in full.
     """
     settle()
     events.chore_failed(chore="reaper", reason="x" * 2 * WRITE_BYTES_MAX)
@@ -170,7 +171,8 @@ async def test_a_line_longer_than_that_goes_alone(stream: Stream) -> None:
 
 async def test_a_warning_does_not_wait_nor_does_what_came_before_it(stream: Stream) -> None:
     """
-    The process may be about to die.
+    A warning is written immediately, together with the lines before it: the process may be about to
+    die.
     """
     settle(1)
     settle(2, outcome="failed")
@@ -180,7 +182,8 @@ async def test_a_warning_does_not_wait_nor_does_what_came_before_it(stream: Stre
 
 async def test_a_line_from_another_thread_does_not_wait(stream: Stream) -> None:
     """
-    Such a thread has no event loop that would write it.
+    A line from another thread is written immediately: that thread has no event loop to write it
+    later.
     """
     await asyncio.to_thread(settle)
 
@@ -189,13 +192,13 @@ async def test_a_line_from_another_thread_does_not_wait(stream: Stream) -> None:
 
 def test_lines_do_not_wait_for_a_loop_that_is_closed(stream: Stream) -> None:
     """
-    The next event loop writes them.
+    Lines left over from a closed event loop are written by the next one.
     """
 
     async def report(number: int) -> None:
         settle(number)
         if number == 1:
-            asyncio.get_running_loop().stop()  # Before the turn at whose end they would go.
+            asyncio.get_running_loop().stop()  # Before the end of the turn.
 
     first = asyncio.new_event_loop()
     stopping = first.create_task(report(1))
@@ -211,7 +214,7 @@ async def test_a_line_says_when_it_happened_and_not_when_it_was_written(
     stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    The time is in UTC, to the microsecond.
+    The timestamp is that of the event, in UTC, to the microsecond.
     """
     monkeypatch.setattr("time.time", lambda: 1_760_000_000.000_25)
     settle()
@@ -225,7 +228,7 @@ def test_what_is_below_the_level_is_not_written(
     stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    A failed task has a higher level than an attempt that ended.
+    Lines below the level are dropped; a failed task has a higher level than an attempt that ended.
     """
     monkeypatch.setattr(sys, "stderr", stream)
     configure_logs(level="warning", log_format="json", process="worker")
@@ -254,7 +257,7 @@ def test_an_error_brings_its_traceback(stream: Stream) -> None:
 
 def test_libraries_speak_in_the_same_way(stream: Stream) -> None:
     """
-    Their records become lines from WARNING up.
+    Records of libraries become lines in our format, from WARNING up.
     """
     logging.getLogger("asyncio").info("quiet")
     try:
@@ -270,7 +273,8 @@ def test_libraries_speak_in_the_same_way(stream: Stream) -> None:
 
 async def test_a_handlers_line_leaves_at_once(stream: Stream) -> None:
     """
-    What it announces may end the process. It contains what was bound to the logger and context.
+    A handler's line is written immediately, since what it announces may end the process. It
+    contains what was bound to the logger and the context.
     """
     logger = logs.log.structlog().bind(task_id="1")
     with structlog.contextvars.bound_contextvars(order=7):
@@ -285,7 +289,8 @@ async def test_a_handlers_line_leaves_at_once(stream: Stream) -> None:
 
 async def test_a_handlers_line_may_hold_anything_and_an_exception(stream: Stream) -> None:
     """
-    Values that JSON cannot represent are shown by their `repr`.
+    A handler may log any value, and an exception; values that JSON cannot represent are shown by
+    their `repr`.
     """
     try:
         raise ValueError("no")
@@ -299,7 +304,7 @@ async def test_a_handlers_line_may_hold_anything_and_an_exception(stream: Stream
 
 def test_whoever_configured_structlog_keeps_it(stream: Stream) -> None:
     """
-    A handler module's configuration is left alone.
+    A handler module's own configuration of structlog is left unchanged.
     """
     heard = []
 
@@ -321,7 +326,7 @@ def an_attempt() -> Iterator[Context]:
     Run a block as a handler's code.
     """
     ours = [each for each in logging.root.handlers if type(each).__module__ == logs.__name__]
-    logging.root.handlers[:] = ours  # Pytest's own cannot print everything.
+    logging.root.handlers[:] = ours  # Pytest's handlers cannot print everything.
     context = Context(a_claim(task_id=TASK_ID, name="count", attempt=2))
     token = CURRENT.set(context)
     yield context
@@ -349,7 +354,7 @@ def test_a_handler_may_log_through_the_standard_module(stream: Stream) -> None:
 
 def test_so_it_may_through_structlog(stream: Stream) -> None:
     """
-    It may use a structlog logger of its own.
+    A handler may use its own structlog logger; the line has the attempt's fields.
     """
     logs.log.adopt_structlog()
     with an_attempt():
@@ -361,7 +366,7 @@ def test_so_it_may_through_structlog(stream: Stream) -> None:
 
 def test_lines_of_libraries_outside_of_an_attempt_name_no_task(stream: Stream) -> None:
     """
-    Outside of an attempt there is no task to name.
+    A library's line from outside an attempt has no fields of a task.
     """
     logging.getLogger("library").info("loaded")
 
@@ -371,7 +376,7 @@ def test_lines_of_libraries_outside_of_an_attempt_name_no_task(stream: Stream) -
 
 def test_levels_of_ones_own_are_the_next_lower_of_ours(stream: Stream) -> None:
     """
-    Custom levels have names that only their library knows.
+    Custom levels are rounded down to a standard one, since only their library knows their names.
     """
     logging.getLogger("library").log(35, "loud")
     logging.getLogger("library").log(99, "louder")
@@ -426,7 +431,7 @@ def any_stream(
     request: pytest.FixtureRequest, stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> Stream:
     """
-    Receives lines in either format.
+    A stream that receives lines in either format.
     """
     structlog.reset_defaults()
     configure_logs(level="info", log_format=request.param, process="worker")
@@ -436,7 +441,7 @@ def any_stream(
 @pytest.mark.parametrize("what", ANYTHING)
 def test_a_handler_may_log_anything(any_stream: Stream, what: str) -> None:
     """
-    Logging never fails a task; the other fields of the line are correct.
+    Whatever a handler logs, the call does not raise, and the other fields of the line are correct.
     """
     with an_attempt() as context:
         context.logger.info("looked", at="stars", found=ANYTHING[what])
@@ -451,7 +456,7 @@ def test_a_handler_may_log_anything(any_stream: Stream, what: str) -> None:
 
 def test_a_line_with_a_field_that_json_cannot_say_is_json(stream: Stream) -> None:
     """
-    The field becomes text.
+    A field that JSON cannot represent becomes text, and the line stays valid JSON.
     """
     with an_attempt() as context:
         context.logger.info("counts", d={("a", 1): 2}, e=float("inf"), f=Unprintable(), g=7)
@@ -464,7 +469,7 @@ def test_a_line_with_a_field_that_json_cannot_say_is_json(stream: Stream) -> Non
 
 def test_an_error_that_cannot_be_printed_may_be_logged(any_stream: Stream) -> None:
     """
-    This works with every logger.
+    An exception whose text raises can be logged through every logger.
     """
     with an_attempt() as context:
         try:
@@ -478,7 +483,8 @@ def test_an_error_that_cannot_be_printed_may_be_logged(any_stream: Stream) -> No
 
 def test_a_stream_that_raises_fails_nobody(any_stream: Stream) -> None:
     """
-    A handler may replace standard error and close its replacement.
+    Logging to a closed stream does not raise: a handler may replace standard error and close the
+    replacement.
     """
     any_stream.close()
     any_stream.write = io.StringIO.write.__get__(any_stream)  # type: ignore[method-assign]
@@ -509,7 +515,7 @@ asyncio.run(main())
     [
         ("sys.exit(3)", ["process.started"]),
         ("asyncio.get_running_loop().stop()", ["process.started"]),
-        # A handler's fork that ends like any program.
+        # A process forked by a handler, which ends like any program.
         ("os.fork() and os.wait(); sys.exit(3)", ["process.started"]),
         (
             "events.worker_stalled(seconds=1, blamed=[], running=0, stack=''); os._exit(70)",
@@ -519,7 +525,8 @@ asyncio.run(main())
 )
 def test_a_line_is_written_once_however_the_process_ends(ending: str, expected: list[str]) -> None:
     """
-    This also holds before the turn of the loop is over.
+    Every line is written exactly once, even if the process ends before the turn of the loop is
+    over.
     """
     program = PROGRAM.format(ending=ending)
 
@@ -533,7 +540,7 @@ def test_a_line_is_written_once_however_the_process_ends(ending: str, expected: 
 
 def test_json_lines_need_no_structlog() -> None:
     """
-    It takes 6 MB, which an idle worker does not need.
+    JSON lines do not import structlog, whose 6 MB an idle worker does not need.
     """
     program = PROGRAM.format(ending='sys.exit("structlog" in sys.modules)')
 
@@ -542,7 +549,7 @@ def test_json_lines_need_no_structlog() -> None:
 
 def test_a_process_that_runs_no_tasks_says_nothing_of_them(stream: Stream) -> None:
     """
-    Only a worker logs a number of running attempts.
+    Only a worker's lines have a number of running attempts.
     """
     events.process_stopping(signal="SIGTERM")
     events.process_stopping(signal="SIGTERM", running=0)
@@ -578,7 +585,8 @@ events.process_stopping(signal="SIGTERM")
 )
 def test_whoever_closes_a_stream_takes_it_from_nobody(deed: str) -> None:
     """
-    Handlers share the standard streams with each other.
+    A handler that closes a standard stream does not close it for others, since all handlers share
+    it.
     """
     program = BROKEN_STREAMS.format(deed=deed, log_format="json")
 
@@ -595,7 +603,7 @@ def test_whoever_closes_a_stream_takes_it_from_nobody(deed: str) -> None:
 )
 def test_a_stream_that_is_gone_fails_nobody(deed: str) -> None:
     """
-    What is written there is dropped.
+    Without standard streams a process runs on, and what it writes there is dropped.
     """
     program = BROKEN_STREAMS.format(deed=deed, log_format="json")
 
@@ -606,7 +614,7 @@ def test_a_stream_that_is_gone_fails_nobody(deed: str) -> None:
 
 def test_what_a_handler_printed_is_there_when_the_process_is_killed() -> None:
     """
-    Each line is written immediately, also into a pipe.
+    What a handler prints is written line by line, even to a pipe, so it survives a kill.
     """
     deed = "print('half', end=' '); print('a line'); os.kill(os.getpid(), 9)"
     program = BROKEN_STREAMS.format(deed=deed, log_format="json")
@@ -626,7 +634,7 @@ for number in range(1000):
 @pytest.mark.parametrize("log_format", ["json", "console"])
 def test_a_process_outlives_a_pipe_that_nobody_reads(log_format: str) -> None:
     """
-    Lines are dropped once the pipe is full, and it waits at most a second for room.
+    Once an unread pipe is full, lines are dropped after at most a second of waiting for room.
     """
     program = BROKEN_STREAMS.format(deed=UNREAD, log_format=log_format)
 

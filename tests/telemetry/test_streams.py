@@ -68,7 +68,7 @@ def report(lost: int) -> str:
 
 def test_what_is_written_arrives(pipe: Pipe) -> None:
     """
-    This includes more than fits into one write.
+    All of the data arrives, even more than fits into one write.
     """
     outlet = Outlet(pipe.writing, room_seconds=ROOM_SECONDS)
 
@@ -79,7 +79,7 @@ def test_what_is_written_arrives(pipe: Pipe) -> None:
 
 def test_what_nobody_reads_is_lost_and_counted(pipe: Pipe) -> None:
     """
-    Once there is room again, the reader learns how much it missed.
+    With the pipe full, writes are dropped; once there is room again, the reader learns how many.
     """
     outlet = Outlet(pipe.writing, report, room_seconds=ROOM_SECONDS)
     pipe.fill()
@@ -95,7 +95,8 @@ def test_only_the_first_write_waits_for_a_reader(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Otherwise a process that logs much would only wait.
+    Only the first write waits for room; otherwise a process that logs a lot would do nothing but
+    wait.
     """
     waits: list[float] = []
 
@@ -122,7 +123,7 @@ def test_only_the_first_write_waits_for_a_reader(
 
 def test_a_pipe_without_a_reader_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    The program behind it has ended.
+    Writing to a pipe whose reader has exited does not raise.
     """
     reading, writing = os.pipe()
     outlet = Outlet(writing)
@@ -135,7 +136,7 @@ def test_a_pipe_without_a_reader_raises_nothing(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_full_disk_raises_nothing() -> None:
     """
-    Logs are worth less than the work.
+    Writing to a full disk does not raise: the work matters more than its logs.
     """
     with open("/dev/full", "wb", buffering=0) as full:
         assert len(LINE) == Outlet(full.fileno()).write(LINE)
@@ -143,7 +144,7 @@ def test_a_full_disk_raises_nothing() -> None:
 
 def test_a_stream_of_ones_own_does_not_make_others_wait_less(pipe: Pipe) -> None:
     """
-    Other processes share the descriptor, and with it whether its writes block.
+    Our stream leaves the descriptor in blocking mode, which other processes share.
     """
     with os.fdopen(os.dup(pipe.writing), "w") as shared:
         own = own_stream(shared, report)
