@@ -1,8 +1,8 @@
 """
-Hand-made histories: what the parties of a run would have recorded about a task, true or false.
+Hand-written histories: what the processes of a run would have recorded about a task, true or false.
 
-A `Story` starts as a complete run of one task that fails once, completes in its second attempt,
-and is read meanwhile. Tests change a line and see what the checker reports.
+A `Story` starts as a complete run of one task that fails once, completes in its second attempt, and
+is read meanwhile. Tests change a line and check what the checker reports.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ PLAN: Line = {
 
 class Story:
     """
-    The lines of a run; times are seconds since its beginning.
+    The recorded lines of a run; times are seconds since its start.
 
     Attributes:
-        onlooker: The onlooker of the judgement; set by `judged`.
+        onlooker: The onlooker that watched the check; set by `judged`.
     """
 
     onlooker: Onlooker
@@ -86,14 +86,14 @@ class Story:
 
     def heartbeats(self, worker: str, *moments: float) -> None:
         """
-        Add a worker's heartbeats; the first one makes it known.
+        Add a worker's heartbeats; the first one registers it.
         """
         for at in moments:
             self.recorded(at, "db.heartbeat", **of_worker(worker))
 
     def gone(self, at: float, worker: str, *, how: str = "lost", silent: float = 2.5) -> Line:
         """
-        Add the end of a worker that was declared dead, or stopped.
+        Record that a worker was declared dead, or stopped (`how`).
         """
         return self.recorded(at, f"db.{how}", silent_micros=int(silent * 1e6), **of_worker(worker))
 
@@ -116,7 +116,7 @@ class Story:
 
     def find(self, what: str, number: int = 0, **fields: Any) -> Line:
         """
-        Return a line to be changed.
+        Find a line, for a test to change.
         """
         return [
             line for line in self.lines if line["what"] == what and fields.items() <= line.items()
@@ -124,7 +124,7 @@ class Story:
 
     def drop(self, what: str, **fields: Any) -> None:
         """
-        Remove lines.
+        Remove all matching lines.
         """
         self.lines = [
             line
@@ -134,7 +134,7 @@ class Story:
 
     def judged(self, folder: Path) -> Judgement:
         """
-        What the checker says.
+        Run the checker on this story and return its verdict.
         """
         for name in ("history", "logs"):
             (folder / name).mkdir()
@@ -152,7 +152,7 @@ class Story:
 
 def of_worker(worker: str) -> Line:
     """
-    What the database knows of a worker.
+    The fields that the database records for a worker.
     """
     return {
         "worker": worker,
@@ -164,7 +164,7 @@ def of_worker(worker: str) -> Line:
 
 def micros(at: float) -> int:
     """
-    A moment by the database's clock.
+    A time on the database's clock, in microseconds.
     """
     return int(at * 1e6) + WALL_MINUS_MONOTONIC
 
@@ -184,7 +184,7 @@ START: Line = {
 
 def a_good_run() -> Story:
     """
-    Everything as it should be.
+    A complete run without a violation.
     """
     story = Story()
     for second in range(8):
@@ -227,7 +227,7 @@ def a_good_run() -> Story:
 
 def a_row(**changes: Any) -> Line:
     """
-    The task as it is at the end.
+    The task's row at the end of the run.
     """
     row: Line = {
         "task": TASK,

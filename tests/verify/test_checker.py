@@ -1,5 +1,5 @@
 """
-The checker against histories made by hand: it passes the true ones and finds the lie in others.
+The checker against hand-written histories: it passes the true ones and finds the lie in the others.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def a_message_left(story: Story) -> None:
 
 
 def hints_that_come_again_and_again(story: Story) -> None:
-    story.find("drained")["redelivered"] = 2  # Of two claims.
+    story.find("drained")["redelivered"] = 2  # There were only two claims.
 
 
 def a_process_that_would_not_stop(story: Story) -> None:
@@ -250,7 +250,7 @@ def test_a_true_history_passes(tmp_path: Path) -> None:
 )
 def test_a_lie_is_found(invariant: str, lie: Change, tmp_path: Path) -> None:
     """
-    It is reported under the invariant that it breaks, perhaps among others.
+    A lie is reported under the invariant that it violates, possibly among others.
     """
     story = a_good_run()
     lie(story)
@@ -263,14 +263,15 @@ def test_a_lie_is_found(invariant: str, lie: Change, tmp_path: Path) -> None:
 
 def test_every_invariant_has_a_lie() -> None:
     """
-    A rule that no test violates may check nothing.
+    Every invariant is violated by some test; otherwise it might check nothing.
     """
     assert set(checker.INVARIANTS) == {invariant for invariant, _ in LIES}
 
 
 def test_a_zombie_that_is_fenced_is_no_violation(tmp_path: Path) -> None:
     """
-    Its worker is declared dead, another completes the task, and what it does later is discarded.
+    A worker that is declared dead may go on: another one completes the task, and what the zombie
+    does later is discarded.
     """
     story = a_good_run()
     lost = story.find("db.move", old="running", new="pending")
@@ -296,7 +297,7 @@ def test_a_zombie_that_is_fenced_is_no_violation(tmp_path: Path) -> None:
 )
 def test_a_run_that_proves_nothing_is_invalid(change: Change, tmp_path: Path) -> None:
     """
-    Although nothing is wrong with it, it has not passed.
+    A run without violations is still invalid if a planned fault or its end is missing.
     """
     story = a_good_run()
     change(story)
@@ -320,7 +321,7 @@ def test_a_fault_that_missed_proves_nothing(tmp_path: Path) -> None:
 
 def test_a_violation_comes_with_the_story_of_its_task(tmp_path: Path) -> None:
     """
-    It shows clients, database and handlers in one order, for people.
+    The timeline shows clients, database and handlers in one order, in readable form.
     """
     story = a_good_run()
     a_result_of_another_lease(story)
@@ -336,7 +337,7 @@ def test_a_violation_comes_with_the_story_of_its_task(tmp_path: Path) -> None:
 
 def test_the_checker_reads_files_and_nothing_else(tmp_path: Path) -> None:
     """
-    It imports nothing of AsyncFlow, runs by itself, and stays short enough to be read.
+    The checker imports nothing of AsyncFlow, runs standalone, and stays short enough to be read.
     """
     file = Path(checker.__file__)
     imported = {
@@ -360,7 +361,7 @@ def test_the_checker_reads_files_and_nothing_else(tmp_path: Path) -> None:
 
 def test_the_checkers_table_is_ours() -> None:
     """
-    The table is written twice on purpose; this test compares the two.
+    The checker has its own copy of the transition table on purpose; this test compares the two.
     """
     moves = {
         (str(state), str(target))

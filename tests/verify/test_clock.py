@@ -1,5 +1,5 @@
 """
-Clocks that are wrong: what AsyncFlow reads really is shifted, and the nemesis can tell.
+Wrong clocks: the time that AsyncFlow reads really is shifted, and the nemesis can verify it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from asyncflow.verify.process import READ_THE_CLOCK_AS_DATETIME
 
 HOUR = 3_600.0
 PATIENCE_SECONDS = 600.0
-"""However slow the machine is, this is not an hour."""
+"""Far more than any slow machine needs, and far less than an hour."""
 
 READ_EVERY_CLOCK = """
 import sys
@@ -38,7 +38,8 @@ print(api.datetime.fromisoformat(_timestamp()).timestamp())
 
 def test_what_a_process_reads_is_shifted(tmp_path: Path) -> None:
     """
-    This covers `time.time`, the time in a new task's id, the API's clock, and that of log lines.
+    The shift applies to `time.time`, the time in a new task's id, the API's clock, and the
+    timestamps of log lines.
     """
     clock = Clock(tmp_path / "clock")
     clock.set(HOUR)
@@ -54,7 +55,7 @@ def test_what_a_process_reads_is_shifted(tmp_path: Path) -> None:
 
 def test_a_clock_can_jump_while_its_process_runs(tmp_path: Path) -> None:
     """
-    It can jump forward and back repeatedly.
+    The clock of a running process can jump forward and back repeatedly.
     """
     clock = Clock(tmp_path / "clock")
     code = (
@@ -80,7 +81,7 @@ def test_a_clock_can_jump_while_its_process_runs(tmp_path: Path) -> None:
 
 def test_nothing_reads_a_clock_that_cannot_be_shifted() -> None:
     """
-    Modules that call `datetime.now` are on the list, and others call `time` by its full name.
+    Modules that call `datetime.now` are listed, and no module imports functions from `time`.
     """
     source = Path(asyncflow.__file__).parent
     asks_datetime, holds_functions = set(), set()

@@ -1,5 +1,5 @@
 """
-What a run reports besides its verdict, computed from histories made by hand.
+What a run reports besides its verdict, computed from hand-written histories.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def a_run_with_a_loss(kind: str = "kill-worker") -> Story:
 
 def figures_of(story: Story, folder: Path) -> dict[str, Any]:
     """
-    The figures of a run that must have no violations.
+    The figures of a story, which must have no violations.
     """
     verdict = story.judged(folder)
     assert [] == verdict.violations
@@ -42,7 +42,7 @@ def figures_of(story: Story, folder: Path) -> dict[str, Any]:
 
 def test_recovery_counts_from_the_moment_a_worker_was_hit(tmp_path: Path) -> None:
     """
-    They end when its task starts again.
+    Recovery is measured from the fault to the release of the task, and to its next start.
     """
     [rerun] = figures_of(a_run_with_a_loss(), tmp_path)["reruns"]
 
@@ -53,7 +53,8 @@ def test_recovery_counts_from_the_moment_a_worker_was_hit(tmp_path: Path) -> Non
 
 def test_recovery_is_attributed_to_the_fault_that_caused_it(tmp_path: Path) -> None:
     """
-    An earlier or later fault on its process does not count, nor one on another process.
+    The recovery names the fault that hit the worker, not an earlier or later one, nor one on
+    another process.
     """
     story = a_run_with_a_loss("pause")
     story.fault("kill-worker", 0.2, 0.3)
@@ -67,7 +68,7 @@ def test_recovery_is_attributed_to_the_fault_that_caused_it(tmp_path: Path) -> N
 
 def test_a_loss_without_a_fault_says_nothing_about_recovery(tmp_path: Path) -> None:
     """
-    The worker sent heartbeats long after the only fault that hit it.
+    A worker that sent heartbeats long after its only fault was not lost because of it.
     """
     story = a_run_with_a_loss()
     for line in story.lines:
@@ -79,7 +80,7 @@ def test_a_loss_without_a_fault_says_nothing_about_recovery(tmp_path: Path) -> N
 
 def test_recovery_during_an_outage_of_postgresql_is_reported_separately(tmp_path: Path) -> None:
     """
-    It says how long the outage was, not how fast AsyncFlow is.
+    Recovery during an outage is reported separately: it measures the outage, not AsyncFlow.
     """
     story = a_run_with_a_loss()
     story.fault("postgres-crash", 1.35, 1.4)
@@ -91,7 +92,7 @@ def test_recovery_during_an_outage_of_postgresql_is_reported_separately(tmp_path
 
 def test_a_task_that_has_to_wait_says_nothing_about_recovery(tmp_path: Path) -> None:
     """
-    It had failed before, and its backoff makes it wait.
+    A task that is in backoff after an earlier failure does not count as a recovery.
     """
     story = a_run_with_a_loss()
     story.find("db.move", old="running", new="pending")["run_at"] += 100_000
@@ -101,7 +102,7 @@ def test_a_task_that_has_to_wait_says_nothing_about_recovery(tmp_path: Path) -> 
 
 def test_wasted_executions_are_counted(tmp_path: Path) -> None:
     """
-    The attempt of the worker that was hit counts, and no other.
+    The attempt of the lost worker counts as wasted, and no other.
     """
     found = figures_of(a_run_with_a_loss(), tmp_path)
 
@@ -111,7 +112,8 @@ def test_wasted_executions_are_counted(tmp_path: Path) -> None:
 
 def test_only_an_attempt_whose_lease_was_taken_away_counts_as_fenced(tmp_path: Path) -> None:
     """
-    One that its worker called void although its outcome was recorded does not.
+    An attempt counts as fenced only if its lease was reaped, not if its outcome was recorded and
+    its worker called it void.
     """
     story = a_run_with_a_loss()
     void = {"event": "attempt.void", "task_id": TASK}

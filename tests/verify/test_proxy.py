@@ -1,5 +1,5 @@
 """
-The wire between a process and a server: what is lost on it is lost, and the connection with it.
+The proxy between a process and a server: it loses requests or answers, and breaks the connection.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from asyncflow.verify.proxy import Proxy
 
 class Server:
     """
-    A server that answers every line with `done`, and remembers it.
+    A server that records every line and answers it with `done`.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Server:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """
-        Serve one connection to its end.
+        Serve one connection until it ends.
         """
         while line := await reader.readline():
             self.asked.append(line)
@@ -72,7 +72,7 @@ class Client:
 
     async def close(self) -> None:
         """
-        End it, if it has not ended.
+        Close the connection, if it is open.
         """
         self._writer.close()
         with contextlib.suppress(ConnectionError):
@@ -85,7 +85,7 @@ Connect = Callable[[], Awaitable[Client]]
 @pytest.fixture
 async def connect(proxy: Proxy) -> AsyncIterator[Connect]:
     """
-    Reaches the server through the proxy.
+    Connects clients to the server through the proxy.
     """
     clients: list[Client] = []
 
@@ -118,7 +118,7 @@ async def test_what_was_asked_is_done_when_the_answer_is_lost(
     server: Server, proxy: Proxy, connect: Connect
 ) -> None:
     """
-    The client does not learn of it.
+    A request whose answer is lost is executed, and the client does not learn of it.
     """
     client = await connect()
     proxy.lose(answers=True)
@@ -131,7 +131,7 @@ async def test_what_was_asked_is_done_when_the_answer_is_lost(
 
 async def test_a_connection_that_lost_nothing_goes_on(proxy: Proxy, connect: Connect) -> None:
     """
-    The fault ends for all connections.
+    Once the fault ends, a connection that lost nothing works normally.
     """
     client = await connect()
     proxy.lose(answers=False)
@@ -145,7 +145,7 @@ async def test_a_forgotten_connection_drops_everything_silently(
     server: Server, proxy: Proxy, connect: Connect
 ) -> None:
     """
-    The client waits; new connections work.
+    On a forgotten connection the client gets no answer and no error; new connections work.
     """
     client = await connect()
     assert 1 == proxy.forget()

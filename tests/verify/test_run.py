@@ -1,8 +1,8 @@
 """
-Whole runs of `asyncflow verify`: of AsyncFlow as it is, and with known bugs in it.
+Whole runs of `asyncflow verify`: of AsyncFlow as it is, and with planted bugs.
 
-They are short. `bin/test` runs two bugs; ``ASYNCFLOW_TEST_MUTANTS=all`` runs every one, or those
-that it names, separated by commas.
+The runs are short. `bin/test` runs two bugs; ``ASYNCFLOW_TEST_MUTANTS=all`` runs every one, and a
+comma-separated list selects some.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ON_RABBITMQ = [name for name in WANTED if MUTANTS[name].engine == "rabbitmq"]
 
 def verify(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     """
-    Exit status and output of a run whose histories go to `folder`.
+    Run `asyncflow verify` with its histories in `folder`; return the exit status and the output.
     """
     done = subprocess.run(
         [sys.executable, "-m", "asyncflow", "verify", "--output", str(folder), *arguments],
@@ -61,7 +61,8 @@ def test_a_short_run_passes(tmp_path: Path) -> None:
 
 def test_a_short_run_on_a_given_rabbitmq_passes(broker: Broker, tmp_path: Path) -> None:
     """
-    It is erased while processes are killed, and the run leaves nothing behind in it.
+    The broker is wiped and processes are killed during the run, which leaves nothing behind on the
+    broker.
     """
     before = broker.api("GET", "vhosts")
     faults = "kill,broker-erase,reset-broker"
@@ -77,7 +78,7 @@ def test_a_short_run_on_a_given_rabbitmq_passes(broker: Broker, tmp_path: Path) 
 
 def given(broker: Broker) -> list[str]:
     """
-    The options that name a broker.
+    The options for a given broker.
     """
     return ["--broker-url", broker.url, "--management-url", broker.management_url]
 
@@ -95,15 +96,15 @@ if ON_RABBITMQ:
     @pytest.mark.parametrize("name", ON_RABBITMQ)
     def test_a_known_bug_with_rabbitmq_is_found(name: str, broker: Broker, tmp_path: Path) -> None:
         """
-        Of the engine that only RabbitMQ brings into play.
+        One run finds a bug in the code that only RabbitMQ uses.
         """
         look_for(name, tmp_path, *given(broker))
 
 
 def look_for(name: str, folder: Path, *arguments: str) -> None:
     """
-    Run with a known bug, which must be reported as a violation. Some violations are not about a
-    single task, such as a batch that is stored in part.
+    Run with a planted bug, which must be reported as a violation. A violation that is not about a
+    single task, such as a partly stored batch, has no timeline.
     """
     status, output = verify(folder / "run", "--seed", "1", "--mutant", name, *arguments)
 
@@ -115,7 +116,7 @@ def look_for(name: str, folder: Path, *arguments: str) -> None:
 
 def test_there_are_a_dozen_known_bugs() -> None:
     """
-    Each can be exposed by faults that exist.
+    There are at least a dozen planted bugs, and the faults that expose them exist.
     """
     assert len(MUTANTS) >= 12
     assert {kind for mutant in MUTANTS.values() for kind in mutant.faults} <= set(FAULTS)
@@ -126,7 +127,7 @@ def test_there_are_a_dozen_known_bugs() -> None:
 )
 def test_what_does_not_exist_is_refused(argument: str, value: str, tmp_path: Path) -> None:
     """
-    The sentence lists the names that exist.
+    The error lists the valid names.
     """
     status, output = verify(tmp_path / "run", argument, value)
 
@@ -136,7 +137,7 @@ def test_what_does_not_exist_is_refused(argument: str, value: str, tmp_path: Pat
 
 def test_a_machine_without_rabbitmq_is_told_what_would_help(tmp_path: Path) -> None:
     """
-    The sentence names both ways to provide one.
+    Without RabbitMQ, the error names both ways to provide one.
     """
     status, output = verify(tmp_path / "run", "--engine", "rabbitmq", PATH=str(tmp_path))
 
@@ -154,7 +155,7 @@ def test_a_machine_without_rabbitmq_is_told_what_would_help(tmp_path: Path) -> N
 )
 def test_a_broker_that_cannot_be_used_is_refused(url: str, fact: str, tmp_path: Path) -> None:
     """
-    The sentence says what is wrong with it.
+    The error says why the broker cannot be used.
     """
     status, output = verify(
         tmp_path / "run", "--broker-url", url, "--management-url", "http://127.0.0.1:1"
@@ -166,7 +167,7 @@ def test_a_broker_that_cannot_be_used_is_refused(url: str, fact: str, tmp_path: 
 
 def test_a_broker_that_refuses_its_user_is_refused(broker: Broker, tmp_path: Path) -> None:
     """
-    The sentence names the user and the response.
+    The error names the user and the response.
     """
     host = broker.url.rpartition("@")[2]
     status, output = verify(
