@@ -1,5 +1,5 @@
 """
-How the benchmark suite reads its raw lines. What it measures is not tested here.
+How the benchmark suite reads its raw result lines. The measurements are not tested here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FAILED: dict[str, Any] = {"error": "TimeoutError()"}
 
 def a_line(system: str, *, repetition: int = 1, **values: Any) -> dict[str, Any]:
     """
-    A drain.
+    A result line of the drain scenario.
     """
     return {
         "scenario": "drain",
@@ -31,7 +31,7 @@ def a_line(system: str, *, repetition: int = 1, **values: Any) -> dict[str, Any]
 
 def test_a_run_that_was_cut_short_knows_what_it_has(tmp_path: Path) -> None:
     """
-    Continuing measures only what is missing or failed.
+    A continued run only repeats measurements that are missing or failed.
     """
     raw = tmp_path / "raw.jsonl"
     written = [a_line("asyncflow", per_second=2.0), a_line("asyncflow", repetition=2, **FAILED)]
@@ -47,7 +47,7 @@ def test_a_run_that_was_cut_short_knows_what_it_has(tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_begun_has_nothing(tmp_path: Path) -> None:
     """
-    A missing file is not an error.
+    Without a file of raw lines there are no results, and no error.
     """
     lines = read_lines(tmp_path / "raw.jsonl")
 
@@ -56,7 +56,7 @@ def test_a_run_that_has_not_begun_has_nothing(tmp_path: Path) -> None:
 
 def test_a_failure_that_was_made_up_for_is_not_reported() -> None:
     """
-    A failure without a later success is.
+    A failure is reported only if no later success replaces it.
     """
     lines = Lines(
         [
@@ -71,7 +71,7 @@ def test_a_failure_that_was_made_up_for_is_not_reported() -> None:
 
 def test_every_target_is_listed_whatever_was_measured() -> None:
     """
-    Targets without a measurement say so; the others have a verdict.
+    Every target is listed, with a verdict or as not measured.
     """
     nothing = list(targets(Lines([])))
     something = Lines(

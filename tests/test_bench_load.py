@@ -29,7 +29,7 @@ def no_wrk(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def serving(*, requests_max: int) -> Iterator[str]:
     """
-    Answer a number of requests on each connection, then close it; yields the server's URL.
+    Run a server that closes each connection after some requests; yields its URL.
     """
 
     class Answering(socketserver.StreamRequestHandler):
@@ -56,7 +56,7 @@ def serving(*, requests_max: int) -> Iterator[str]:
 
 def test_the_load_is_measured_without_wrk() -> None:
     """
-    Every response counts, and the report names the generator.
+    The report counts every response, and names the generator.
     """
     with serving(requests_max=1_000_000) as url:
         answers = post_for(0.2, url, b"{}", connections=2)
@@ -68,7 +68,7 @@ def test_the_load_is_measured_without_wrk() -> None:
 
 def test_a_server_that_closes_connections_ends_the_measurement() -> None:
     """
-    It fails instead of waiting for an answer that never comes.
+    The measurement fails instead of waiting for an answer that never comes.
     """
     with serving(requests_max=3) as url:
         with pytest.raises(subprocess.CalledProcessError):

@@ -48,7 +48,7 @@ DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
 
 def default_of(name: str) -> str:
     """
-    A setting's default as a person writes it; empty if there is none.
+    A setting's default in the notation of the docs; empty if there is none.
     """
     value = DEFAULTS[name]
     if value is None or value == ():
@@ -60,7 +60,7 @@ def default_of(name: str) -> str:
 
 def range_of(name: str) -> str:
     """
-    The bounds of a number.
+    The range of a numeric setting.
     """
     reader = get_type_hints(Settings, include_extras=True)[name].__metadata__[0]
     return f"{reader.low} … {reader.high}" if isinstance(reader, Range) else ""
@@ -84,7 +84,7 @@ def test_the_example_of_an_environment_lists_every_setting_with_its_default() ->
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_the_table_of_settings_is_true(name: str) -> None:
     """
-    Names, defaults and the ranges of numbers are compared.
+    The table has every setting with its default and, for a number, its range.
     """
     row = re.search(rf"^\| `{PREFIX}{name.upper()}` \|([^|]*)\|([^|]*)\|", OPERATIONS, re.M)
 
@@ -97,7 +97,7 @@ def test_the_table_of_settings_is_true(name: str) -> None:
 @pytest.mark.parametrize(("page", "name"), in_pages(rf"\b({PREFIX}[A-Z][A-Z_]+)\b"))
 def test_a_setting_that_is_mentioned_exists(page: Path, name: str) -> None:
     """
-    This covers all pages.
+    Every setting that a page mentions exists.
     """
     known = {PREFIX + field.upper() for field in DEFAULTS}
 
@@ -113,7 +113,7 @@ def test_a_setting_that_is_mentioned_exists(page: Path, name: str) -> None:
 )
 def test_a_command_that_is_mentioned_exists(page: Path, line: str) -> None:
     """
-    Its options are checked as well.
+    Every command that a page mentions exists, with its options.
     """
     words = shlex.split(line.replace("bin/dev", "asyncflow dev"), comments=True)[1:]
     command = [word for word in words if re.fullmatch("[a-z]+", word)][:2]
@@ -128,7 +128,7 @@ def test_a_command_that_is_mentioned_exists(page: Path, line: str) -> None:
 
 def test_the_operators_page_names_every_option_and_no_other() -> None:
     """
-    Options are found wherever the page mentions them.
+    The page names every option of every command, and no other.
     """
     named = set(re.findall(r"`[^`\n]*?(--[a-z-]+)", OPERATIONS))
 
@@ -151,7 +151,7 @@ def options_of(command: Any) -> Iterator[str]:
 
 def test_the_list_of_log_events_is_true() -> None:
     """
-    It has every event with its level, and no other.
+    The list has every event with its level, and no other.
     """
     found: dict[str, set[str]] = {}
     for node in ast.walk(ast.parse(EVENTS.read_text())):
@@ -177,7 +177,7 @@ def test_an_example_runs_and_its_handlers_can_be_loaded(
     page: Path, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Examples are working code.
+    Every Python example runs, and its handlers pass the worker's checks.
     """
     registry = Registry()
     monkeypatch.setattr("asyncflow.handlers.registry.DEFAULT_REGISTRY", registry)
@@ -192,7 +192,7 @@ def test_an_example_runs_and_its_handlers_can_be_loaded(
 @pytest.mark.parametrize(("page", "line"), in_pages(r"^(curl -X POST(?:[^\n]*\\\n)*[^\n]*)$"))
 def test_a_curl_line_submits_a_task(page: Path, line: str) -> None:
     """
-    Address and body are those that `asyncflow dev` accepts.
+    Every curl line has an address and a body that `asyncflow dev` accepts.
     """
     words = shlex.split(line)
     body = json.loads(words[words.index("-d") + 1])
@@ -205,7 +205,7 @@ def test_a_curl_line_submits_a_task(page: Path, line: str) -> None:
 @pytest.mark.parametrize(("page", "target"), in_pages(r"\]\(([^)#:]+)(?:#[^)]*)?\)"))
 def test_a_link_leads_somewhere(page: Path, target: str) -> None:
     """
-    Links inside the repository are checked.
+    Every link to a file of the repository leads to one.
     """
     assert (page.parent / target).exists()
 
@@ -213,7 +213,7 @@ def test_a_link_leads_somewhere(page: Path, target: str) -> None:
 @pytest.mark.parametrize(("page", "name"), in_pages(r"`(\w+/test_\w+\.py::test_\w+)`"))
 def test_a_guarantee_has_the_test_it_names(page: Path, name: str) -> None:
     """
-    A guarantee without a test is not one.
+    Every test that a page names exists.
     """
     path, _, function = name.partition("::")
 
@@ -222,7 +222,7 @@ def test_a_guarantee_has_the_test_it_names(page: Path, name: str) -> None:
 
 def test_every_guarantee_names_a_test() -> None:
     """
-    The sections of the contract, all of them but the last, which promises nothing.
+    Every section of the contract names a test, except the one that promises nothing.
     """
     sections = (ROOT / "docs" / "guarantees.md").read_text().split("\n## ")[1:]
 

@@ -1,5 +1,5 @@
 """
-The error tree: complete, drawn as it is, and in agreement with the published problems.
+The error tree is complete, matches its drawing, and agrees with the published problems.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MODULES = [
 
 def test_every_error_is_in_the_one_file() -> None:
     """
-    No module declares an error of its own; a reader finds them all in `errors`.
+    Every error class is in `errors`; no other module declares one.
     """
     for name in _MODULES:
         importlib.import_module(name)
@@ -64,7 +64,8 @@ def test_errors_agree_with_the_published_problems(error: type) -> None:
 
 def test_exit_statuses() -> None:
     """
-    1 means try again later, 2 wrong as it stands, 3 not found, 70 a worker without free slots.
+    Exit status 1 means try again later, 2 invalid as it stands, 3 not found, 70 a worker without
+    free slots.
     """
     expected: dict[type[AsyncFlowError], int] = {
         StoreUnavailable: 1,
@@ -82,7 +83,7 @@ def test_exit_statuses() -> None:
 @pytest.mark.parametrize("seconds", [-1, float("nan"), 86_400 * 365 + 1])
 def test_a_retry_waits_at_most_a_year(seconds: float) -> None:
     """
-    The sentence says what would have worked.
+    A longer delay is refused, and the error says what would have worked.
     """
     with pytest.raises(ValueError, match=r"must be between 0 and 31,536,000"):
         Retry(after_seconds=seconds)

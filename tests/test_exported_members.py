@@ -1,5 +1,5 @@
 """
-`import asyncflow` offers what it documents, and costs nothing until something is used.
+`import asyncflow` offers what it documents, and costs almost nothing until something is used.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import asyncflow
 @pytest.mark.parametrize("name", asyncflow.__all__)
 def test_every_exported_name_exists(name: str) -> None:
     """
-    It exists under the documented name.
+    Every exported name can be imported.
     """
     assert getattr(asyncflow, name) is not None
 
 
 def test_exported_names_are_sorted_and_listed_by_dir() -> None:
     """
-    Completion in an editor or a shell finds them.
+    `dir` lists the exported names, so that completion in an editor or a shell finds them.
     """
     assert sorted(asyncflow.__all__) == asyncflow.__all__
     assert set(asyncflow.__all__) <= set(dir(asyncflow))
@@ -30,7 +30,7 @@ def test_exported_names_are_sorted_and_listed_by_dir() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     """
-    `hasattr` depends on that.
+    An unknown name raises AttributeError, on which `hasattr` depends.
     """
     with pytest.raises(AttributeError, match="'asyncflow' has no attribute 'job'"):
         _ = asyncflow.job
@@ -38,7 +38,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_importing_the_package_imports_nothing_else() -> None:
     """
-    A web application that only needs an error class does not pay for a worker.
+    Importing the package loads none of its modules: a web application that only needs an error
+    class does not pay for a worker.
     """
     code = "import sys, asyncflow; print(*[m for m in sys.modules if m.startswith('asyncflow')])"
     printed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -1,7 +1,7 @@
 """
 The rules of this repository that no linter checks.
 
-A list of exceptions names what breaks a rule today. It may shrink and must not grow.
+Lists of exceptions name what breaks a rule today. They may shrink but must not grow.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from tests.support.choice import NOT_QUICK, SLOW
 REPOSITORY = Path(__file__).parents[1]
 SOURCE = REPOSITORY / "src" / "asyncflow"
 
-# A forked process has to find modules in its folder, as a process that is started does.
+# A forked process must find modules in its folder, as a newly started one does.
 MAY_CHANGE_SYS_PATH = {"tests/support/forked.py"}
 
 PATCHED_CONSTANTS = {
-    # The program as another version of it would be, and as a mistake would make it.
+    # The program as another version of it, or with a planted mistake.
     "tests/store/test_migrations.py": 4,
     "tests/store/test_model.py": 1,
     "tests/test_docs.py": 1,
-    # A listener that reconnects sooner: a transport makes its own.
+    # A listener that reconnects sooner; the transport creates its own, so no argument reaches it.
     "tests/acceptance/test_what_is_taken_away.py": 1,
 }
 """How many patches of our own constants a file may have."""
@@ -53,7 +53,7 @@ def parsed(file: Path) -> ast.Module:
 
 def name_of(file: Path) -> str:
     """
-    The path of a file from the top of the repository.
+    The path of a file relative to the repository's root.
     """
     return file.relative_to(REPOSITORY).as_posix()
 
@@ -104,7 +104,7 @@ def is_sys_path(target: ast.expr) -> bool:
 
 def test_no_test_patches_a_constant_of_ours() -> None:
     """
-    What a test needs different, a timeout above all, is an argument of a constructor.
+    A value that a test needs to change, such as a timeout, is a constructor argument instead.
     """
     patched = {name_of(file): list(patched_constants(parsed(file))) for file in files("tests")}
 
@@ -135,7 +135,7 @@ def patched_constants(tree: ast.Module) -> Iterator[str]:
 
 def test_no_two_public_classes_have_one_name() -> None:
     """
-    One name, one meaning, everywhere in the product.
+    A class name has one meaning throughout the product.
     """
     places = defaultdict(list)
     for file in files("src"):
@@ -149,7 +149,8 @@ def test_no_two_public_classes_have_one_name() -> None:
 
 def test_what_a_quick_run_leaves_out_exists() -> None:
     """
-    A file or test that was renamed is not silently run with the quick ones again.
+    The list of what a quick run leaves out has no stale names, which would bring a renamed file or
+    test back into it.
     """
     tests = REPOSITORY / "tests"
     for name in NOT_QUICK:

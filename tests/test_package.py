@@ -1,5 +1,5 @@
 """
-The contents of the wheel that no import would miss.
+Contents of the wheel whose absence no import would reveal.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_type_checkers_may_use_our_types(wheel: zipfile.ZipFile) -> None:
     """
-    Without the marker, mypy treats `import asyncflow` as untyped (PEP 561).
+    The wheel contains `py.typed`; without it, mypy treats `import asyncflow` as untyped (PEP 561).
     """
     assert "asyncflow/py.typed" in wheel.namelist()
 
 
 def test_a_server_installs_no_embedded_postgresql(wheel: zipfile.ZipFile) -> None:
     """
-    It is 41 MB, and only `asyncflow dev` and `asyncflow verify` use it.
+    The embedded PostgreSQL is optional: it is 41 MB, and only `asyncflow dev` and `asyncflow
+    verify` use it.
     """
     (name,) = [name for name in wheel.namelist() if name.endswith("METADATA")]
     needed = message_from_bytes(wheel.read(name)).get_all("Requires-Dist") or []

@@ -1,5 +1,5 @@
 """
-Settings are read once, validated, and refused by name.
+Settings are read once and validated; errors name the setting.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def complaint(monkeypatch: pytest.MonkeyPatch, **environment: str) -> list[str]:
     """
-    The sentences about an invalid environment.
+    The error for an invalid environment.
     """
     for name, value in environment.items():
         monkeypatch.setenv(PREFIX + name, value)
@@ -40,7 +40,7 @@ def complaint(monkeypatch: pytest.MonkeyPatch, **environment: str) -> list[str]:
 
 def test_everything_has_a_default() -> None:
     """
-    A newcomer need not set anything.
+    Every setting has a default, so a newcomer need not set anything.
     """
     settings = load_settings()
 
@@ -53,7 +53,7 @@ def test_the_environment_wins_over_the_file_and_the_caller_over_both(
     monkeypatch: pytest.MonkeyPatch, bare_environment: Path
 ) -> None:
     """
-    The order is command line, environment, `.env`, default.
+    The order of precedence is command line, environment, `.env`, default.
     """
     (bare_environment / ".env").write_text(
         f"{PREFIX}API_PORT=1\n{PREFIX}WORKER_SLOTS=2\n{PREFIX}RETENTION_DAYS=3\nOTHER=x\n"
@@ -72,7 +72,7 @@ def test_the_environment_wins_over_the_file_and_the_caller_over_both(
 
 def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Compose files write it like that.
+    An empty variable counts as not set, because Compose files write unset ones like that.
     """
     monkeypatch.setenv(f"{PREFIX}DATABASE_URL", "")
     monkeypatch.setenv(f"{PREFIX}API_PORT", "")
@@ -89,7 +89,7 @@ def test_names_are_a_comma_separated_list(
     monkeypatch: pytest.MonkeyPatch, text: str, expected: tuple[str, ...]
 ) -> None:
     """
-    Spaces, empty parts and repetitions do not matter.
+    Names are separated by commas; spaces, empty parts and repetitions are ignored.
     """
     monkeypatch.setenv(f"{PREFIX}WORKER_QUEUES", text)
 
@@ -133,7 +133,7 @@ def test_a_wrong_value_is_one_sentence_that_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     """
-    Each mistake has its own sentence.
+    A wrong value is reported in one sentence that names the variable.
     """
     (sentence,) = complaint(monkeypatch, **{name: value})
 
@@ -180,7 +180,7 @@ def test_a_complaint_says_what_would_have_worked(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
 ) -> None:
     """
-    It does not repeat the value.
+    The error says what is valid and does not repeat the value.
     """
     assert [f"{PREFIX}{name}: {sentence}"] == complaint(monkeypatch, **{name: value})
 
@@ -205,7 +205,8 @@ def test_a_root_path_has_no_slash_at_its_end(
     monkeypatch: pytest.MonkeyPatch, text: str, expected: str
 ) -> None:
     """
-    It can be put in front of a path; a slash alone means no root path.
+    A trailing slash is removed, so the root path can be put in front of any path; a slash alone
+    means no root path.
     """
     monkeypatch.setenv(f"{PREFIX}API_ROOT_PATH", text)
 
@@ -220,7 +221,7 @@ def test_yes_and_no_have_many_words(
     monkeypatch: pytest.MonkeyPatch, text: str, expected: bool
 ) -> None:
     """
-    Their case does not matter.
+    Booleans accept the usual words, in any case.
     """
     monkeypatch.setenv(f"{PREFIX}DATABASE_POOLER", text)
 
@@ -229,7 +230,8 @@ def test_yes_and_no_have_many_words(
 
 def test_a_file_may_quote_comment_and_export(bare_environment: Path) -> None:
     """
-    Other programs write and read it like that; the case of names does not matter.
+    `.env` may contain quotes, comments and `export`, as other programs write it; names may be in
+    any case.
     """
     (bare_environment / ".env").write_text(
         f"# Ours\nexport {PREFIX}API_HOST='::1' # all\n{PREFIX.lower()}log_level=\"DEBUG\"\n"
@@ -243,7 +245,7 @@ def test_a_file_may_quote_comment_and_export(bare_environment: Path) -> None:
 
 def test_children_are_given_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Options, variables, defaults and the inherited environment make no difference.
+    A child gets the same settings, whether they come from options, variables or defaults.
     """
     monkeypatch.setenv(f"{PREFIX}WORKER_SLOTS", "20")
     chosen = load_settings(
@@ -258,7 +260,7 @@ def test_children_are_given_the_same_settings(monkeypatch: pytest.MonkeyPatch) -
 
 def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Finding three mistakes does not take three starts.
+    All mistakes are reported together, so three mistakes do not take three starts.
     """
     mistakes = complaint(monkeypatch, API_PORT="x", LOG_LEVEL="y", RETENTION_DAYS="z")
 
@@ -284,7 +286,7 @@ def test_settings_that_contradict_each_other_are_refused(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], names: list[str]
 ) -> None:
     """
-    The sentence names both.
+    Contradicting settings are refused, and the error names both.
     """
     (sentence,) = complaint(monkeypatch, **environment)
 
@@ -293,7 +295,7 @@ def test_settings_that_contradict_each_other_are_refused(
 
 def test_a_password_is_never_part_of_a_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Complaints end up in logs.
+    Errors never contain a password, because they end up in logs.
     """
     mistakes = complaint(
         monkeypatch, DATABASE_URL="mysql://me:s3cret@host/db", BROKER_URL="me:s3cret@host"
@@ -305,7 +307,7 @@ def test_a_password_is_never_part_of_a_complaint(monkeypatch: pytest.MonkeyPatch
 
 def test_a_missing_database_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    It also says that `asyncflow dev` needs none.
+    The error says what to set, and that `asyncflow dev` needs no database.
     """
     with pytest.raises(InvalidSettings, match=r"DATABASE_URL is not set.*asyncflow dev"):
         required_database_url(load_settings())
@@ -317,7 +319,7 @@ def test_a_missing_database_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -
 
 def test_settings_cannot_be_changed_after_they_were_read() -> None:
     """
-    Every part of a process sees the same settings.
+    Settings are immutable, so every part of a process sees the same ones.
     """
     settings: Any = load_settings()
 
@@ -329,7 +331,7 @@ def test_a_misspelt_setting_is_refused_with_the_right_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    Otherwise it would silently have no effect.
+    A misspelt setting, which would silently have no effect, is refused with the right name.
     """
     (mistake,) = complaint(monkeypatch, WORKER_PROCESES="50")
 
@@ -343,7 +345,8 @@ def test_a_word_of_other_systems_is_refused_with_ours(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """
-    What others call a worker's concurrency are its slots here.
+    The term of another system is refused with ours: what others call concurrency is a worker's
+    slots.
     """
     (mistake,) = complaint(monkeypatch, **{name: "50"})
 
@@ -355,7 +358,8 @@ def test_an_unknown_variable_is_reported_and_refuses_nothing(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """
-    After a rollback the environment may hold settings of the newer version.
+    An unknown variable is only a warning: after a rollback the environment may hold settings of the
+    newer version.
     """
     monkeypatch.setenv(PREFIX + name, "7")
 
@@ -371,7 +375,8 @@ def test_what_kubernetes_and_our_scripts_set_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """
-    Users did not set these variables and cannot change them.
+    Variables that Kubernetes and our scripts set are not reported: users did not set them and
+    cannot change them.
     """
     monkeypatch.setenv(PREFIX + name, "10.0.0.7")
 
@@ -380,7 +385,8 @@ def test_what_kubernetes_and_our_scripts_set_is_not_reported(
 
 def test_a_port_from_kubernetes_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    A Service named asyncflow-api puts this into every pod of its namespace.
+    The error explains a variable that a Service named asyncflow-api puts into every pod of its
+    namespace.
     """
     (mistake,) = complaint(monkeypatch, API_PORT="tcp://10.0.0.7:3000")
 
@@ -389,7 +395,7 @@ def test_a_port_from_kubernetes_is_explained(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_mistakes_and_contradictions_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Finding both does not take two starts.
+    Mistakes and contradictions are reported together, so finding both does not take two starts.
     """
     mistakes = complaint(monkeypatch, API_PORT="http", HEARTBEAT_SECONDS="10", LEASE_SECONDS="11")
 
@@ -402,7 +408,7 @@ def test_a_contradiction_is_not_made_up_from_a_value_that_cannot_be_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    The default in its place is not what the user set.
+    An unreadable value contradicts nothing: its default is not what the user set.
     """
     mistakes = complaint(monkeypatch, HEARTBEAT_SECONDS="often", LEASE_SECONDS="0.6")
 
@@ -411,7 +417,7 @@ def test_a_contradiction_is_not_made_up_from_a_value_that_cannot_be_read(
 
 def test_a_wrong_option_is_named_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    The valid variable in the environment is not to blame.
+    The error names the option as it was typed, not the valid variable in the environment.
     """
     monkeypatch.setenv(f"{PREFIX}WORKER_SLOTS", "5")
 

@@ -1,5 +1,5 @@
 """
-Which signals count, and for which process.
+Which signals count as requests to stop, and for which process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ async def received(wishes: list[signal.Signals], count: int) -> None:
 
 async def test_a_signal_that_follows_another_at_once_is_the_same_wish() -> None:
     """
-    A service manager signals a whole group, and a parent in it passes the signal on.
+    A signal shortly after another counts as the same request: a service manager signals a whole
+    group, and a parent in it passes the signal on.
     """
     now = 100.0
     wishes: list[signal.Signals] = []
@@ -60,7 +61,8 @@ async def test_a_signal_that_follows_another_at_once_is_the_same_wish() -> None:
 
 def test_a_signal_counts_in_the_process_that_got_it() -> None:
     """
-    A child forked without Python has our handlers and the descriptor that wakes our loop.
+    A child forked without Python shares our handlers and the descriptor that wakes our loop, but a
+    signal to it does not count in our process.
     """
     wishes: list[signal.Signals] = []
 
@@ -68,7 +70,7 @@ def test_a_signal_counts_in_the_process_that_got_it() -> None:
         with signals(wishes.append, numbers=[NUMBER]):
             wakes = signal.set_wakeup_fd(-1)
             signal.set_wakeup_fd(wakes)
-            os.write(wakes, bytes([NUMBER]))  # so does such a child when it gets the signal
+            os.write(wakes, bytes([NUMBER]))  # As such a child does on a signal.
             await asyncio.sleep(0.05)
             assert [] == wishes
 
@@ -82,7 +84,8 @@ def test_a_signal_counts_in_the_process_that_got_it() -> None:
 
 async def test_signals_are_taken_back_from_whoever_takes_them() -> None:
     """
-    A task handler that ignores SIGTERM, in either way, does not keep its worker from stopping.
+    Signal handlers that a task replaces, in either way, are restored, so the worker can still be
+    stopped.
     """
     wishes: list[signal.Signals] = []
     loop = asyncio.get_running_loop()
@@ -103,7 +106,7 @@ async def test_signals_are_taken_back_from_whoever_takes_them() -> None:
 
 async def test_signals_are_given_back_afterwards() -> None:
     """
-    The previous signal handlers are restored.
+    The previous signal handlers are restored at the end of the block.
     """
     former = signal.getsignal(NUMBER)
 

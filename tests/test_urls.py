@@ -15,7 +15,7 @@ PASSWORDS = st.text(st.characters(exclude_categories=()), min_size=1, max_size=3
 
 def test_a_url_is_taken_apart_and_decoded() -> None:
     """
-    All its parts are returned.
+    All parts of a URL are returned, decoded.
     """
     parts = split_url("postgresql://me:s3%40%2Fc:t@a:1,[::1]:2,%2Frun%2Fpg/my%20db?x=1&y=a%26b")
 
@@ -40,7 +40,7 @@ def test_a_url_is_taken_apart_and_decoded() -> None:
 )
 def test_user_and_password_may_be_missing(url: str, user: str | None, password: str | None) -> None:
     """
-    An empty one differs from none.
+    User and password are optional; an empty one differs from none.
     """
     parts = split_url(url)
 
@@ -65,7 +65,7 @@ def test_user_and_password_may_be_missing(url: str, user: str | None, password: 
         "postgresql://me:a b@host/db",
         "postgresql://me:a\tb@host/db",
         "postgresql://me:a\udcffb@host/db",
-        "postgresql://me:a\uff20b@host/db",  # A wide @, which some programs take for one.
+        "postgresql://me:a\uff20b@host/db",  # A fullwidth @, which some programs read as one.
         "postgresql://me:ab@host:port/db",
         "postgresql://me:ab@host:0/db",
         "postgresql://me:ab@host:65536/db",
@@ -75,7 +75,7 @@ def test_user_and_password_may_be_missing(url: str, user: str | None, password: 
 )
 def test_a_url_that_is_not_beyond_doubt_is_refused(url: str) -> None:
     """
-    The error mentions none of its parts.
+    An ambiguous URL is refused, and the error contains none of its parts.
     """
     with pytest.raises(UnclearUrl) as refusal:
         split_url(url)
@@ -91,7 +91,8 @@ def test_a_url_that_is_not_beyond_doubt_is_refused(url: str) -> None:
 @example(password="%41")
 def test_whatever_the_password_the_other_parts_are_what_they_are(password: str) -> None:
     """
-    A raw password in a URL is either read as such, or the URL is refused.
+    Whatever unescaped characters a password has, either it is read correctly, or the URL is
+    refused.
     """
     try:
         parts = split_url(f"postgresql://me:{password}@host:5432/db?x=1")
@@ -125,6 +126,6 @@ def test_whatever_the_password_the_other_parts_are_what_they_are(password: str) 
 )
 def test_a_url_can_be_shown_without_its_password(url: str, expected: str) -> None:
     """
-    Everything else stays readable, unless it is unclear where the password ends.
+    Only the password is hidden, unless it is unclear where it ends.
     """
     assert expected == masked(url)
