@@ -1,10 +1,10 @@
 """
-What a test can do with a RabbitMQ, wherever it runs.
+What a test can do with a RabbitMQ broker, wherever that runs.
 
-Each test works in a virtual host of its own, made through the management plugin, which
-takes a few milliseconds (`rabbitmqctl` takes more than a second).
+Each test gets its own virtual host, created through the management plugin in a few milliseconds
+(`rabbitmqctl` takes more than a second).
 
-Where a broker comes from is decided in `rabbitmq`.
+`rabbitmq` decides where a broker comes from.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from urllib.parse import urlsplit
 
 class Broker(ABC):
     """
-    A RabbitMQ with the management plugin and a user that may do everything.
+    A RabbitMQ with the management plugin and a user who has all permissions.
 
     Args:
         url: An AMQP URL with user and password; its virtual host does not matter.
-        management_url: Where the management plugin answers.
+        management_url: The base URL of the management plugin.
     """
 
     def __init__(self, url: str, management_url: str) -> None:
@@ -43,7 +43,7 @@ class Broker(ABC):
     @property
     def management_url(self) -> str:
         """
-        Where its management plugin answers.
+        The base URL of its management plugin.
         """
         return self._management_url
 
@@ -56,7 +56,7 @@ class Broker(ABC):
 
     def answers(self) -> bool:
         """
-        Tell whether the broker is up, as its management plugin sees it.
+        Whether the broker is up, according to its management plugin.
         """
         try:
             self.api("GET", "overview")
@@ -66,10 +66,10 @@ class Broker(ABC):
 
     def create_vhost(self) -> str:
         """
-        Make an empty virtual host and return its AMQP URL.
+        Create an empty virtual host and return its AMQP URL.
         """
         name = f"test-{next(self._numbers)}"
-        # The user who makes a virtual host may do everything in it.
+        # The user who creates a virtual host gets all permissions in it.
         self.api("DELETE", f"vhosts/{name}", ignore_missing=True)
         self.api("PUT", f"vhosts/{name}", {})
         return self._url(name)
@@ -85,7 +85,7 @@ class Broker(ABC):
         Call the management API, for instance `api("GET", "queues/test-1")`.
 
         Returns:
-            The JSON answer, None if there is none.
+            The JSON response, or None if it is empty.
         """
         request = urllib.request.Request(
             f"{self._management_url}/api/{path}",
@@ -107,19 +107,19 @@ class Broker(ABC):
     @abstractmethod
     def pid(self) -> int | None:
         """
-        The process id of the broker, None while it does not run.
+        The process id of the broker; None while it is not running.
         """
 
     @abstractmethod
     def start(self) -> None:
         """
-        Return when the broker answers; data and port are those of before.
+        Start the broker with its former data and port, and return when it answers.
         """
 
     @abstractmethod
     def stop(self) -> None:
         """
-        Stop the broker gracefully and wait until it is gone.
+        Stop the broker gracefully and wait until its process has ended.
         """
 
     @abstractmethod
@@ -131,13 +131,13 @@ class Broker(ABC):
     @abstractmethod
     def pause(self) -> None:
         """
-        Freeze the broker: connections stay open and nothing answers.
+        Freeze the broker: connections stay open, but nothing answers.
         """
 
     @abstractmethod
     def resume(self) -> None:
         """
-        Let a frozen broker go on; nothing to do if it is not frozen.
+        Let a frozen broker continue; do nothing if it is not frozen.
         """
 
     @abstractmethod
@@ -149,13 +149,13 @@ class Broker(ABC):
     @abstractmethod
     def close(self) -> None:
         """
-        End the broker for good and remove its data.
+        Stop the broker permanently and remove its data.
         """
 
     @abstractmethod
     def ctl(self, *arguments: str) -> str:
         """
-        Run `rabbitmqctl` and return what it prints.
+        Run `rabbitmqctl` and return its output.
         """
 
     def _url(self, vhost: str) -> str:

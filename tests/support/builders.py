@@ -1,11 +1,12 @@
 """
-Builders that put tasks and workers into any state, for every test that needs one.
+Builders that put tasks and workers into any state.
 
-A noun makes one (`a_task`, `a_worker`; no database knows of `new_task` and `a_claim`), a
-participle takes one step and returns its result (`submitted`, `claimed`, `settled`), `row_of`
-and `state_of` read. They use the product's own statements, so every row they leave is one that
-can exist; only `backdate` cheats, with the time. `tasks` has the defaults for tests of what runs,
-`running` workers inside a test, `system` whole processes, `waiting` the waits.
+A noun creates an object (`a_task` and `a_worker` in the database, `new_task` and `a_claim` only in
+memory), a participle takes one step and returns its result (`submitted`, `claimed`, `settled`), and
+`row_of` and `state_of` read. They use the product's own statements, so every row they create is one
+that can exist; only `backdate` cheats, with timestamps. See also `tasks` (defaults for tests of
+running workers), `running` (workers inside a test), `system` (whole processes) and `waiting`
+(waits).
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class ATask(NamedTuple):
     A task in the database.
 
     Attributes:
-        lease_id: Of its latest claim, also when that lease is no longer valid; None if it
-            was never claimed.
-        worker_id: Who claimed it last.
+        lease_id: The lease of its latest claim, even if it is no longer valid; None if the task was
+            never claimed.
+        worker_id: The worker that claimed it last; None if it was never claimed.
     """
 
     id: UUID
@@ -81,7 +82,7 @@ def new_task(**changes: Any) -> NewTask:
 
 def a_claim(**changes: Any) -> Claim:
     """
-    A claim that no database knows of.
+    A claim that is not in any database.
     """
     values: dict[str, Any] = {
         "task_id": _ids.next(),
@@ -123,13 +124,13 @@ async def a_task(
     Store a task and move it to `state`.
 
     Args:
-        attempt: Claims until then; None is 1 for a state that needs one, else 0.
-        failures: How many of the earlier attempts were retried; the others were
+        attempt: How often it was claimed; None means 1 for a state that needs a claim, otherwise 0.
+        failures: How many of the earlier attempts failed and were retried; the others were
             released. None means all.
-        due_in_seconds: For a pending task: when it is due. If it had attempts before,
-            at least one of them must have been retried.
-        cancel_requested: For a running task: its cancellation was asked for.
-        worker_id: Who claims it; None makes up a worker that is not registered.
+        due_in_seconds: For a pending task: when it is due. If it had earlier attempts, at least one
+            of them must have been retried.
+        cancel_requested: For a running task: whether its cancellation was requested.
+        worker_id: The worker that claims it; None means an unregistered one.
         changes: Fields of `NewTask`.
     """
     waits = state in (State.PENDING, State.QUEUED)
@@ -166,7 +167,7 @@ async def a_task(
 
 async def as_sent(db: Executor, task_ids: Sequence[UUID]) -> list[Admitted]:
     """
-    The tasks as a relay that sends their hints now knows them.
+    The tasks as a relay sees them when it sends their hints.
     """
     rows = await db.fetch(
         "SELECT id, attempt, priority FROM asyncflow.tasks WHERE id = ANY ($1)", list(task_ids)
@@ -176,7 +177,7 @@ async def as_sent(db: Executor, task_ids: Sequence[UUID]) -> list[Admitted]:
 
 async def a_worker(db: Executor, **changes: Any) -> Registration:
     """
-    Register a worker that is alive.
+    Register a live worker.
     """
     values: dict[str, Any] = {
         "id": uuid4(),
@@ -194,7 +195,7 @@ async def a_worker(db: Executor, **changes: Any) -> Registration:
 
 async def claimed(db: Executor, *task_ids: UUID, **changes: Any) -> list[Claim]:
     """
-    Claim these tasks by their hints; those that may not run are missing from the answer.
+    Claim these tasks by their hints; the result omits those that may not run.
     """
     values: dict[str, Any] = {"lease_id": uuid4(), "worker_id": uuid4(), "offers": OFFERS}
     return await claims.claim_hinted(db, task_ids, **{**values, **changes})
@@ -202,7 +203,7 @@ async def claimed(db: Executor, *task_ids: UUID, **changes: Any) -> list[Claim]:
 
 async def claimed_due(db: Executor, limit: int = 1, **changes: Any) -> list[Claim]:
     """
-    Claim what is due.
+    Claim due tasks.
     """
     values: dict[str, Any] = {
         "lease_id": uuid4(),
@@ -223,7 +224,7 @@ async def settled(db: Executor, task_id: UUID, lease_id: UUID, settlement: Settl
 
 async def row_of(db: Executor, task_id: UUID) -> dict[str, Any]:
     """
-    Everything the database knows of a task, for comparisons.
+    The complete row of a task, for comparisons.
     """
     rows = await db.fetch("SELECT * FROM asyncflow.tasks WHERE id = $1", task_id)
     (row,) = rows
@@ -232,14 +233,14 @@ async def row_of(db: Executor, task_id: UUID) -> dict[str, Any]:
 
 async def state_of(db: Executor, task_id: UUID) -> State:
     """
-    The state a task is in.
+    The state of a task.
     """
     return State((await row_of(db, task_id))["state"])
 
 
 async def backdate(db: Executor, table: str, row_id: UUID, **seconds_ago: float) -> None:
     """
-    Move timestamps of a row that many seconds into the past, instead of waiting.
+    Move timestamps of a row into the past by this many seconds, instead of waiting.
     """
     for column, seconds in seconds_ago.items():
         await db.execute(

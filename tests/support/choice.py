@@ -1,15 +1,15 @@
 """
-Which tests run, and on which versions of the servers: a plugin of pytest.
+A pytest plugin: which tests run, and on which versions of the servers.
 
-By default a test runs on the newest PostgreSQL and the oldest RabbitMQ that are
-supported. Tests under tests/store also run on the oldest PostgreSQL, except those marked
-`any_postgres`; those marked `oldest_postgres` run on nothing else. Tests marked `every_rabbitmq`
-also run on the newest RabbitMQ, except those in such a module that are marked `any_rabbitmq`.
+By default a test runs on the newest supported PostgreSQL and the oldest supported RabbitMQ. Tests
+under tests/store also run on the oldest PostgreSQL, except those marked `any_postgres`; those
+marked `oldest_postgres` run only on that. Tests marked `every_rabbitmq` also run on the newest
+RabbitMQ, except those in such a module that are marked `any_rabbitmq`.
 
-`--quick` runs what tells most in a minute: the tests that need no server, and those of the store
-and the API, on one PostgreSQL. The two lists below say what it leaves out.
+`--quick` runs the most informative tests in about a minute: those that need no server, and those of
+the store and the API, on one PostgreSQL. The two lists below say what it leaves out.
 
-The last lines of a run say what was not run.
+The last lines of the output say what was not run.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def _parametrize(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    # Processes that share the tests collect them each for itself, and could say nothing.
+    # With pytest-xdist each worker process collects the tests for itself, and has no terminal to
+    # report to.
     if session.config.getoption("numprocesses"):
         majors = _chosen(session, "--postgres", postgres.MAJORS)
         versions = _chosen(session, "--rabbitmq", rabbitmq.VERSIONS)
@@ -170,7 +171,7 @@ def _provide(
     with_pgbouncer: bool,
     with_proxies: bool,
 ) -> None:
-    # A test that is skipped on a laptop would hide something in CI and in bin/test.
+    # A skip is acceptable on a laptop, but would hide a gap in CI and in bin/test.
     is_everything_wanted = "true" in (os.environ.get("CI"), os.environ.get("ASYNCFLOW_TEST_ALL"))
     if not is_everything_wanted or session.config.getoption("collectonly"):
         return

@@ -1,8 +1,8 @@
 """
-RabbitMQ in folders with a minimal Debian, for machines whose own packages are too old.
+RabbitMQ in minimal Debian trees, for machines whose own packages are too old.
 
-The folders are made by debootstrap, about half a minute each, and kept in the cache
-folder of AsyncFlow, outside the repository. Running from them: see `rabbitmq`.
+debootstrap creates the trees in about half a minute each; they are kept in AsyncFlow's cache
+folder, outside the repository. `node` runs RabbitMQ from them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SUITES = {"4.0": "trixie", "4.3": "sid"}
 
 class CannotMakeTree(Exception):
     """
-    debootstrap failed; the sentence says where its log is.
+    debootstrap failed; the message says where its log is.
     """
 
     def __init__(self, suite: str, log_file: Path) -> None:
@@ -28,7 +28,7 @@ class CannotMakeTree(Exception):
 
 def ready_tree(version: str) -> Path | None:
     """
-    The folder with this version of RabbitMQ, None if it is not made or not usable here.
+    The tree with this version of RabbitMQ; None if it does not exist or is not usable here.
     """
     tree = _tree(SUITES[version])
     return tree if tree.is_dir() and may_use_trees() else None
@@ -36,7 +36,7 @@ def ready_tree(version: str) -> Path | None:
 
 def may_use_trees() -> bool:
     """
-    Tell whether this process may mount and chroot.
+    Whether this process may mount and chroot.
     """
     if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("unshare"):
         return False
@@ -45,9 +45,9 @@ def may_use_trees() -> bool:
 
 def make_tree(version: str) -> Path:
     """
-    Make the folder with this version of RabbitMQ unless it is there; needs root.
+    Create the tree with this version of RabbitMQ unless it exists; needs root.
 
-    Safe to run concurrently in several processes, and to interrupt.
+    Idempotent; safe to run concurrently in several processes, and to interrupt.
 
     Raises:
         CannotMakeTree: debootstrap failed.
@@ -63,7 +63,7 @@ def make_tree(version: str) -> Path:
 
 
 def _debootstrap(suite: str, tree: Path) -> None:
-    # Under another name until it is whole: an interrupted run leaves no half tree.
+    # It has another name until it is complete, so an interrupted run leaves no partial tree.
     unfinished = tree.with_name(f"{tree.name}.unfinished")
     log_file = tree.with_name(f"{tree.name}.log")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -87,7 +87,7 @@ def _tree(suite: str) -> Path:
 
 def cache_folder() -> Path:
     """
-    Where fetched things are kept between test runs.
+    The folder that keeps downloads between test runs.
     """
     if chosen := os.environ.get("ASYNCFLOW_CACHE"):
         return Path(chosen)

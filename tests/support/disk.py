@@ -1,7 +1,7 @@
 """
-A file system of some megabytes that a test can fill and free again.
+A file system of a few megabytes that a test can fill and free again.
 
-It is in memory, and mounting it needs root on Linux; elsewhere its tests are skipped.
+It is in memory. Mounting it needs root on Linux; otherwise its tests are skipped.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ CHUNK_BYTES = 64 * 1024
 
 class SmallDisk:
     """
-    The file system.
+    A mounted file system of limited size.
 
     Attributes:
-        folder: Where it is mounted.
+        folder: The mount point.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,7 +64,7 @@ class SmallDisk:
 @contextmanager
 def small_disk(purpose: str, *, mebibytes: int) -> Iterator[SmallDisk]:
     """
-    Mount a file system for one block, or skip the test where that is not allowed.
+    Mount a file system for one block, or skip the test if mounting is not permitted.
     """
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("only root on Linux can mount a small disk")
@@ -81,6 +81,6 @@ def small_disk(purpose: str, *, mebibytes: int) -> Iterator[SmallDisk]:
     try:
         yield SmallDisk(folder)
     finally:
-        # Lazily: a process that was killed may still be letting go of its files.
+        # Lazily: a killed process may still be closing its files.
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
         folder.rmdir()

@@ -1,5 +1,5 @@
 """
-A RabbitMQ of the tests in a container of the official image, for machines with Docker.
+A RabbitMQ for the tests in a container of the official image, for machines with Docker.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.support.ports import free_ports
 
 def is_usable() -> bool:
     """
-    Tell whether containers can be run here.
+    Whether containers can run on this machine.
     """
     docker = shutil.which("docker")
     return (

@@ -1,9 +1,9 @@
 """
-Fetches the servers that the collected tests need and this machine lacks.
+Installs the servers that the collected tests need and this machine lacks.
 
-It needs root on Debian or a relative of it, and changes the machine no more than
-`apt-get install` does. On other machines nothing happens here, and the tests themselves
-say what would help. When several processes run the tests, one of them fetches.
+This needs root on Debian or a derivative, and changes the machine no more than `apt-get install`
+does. On other machines it does nothing, and the tests say what would help. If several processes run
+the tests, one of them installs.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def fetch(
     say: Say,
 ) -> None:
     """
-    Fetch these versions of PostgreSQL and of RabbitMQ, as far as that is possible here.
+    Install these versions of PostgreSQL and RabbitMQ, as far as possible on this machine.
 
     Args:
-        with_pgbouncer: Fetch that, too.
-        with_proxies: Fetch nginx and HAProxy, too.
-        say: Is given a line for what takes long or fails.
+        with_pgbouncer: Install PgBouncer, too.
+        with_proxies: Install nginx and HAProxy, too.
+        say: Called with a line about each step that is slow or fails.
     """
     if os.geteuid() != 0:
         return
@@ -57,7 +57,7 @@ def _fetch_what_is_missing(
     if absent and shutil.which("debootstrap") is None and _has_apt():
         _apt_install("debootstrap", say)
     with ThreadPoolExecutor() as pool:
-        # Trees take longest, and are made while packages are installed.
+        # Trees take longest, so they are built while packages are installed.
         trees = _begin_to_make_trees(absent, pool, say)
         if postgres.missing(majors) and _has_apt():
             _fetch_postgres(say)
@@ -71,7 +71,7 @@ def _fetch_what_is_missing(
 
 
 def _fetch_postgres(say: Say) -> None:
-    # Debian would start a server for the machine; the tests only want the programs.
+    # Debian would start a system-wide server; the tests need only the programs.
     configuration = Path("/etc/postgresql-common/createcluster.conf")
     if not configuration.exists():
         configuration.parent.mkdir(exist_ok=True)

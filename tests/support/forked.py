@@ -1,10 +1,10 @@
 """
-Processes of ours that begin where their imports are done.
+AsyncFlow processes that start with their imports already done.
 
-Loading the program costs a process up to a second of a core, most of it FastAPI's and
-pydantic's, and the tests start hundreds. These are forked from one that has loaded it already, by
-`multiprocessing`; whatever follows is as if `python -m` had started them, which is what tests/cli
-and tests/verify do.
+Importing the program costs a process up to a second of CPU time, mostly for FastAPI and Pydantic,
+and the tests start hundreds of processes. `multiprocessing` forks these from one that has already
+imported it; from then on they behave as if started by `python -m`, as tests/cli and tests/verify
+do.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def start(
     python: Path | None = None,
 ) -> tuple[ForkServerProcess, Connection]:
     """
-    Run `python -m module` with `arguments` in `folder`, as the leader of its own group.
+    Run `python -m module` with `arguments` in `folder`, as the leader of its own process group.
 
     Args:
-        python: Another one to run it, which loads the program itself.
+        python: Another interpreter to run it, which imports the program itself.
 
     Returns:
-        The process, and the end of a pipe at which all that it prints can be read.
+        The process, and the reading end of a pipe with all its output.
     """
     ours, theirs = _forkserver.Pipe(duplex=False)
     with theirs:
@@ -71,7 +71,7 @@ def _become(
     output: Connection,
     python: Path | None,
 ) -> None:
-    # A preload that fails is passed over in silence.
+    # The fork server silently ignores a failed preload.
     assert set(LOADED) <= set(sys.modules), "The fork server has not loaded the program."
     atexit._clear()
     os.setsid()

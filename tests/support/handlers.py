@@ -1,8 +1,8 @@
 """
-Handlers for the acceptance tests. They write down every execution, see `journal`.
+Handlers for the acceptance tests. They record every execution, see `journal`.
 
-They take their payloads bare: a process that reads no types starts in half the time, and the
-tests start a thousand.
+They take their payloads as plain dicts: a process without typed handlers starts in half the time,
+and the tests start a thousand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ QUICKLY = Backoff(base_seconds=0.2, factor=2.0, cap_seconds=1.0, jitter=False)
 
 def note(context: Context, what: str) -> None:
     """
-    Append one line to the journal, whole or not at all.
+    Append one line to the journal, in a single write.
     """
     line = f"{time.monotonic()} {what} {context.task_id} {context.attempt} {os.getpid()}\n"
     file = os.open(os.environ["ASYNCFLOW_TEST_JOURNAL"], os.O_WRONLY | os.O_APPEND)
@@ -44,7 +44,7 @@ async def work(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
 @handler
 def work_in_thread(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
     """
-    Wait in a thread, deaf to every request to stop.
+    Wait in a thread, ignoring every request to stop.
     """
     note(context, "start")
     time.sleep(payload.get("seconds", 0))
@@ -55,7 +55,7 @@ def work_in_thread(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
 @handler(isolation="process", backoff=QUICKLY)
 def work_in_process(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
     """
-    Wait in a child process, deaf to every request to stop.
+    Wait in a child process, ignoring every request to stop.
     """
     note(context, "start")
     time.sleep(payload.get("seconds", 0))
@@ -66,7 +66,7 @@ def work_in_process(context: Context, payload: dict[str, Any]) -> dict[str, Any]
 @handler(isolation="process")
 def crunch(context: Context, payload: dict[str, Any]) -> int:
     """
-    Keep a processor busy and never let go of the interpreter for long.
+    Keep a CPU busy in pure Python, without ever releasing the interpreter for long.
     """
     note(context, "start")
     rounds, until = 0, time.monotonic() + payload.get("seconds", 0)
@@ -91,7 +91,7 @@ async def flaky(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
 @handler(backoff=QUICKLY, max_attempts=2)
 async def broken(context: Context, payload: dict[str, Any]) -> str:
     """
-    Fail with a traceback that tells where, until an attempt of this number.
+    Fail with a recognisable traceback until attempt number `until_attempt`.
     """
     note(context, "start")
     if context.attempt < payload.get("until_attempt", 1_000):
@@ -117,7 +117,7 @@ async def picky(context: Context, payload: dict[str, Any]) -> None:
 @handler(queue="side-lane")
 async def sidelined(context: Context) -> None:
     """
-    A handler with a queue of its own.
+    A handler with its own queue.
     """
     note(context, "start")
 
@@ -125,7 +125,7 @@ async def sidelined(context: Context) -> None:
 @handler(isolation="process", backoff=QUICKLY, max_attempts=3)
 def kill_child(context: Context) -> None:
     """
-    End the child process without a word.
+    End the child process abruptly.
     """
     note(context, "start")
     os._exit(9)
@@ -134,7 +134,7 @@ def kill_child(context: Context) -> None:
 @handler(backoff=QUICKLY, max_attempts=2)
 async def kill_worker(context: Context) -> None:
     """
-    Take the whole worker down.
+    Kill the whole worker.
     """
     note(context, "start")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,7 @@
 """
-What handlers did, in their own words: a file that every attempt appends to.
+What the handlers executed, as they recorded it: a file that every attempt appends to.
 
-It is written past AsyncFlow, so it also tells of executions that AsyncFlow does not count.
+It is written independently of AsyncFlow, so it includes executions that AsyncFlow does not count.
 The handlers' side is in `handlers`.
 """
 
@@ -19,12 +19,12 @@ POLL_SECONDS = 0.01
 
 class Entry(NamedTuple):
     """
-    One line.
+    One line of the journal.
 
     Attributes:
-        time: Of the monotonic clock, which all processes of a machine share.
+        time: The monotonic clock, which all processes of a machine share.
         what: `start` or `end`.
-        pid: Of the process that the handler ran in.
+        pid: The id of the process in which the handler ran.
     """
 
     time: float
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 class Journal:
     """
-    The file, from the side of the test.
+    The file, as read by the test.
     """
 
     def __init__(self, file: Path) -> None:
@@ -45,9 +45,9 @@ class Journal:
 
     def entries(self, task_id: str | None = None, *, what: str | None = None) -> list[Entry]:
         """
-        What was written so far, in the order of writing.
+        The entries written so far, in order.
         """
-        # A line that is just being written may be seen in part.
+        # The last line may be incomplete while it is being written.
         whole, _, _ = self.file.read_text().rpartition("\n")
         read = [_entry(line) for line in whole.splitlines()]
         return [

@@ -1,5 +1,6 @@
 """
-A live API for tests: its own process, uvicorn and uvloop, real sockets, real PostgreSQL.
+A live API for tests: a separate process with uvicorn and uvloop, real sockets and a real
+PostgreSQL.
 
 Most tests of the API call the application in their own process, which is faster; these are for
 requests that no client library would send.
@@ -24,13 +25,13 @@ import psutil
 
 from tests.support.ports import free_port
 
-PATIENCE_SECONDS = 100.0  # Against a hang, not against a slow machine.
+PATIENCE_SECONDS = 100.0  # Catches a hang; generous enough for a slow machine.
 JSON = {"Content-Type": "application/json"}
 
 
 class Answer(NamedTuple):
     """
-    One answer over HTTP.
+    One HTTP response.
     """
 
     status: int
@@ -40,7 +41,7 @@ class Answer(NamedTuple):
     @property
     def json(self) -> Any:
         """
-        Its body, parsed.
+        The parsed body.
         """
         return json.loads(self.content)
 
@@ -50,8 +51,8 @@ class LiveApi:
     A running API; made by `live_api`.
 
     Attributes:
-        lines: Its log lines so far, oldest first.
-        noise: Its output that is not log lines.
+        lines: The log lines so far, oldest first.
+        noise: All other output.
     """
 
     def __init__(self, process: subprocess.Popen[str], port: int) -> None:
@@ -66,14 +67,14 @@ class LiveApi:
     @property
     def url(self) -> str:
         """
-        Its address.
+        The base URL.
         """
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def connections(self) -> int:
         """
-        How many sockets of clients the process holds, in any state.
+        How many client sockets the process has open, in any state.
         """
         held = psutil.Process(self._process.pid).net_connections("tcp")
         return sum(c.laddr.port == self.port and c.status != psutil.CONN_LISTEN for c in held)
@@ -82,7 +83,7 @@ class LiveApi:
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] = JSON
     ) -> Answer:
         """
-        Send one request, on a connection of its own.
+        Send one request on a new connection.
         """
         with closing(
             HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
@@ -94,10 +95,10 @@ class LiveApi:
 
     def exchange(self, sent: bytes, *, then_close: bool = False) -> bytes:
         """
-        Send bytes on a connection of their own and read until the server closes it.
+        Send bytes on a new connection and read until the server closes it.
 
         Args:
-            then_close: Announce the end of the data.
+            then_close: Half-close the connection after sending.
         """
         address = ("127.0.0.1", self.port)
         with socket.create_connection(address, timeout=PATIENCE_SECONDS) as connection:
@@ -109,12 +110,12 @@ class LiveApi:
                 while chunk := connection.recv(65_536):
                     received += chunk
             except ConnectionResetError:
-                pass  # The server did not read everything.
+                pass  # The server closed without having read everything.
         return received
 
     def wait_until_started(self) -> None:
         """
-        Return once it listens.
+        Wait until it listens.
         """
         started = self._started.wait(PATIENCE_SECONDS)
         assert started and self._process.poll() is None, self.noise
@@ -130,7 +131,7 @@ class LiveApi:
 
     def end(self) -> None:
         """
-        Kill it, if it still runs.
+        Kill it, if it is still running.
         """
         self._process.kill()
         self._process.wait()
@@ -157,10 +158,10 @@ def live_api(
     database_url: str, folder: Path, *, prelude: str = "", **settings: object
 ) -> Iterator[LiveApi]:
     """
-    An API for one block, which must exit with 0 and without having logged an error.
+    Run an API for one block; it must exit with 0 and without having logged an error.
 
     Args:
-        prelude: Python that its process runs first.
+        prelude: Python code that its process runs first.
         settings: By the names of `Settings`.
     """
     port = free_port()

@@ -1,10 +1,10 @@
 """
-A RabbitMQ node that the tests run themselves, with its data in a temporary folder.
+A RabbitMQ node that the tests run, with its data in a temporary folder.
 
-Its processes live in one group, and in a process namespace where there is one; a shell
-that waits on our pipe ends them all when the test run ends, however it ends.
+Its processes are in one group, and in a PID namespace where available. A shell that waits on our
+pipe kills them all when the test run ends, however that happens.
 
-Whether the tests get such a node is decided in `rabbitmq`.
+`rabbitmq` decides whether the tests use such a node.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 30.0
 POLL_SECONDS = 0.02
 
-# The distribution's daemon for finding nodes would otherwise start itself and stay.
+# Otherwise Erlang would start epmd, its port mapper, which would outlive the node.
 GUARD = """
     epmd -port "$ERL_EPMD_PORT" -address 127.0.0.1 &
     "$@" &
@@ -54,9 +54,9 @@ class ProcessBroker(Broker):
     A node that is a child process of ours.
 
     Args:
-        erlang_arguments: For the Erlang VM. By default one scheduler, which leaves the cores
-            to the tests.
-        folder: An empty one for its data, removed at the end; None makes one.
+        erlang_arguments: Arguments of the Erlang VM. The default is one scheduler, which leaves the
+            cores to the tests.
+        folder: An empty folder for its data, removed at the end; None creates one.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ProcessBroker(Broker):
     @property
     def log_file(self) -> Path:
         """
-        What the node says, over all its starts.
+        The node's output, across all its starts.
         """
         return self._folder / "console.log"
 
@@ -156,7 +156,7 @@ class ProcessBroker(Broker):
     def _end_beam(self, how: signal.Signals) -> None:
         if beam := self._beam():
             beam.send_signal(how)
-            # Its parent in the namespace need not collect it; then a zombie is all we see.
+            # Its parent in the namespace may never reap it; then a zombie remains.
             wait_until(lambda: self._beam() is None, STOP_SECONDS_MAX, "the broker did not stop")
         self._end_process()
 
@@ -170,7 +170,7 @@ class ProcessBroker(Broker):
             said = self.log_file.read_bytes()[said_before:]
             if self._process is None or self._process.poll() is not None:
                 raise RuntimeError(f"RabbitMQ did not start:\n{said.decode()[-4000:]}")
-            # Its ports open a little before it can be stopped gracefully.
+            # Its ports open slightly before it can be stopped gracefully.
             return b"completed with" in said and self.answers()
 
         wait_until(is_ready, START_SECONDS_MAX, "the broker did not start")
@@ -185,7 +185,7 @@ class ProcessBroker(Broker):
         return {
             "PATH": f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}",
             "LANG": "C.UTF-8",
-            "HOME": str(folder),  # Where Erlang keeps its cookie.
+            "HOME": str(folder),  # Erlang keeps its cookie here.
             "RABBITMQ_NODENAME": "asyncflow@localhost",
             "RABBITMQ_CONF_ENV_FILE": str(folder / "none.conf"),
             "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
@@ -201,7 +201,7 @@ class ProcessBroker(Broker):
 
 
 def _is_beam(process: psutil.Process) -> bool:
-    # psutil lets a FileNotFoundError through when a process ends while it looks.
+    # psutil leaks a FileNotFoundError if a process ends during the call.
     with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
         return process.name() == "beam.smp" and process.status() != psutil.STATUS_ZOMBIE
     return False
@@ -209,7 +209,8 @@ def _is_beam(process: psutil.Process) -> bool:
 
 class Installation(Protocol):
     """
-    Programs of RabbitMQ, and where they will see the folder with the node's data.
+    An installation of RabbitMQ: how to run its programs, and the path at which they see the node's
+    data.
     """
 
     def data_folder(self, folder: Path) -> Path: ...
@@ -232,10 +233,10 @@ class OnPath:
 @dataclass(frozen=True, slots=True)
 class DebianTree:
     """
-    RabbitMQ in a folder with a Debian, entered by chroot.
+    RabbitMQ in a Debian tree, entered by chroot.
 
-    Mounts are made in a namespace of the command and vanish with it. `contained` adds a
-    namespace of processes, which vanish with their first one.
+    Mounts are made in a namespace of the command and vanish with it. `contained` adds a PID
+    namespace, whose processes end with its first one.
     """
 
     tree: Path
@@ -265,7 +266,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, failure: str) -> N
     Return once the condition holds.
 
     Raises:
-        RuntimeError: It did not hold in time; the sentence begins with `failure`.
+        RuntimeError: It did not hold in time; the message begins with `failure`.
     """
     deadline = time.monotonic() + seconds
     while not condition():

@@ -1,8 +1,8 @@
 """
-A PgBouncer of the tests, in front of one of their PostgreSQL servers.
+A PgBouncer for the tests, in front of one of their PostgreSQL servers.
 
-By default it pools transactions over so few sessions that clients have to share them. It ends with
-the test run, however that ends.
+By default it pools transactions, with few enough sessions that clients must share them. It ends
+with the test run, however that happens.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SETTINGS = {
     "pool_mode": "transaction",
     "default_pool_size": str(SESSIONS),
     "max_client_conn": "500",
-    # Everybody may come in, as the server's superuser: it listens on 127.0.0.1 alone.
+    # Any client may connect, as the server's superuser: it listens on 127.0.0.1 only.
     "auth_type": "any",
     "listen_addr": "127.0.0.1",
     "unix_socket_dir": "",
 }
 
-# A reader of our pipe runs next to it; when the pipe closes, the whole group is killed.
+# A process next to it reads our pipe and kills the whole group when the pipe closes.
 GUARD = """
     "$@" &
     read -r _
@@ -50,7 +50,7 @@ GUARD = """
 
 class Pooler:
     """
-    A PgBouncer; may be killed and started by a test.
+    A PgBouncer that a test may kill and start.
     """
 
     def __init__(self, server: PostgresServer, program: Path, settings: Mapping[str, str]) -> None:
@@ -67,13 +67,13 @@ class Pooler:
 
     def url(self, database_url: str) -> str:
         """
-        The DSN that leads to a database of its server through the pooler.
+        The DSN of a database of its server, through the pooler.
         """
         return f"postgresql://anyone@127.0.0.1:{self._port}{urlsplit(database_url).path}"
 
     def start(self) -> None:
         """
-        Return when it accepts connections, on the same port every time.
+        Start it, on the same port every time, and return when it accepts connections.
         """
         with self._log_file.open("ab") as log:
             self._process = self._launcher.popen(
@@ -89,7 +89,7 @@ class Pooler:
 
     def kill(self) -> None:
         """
-        Kill it as a crash would; return when it is gone.
+        Kill it as a crash would, and wait until it has ended.
         """
         process, self._process = self._process, None
         if process is not None:
@@ -98,7 +98,7 @@ class Pooler:
 
     def close(self) -> None:
         """
-        End it for good.
+        Stop it permanently.
         """
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -123,7 +123,7 @@ def running_pooler(
     Run a PgBouncer until the end of the block, or skip the test if it is not installed.
 
     Args:
-        settings: Beyond, or instead of, `SETTINGS`.
+        settings: In addition to `SETTINGS`, or overriding them.
     """
     program = _program()
     if program is None:
@@ -138,12 +138,12 @@ def running_pooler(
 
 def missing() -> list[str]:
     """
-    Say that this machine lacks it and what would help; empty if it has it.
+    What to install if this machine lacks it; empty if it has it.
     """
     return [] if _program() else [f"There is no PgBouncer here: {WHAT_WOULD_HELP}."]
 
 
 def _program() -> Path | None:
-    # Debian installs it into a folder that is only on root's PATH.
+    # Debian installs it in a folder that is only on root's PATH.
     found = shutil.which(PACKAGE, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
     return Path(found) if found else None

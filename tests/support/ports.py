@@ -1,10 +1,10 @@
 """
 Ports for servers that tests start, stop and start again, each time on the same one.
 
-They lie below the range that the system gives to clients: one of those could take the port of a
-server that is just restarting. And each belongs to one test until its process ends, whether a
-server listens there or not: several tests run at the same time, and so may several runs.
-`asyncflow verify` takes its ports from 20,000 on.
+They are below the range of ephemeral ports, so no client can take the port of a server that is
+restarting. Each one belongs to one test process until that ends, whether a server listens there or
+not, because several tests and several test runs may run concurrently. `asyncflow verify` uses ports
+from 20,000 on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOWEST, HIGHEST = 10_000, 19_999
 
 def free_port() -> int:
     """
-    Take a port on which nobody listens.
+    Reserve a port on which no process listens.
     """
     return free_ports(1)[0]
 
@@ -46,8 +46,8 @@ _taken: set[int] = set()
 
 @functools.cache
 def _book() -> IO[bytes]:
-    # One byte for each port, locked by the process that has it; the system forgets what a dead
-    # process had. Never closed: that would give back all.
+    # One byte for each port, locked by the process that owns it; the system releases the locks of a
+    # dead process. Never closed: that would release all locks.
     path = Path(tempfile.gettempdir()) / f"asyncflow-test-ports-{os.getuid()}"
     return path.open("ab")
 

@@ -1,5 +1,5 @@
 """
-PostgreSQL servers for the tests, one of each major version, and databases in them.
+PostgreSQL servers for the tests, one per major version, and databases in them.
 
 A server lives in a temporary folder and ends with the test run. A database for a test
 is a copy of a migrated template, which takes a few hundredths of a second.
@@ -23,7 +23,7 @@ from asyncflow.embedded import Cluster
 from asyncflow.embedded.cluster import _package_bin_folder
 from tests.support import scratch
 
-# Newest first: the embedded one, and the oldest that is supported.
+# Newest first: the embedded version, and the oldest supported one.
 EMBEDDED = "18"
 OLDEST = "15"
 MAJORS = (EMBEDDED, OLDEST)
@@ -48,7 +48,7 @@ TEMPLATE = "migrated"
 
 class PostgresServer:
     """
-    A running server of one major version; may be killed and started by a test.
+    A running server of one major version; a test may kill and start it.
     """
 
     def __init__(self, cluster: Cluster, major: str) -> None:
@@ -59,7 +59,7 @@ class PostgresServer:
 
     def create_empty_database(self, *, encoding: str = "UTF8") -> str:
         """
-        Make a database without any table and return its DSN.
+        Create a database without tables and return its DSN.
         """
         if encoding == "UTF8":
             return self._create("template1")
@@ -67,7 +67,7 @@ class PostgresServer:
 
     def create_database(self) -> str:
         """
-        Make a database with AsyncFlow's schema and return its DSN.
+        Create a database with AsyncFlow's schema and return its DSN.
         """
         if not self._has_template:
             self._create_template()
@@ -75,7 +75,7 @@ class PostgresServer:
 
     def create_role(self, database_url: str) -> str:
         """
-        Make a role without any right and return the DSN of the database as that role.
+        Create a role without any privileges and return the DSN of the database for that role.
         """
         name = f"role_{next(self._numbers)}"
         self._run(f"CREATE ROLE {name} LOGIN")
@@ -87,7 +87,7 @@ class PostgresServer:
 
     def drop_role(self, url: str) -> None:
         """
-        Remove a role and all that is its own in the database of its DSN.
+        Drop a role and everything that it owns in the database of its DSN.
         """
         name = str(urlsplit(url).username)
         as_superuser = self._url(urlsplit(url).path[1:])
@@ -96,7 +96,7 @@ class PostgresServer:
 
     def drop_database(self, url: str) -> None:
         """
-        Remove a database, also from under clients that forgot to disconnect.
+        Drop a database, even if clients forgot to disconnect.
         """
         self._run(f"DROP DATABASE {urlsplit(url).path[1:]} WITH (FORCE)")
 
@@ -110,8 +110,8 @@ class PostgresServer:
 
     def _create(self, template: str) -> str:
         name = f"test_{next(self._numbers)}"
-        self.cluster.start()  # The test before may have left it stopped.
-        # Files that are copied cost half of what pages cost that go through the log.
+        self.cluster.start()  # The previous test may have left it stopped.
+        # Copying files costs half as much as writing the pages through the WAL.
         self._run(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
         return self._url(name)
 
@@ -138,8 +138,8 @@ def running_server(
     Run a server until the end of the block, or skip the test if it is not installed.
 
     Args:
-        folder: An empty one, emptied again at the end; None makes one.
-        settings: Of the server, beyond or instead of `SETTINGS`.
+        folder: An empty folder, emptied again at the end; None creates one.
+        settings: Server settings, in addition to `SETTINGS` or overriding them.
     """
     bin_folder = _oldest_bin_folder() if major == OLDEST else None
     if lacking := missing([major]):
@@ -155,7 +155,7 @@ def running_server(
 
 def missing(majors: Sequence[str]) -> list[str]:
     """
-    Say which of these versions this machine lacks and what would help; empty if it has all.
+    Which of these versions this machine lacks, and what would help; empty if it has all.
     """
     if OLDEST in majors and _oldest_bin_folder() is None:
         return [f"There is no PostgreSQL {OLDEST} here: {WHAT_WOULD_HELP}."]

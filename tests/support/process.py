@@ -1,8 +1,8 @@
 """
-One `asyncflow` process of a test: started, listened to, signalled, and never left behind.
+One `asyncflow` process of a test: started, monitored, signalled, and never left behind.
 
-Its log lines are JSON and are read as they come, so that a test waits for what the process
-says and not for a while. What a whole deployment can do is in `system`.
+Its log lines are JSON and are read as they arrive, so that a test waits for a log event instead of
+sleeping. A whole deployment is in `system`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Process:
     A running process; made by `start`.
 
     Attributes:
-        name: For people, such as `worker-2`.
-        lines: What it logged so far, oldest first.
-        output: What it printed that was not a log line.
+        name: A readable name, such as `worker-2`.
+        lines: The log lines so far, oldest first.
+        output: All other output.
     """
 
     def __init__(self, name: str, process: ForkServerProcess, output: Connection) -> None:
@@ -63,8 +63,8 @@ class Process:
 
         Args:
             settings: Environment variables without their prefix `ASYNCFLOW_`, in any case.
-            program: What to run in place of it: a module and its first arguments.
-            python: Another one than that of the tests.
+            program: What to run instead: a module and its first arguments.
+            python: The interpreter, if not that of the tests.
         """
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("ASYNCFLOW_")}
         given = {f"ASYNCFLOW_{k.upper()}": str(v) for k, v in settings.items()}
@@ -81,7 +81,7 @@ class Process:
     @property
     def pid(self) -> int:
         """
-        Its process id, which is also that of its group.
+        Its process id, which is also its group id.
         """
         assert self._process.pid is not None
         return self._process.pid
@@ -89,7 +89,7 @@ class Process:
     @property
     def is_running(self) -> bool:
         """
-        Whether it has not ended yet.
+        Whether it is still running.
         """
         return self._process.exitcode is None
 
@@ -102,10 +102,10 @@ class Process:
         **fields: object,
     ) -> LogLine:
         """
-        Wait until it logged `event` with these fields, and return that line.
+        Wait until it has logged `event` with these fields, and return that line.
 
         Args:
-            after: How many of `lines` to leave out.
+            after: How many of `lines` to skip.
         """
 
         def found() -> LogLine | None:
@@ -118,7 +118,7 @@ class Process:
 
     async def complains(self, words: str, *, timeout_seconds: float = PATIENCE_SECONDS) -> LogLine:
         """
-        Wait until it logged something with these words in its reason, and return that line.
+        Wait until it has logged an event with these words in its reason, and return that line.
         """
 
         def found() -> LogLine | None:
@@ -140,7 +140,7 @@ class Process:
 
     def has_logged(self, event: str) -> bool:
         """
-        Whether it said so by now.
+        Whether it has logged this event so far.
         """
         return any(line["event"] == event for line in self.lines)
 
@@ -153,14 +153,15 @@ class Process:
 
     async def kill(self) -> None:
         """
-        End it as a crash would; return when it is gone.
+        Kill it as a crash would, and wait until it has ended.
         """
         self.send(signal.SIGKILL)
         await self._ending
 
     async def exit_status(self, *, timeout_seconds: float = 20.0) -> int:
         """
-        Wait for its end and for its last words; negative is the signal that killed it.
+        Wait for its end and its remaining output; return the exit status, or the negated number of
+        the signal that killed it.
         """
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -172,9 +173,9 @@ class Process:
 
     async def end(self) -> None:
         """
-        Kill it and its group, whatever state they are in.
+        Kill it and its process group, whatever state they are in.
         """
-        self._process.kill()  # It may not lead a group yet.
+        self._process.kill()  # It may not be a group leader yet.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         await self._ending
@@ -182,7 +183,7 @@ class Process:
 
     def tail(self) -> str:
         """
-        Its last words, for a test that failed.
+        The end of its output, for a failed test.
         """
         lines = [json.dumps(line) for line in self.lines[-TAIL_LINES:]]
         return "\n".join([*lines, self.output[-4_000:]])

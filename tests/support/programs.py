@@ -1,5 +1,5 @@
 """
-Running `asyncflow` as a stranger would: as a program, in a folder, with an environment.
+Running `asyncflow` as a user would: as a program, in a folder, with an environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PATIENCE_SECONDS = 60.0
 
 class Program:
     """
-    A running `asyncflow …` whose output, standard error included, is read line by line.
+    A running `asyncflow …` whose output, including standard error, is read line by line.
     """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -49,7 +49,7 @@ class Program:
     @property
     def output(self) -> str:
         """
-        What it said so far.
+        The output so far.
         """
         return "\n".join(self.lines)
 
@@ -70,15 +70,15 @@ class Program:
 
     def send(self, number: signal.Signals) -> None:
         """
-        Send a signal, to the parent alone.
+        Send a signal to the parent only.
         """
         self.family()
         self.process.send_signal(number)
 
     def send_until(self, number: signal.Signals, pattern: str) -> None:
         """
-        Send a signal again and again until a line matches: the first few may be taken for
-        echoes of a former one.
+        Repeat a signal until a line matches: the first few may be ignored as echoes of an earlier
+        one.
         """
         with self._more:
             while not (self._ended or any(re.search(pattern, line) for line in self.lines)):
@@ -88,7 +88,7 @@ class Program:
 
     def ended(self) -> int:
         """
-        Wait for its end and return the exit status.
+        Wait until it ends and return the exit status.
         """
         status = self.process.wait(PATIENCE_SECONDS)
         with self._more:
@@ -97,7 +97,7 @@ class Program:
 
     def family(self) -> list[psutil.Process]:
         """
-        Every process it started, directly or not, and remembers for `survivors`.
+        All its descendant processes so far; remembered for `survivors`.
         """
         with contextlib.suppress(psutil.NoSuchProcess):
             self._family.update(psutil.Process(self.process.pid).children(recursive=True))
@@ -112,7 +112,7 @@ class Program:
 
     def survivors(self) -> list[psutil.Process]:
         """
-        Which of the family are still there after everything had time to end.
+        Which of the family are still running after all had time to end.
         """
         _, alive = psutil.wait_procs(self.family(), timeout=PATIENCE_SECONDS)
         return alive
@@ -128,7 +128,7 @@ def _runs(process: psutil.Process, command: str) -> bool:
 
 def environment(**settings: object) -> dict[str, str]:
     """
-    Ours without any setting of AsyncFlow, and then these.
+    Our environment without any AsyncFlow settings, plus these.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ASYNCFLOW_")}
     return {**kept, **{f"ASYNCFLOW_{name.upper()}": str(value) for name, value in settings.items()}}
@@ -137,7 +137,7 @@ def environment(**settings: object) -> dict[str, str]:
 @contextlib.contextmanager
 def running(*arguments: str, folder: Path, env: Mapping[str, str]) -> Iterator[Program]:
     """
-    Run `asyncflow <arguments>` until the end of the block, at the latest.
+    Run `asyncflow <arguments>`; kill it at the end of the block if it is still running.
     """
     program = Program(
         subprocess.Popen(

@@ -1,8 +1,8 @@
 """
-Reverse proxies of the tests, in front of an API: nginx and HAProxy as Debian has them.
+Reverse proxies for the tests, in front of an API: nginx and HAProxy as packaged by Debian.
 
-Each has a line in its log per request it saw on a connection, whatever became of it. It ends with
-the test run, however that ends.
+Each logs one line per request that it saw, whatever the outcome. It ends with the test run, however
+that happens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PACKAGES = ("nginx", "haproxy")
 START_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 60.0
 
-# A reader of our pipe runs next to it; when the pipe closes, the whole group is killed.
+# A process next to it reads our pipe and kills the whole group when the pipe closes.
 GUARD = """
     "$@" &
     proxy=$!
@@ -35,8 +35,8 @@ GUARD = """
     kill -KILL 0
 """
 
-# What is usual, and keeps connections to the API so that one request's rest would be the next
-# one's beginning. Bodies are passed on as they come.
+# Usual settings, which keep connections to the API open, so that the rest of one request would
+# become the beginning of the next. Bodies are forwarded as they arrive.
 NGINX = """
 daemon off;
 master_process off;
@@ -88,7 +88,7 @@ backend api
 
 class Logged(NamedTuple):
     """
-    A request as the proxy saw it, and what it answered.
+    A request as the proxy saw it, and the status of its answer.
     """
 
     status: int
@@ -117,7 +117,7 @@ class Proxy:
 
     def start(self) -> None:
         """
-        Return when it accepts connections.
+        Start it and return when it accepts connections.
         """
         with (self._folder / "output.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -134,7 +134,7 @@ class Proxy:
 
     def logged(self) -> Mapping[str, list[Logged]]:
         """
-        End it when it has served what it began, and return what it saw, by clients' addresses.
+        Stop it gracefully, and return the requests that it saw, by client address.
         """
         self._end(self._stop_signal)
         access_log = self._folder / "access.log"
@@ -189,7 +189,7 @@ def running_proxy(name: str, *, api_port: int) -> Iterator[Proxy]:
 
 def missing_packages() -> list[str]:
     """
-    Those that are not installed.
+    The packages of the proxies that are not installed.
     """
     return [name for name in PACKAGES if _program(name) is None]
 
@@ -199,6 +199,6 @@ def _lack(name: str) -> str:
 
 
 def _program(name: str) -> Path | None:
-    # Debian installs them into a folder that is only on root's PATH.
+    # Debian installs them in a folder that is only on root's PATH.
     found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
     return Path(found) if found else None

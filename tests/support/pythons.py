@@ -1,8 +1,9 @@
 """
-The Pythons that AsyncFlow supports, oldest and newest, each with what AsyncFlow needs.
+The oldest and newest Python that AsyncFlow supports, each with AsyncFlow's dependencies.
 
-The one that runs the tests is there. Another is looked for on this machine, and gets its
-packages into a virtual environment in the cache folder, once for each set of pinned versions.
+The one that runs the tests is used as it is. The other is searched for on this machine; its
+dependencies are installed into a virtual environment in the cache folder, once for each set of
+pinned versions.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ REQUIREMENTS = Path(__file__).parents[2] / "requirements" / "runtime.txt"
 
 class NoPython(Exception):
     """
-    A version cannot be had here; the sentence says why.
+    A version is not available on this machine; the message says why.
     """
 
 
 def python(version: str) -> Path:
     """
-    A Python of this version that can import what AsyncFlow needs.
+    A Python of this version with AsyncFlow's dependencies.
 
     Raises:
-        NoPython: There is none on this machine, or its packages cannot be installed.
+        NoPython: It is not on this machine, or the dependencies cannot be installed.
     """
     if version == f"{sys.version_info.major}.{sys.version_info.minor}":
         return Path(sys.executable)
@@ -48,7 +49,7 @@ def python(version: str) -> Path:
 
 
 def _make(folder: Path, version: str) -> None:
-    # A virtual environment cannot be renamed, so the mark that it is whole is its link.
+    # A virtual environment cannot be renamed, so a symlink marks a complete one.
     unfinished = folder.with_name(f"{folder.name}.made")
     shutil.rmtree(unfinished, ignore_errors=True)
     _run([_find(version), "-m", "venv", str(unfinished)], version)
@@ -66,7 +67,7 @@ def _find(version: str) -> str:
         *sorted(glob.glob(f"{home}/versions/{version}.*/bin/python{version}")),
     ]
     for candidate in candidates:
-        # What pyenv puts on the path only knows where a Python would be.
+        # A pyenv shim on the PATH may point to a version that is not installed.
         if subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0:
             return candidate
     raise NoPython(f"no Python {version} on this machine")

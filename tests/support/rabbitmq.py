@@ -1,5 +1,5 @@
 """
-Where the tests get their RabbitMQ: from the first of these that the machine has.
+Where the tests get RabbitMQ: from the first of these that is available.
 
     ASYNCFLOW_TEST_BROKER_URL   a broker somewhere, which tests cannot stop or freeze
     a Debian folder             see `debian`; both versions, needs Linux and root
@@ -53,7 +53,7 @@ def running_broker(version: str, **options: Any) -> Iterator[Broker]:
 
 def missing(versions: Sequence[str]) -> list[str]:
     """
-    Say which of these versions cannot be had here and what would help; empty if all can.
+    Which of these versions are not available here, and what would help; empty if all are.
     """
     if is_chosen_by_hand() or shutil.which("rabbitmq-server") or docker.is_usable():
         return []
@@ -65,7 +65,7 @@ def missing(versions: Sequence[str]) -> list[str]:
 
 def is_chosen_by_hand() -> bool:
     """
-    Tell whether the tests were given a broker that others run.
+    Whether the tests were given an external broker.
     """
     return "ASYNCFLOW_TEST_BROKER_URL" in os.environ
 
@@ -92,7 +92,7 @@ def _only_the_oldest(version: str, source: str) -> None:
 
 class RemoteBroker(Broker):
     """
-    A broker that others run; its management plugin must answer on port 15672.
+    An external broker; its management plugin must answer on port 15672.
     """
 
     def __init__(self, url: str) -> None:
@@ -118,7 +118,7 @@ class RemoteBroker(Broker):
 
     def resume(self) -> None:
         """
-        Nothing to do: it was never frozen.
+        Do nothing: it was never frozen.
         """
 
     def wipe(self) -> None:
@@ -126,7 +126,7 @@ class RemoteBroker(Broker):
 
     def close(self) -> None:
         """
-        Nothing to do: it is not ours.
+        Do nothing: it is not ours.
         """
 
     def ctl(self, *arguments: str) -> str:

@@ -1,6 +1,6 @@
 """
-A role with exactly the rights that AsyncFlow needs, as a careful administrator would make it, and
-that administrator, who takes things away and gives them back.
+A role with exactly the privileges that AsyncFlow needs, as a careful administrator would create it,
+and that administrator, who revokes and restores privileges.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _numbers = itertools.count(1)
 
 class Administrator:
     """
-    The superuser of one database, and the role that AsyncFlow has in it.
+    The superuser of one database, and AsyncFlow's role in it.
 
     Attributes:
-        role: Its name.
+        role: The name of the role.
         url: The DSN for AsyncFlow.
-        own_url: The superuser's.
+        own_url: The DSN for the superuser.
     """
 
     def __init__(self, server: PostgresServer, database_url: str, db: asyncpg.Connection) -> None:
@@ -47,19 +47,19 @@ class Administrator:
 
     async def execute(self, statements: str) -> None:
         """
-        Run statements; `{role}` and `{database}` in them are ours.
+        Run statements, with `{role}` and `{database}` replaced.
         """
         await self._db.execute(statements.format(role=self.role, database=self.database))
 
     async def count(self, query: str) -> int:
         """
-        Ask for a number.
+        Run a query that returns a number.
         """
         return int(await self._db.fetchval(query))
 
     async def end_sessions(self) -> None:
         """
-        End every session that the role has now; return when all are gone.
+        Terminate all current sessions of the role, and wait until they have ended.
         """
         theirs = "SELECT pid FROM pg_stat_activity WHERE usename = $1"
         ended = [row["pid"] for row in await self._db.fetch(theirs, self.role)]
@@ -72,7 +72,7 @@ class Administrator:
 
     async def waits_for_a_lock(self) -> bool:
         """
-        Whether a session of the role waits for a lock.
+        Whether a session of the role is waiting for a lock.
         """
         waiting = await self._db.fetchval(
             "SELECT count(*) FROM pg_stat_activity WHERE usename = $1 AND wait_event_type = 'Lock'",
@@ -82,7 +82,7 @@ class Administrator:
 
     async def ask_for_password(self) -> None:
         """
-        Let the role in by its password only, also over the Unix socket.
+        Require the role's password, even over the Unix socket.
         """
         file = Path(await self._db.fetchval("SHOW hba_file"))
         file.write_text(f"local all {self.role} scram-sha-256\n{file.read_text()}")
@@ -92,7 +92,7 @@ class Administrator:
 @asynccontextmanager
 async def administrator(server: PostgresServer, database_url: str) -> AsyncIterator[Administrator]:
     """
-    Make the role for one block.
+    Create the role for one block.
     """
     db = await asyncpg.connect(database_url)
     admin = Administrator(server, database_url, db)

@@ -1,5 +1,5 @@
 """
-Workers that run inside a test, on the real store.
+Workers that run inside the test process, on the real store.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TIMES = Times()
 @dataclass
 class Running:
     """
-    A worker at work.
+    A running worker.
 
     Attributes:
-        ended: Resolves when `run` returns, or raises what it raised.
+        ended: The task that runs `run`, with its exception if it failed.
     """
 
     worker: Worker
@@ -46,7 +46,7 @@ class Running:
 
     async def end(self) -> None:
         """
-        Wait for the end of `run`, which the test brings about.
+        Wait until `run` ends, which the test must cause.
         """
         async with asyncio.timeout(PATIENCE_SECONDS):
             await asyncio.shield(self.ended)
@@ -69,8 +69,8 @@ async def a_running_worker(
     **policy: Any,
 ) -> AsyncIterator[Running]:
     """
-    A worker that offers `functions`, the first under the name `work`, or what a `registry`
-    has; forced to end when the test is done. Without a `broker_url` it claims directly.
+    A worker that offers `functions`, the first under the name `work`, or the handlers of
+    `registry`; it is force-quit at the end of the block. Without a `broker_url` it claims directly.
     """
     registry = registry or registry_of(*functions, **policy)
     registration = a_registration(
@@ -112,7 +112,7 @@ async def a_running_worker(
 
 def registry_of(*functions: Callable[..., Any], **policy: Any) -> Registry:
     """
-    A registry of these functions; the first is called `work`, the others as they are.
+    A registry of these functions; the first is named `work`, the others keep their names.
     """
     registry = Registry()
     for number, function in enumerate(functions):

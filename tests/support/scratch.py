@@ -1,9 +1,9 @@
 """
-Folders for the data of the servers of the tests.
+Folders for the data of the test servers.
 
-PostgreSQL's is in memory where there is room: a copy of a database costs a tenth of what it
-costs on disk. The server syncs as always, and loses no more when it is killed. RabbitMQ's
-is on disk; the benchmarks use the same brokers, and memory would flatter them.
+PostgreSQL's data is in memory if there is room: copying a database costs a tenth of what it costs
+on disk. The server still syncs, and loses no more when it is killed. RabbitMQ's data is on disk:
+the benchmarks use the same brokers, and memory would flatter their results.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FREE_BYTES_MIN = 2 * 1024**3
 
 def make_folder(purpose: str, *, in_memory: bool) -> Path:
     """
-    Make an empty folder with a short path, as a Unix socket needs; the caller removes it.
+    Create an empty folder with a short path, as a Unix socket needs; the caller removes it.
 
     Args:
-        in_memory: Use memory if this system has enough of it to spare.
+        in_memory: Use memory if this system has enough to spare.
     """
     place = MEMORY if in_memory and _has_room() else Path(tempfile.gettempdir())
     _remove_leftovers(place)
@@ -40,7 +40,7 @@ def _has_room() -> bool:
 
 
 def _remove_leftovers(place: Path) -> None:
-    # A test run that was killed could not clean up, and its memory is not given back.
+    # A killed test run cannot clean up, so its memory stays in use until this removes it.
     for folder in place.glob(f"{PREFIX}-*-*"):
         pid = folder.name.split("-")[1]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):

@@ -1,7 +1,7 @@
 """
-The servers that a test run has in common: one of each version.
+The servers that all tests of a run share: one of each version.
 
-Each starts when a test needs it first and runs to the end, so that tests may come in any order.
+Each starts when a test first needs it and runs until the end, so that tests may run in any order.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tests.support.postgres import PostgresServer
 
 class Servers:
     """
-    Asked for a version, hands out the server that runs already, or starts it.
+    Returns the running server of a version, or starts it.
 
     Args:
-        running: Ends them.
+        running: Stops them when it closes.
     """
 
     def __init__(self, running: ExitStack) -> None:

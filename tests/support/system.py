@@ -1,9 +1,9 @@
 """
-A whole AsyncFlow of real processes, on the servers that a test gives it.
+A whole AsyncFlow deployment of real processes, on the servers that a test provides.
 
-`System` starts processes and speaks to them as their users do: over HTTP and by commands. It
-looks into PostgreSQL only for what a user would have to ask for a thousand times. `Load` is
-its steady stream of submissions.
+`System` starts processes and talks to them as users do: over HTTP and by commands. It queries
+PostgreSQL only where a user would need a thousand requests. `Load` is a steady stream of
+submissions.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Answer = TypeVar("Answer")
 
 class System:
     """
-    The processes of one deployment. Leaving it ends them all.
+    The processes of one deployment; all are killed at the end of the block.
 
     Args:
-        broker_url: Of RabbitMQ; None runs on PostgreSQL alone.
-        folder: Where the processes run and the journal is.
-        settings: For every process, by the names of `Settings`.
+        broker_url: The URL of RabbitMQ; None runs on PostgreSQL alone.
+        folder: The working folder of the processes, and of the journal.
+        settings: Settings of every process, by their names in `Settings`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class System:
 
     def tails(self) -> list[tuple[str, str]]:
         """
-        The name and the last words of each process.
+        The name and the end of the output of each process.
         """
         return [(process.name, process.tail()) for process in self.processes]
 
@@ -83,7 +83,7 @@ class System:
         self, *, apis: int = 1, workers: int = 1, maintenances: int = 1, **settings: Any
     ) -> tuple[list[Process], list[Process], list[Process]]:
         """
-        Start this many of each concurrently, and return them when they are ready.
+        Start this many processes of each kind concurrently, and return them when they are ready.
         """
         started = await asyncio.gather(
             *(self.start_api(**settings) for _ in range(apis)),
@@ -98,7 +98,7 @@ class System:
 
     async def start_api(self, *, port: int | None = None, **settings: Any) -> Process:
         """
-        Start an API on a free port, or on the one that a former API had.
+        Start an API on a free port, or on a given one, such as a former API's.
         """
         port = port or free_port()
         process = await self.run("api", "--port", str(port), **settings)
@@ -108,7 +108,7 @@ class System:
 
     async def reaches_api(self, url: str) -> None:
         """
-        Wait until an API answers at `url`, and use it from now on.
+        Wait until an API answers at `url`, and send requests to it from now on.
         """
         await self.answers(lambda: self.client.get(f"{url}/health/live"))
         if url not in self._urls:
@@ -122,7 +122,7 @@ class System:
         **settings: object,
     ) -> Process:
         """
-        Start a worker; returns when the database knows it and RabbitMQ serves it.
+        Start a worker; return when it is registered and RabbitMQ serves it.
         """
         options = itertools.chain.from_iterable(("--handlers", str(file)) for file in handlers)
         process = await self.run("worker", *options, *arguments, python=python, **settings)
@@ -144,7 +144,7 @@ class System:
         self, role: str, *arguments: str, python: Path | None = None, **settings: Any
     ) -> Process:
         """
-        Start any command; does not wait for it.
+        Start any command, without waiting for it.
         """
         name = f"{role}-{next(self._numbers)}"
         process = await Process.start(
@@ -164,7 +164,7 @@ class System:
         """
         process = await self.run(*arguments)
         assert expected_status == await process.exit_status(), process.tail()
-        # It has ended as it should, and the processes of a system are those that stay.
+        # It has ended as expected; `processes` holds only the long-running ones.
         self.processes.remove(process)
         return process.output
 
@@ -180,14 +180,14 @@ class System:
     @property
     def url(self) -> str:
         """
-        The address of one of the APIs, another one each time.
+        The address of one of the APIs, in turn.
         """
         self._urls.append(self._urls.pop(0))
         return self._urls[-1]
 
     async def submit(self, name: str, payload: Json | None = None, **fields: object) -> str:
         """
-        Submit one task and return its id; only a 202 will do.
+        Submit one task, which must be accepted, and return its id.
         """
         body = {"name": name, "payload": payload or {}, **fields}
         response = await self.client.post(f"{self.url}/tasks", json=body)
@@ -220,7 +220,7 @@ class System:
         self, task_id: str, *statuses: str, timeout_seconds: float = PATIENCE_SECONDS
     ) -> Json:
         """
-        Wait until the task has one of `statuses`, and return it; through outages, too.
+        Wait until the task has one of `statuses`, and return it; tolerates outages.
         """
         task: Json = {}
 
@@ -251,7 +251,7 @@ class System:
         timeout_seconds: float = PATIENCE_SECONDS,
     ) -> httpx.Response:
         """
-        Wait until `request` is answered 200, and return the answer.
+        Repeat `request` until it is answered with 200, and return the answer.
         """
         response: httpx.Response | None = None
 
@@ -279,7 +279,7 @@ class System:
 
     async def states(self, task_ids: Collection[str]) -> Counter[str]:
         """
-        How many of these tasks are in each state; `missing` counts those that do not exist.
+        The number of these tasks in each state; `missing` counts those that do not exist.
         """
         query = """
             SELECT state, count(*) FROM asyncflow.tasks WHERE id = ANY ($1) GROUP BY state
@@ -293,7 +293,7 @@ class System:
         self, task_ids: Collection[str], *, timeout_seconds: float = PATIENCE_SECONDS
     ) -> Counter[str]:
         """
-        Wait until each of these tasks is terminal; return how many are in each state.
+        Wait until all of these tasks are terminal; return the number in each state.
         """
         states: Counter[str] = Counter()
 
@@ -323,8 +323,8 @@ class System:
 
     async def has_lost_nothing(self, load: Load) -> None:
         """
-        Whatever happened: submissions were accepted or asked to come again, everything that was
-        accepted completes, and every process is there.
+        Assert that every submission was accepted or told when to retry, that every accepted task
+        completes, and that every process is still running.
         """
         assert {503} == set(load.refused)
         assert None not in load.retry_after
@@ -334,7 +334,7 @@ class System:
 
     async def punished(self) -> list[str]:
         """
-        The ids of tasks that were charged with a failure, in this generation or by an attempt.
+        The ids of tasks with a failure, counted in this generation or recorded by an attempt.
         """
         rows = await self.rows("""
             SELECT id FROM asyncflow.tasks WHERE failures > 0
@@ -345,7 +345,7 @@ class System:
 
     async def locks_prove_death(self) -> None:
         """
-        Wait until PostgreSQL has run for so long that a free lock means a dead worker.
+        Wait until PostgreSQL has run long enough that a free lock proves its worker dead.
         """
         query = """
             SELECT 1 WHERE pg_postmaster_start_time() < now() - $1 * interval '1 second'
@@ -387,13 +387,13 @@ class System:
 
 class Load:
     """
-    Clients that submit one task after the other and, as clients do, go on after an error.
+    Clients that submit one task after another and continue after an error.
 
     Attributes:
         accepted: The ids of tasks that were answered 202, oldest first.
-        refused: How many submissions were answered otherwise, by status.
-        broken: How many got no answer.
-        slowest_seconds: The longest that a 202 took.
+        refused: The number of submissions with another answer, by status.
+        broken: The number of submissions without an answer.
+        slowest_seconds: The longest time until a 202.
     """
 
     def __init__(
@@ -419,7 +419,7 @@ class Load:
 
     def stop(self) -> None:
         """
-        Submit no more.
+        Stop submitting.
         """
         self._stopped.set()
 
@@ -441,7 +441,7 @@ class Load:
 
     async def is_refused(self) -> None:
         """
-        Wait until a submission was answered with anything but 202.
+        Wait until a submission is answered with anything but 202.
         """
         while not self.refused:
             self._more.clear()

@@ -1,9 +1,9 @@
 """
-Tasks and workers for tests of what runs: the relay, transports, workers and maintenance.
+Tasks and workers for tests of running parts: the relay, transports, workers and maintenance.
 
-The words of `builders` with other defaults: tasks are called `work`, workers have one slot and
-beat quickly, and a submission wakes the listeners up, as the API's does. A task in a certain
-state is built by `builders.a_task`.
+The same verbs as in `builders`, with other defaults: tasks are named `work`, workers have one slot
+and fast heartbeats, and a submission wakes the listeners, as the API's does. `builders.a_task`
+builds a task in a given state.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAME = "work"
 @asynccontextmanager
 async def database(url: str) -> AsyncIterator[Database]:
     """
-    A `Database` for one block.
+    Open a `Database` for one block.
     """
     async with Database(url, name="test") as db:
         yield db
@@ -43,7 +43,7 @@ async def submit(
     db: Database, count: int = 1, *, name: str = NAME, payload: str = "{}", **changes: Any
 ) -> list[UUID]:
     """
-    Submit equal tasks and wake the listeners up; return their ids, oldest first.
+    Submit equal tasks and wake the listeners; return the ids, oldest first.
     """
     ids = await builders.submitted(db, count, name=name, payload=payload, **changes)
     await send_wakeup(db)
@@ -59,7 +59,7 @@ def a_registration(
     lease_seconds: float = 5.0,
 ) -> Registration:
     """
-    What a worker says of itself; not yet in the store.
+    A worker's registration that is not stored yet.
     """
     return Registration(
         id=uuid4(),
@@ -74,7 +74,7 @@ def a_registration(
 
 async def a_worker(db: Database, **facts: Any) -> Registration:
     """
-    Register a worker that never beats.
+    Register a worker that never sends a heartbeat.
     """
     registration = a_registration(**facts)
     await workers.register(db, registration)
@@ -83,7 +83,7 @@ async def a_worker(db: Database, **facts: Any) -> Registration:
 
 async def claim(db: Database, worker_id: UUID, limit: int = 1, *, name: str = NAME) -> list[Claim]:
     """
-    Claim due tasks without any transport.
+    Claim due tasks without a transport.
     """
     offers = [Offer(name, max_attempts=5, timeout_seconds=900.0)]
     return await builders.claimed_due(db, limit, worker_id=worker_id, offers=offers)
@@ -99,7 +99,7 @@ async def complete(db: Database, done: Sequence[Claim]) -> list[bool]:
 
 async def states(db: Database) -> Counter[str]:
     """
-    How many tasks are in which state.
+    The number of tasks in each state.
     """
     rows = await db.fetch("SELECT state, count(*) FROM asyncflow.tasks GROUP BY state")
     return Counter({row["state"]: row["count"] for row in rows})
@@ -114,7 +114,7 @@ async def state(db: Database, task_id: UUID) -> str:
 
 async def until_states(db: Database, **expected: int) -> None:
     """
-    Wait until exactly these numbers of tasks are in these states.
+    Wait until the number of tasks in each state is exactly this.
     """
 
     async def as_expected() -> bool:
@@ -128,7 +128,7 @@ async def until_states(db: Database, **expected: int) -> None:
 
 async def cut_every_connection(url: str) -> None:
     """
-    Have PostgreSQL end every session of this database; return when all are gone.
+    Have PostgreSQL terminate every session of this database, and wait until they have ended.
     """
     others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     async with database(url) as db:

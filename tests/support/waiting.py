@@ -1,8 +1,8 @@
 """
-Waiting for what a server does and cannot tell a test.
+Polling for changes in a server that it cannot signal to a test.
 
-Where there is a signal, a log line, a notification or an event, wait for that instead. The limits
-are there to end a test that hangs; a test that promises a time measures it.
+If there is a signal, a log line, a notification or an event, wait for that instead. The time limits
+only end a test that hangs; a test of a time measures it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ async def until(
 
 async def until_someone_waits_for_a_lock(db: Executor) -> None:
     """
-    Return once a statement in this database waits for a lock that another one holds.
+    Return once a statement in this database is waiting for a lock.
     """
     await until(lambda: db.fetchval(WAITING))
 

@@ -1,10 +1,11 @@
 """
-The wires between the process that is to fail and its servers, and the desk that takes its orders.
+Proxies ("wires") between a process that is to fail and its servers, and a control socket for them
+(`Desk`).
 
 Beyond what `asyncflow.verify.proxy` can do, a wire holds back the answer to one statement:
-PostgreSQL has committed it, or RabbitMQ has the message, and the process does not know. For
-that it reads along which statements a client of PostgreSQL runs (PostgreSQL, "Message
-Formats": Parse names a statement, Bind makes it ready to run).
+PostgreSQL has committed it, or RabbitMQ has the message, but the process does not know. To do that
+it tracks which statements a client of PostgreSQL runs (PostgreSQL, "Message Formats": Parse names a
+statement, Bind makes it ready to run).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ AMQP_HEARTBEAT = 8
 
 class Statements:
     """
-    What one client of PostgreSQL runs, read from its bytes.
+    Tracks the statements that one client of PostgreSQL runs, from the bytes it sends.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Statements:
 
     def feed(self, data: bytes) -> list[bytes]:
         """
-        Take what the client sent; return the statements that it runs by that.
+        Parse bytes from the client; return the statements that they run.
         """
         self._bytes += data
         run = []
@@ -50,7 +51,7 @@ class Statements:
         return run
 
     def _next(self) -> tuple[bytes, bytes] | None:
-        # The first messages of a connection have no kind before their length.
+        # The first messages of a connection have no type byte before their length.
         kind_bytes = 1 if self._has_started else 0
         head = kind_bytes + 4
         if len(self._bytes) < head:
@@ -71,7 +72,7 @@ class Connection:
     One connection over a wire.
 
     Attributes:
-        is_held: Whether its answers are held back.
+        is_held: Whether answers are held back.
     """
 
     def __init__(self) -> None:
@@ -87,7 +88,7 @@ class Wire(Proxy):
     A wire that can hold back answers.
 
     Args:
-        url: Of the server; a PostgreSQL that is reached by a Unix socket is one, too.
+        url: The URL of the server; PostgreSQL may be on a Unix socket.
     """
 
     def __init__(self, url: str) -> None:
@@ -102,15 +103,15 @@ class Wire(Proxy):
     @property
     def url(self) -> str:
         """
-        The URL that leads over this wire, once started.
+        The server's URL through this wire, once it is started.
         """
         login = self._parts.netloc.rpartition("@")[0]
         return self._parts._replace(netloc=f"{login}@127.0.0.1:{self.port}", query="").geturl()
 
     def hold_answers(self, statement: str) -> None:
         """
-        From the moment at which a client runs `statement`, of which this is a piece, it hears
-        nothing more. With RabbitMQ: from the moment at which it says anything.
+        Hold back all answers to a client from the moment it runs a statement that contains
+        `statement`; with RabbitMQ, from the moment it sends anything.
         """
         self._answered.clear()
         self._released.clear()
@@ -118,7 +119,7 @@ class Wire(Proxy):
 
     async def has_answered(self) -> None:
         """
-        Wait until there is an answer that is held back.
+        Wait until an answer is being held back.
         """
         await self._answered.wait()
 
@@ -140,7 +141,7 @@ class Wire(Proxy):
         )
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # Both directions of a connection are tasks of this one and see what it sets here.
+        # Both directions of a connection are tasks started from here, so they see this value.
         _connection.set(Connection())
         await super()._accept(reader, writer)
 
@@ -154,7 +155,7 @@ class Wire(Proxy):
 
     def _is_awaited(self, connection: Connection, data: bytes) -> bool:
         """
-        Whether the bytes of a client are those to which the answer is to be held back.
+        Whether the answer to these bytes of a client must be held back.
         """
         if self._speaks_postgres:
             said = connection.statements.feed(data)
@@ -169,7 +170,7 @@ class Wire(Proxy):
 
 class Desk:
     """
-    Takes orders for wires over a socket: a line each, answered by a line when it is done.
+    Accepts commands for wires over a socket: one per line, each acknowledged by a line when done.
     """
 
     def __init__(self, wires: Mapping[str, Wire]) -> None:
@@ -179,7 +180,7 @@ class Desk:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Desk]:
         """
-        Take orders at `port`.
+        Accept commands on `port`.
         """
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
@@ -217,7 +218,7 @@ class Desk:
 @asynccontextmanager
 async def laid(urls: Mapping[str, str]) -> AsyncIterator[dict[str, Wire]]:
     """
-    A wire to each of these servers.
+    Start a wire to each of these servers.
     """
     wires: dict[str, Wire] = {}
     try:
