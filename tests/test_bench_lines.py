@@ -54,7 +54,7 @@ def test_a_run_that_has_not_begun_has_nothing(tmp_path: Path) -> None:
     assert ({}, []) == (lines.environment, lines.loads())
 
 
-def test_a_failure_that_was_made_up_for_is_not_reported() -> None:
+def test_a_failure_with_a_later_success_is_not_reported() -> None:
     """
     A failure is reported only if no later success replaces it.
     """

@@ -258,7 +258,7 @@ def test_children_are_given_the_same_settings(monkeypatch: pytest.MonkeyPatch) -
     assert chosen == load_settings()
 
 
-def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_mistakes_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     All mistakes are reported together, so three mistakes do not take three starts.
     """
@@ -393,7 +393,7 @@ def test_a_port_from_kubernetes_is_explained(monkeypatch: pytest.MonkeyPatch) ->
     assert "enableServiceLinks: false" in mistake
 
 
-def test_mistakes_and_contradictions_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_and_contradictions_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     Mistakes and contradictions are reported together, so finding both does not take two starts.
     """

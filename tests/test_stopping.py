@@ -39,7 +39,7 @@ async def received(wishes: list[signal.Signals], count: int) -> None:
     await until(are_there)
 
 
-async def test_a_signal_that_follows_another_at_once_is_the_same_wish() -> None:
+async def test_a_signal_right_after_another_is_the_same_request() -> None:
     """
     A signal shortly after another counts as the same request: a service manager signals a whole
     group, and a parent in it passes the signal on.
@@ -82,7 +82,7 @@ def test_a_signal_counts_in_the_process_that_got_it() -> None:
     assert [NUMBER] == wishes
 
 
-async def test_signals_are_taken_back_from_whoever_takes_them() -> None:
+async def test_signal_handlers_that_a_task_replaces_are_restored() -> None:
     """
     Signal handlers that a task replaces, in either way, are restored, so the worker can still be
     stopped.

@@ -93,7 +93,7 @@ async def test_a_page_of_an_allowed_origin_may_read_every_answer(
 
 
 @pytest.mark.parametrize("origin", [FOREIGN, "null", f"{PAGE}.evil.example", f"{PAGE}:8443", None])
-async def test_others_are_told_nothing_but_that_answers_differ(
+async def test_other_origins_get_no_header_but_vary(
     browser: httpx.AsyncClient, origin: str | None
 ) -> None:
     """

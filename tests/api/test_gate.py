@@ -148,7 +148,7 @@ def test_one_foreign_host_among_several_is_enough() -> None:
     assert refused(gate) is None
 
 
-def test_what_hosts_it_was_asked_for_is_not_kept_without_limit() -> None:
+def test_the_cache_of_hosts_is_bounded() -> None:
     """
     The cache of hosts is bounded, so no client can fill the memory with names.
     """

@@ -167,7 +167,7 @@ async def test_json_that_cannot_be_kept_is_refused_with_pointers(
     offline_client: httpx.AsyncClient, body: bytes, pointers: list[str]
 ) -> None:
     """
-    The answer is 422 with a pointer to each place, before the database is asked.
+    The answer is 422 with a pointer to each place, before the database is accessed.
     """
     answer = await offline_client.post("/tasks", content=body, headers=HEADERS)
 

@@ -129,7 +129,7 @@ def test_every_request_gets_one_answer_and_no_body_is_run(watched: Watched, what
 
 
 @pytest.mark.parametrize("method", [b"HEAD", b"head"])
-def test_an_answer_to_head_has_no_body_and_what_was_sent_with_it_is_one(
+def test_head_is_answered_without_a_body_and_its_own_body_is_read(
     watched: Watched, method: bytes
 ) -> None:
     """

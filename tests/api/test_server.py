@@ -183,7 +183,7 @@ def test_an_idle_connection_is_kept_as_long_as_it_is_set(database_url: str, tmp_
     assert Settings().api_keep_alive_seconds > 60
 
 
-async def test_what_is_loaded_at_the_start_is_not_looked_through_again(
+async def test_what_is_loaded_at_the_start_is_left_out_of_garbage_collection(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """

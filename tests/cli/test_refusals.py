@@ -39,7 +39,7 @@ def test_without_a_database_url_a_process_says_what_to_set(command: str, tmp_pat
     assert "Traceback" not in ended.stderr
 
 
-def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
+def test_all_wrong_settings_are_named_together(tmp_path: Path) -> None:
     """
     All mistakes are reported together, so three mistakes do not take three starts.
     """
@@ -149,7 +149,7 @@ def test_a_mistyped_command_is_answered_with_the_right_one(tmp_path: Path) -> No
     assert "Did you mean 'worker'?" in ended.stderr
 
 
-def test_a_handler_whose_type_no_json_becomes_is_named_before_the_worker_starts(
+def test_a_handler_with_a_type_json_cannot_fill_is_named_before_the_worker_starts(
     database_url: str, tmp_path: Path
 ) -> None:
     """

@@ -270,7 +270,9 @@ def test_modules_of_handlers_may_be_called_as_one_of_pythons_own(
     assert "greet sample-task" == load(name)
 
 
-def test_a_signature_that_cannot_be_filled_is_told_at_loading(load: Load, tmp_path: Path) -> None:
+def test_a_signature_that_cannot_be_filled_is_reported_at_loading(
+    load: Load, tmp_path: Path
+) -> None:
     """
     The error comes at loading, not with the first task.
     """
@@ -279,7 +281,7 @@ def test_a_signature_that_cannot_be_filled_is_told_at_loading(load: Load, tmp_pa
     assert f"'greet' (greet in {tmp_path}/billing.py, line 3): *names cannot be" in load("billing")
 
 
-def test_a_type_that_no_json_becomes_is_told_at_loading(load: Load, tmp_path: Path) -> None:
+def test_a_type_json_cannot_fill_is_reported_at_loading(load: Load, tmp_path: Path) -> None:
     """
     The error is one line with the file, the function and the parameter.
     """

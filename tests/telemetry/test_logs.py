@@ -122,7 +122,7 @@ def test_the_line_of_a_completed_attempt_has_the_shape_of_all_others(stream: Str
     assert complete | {"outcome": "released", "timestamp": release["timestamp"]} == release
 
 
-def test_an_event_without_fields_is_one_as_well(stream: Stream) -> None:
+def test_an_event_without_fields_is_a_line_too(stream: Stream) -> None:
     """
     An event without fields is a line with only the common ones.
     """
@@ -255,7 +255,7 @@ def test_an_error_brings_its_traceback(stream: Stream) -> None:
     assert line["exception"].endswith("ValueError: no")
 
 
-def test_libraries_speak_in_the_same_way(stream: Stream) -> None:
+def test_records_of_libraries_have_our_format(stream: Stream) -> None:
     """
     Records of libraries become lines in our format, from WARNING up.
     """
@@ -271,7 +271,7 @@ def test_libraries_speak_in_the_same_way(stream: Stream) -> None:
     assert line["exception"].endswith("ValueError: no")
 
 
-async def test_a_handlers_line_leaves_at_once(stream: Stream) -> None:
+async def test_a_handlers_line_is_written_immediately(stream: Stream) -> None:
     """
     A handler's line is written immediately, since what it announces may end the process. It
     contains what was bound to the logger and the context.
@@ -302,7 +302,7 @@ async def test_a_handlers_line_may_hold_anything_and_an_exception(stream: Stream
     assert line["exception"].endswith("ValueError: no")
 
 
-def test_whoever_configured_structlog_keeps_it(stream: Stream) -> None:
+def test_a_handler_modules_structlog_configuration_is_kept(stream: Stream) -> None:
     """
     A handler module's own configuration of structlog is left unchanged.
     """
@@ -352,7 +352,7 @@ def test_a_handler_may_log_through_the_standard_module(stream: Stream) -> None:
     assert {**OF_THE_ATTEMPT, **theirs, **ours} == line
 
 
-def test_so_it_may_through_structlog(stream: Stream) -> None:
+def test_a_handler_may_log_through_structlog(stream: Stream) -> None:
     """
     A handler may use its own structlog logger; the line has the attempt's fields.
     """
@@ -374,7 +374,7 @@ def test_lines_of_libraries_outside_of_an_attempt_name_no_task(stream: Stream) -
     assert ["logger", "event", "process", "level", "timestamp"] == list(line)
 
 
-def test_levels_of_ones_own_are_the_next_lower_of_ours(stream: Stream) -> None:
+def test_custom_levels_become_the_next_lower_standard_one(stream: Stream) -> None:
     """
     Custom levels are rounded down to a standard one, since only their library knows their names.
     """
@@ -481,7 +481,7 @@ def test_an_error_that_cannot_be_printed_may_be_logged(any_stream: Stream) -> No
     assert 2 == "".join(any_stream.writes).count("UnprintableError: ")
 
 
-def test_a_stream_that_raises_fails_nobody(any_stream: Stream) -> None:
+def test_a_stream_that_raises_fails_no_caller(any_stream: Stream) -> None:
     """
     Logging to a closed stream does not raise: a handler may replace standard error and close the
     replacement.
@@ -583,7 +583,7 @@ events.process_stopping(signal="SIGTERM")
         "open(1, 'w', closefd=False).close()",
     ],
 )
-def test_whoever_closes_a_stream_takes_it_from_nobody(deed: str) -> None:
+def test_a_handler_that_closes_a_stream_does_not_close_it_for_others(deed: str) -> None:
     """
     A handler that closes a standard stream does not close it for others, since all handlers share
     it.
@@ -601,7 +601,7 @@ def test_whoever_closes_a_stream_takes_it_from_nobody(deed: str) -> None:
 @pytest.mark.parametrize(
     "deed", ["os.close(1); os.close(2)", "sys.stdout = sys.stderr = None", "os.closerange(1, 99)"]
 )
-def test_a_stream_that_is_gone_fails_nobody(deed: str) -> None:
+def test_a_missing_stream_fails_no_caller(deed: str) -> None:
     """
     Without standard streams a process runs on, and what it writes there is dropped.
     """

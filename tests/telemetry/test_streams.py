@@ -142,7 +142,7 @@ def test_a_full_disk_raises_nothing() -> None:
         assert len(LINE) == Outlet(full.fileno()).write(LINE)
 
 
-def test_a_stream_of_ones_own_does_not_make_others_wait_less(pipe: Pipe) -> None:
+def test_our_own_stream_leaves_the_shared_descriptor_blocking(pipe: Pipe) -> None:
     """
     Our stream leaves the descriptor in blocking mode, which other processes share.
     """
