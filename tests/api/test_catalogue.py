@@ -160,7 +160,8 @@ async def test_a_schema_that_cannot_be_used_refuses_nothing(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue, schema: dict[str, Any]
 ) -> None:
     """
-    An unusable schema is logged, no references are fetched, and only the worker checks payloads.
+    With an unusable schema, which is logged, every payload is accepted and only the worker checks
+    it; no reference is fetched.
     """
     await publish(db, catalogue, schema)
     answer = await client.post("/tasks", json={"name": "charge", "payload": {"x": 1}})
@@ -198,7 +199,7 @@ async def test_a_running_catalogue_learns_by_itself(db: Database) -> None:
 
 async def test_an_outage_leaves_the_last_copy_in_use(db: Database) -> None:
     """
-    Entering the catalogue also works without a database.
+    During an outage the last copy stays in use, and entering the catalogue works, too.
     """
     catalogue = Catalogue(db, refresh_seconds=0.01)
     await publish_handlers(db, [Published("charge", "billing", SCHEMA)])
@@ -267,7 +268,8 @@ async def test_a_handler_whose_workers_are_gone_gives_way_to_one_that_lives(
     client: httpx.AsyncClient, db: Database, catalogue: Catalogue
 ) -> None:
     """
-    A dead worker's handler was renamed or moved; if no worker is live, the newest schema counts.
+    A handler whose workers are dead was renamed or moved, so a live one counts; without live
+    workers, the newest counts.
     """
     shop, news = await two_services(db, catalogue)
     await stop(db, news)

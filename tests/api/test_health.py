@@ -168,7 +168,7 @@ async def test_without_maintenance_the_state_of_the_broker_is_not_known(
     db: Database, through_rabbitmq: FastAPI
 ) -> None:
     """
-    The state of the broker is unknown: the last report is out of date.
+    Without a recent report from maintenance, the state of the broker is unknown.
     """
     never = await _ready(through_rabbitmq)
     await sign(db, relay_trouble=None)

@@ -250,7 +250,7 @@ def test_a_data_folder_that_is_no_database_is_a_sentence(
 
 def test_a_missing_module_of_handlers_stops_everything(env: dict[str, str], folder: Path) -> None:
     """
-    Everything stops, and the last line printed is the worker's error.
+    With a missing module everything stops, and the worker's error is printed.
     """
     with running("dev", "--handlers", "nowhere.tasks", folder=folder, env=env) as dev:
         assert 2 == dev.ended()

@@ -233,8 +233,7 @@ async def test_queues_are_listed_with_what_waits_and_who_serves_them(
     run: Run, database_url: str
 ) -> None:
     """
-    The list includes a queue that is only paused, one that is only served, and one that only has
-    tasks.
+    The list includes a queue that is only paused, one that is only served, and one that has tasks.
     """
     worker_id = uuid4()
     await _execute(database_url, A_WORKER, worker_id)
