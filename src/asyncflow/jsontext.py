@@ -41,7 +41,7 @@ _ESCAPES = re.compile(r"\\(?:u0000|.)")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 _NOT_A_BRACKET = re.compile(r"[^\[\]{}]+")
-_ONE_KIND = str.maketrans("{}", "[]")
+_STEPS = {"{": 1, "[": 1, "}": -1, "]": -1}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -86,14 +86,9 @@ def is_deeper(text: str, depth_max: int) -> bool:
     """
     if text.count("{") + text.count("[") <= depth_max:
         return False
-    # Strings end where they seem to, as `text` is JSON. Each round takes the innermost level
-    # away, in C.
-    brackets = _NOT_A_BRACKET.sub("", _STRING.sub("", text)).translate(_ONE_KIND)
-    for _ in range(depth_max):
-        brackets = brackets.replace("[]", "")
-        if not brackets:
-            return False
-    return True
+    # Strings end where they seem to, as `text` is JSON.
+    brackets = _NOT_A_BRACKET.sub("", _STRING.sub("", text))
+    return max(itertools.accumulate(map(_STEPS.__getitem__, brackets))) > depth_max
 
 
 def utf8_length(text: str) -> int:

@@ -254,7 +254,7 @@ def test_a_missing_module_of_handlers_stops_everything(env: dict[str, str], fold
     """
     with running("dev", "--handlers", "nowhere.tasks", folder=folder, env=env) as dev:
         assert 2 == dev.ended()
-        dev.until("There is no module 'nowhere.tasks'")
+        dev.until("No module named 'nowhere.tasks'")
         assert [] == dev.survivors()
 
 

@@ -135,7 +135,7 @@ def test_a_missing_module_of_handlers_is_named(database_url: str, tmp_path: Path
     ended = finished("worker", "--handlers", "nowhere.tasks", folder=tmp_path, env=env)
 
     assert 2 == ended.returncode
-    assert "There is no module 'nowhere.tasks'. Looked in:" in ended.stderr
+    assert "No module named 'nowhere.tasks'. Searched in:" in ended.stderr
     assert str(tmp_path) in ended.stderr
 
 

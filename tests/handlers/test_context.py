@@ -4,6 +4,7 @@ What a handler may see of its attempt and ask of its worker.
 
 import asyncio
 import datetime
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -120,3 +121,10 @@ async def test_the_sample_task_refuses_other_payloads(seconds: str) -> None:
 
     assert isinstance(outcome, Failed)
     assert "InvalidPayload" == outcome.failure.kind
+
+
+def test_what_a_line_carries_can_be_handed_to_logging() -> None:
+    """
+    `logging` refuses fields that are attributes of its own records, such as `name`.
+    """
+    logging.getLogger("shop").warning("sold out", extra=a_context().log_fields())

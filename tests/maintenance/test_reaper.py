@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -209,10 +210,11 @@ class Stubborn(Backoff):
     ("backoff", "waits"),
     [
         (Backoff(base_seconds=500, jitter=False), (400, 500)),
+        (Backoff(base_seconds=Fraction(500), jitter=False), (400, 500)),  # type: ignore[arg-type]
         (Backoff(), (-60, 2)),
         (Stubborn(base_seconds=500), (-60, 2)),
     ],
-    ids=["as declared", "default", "not data"],
+    ids=["as declared", "a fraction", "default", "not data"],
 )
 async def test_the_next_deaths_wait_by_the_backoff_of_the_handler(
     db: Database, backoff: Backoff, waits: tuple[float, float]

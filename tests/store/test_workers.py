@@ -253,6 +253,23 @@ async def test_a_backoff_of_a_newer_version_is_read_as_far_as_it_is_known(db: Da
     assert Backoff(base_seconds=7) == lease.backoff
 
 
+async def test_a_backoff_that_this_version_refuses_does_not_stop_the_reaper(db: Database) -> None:
+    """
+    The default serves instead.
+    """
+    worker = await a_worker(db)
+    await a_task(db, state=State.RUNNING, worker_id=worker.id)
+    await workers.stop(db, worker.id)
+    await db.execute(
+        "UPDATE asyncflow.workers SET backoffs = $1::text::json",
+        '{"greet": {"base_seconds": 7e9, "cap_seconds": 8e9}}',
+    )
+
+    [lease] = await upkeep.lost_leases(db, limit=9)
+
+    assert Backoff() == lease.backoff
+
+
 async def test_workers_that_ended_long_ago_are_forgotten(db: Database) -> None:
     """
     They are deleted a day later; live ones never are.

@@ -333,7 +333,7 @@ def an_attempt() -> Iterator[Context]:
     CURRENT.reset(token)
 
 
-OF_THE_ATTEMPT = {"task_id": str(TASK_ID), "name": "count", "attempt": 2}
+OF_THE_ATTEMPT = {"task_id": str(TASK_ID), "task_name": "count", "attempt": 2}
 
 
 def test_a_handler_may_log_through_the_standard_module(stream: Stream) -> None:

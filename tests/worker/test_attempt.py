@@ -5,6 +5,9 @@ One attempt always ends with one settlement, or with none because its lease is l
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -497,3 +500,80 @@ async def test_an_attempt_cancelled_before_its_first_step_is_settled() -> None:
 
     await asyncio.wait_for(far_side.has_ended.wait(), 10)
     assert ([Event.CANCEL], False) == (far_side.events, entered)
+
+
+async def test_a_handler_that_cancels_every_task_does_not_end_an_attempt_in_a_thread() -> None:
+    """
+    Code of another handler may cancel all tasks of the loop; the attempt keeps its outcome.
+    """
+    entered, may_end = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def wait() -> str:
+        loop.call_soon_threadsafe(entered.set)
+        assert may_end.wait(60)
+        return "done"
+
+    far_side = FarSide()
+    attempt = an_attempt(far_side, function=wait)
+    attempt.start()
+    await asyncio.wait_for(entered.wait(), 60)
+
+    for _ in range(2):
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0)
+    may_end.set()
+
+    await asyncio.wait_for(far_side.has_ended.wait(), 60)
+    assert [Event.COMPLETE] == far_side.events
+
+
+async def test_an_attempt_whose_task_is_cancelled_before_its_first_step_is_released() -> None:
+    """
+    Its slot is free again, and its task goes to another worker.
+    """
+    far_side = FarSide()
+    attempt = an_attempt(far_side)
+    attempt.start()
+
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+
+    await asyncio.wait_for(far_side.has_ended.wait(), 60)
+    assert ([Event.RELEASE], [None]) == (far_side.events, far_side.handler_ends)
+
+
+class Ballast:
+    """
+    Something large that a handler holds.
+    """
+
+
+async def test_a_cancelled_handler_leaves_none_of_its_variables_behind() -> None:
+    """
+    Workers collect cycles rarely, so an attempt must not leave one.
+    """
+    entered = asyncio.Event()
+    held: list[weakref.ref[Ballast]] = []
+
+    async def hold() -> None:
+        ballast = Ballast()
+        held.append(weakref.ref(ballast))
+        entered.set()
+        await asyncio.sleep(3600)
+
+    gc.disable()
+    try:
+        far_side = FarSide()
+        attempt = an_attempt(far_side, function=hold)
+        attempt.start()
+        await asyncio.wait_for(entered.wait(), 60)
+        attempt.cancel()
+        await asyncio.wait_for(far_side.has_ended.wait(), 60)
+        for _ in range(3):  # turns of the loop that end the attempt's task
+            await asyncio.sleep(0)
+
+        assert [None] == [reference() for reference in held]
+    finally:
+        gc.enable()

@@ -4,6 +4,7 @@ Cyclic garbage is collected by what it holds, however few objects it is.
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 from collections.abc import Iterator
@@ -106,6 +107,22 @@ def test_checking_again_immediately_costs_nothing() -> None:
     process.grows(0)
 
     assert [] == process.grows(GROWTH_BYTES + 1, seconds=CHECK_SECONDS / 2)
+
+
+def test_a_process_without_file_descriptors_skips_a_check() -> None:
+    """
+    It cannot ask for its memory then, and no attempt may fail for that.
+    """
+    process = Process()
+
+    def has_none() -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    resident, process.garbage._resident = process.garbage._resident, has_none
+    assert [] == process.grows(GROWTH_BYTES + 1)
+
+    process.garbage._resident = resident
+    assert [1] == process.grows(0)
 
 
 @pytest.fixture

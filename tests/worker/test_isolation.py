@@ -717,7 +717,7 @@ async def test_a_child_logs_as_its_worker_does(capfd: pytest.CaptureFixture[str]
         ("looked", "stars", "odd", 1),
         ("counted 7", "moons", "odd", 1),
         ("looked again", "stars", "odd", 1),
-    ] == [(line["event"], line["at"], line["name"], line["attempt"]) for line in lines]
+    ] == [(line["event"], line["at"], line["task_name"], line["attempt"]) for line in lines]
 
 
 async def test_a_handler_that_closes_the_connection_is_a_crash(isolation: Isolation) -> None:

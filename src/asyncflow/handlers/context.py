@@ -184,8 +184,11 @@ class Context:
     def log_fields(self) -> dict[str, Any]:
         """
         What every line of this attempt carries, whatever logs it.
+
+        No key is an attribute of `logging.LogRecord`, as `name` is: a user's structlog may hand
+        them to `logging` as `extra`, which refuses those.
         """
-        return {"task_id": str(self.task_id), "name": self.name, "attempt": self.attempt}
+        return {"task_id": str(self.task_id), "task_name": self.name, "attempt": self.attempt}
 
     def progress(self, fraction: float | None = None, message: str | None = None) -> None:
         """

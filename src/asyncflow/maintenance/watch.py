@@ -10,7 +10,6 @@ import contextlib
 import time
 
 from asyncflow.aio.background import Background
-from asyncflow.errors import StoreError
 from asyncflow.store.database import Executor
 from asyncflow.store.presence import SILENT_SECONDS_MAX, presence
 from asyncflow.telemetry import events
@@ -42,8 +41,8 @@ class MaintenanceWatch:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
-            # An outage of the database is logged by those that need it.
-            with contextlib.suppress(StoreError):
+            # What keeps it from checking is logged by those that need the database.
+            with contextlib.suppress(Exception):
                 await self.check(now=time.monotonic())
 
     async def check(self, *, now: float) -> None:

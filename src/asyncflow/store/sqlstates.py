@@ -7,7 +7,7 @@ Two kinds of errors do not pass: values that cannot be stored, and bugs of ours.
 
 `MEANINGS` goes by SQLSTATE (PostgreSQL, "Error Codes"): the first two characters name a class, and
 a state that differs from its class has an entry of its own. A state without any entry, from a
-newer server or from a pooler, cannot be our bug: it is waited out. `database` turns kinds into
+newer server or from a pooler, cannot be our bug: it is waited out. `database` turns meanings into
 errors.
 """
 

@@ -63,9 +63,13 @@ async def lost_leases(
 def _backoff(text: str | None) -> Backoff:
     if text is None:
         return Backoff()
-    # A newer worker's may have more fields than this version knows.
+    # A newer worker's may have fields that this version does not know, or values it refuses; one
+    # row must not keep the reaper from all others.
     known = {field.name for field in fields(Backoff)}
-    return Backoff(**{name: value for name, value in json.loads(text).items() if name in known})
+    try:
+        return Backoff(**{name: value for name, value in json.loads(text).items() if name in known})
+    except (TypeError, ValueError):
+        return Backoff()
 
 
 EXPIRE = ending(

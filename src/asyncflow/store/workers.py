@@ -102,7 +102,8 @@ def _backoffs_json(backoffs: Mapping[str, Backoff]) -> str | None:
         for name, backoff in backoffs.items()
         if backoff.is_data and backoff != Backoff()
     }
-    return json.dumps(stored) if stored else None
+    # Fractions and the like are numbers to a handler, but not to JSON.
+    return json.dumps(stored, default=float) if stored else None
 
 
 HOLD_LOCK = """
@@ -129,7 +130,7 @@ HEARTBEAT = """
 
 async def heartbeat(db: Executor, worker_id: UUID) -> bool:
     """
-    Keep every lease of this worker; False if it was declared lost and must start again as another
+    Keep every lease of this worker; False if it was declared dead and must start again as another
     worker, or if there is no row of it.
     """
     return await db.fetchval(HEARTBEAT, worker_id) is not None
@@ -145,7 +146,7 @@ IS_OVER = """
 
 async def is_over(db: Executor, worker_id: UUID) -> bool:
     """
-    Whether this worker was declared lost or has stopped. A worker without a row is not over: the
+    Whether this worker was declared dead or has stopped. A worker without a row is not over: the
     database may be being restored.
     """
     return bool(await db.fetchval(IS_OVER, worker_id))

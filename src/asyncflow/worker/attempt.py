@@ -25,9 +25,10 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from asyncflow.aio.batching import Batcher
 from asyncflow.domain.outcome import (
@@ -91,6 +92,7 @@ class Attempt:
     __slots__ = (
         "_began_at",
         "_is_cancelled",
+        "_is_finishing",
         "_is_released",
         "_rest",
         "_run",
@@ -114,6 +116,7 @@ class Attempt:
         self._run: Run | None = None
         self._run_seconds: float | None = None
         self._is_cancelled = False
+        self._is_finishing = False
         self._is_released = False
         self._rest: asyncio.Task[None] | None = None
 
@@ -121,7 +124,7 @@ class Attempt:
         """
         Begin to work; every end is an outcome that gets settled, or a lost lease.
         """
-        self._task = asyncio.get_running_loop().create_task(self._work())
+        self._task = self._start(self._work())
 
     def cancel(self) -> None:
         """
@@ -168,11 +171,26 @@ class Attempt:
             await self._finish(outcome)
 
     async def _finish(self, outcome: Outcome | None) -> None:
+        self._is_finishing = True
         self._free_slot(None if outcome is None else self._run_seconds)
         is_recorded = await self._settle(self.decide(outcome or Released()))
         self._tools.on_end(self)
         # Last: a log line may lead to a terminal that has gone.
         self._log(is_recorded=is_recorded)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(self._on_task_end)
+        return task
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            # Before its first step, by code of a handler that cancels every task it finds.
+            if not self._is_finishing:
+                self._rest = self._start(self._finish(None))
+        elif error := task.exception():
+            fact = {"message": "An attempt failed after its settle.", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(fact)
 
     # Run
 
@@ -201,14 +219,15 @@ class Attempt:
             return Crashed(Failure("Crashed", f"The attempt could not be run: {error!r}"))
         finally:
             self._run = None
-        self._run_seconds = time.monotonic() - self._began_at
+        if self._rest is None:
+            self._run_seconds = time.monotonic() - self._began_at
         return outcome
 
     def _leave_behind(self, outcome: Outcome | None) -> None:
         # The handler keeps this attempt's task, so the rest needs another.
         self._run = None
         self._run_seconds = time.monotonic() - self._began_at
-        self._rest = asyncio.get_running_loop().create_task(self._finish(outcome))
+        self._rest = self._start(self._finish(outcome))
 
     def _context(self) -> Context:
         claim, tools = self.claim, self._tools

@@ -133,7 +133,7 @@ class LeaseKeeper:
         """
         Whether the leases can be trusted at this moment. From any thread.
         """
-        if self._fenced or self._ends_stalled:
+        if self._fenced or self._lost or self._ends_stalled:
             return False
         return time.monotonic() - self._kept_at <= self._fence_seconds
 

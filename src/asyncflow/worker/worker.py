@@ -265,6 +265,7 @@ class Worker:
         End: this worker was declared dead.
         """
         self._move_to(Phase.FORCED, Cause.LOST)
+        self._intake.close()
         self.on_fenced("it was declared dead")
 
     def on_stalled(self, seconds: float) -> Callable[[Held], Settling]:

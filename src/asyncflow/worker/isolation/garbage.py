@@ -94,6 +94,13 @@ class Garbage:
         if now < self._check_at:
             return
         self._check_at = now + CHECK_SECONDS
+        try:
+            self._collect_if_grown(now)
+        except OSError:
+            # No file descriptor is left to ask with. The next check asks again.
+            return
+
+    def _collect_if_grown(self, now: float) -> None:
         bytes_held = self._resident()
         if bytes_held > self._young_bytes_max or now > self._collect_at:
             bytes_held = self._collected()

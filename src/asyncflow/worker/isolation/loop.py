@@ -67,10 +67,14 @@ def within(context: contextvars.Context, call: Coroutine[Any, Any, Result]) -> A
     step: Callable[[Any], Any] = call.send
     value: Any = None
     while True:
+        sent, value = value, None
         try:
-            waited_for = context.run(step, value)
+            waited_for = context.run(step, sent)
         except StopIteration as end:
             return end.value
+        finally:
+            # An error that was sent holds the handler's frames, and would hold them through this.
+            sent = None
         try:
             step, value = call.send, (yield waited_for)
         except BaseException as error:

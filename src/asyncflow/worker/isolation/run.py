@@ -15,6 +15,7 @@ and counts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -218,7 +219,10 @@ class OutsideRun(Run):
             self.conclude(self.ended_unentered())
         else:
             self.enter()
-        return await self._outcome
+        while True:
+            # Code of another handler may cancel every task it finds; the outcome still counts.
+            with contextlib.suppress(asyncio.CancelledError):
+                return await asyncio.shield(self._outcome)
 
     def enter(self) -> None:
         """
