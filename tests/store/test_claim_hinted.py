@@ -20,8 +20,8 @@ from tests.support.waiting import until_someone_waits_for_a_lock
 
 async def test_hints_that_cannot_be_followed_are_left_alone(db: Database) -> None:
     """
-    They are duplicates, unknown ids, or name finished, running, expired or foreign tasks, or tasks
-    that are not due.
+    Hints are ignored if they are duplicates, unknown ids, or name tasks that are finished, running,
+    expired, foreign or not due.
     """
     good = await a_task(db, state=State.QUEUED)
     others = [
@@ -76,7 +76,7 @@ async def test_concurrent_claimers_of_the_same_hints_never_take_a_task_twice(
     db: Database,
 ) -> None:
     """
-    Every hint is delivered to four workers, in different orders and batches.
+    Of four workers that get every hint, in different orders and batches, one claims the task.
     """
     ids = await submitted(db, 1_500, name="a") + await submitted(db, 1_500, name="b")
     offers = [Offer("a", 5, 900.0), Offer("b", 5, 900.0)]
@@ -113,6 +113,6 @@ async def test_each_claim_call_has_one_lease_for_all_its_tasks(
 
 async def test_no_hints_claim_nothing(db: Database) -> None:
     """
-    An empty batch is fine.
+    An empty batch claims nothing and raises nothing.
     """
     assert [] == await claimed(db)
