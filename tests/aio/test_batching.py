@@ -57,7 +57,7 @@ async def turns(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_lone_item_goes_out_at_once() -> None:
+async def test_a_lone_item_is_sent_immediately() -> None:
     """
     A lone item is sent immediately, without waiting for a timer.
     """
@@ -165,7 +165,7 @@ async def test_a_batcher_goes_on_after_an_error() -> None:
         assert 14 == await batcher.submit(7)
 
 
-async def test_a_caller_that_gives_up_disturbs_nobody() -> None:
+async def test_a_cancelled_caller_disturbs_no_other() -> None:
     """
     A cancelled caller's item stays in the batch, because the backend may already have it.
     """

@@ -66,7 +66,7 @@ def test_what_a_failpoint_wraps_exists(point: Failpoint) -> None:
     assert callable(owner)
 
 
-def test_all_is_well_if_it_is() -> None:
+def test_good_facts_are_judged_good() -> None:
     """
     The facts that the next test corrupts are judged to be fine.
     """
@@ -95,7 +95,7 @@ OTHER = UUID(int=1)
     ],
     ids=repr,
 )
-def test_whatever_must_not_be_is_seen(wrong: dict[str, object]) -> None:
+def test_each_wrong_fact_is_detected(wrong: dict[str, object]) -> None:
     """
     A single wrong fact fails the case.
     """

@@ -252,7 +252,7 @@ async def test_a_released_task_keeps_its_place_and_a_retried_one_waits(db: Datab
     assert 29 < (retried.run_at - claim.claimed_at).total_seconds() < 40
 
 
-async def test_nothing_is_claimed_by_nobody(db: Database) -> None:
+async def test_a_claim_without_offers_queues_or_slots_is_empty(db: Database) -> None:
     """
     Without offers, queues or free slots a claim returns nothing and raises nothing.
     """

@@ -95,7 +95,7 @@ async def test_a_statement_ends_after_the_timeout(db: Database, small: Database)
     )
 
 
-async def test_callers_that_give_up_leak_no_connections(
+async def test_cancelled_callers_leak_no_connections(
     db: Database, shared_database_url: str
 ) -> None:
     """
@@ -352,7 +352,7 @@ async def test_connections_that_a_firewall_forgot_cost_one_timeout(
         assert took < 1.5 * seconds
 
 
-async def test_a_caller_that_gives_up_on_a_dead_connection_is_free_at_once(
+async def test_a_cancelled_caller_does_not_wait_for_a_dead_connection(
     shared_database_url: str,
 ) -> None:
     """

@@ -65,7 +65,7 @@ def test_a_url_that_asyncpg_takes_is_left_as_it_is(url: str) -> None:
     "url",
     ["", "mysql://host/db", "postgresql://host:port/db", "postgresql://me:a@b:s3cret/d@host/db"],
 )
-def test_a_url_that_is_none_is_refused_before_anything_starts(url: str) -> None:
+def test_an_invalid_url_is_refused_before_anything_starts(url: str) -> None:
     """
     An invalid URL is refused before startup, naming the setting and what to do about special
     characters.
@@ -159,7 +159,7 @@ def test_each_mistake_says_what_would_have_worked(query: str, sentence: str) -> 
     assert "xyzzy" not in mistake
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_together() -> None:
     """
     All mistakes are reported together, each in its own sentence.
     """

@@ -174,7 +174,7 @@ def test_a_good_server_has_only_good_findings() -> None:
         ({"clock_ahead_seconds": -7.0}, "clock", "doubtful", False, "7 seconds behind", "Sync"),
     ],
 )
-def test_each_thing_that_is_wrong_is_named_with_its_mend(
+def test_each_problem_is_named_with_its_remedy(
     change: dict[str, Any], what: str, verdict: str, may_pass: bool, fact: str, mend: str
 ) -> None:
     """
@@ -202,7 +202,7 @@ def test_a_schema_that_may_not_be_used_is_a_matter_of_rights() -> None:
     assert ["Role app lacks USAGE on schema asyncflow."] == [f.sentence for f in wrong]
 
 
-def test_a_pooler_that_is_none_is_doubtful() -> None:
+def test_a_declared_pooler_that_is_not_there_is_a_warning() -> None:
     """
     Declaring a pooler that is not there is a warning: the setting costs wake-ups and session locks.
     """

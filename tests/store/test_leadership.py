@@ -46,7 +46,7 @@ async def test_a_leader_works_on_the_connection_that_proves_it(db: Database) -> 
         assert f"{IDLE_SECONDS_MAX}s" == limit
 
 
-async def test_behind_a_pooler_everybody_leads(shared_database_url: str) -> None:
+async def test_behind_a_pooler_every_process_leads(shared_database_url: str) -> None:
     """
     Behind a pooler every process leads: a session lock would stay with a shared server connection.
     """

@@ -47,7 +47,7 @@ async def has_schema(db: Database, version: str) -> None:
     )
 
 
-async def test_five_at_once_migrate_an_empty_database_once(empty_database_url: str) -> None:
+async def test_five_concurrent_runs_migrate_an_empty_database_once(empty_database_url: str) -> None:
     """
     When a deployment starts five processes, all of them return, and the schema is complete.
     """

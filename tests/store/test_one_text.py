@@ -38,7 +38,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_who_asks_what_may_start_asks_in_the_same_words(name: str) -> None:
+def test_each_statement_that_asks_what_may_start_uses_the_same_text(name: str) -> None:
     """
     Each statement contains the text of `admission`.
     """

@@ -92,7 +92,7 @@ async def test_only_a_dead_letter_can_be_redriven(db: Database, state: State) ->
     )
 
 
-async def test_two_redrives_at_once_open_one_generation(db: Database) -> None:
+async def test_two_concurrent_redrives_open_one_generation(db: Database) -> None:
     """
     Of two concurrent redrives one succeeds and one is refused.
     """

@@ -46,7 +46,7 @@ async def test_tasks_are_unserved_until_a_live_worker_offers_them(db: Database) 
     assert [(QUEUE, NAME, 1)] == after_one_stopped
 
 
-async def test_a_look_is_bounded_and_sees_the_oldest(db: Database) -> None:
+async def test_a_scan_is_bounded_and_sees_the_oldest(db: Database) -> None:
     """
     A scan is bounded and reads the oldest tasks: served ones move on, so unserved ones stay in
     front.

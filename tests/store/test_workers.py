@@ -118,7 +118,7 @@ async def test_behind_a_pooler_only_the_heartbeat_tells_that_a_worker_lives(db: 
 
 
 @pytest.mark.parametrize("silent_seconds", [OVERDUE, LEASE_SECONDS + 1])
-async def test_nobody_is_lost_right_after_an_outage(db: Database, silent_seconds: float) -> None:
+async def test_no_worker_is_lost_right_after_an_outage(db: Database, silent_seconds: float) -> None:
     """
     After an outage, in which no worker could send heartbeats or keep its lock, workers get time to
     return.

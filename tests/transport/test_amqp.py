@@ -215,7 +215,7 @@ async def test_a_publish_that_gave_up_does_not_disturb_the_next(
     assert await publish(channel, queue, b"a", b"b") == [CONFIRMED, CONFIRMED]
 
 
-async def test_publishing_nothing_is_done_at_once(channel: Channel) -> None:
+async def test_publishing_nothing_returns_immediately(channel: Channel) -> None:
     """
     Publishing an empty batch returns immediately, without the broker.
     """
@@ -483,7 +483,7 @@ async def test_channel_numbers_are_used_again(connection: Connection) -> None:
     assert 1 == (await connection.channel()).number
 
 
-async def test_closing_ends_all_waiting_at_once(broker_url: str, queue: str) -> None:
+async def test_closing_ends_all_waiting_calls_immediately(broker_url: str, queue: str) -> None:
     """
     `close` ends everything that waits for an answer, and is not reported as a fault.
     """

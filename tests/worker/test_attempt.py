@@ -182,7 +182,7 @@ async def test_a_settle_is_tried_until_the_database_answers() -> None:
     assert [Event.COMPLETE] * 21 == far_side.events
 
 
-async def test_a_mishap_does_not_throw_a_result_away() -> None:
+async def test_an_unexpected_error_does_not_discard_a_result() -> None:
     """
     An unexpected error is not mistaken for a refusal of the result.
     """

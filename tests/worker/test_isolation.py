@@ -501,7 +501,7 @@ async def test_a_child_that_dies_of_a_signal_is_a_crash(
     assert f"killed by signal {number:d} ({number.name})" in outcome.failure.message
 
 
-async def test_a_killed_child_is_noticed_at_once(isolation: Isolation) -> None:
+async def test_a_killed_child_is_noticed_immediately(isolation: Isolation) -> None:
     """
     A killed child is noticed within milliseconds.
     """

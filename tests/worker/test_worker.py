@@ -211,7 +211,7 @@ async def test_a_running_task_is_cancelled_on_request(db: Database) -> None:
     assert gate.interrupted.is_set()
 
 
-async def test_no_more_attempts_run_at_once_than_there_are_slots(db: Database) -> None:
+async def test_no_more_attempts_run_concurrently_than_there_are_slots(db: Database) -> None:
     """
     No more attempts run concurrently than there are slots, even if many short tasks are claimed
     ahead.
@@ -940,7 +940,7 @@ async def test_if_what_blocks_the_loop_is_unknown_all_that_might_are_charged(
     assert {"work", "loop_neighbour"} == set(line["name"].split(","))
 
 
-async def test_an_idle_worker_stops_at_once(db: Database) -> None:
+async def test_an_idle_worker_stops_immediately(db: Database) -> None:
     """
     An idle worker stops immediately.
     """
