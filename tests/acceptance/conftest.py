@@ -49,7 +49,7 @@ class Engine:
 
     def drop_vhost(self, url: str | None) -> None:
         """
-        Remove it.
+        Remove the virtual host.
         """
         if self.broker is not None and url is not None:
             self.broker.start()

@@ -424,7 +424,7 @@ for each, habit in HABITS.items():
 @handler(f"neighbour.{ISOLATION}", isolation="loop", max_attempts=1)
 async def neighbour(context: Context) -> None:
     """
-    Run next to all of them until the worker stops.
+    Run concurrently with every habit until the worker stops.
     """
     while not context.cancelled:  # noqa: ASYNC110 - many turns of the loop are the point
         await asyncio.sleep(0.05)

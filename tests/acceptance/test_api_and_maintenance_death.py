@@ -11,7 +11,7 @@ from tests.support.system import System
 
 async def test_a_202_survives_the_death_of_the_api_that_gave_it(system: System) -> None:
     """
-    kill -9 of the API amid many submissions: every task it answered 202 for completes.
+    After kill -9 of the API amid many submissions, every task it answered with 202 completes.
     """
     [api], _, _ = await system.start()
 
@@ -45,7 +45,7 @@ async def test_no_submission_is_lost_when_one_of_two_apis_dies(system: System) -
 
 async def test_tasks_flow_on_when_a_maintenance_process_dies(system: System) -> None:
     """
-    kill -9 of either of two maintenance processes, the relay's leader included: the other
+    After kill -9 of either of two maintenance processes, even the relay's leader, the other
     takes over within five seconds, and no task is stuck.
     """
     _, _, maintenances = await system.start(maintenances=2)

@@ -102,7 +102,7 @@ async def test_a_deaf_child_process_is_killed_when_its_task_is_cancelled(
     shared: System,
 ) -> None:
     """
-    A child process that does not stop within the grace period is killed.
+    The child process of a cancelled task is killed if it does not stop within the grace period.
     """
     task_id = await shared.submit("work-in-process", {"seconds": 60})
     start = await shared.journal.wait_for("start", task_id)

@@ -89,7 +89,7 @@ class Thing:
 
 def things() -> Iterator[Thing]:
     """
-    All of them.
+    Everything that can be taken away.
     """
     for table in TABLES:
         for right in RIGHTS:

@@ -193,7 +193,7 @@ RELEASED = Released()
 @cache
 def event_of(outcome: Outcome, failures: int, max_attempts: int) -> Event:
     """
-    The product's decision, by its own pure function.
+    The product's decision, made by its own pure function.
     """
     return decide(
         outcome, failures=failures, max_attempts=max_attempts, backoff=Backoff(), random=0.0

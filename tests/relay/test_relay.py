@@ -260,8 +260,8 @@ async def test_queued_tasks_are_counted_from_the_beginning_once_a_minute(
 
 async def test_what_may_not_go_stays_pending(db: Database, channel: Channel, relay: Relay) -> None:
     """
-    A task stays if it is not due, if its queue is paused, or if no live worker serves its name
-    or queue.
+    A task stays pending if it is not due, if its queue is paused, or if no live worker serves its
+    name or queue.
     """
     await a_worker(db, queues=[QUEUE, "paused"])
     await queues.pause(db, "paused")
@@ -471,7 +471,7 @@ async def test_a_large_backlog_leaves_in_batches(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    One publish never carries more than a batch, so one round trip never takes long.
+    A publish never carries more than one batch, so no round trip takes long.
     """
     sent = count_messages(channel, monkeypatch)
     await a_worker(db, slots=BATCH)
@@ -746,7 +746,7 @@ async def test_another_relay_takes_over_when_the_leaders_session_dies(
 
 async def test_a_frozen_leader_loses_the_lead(db: Database, broker_url: str) -> None:
     """
-    PostgreSQL ends the session of a leader that neither works nor dies.
+    PostgreSQL ends the session of a leader that is frozen but alive.
     """
     await a_worker(db)
     frozen = leadership(db, purpose="frozen relay", idle_seconds_max=0.5)

@@ -1,5 +1,5 @@
 """
-The relay's side: which queues are open, which tasks may go, which hints were lost.
+The relay's queries: which queues are open, which tasks are admissible, which hints were lost.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ async def test_notes_and_claims_that_race_leave_no_task_behind(db: Database) -> 
 
 async def test_a_worker_declines_only_what_it_does_not_offer(db: Database) -> None:
     """
-    The task is due again after the delay, without a failure; tasks that it offers stay queued.
+    A declined task is due again after the delay, without a failure; tasks that the worker offers
+    stay queued.
     """
     unknown = await a_task(db, state=State.QUEUED, name="other")
     known = await a_task(db, state=State.QUEUED)

@@ -46,7 +46,7 @@ async def test_hints_that_cannot_be_followed_are_left_alone(db: Database) -> Non
 
 async def test_a_hint_may_overtake_the_relays_note(db: Database) -> None:
     """
-    A pending task is claimed; the mark that comes later changes nothing.
+    A hint claims a pending task, and the mark that comes later changes nothing.
     """
     task = await a_task(db)
 
@@ -60,7 +60,8 @@ async def test_a_hint_may_overtake_the_relays_note(db: Database) -> None:
 
 async def test_a_hint_waits_for_a_note_that_is_being_committed(db: Database) -> None:
     """
-    Skipping the locked row would lose the hint and delay the task by half a minute.
+    A claim waits for the row's lock; skipping the row would lose the hint and delay the task by
+    half a minute.
     """
     task = await a_task(db)
 

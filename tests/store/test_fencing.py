@@ -66,7 +66,8 @@ async def test_a_record_tells_what_was_written_under_a_lease_and_nothing_else(
     db: Database, event: Event
 ) -> None:
     """
-    A caller that repeats a settlement learns whether it was written, however the task went on.
+    A caller that repeats a settlement learns whether it was written, whatever happened to the task
+    since.
     """
     task = await a_task(db, state=State.RUNNING)
     assert task.lease_id

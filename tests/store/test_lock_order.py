@@ -1,8 +1,9 @@
 """
 Bulk statements that meet the same rows in opposite orders never deadlock.
 
-Everything that moves tasks runs concurrently over a few dozen of them, each batch in an order of
-its own. `Database` would retry a deadlock and hide it, so PostgreSQL's own count decides.
+Every statement that moves tasks runs concurrently over a few dozen of them, each batch in its own
+order. `Database` would retry a deadlock and hide it, so the test checks PostgreSQL's deadlock
+counter.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ async def test_a_database_without_our_schema_says_how_to_get_it(empty_database_u
 @pytest.mark.parametrize("version", ["0000", NEWER])
 async def test_another_version_of_the_schema_is_named(fresh_db: Database, version: str) -> None:
     """
-    Both versions are in the sentence, whether the schema is older or newer.
+    The error names both versions, whether the schema is older or newer.
     """
     await has_schema(fresh_db, version)
 

@@ -107,7 +107,7 @@ async def test_a_task_is_stored_as_it_was_meant(db: Database) -> None:
 @pytest.mark.parametrize("delay", [0.0, 0.5, 3_600.0, 400 * 86_400.0])
 async def test_a_delay_counts_from_the_database_clock(db: Database, delay: float) -> None:
     """
-    The submitter's clock plays no part.
+    A delay counts from the database's clock, whatever the submitter's clock says.
     """
     (answer,) = await submit.submit(db, [new_task(delay_seconds=delay)])
 

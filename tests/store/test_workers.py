@@ -69,7 +69,7 @@ async def test_an_overdue_worker_is_alive_while_it_holds_its_lock(
     db: Database, session: asyncpg.Connection
 ) -> None:
     """
-    A late heartbeat alone does not prove death.
+    A worker that holds its lock is alive, since a late heartbeat alone does not prove death.
     """
     worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
     assert await workers.hold_lock(session, worker.id)

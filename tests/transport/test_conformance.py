@@ -188,7 +188,7 @@ class Conformance:
 
     async def test_a_task_that_is_not_due_is_left_alone(self, seam: Seam) -> None:
         """
-        Nothing starts before its time.
+        A task that is not due is not claimed.
         """
         taker = await seam.taker()
         [later] = await submit(seam.db, delay_seconds=1_000)

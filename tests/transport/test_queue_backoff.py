@@ -27,7 +27,8 @@ def test_a_queue_is_skipped_for_longer_after_every_failure_up_to_fifteen_seconds
 
 def test_a_queue_that_works_again_starts_over() -> None:
     """
-    Its next failure costs a second again, and other queues were never skipped.
+    The next failure of a queue that worked again costs a second, and other queues are never
+    skipped.
     """
     backoff = QueueBackoff()
     backoff.failed("video", now=0.0)

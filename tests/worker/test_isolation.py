@@ -551,7 +551,7 @@ asyncio.run(main())
 
 def a_worker(name: str, *, patience: float) -> subprocess.Popen[str]:
     """
-    A process that runs one handler and says when it has begun.
+    A process that runs one handler and reports when it has started.
     """
     code = WORKER.format(path=sys.path, name=name, patience=patience)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -867,7 +867,7 @@ async def test_an_attempt_leaves_nothing_behind(isolation: Isolation, where: str
 
 async def test_stuck_threads_do_not_keep_a_process_alive() -> None:
     """
-    A worker exits although a handler never ends.
+    A process exits although a handler's thread never ends.
     """
     with a_worker("ignore.thread", patience=0) as worker:
         _wait_until_begun(worker)

@@ -1,6 +1,6 @@
 """
-A worker on the real store: every end of an attempt becomes the right row, and neither a
-shutdown nor an outage loses a task or lets an attempt without a lease write anything.
+A worker on the real store: every end of an attempt is recorded correctly, and neither a shutdown
+nor an outage loses a task or lets an attempt without a lease write anything.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ async def soon(event: asyncio.Event) -> None:
 
 async def test_what_a_handler_returns_is_the_result(db: Database) -> None:
     """
-    The payload becomes arguments, the return value the result.
+    The payload becomes the handler's arguments, and its return value the result.
     """
 
     async def double(n: int) -> int:
@@ -560,7 +560,7 @@ async def idle() -> None:
 
 async def holders(db: Database) -> set[int]:
     """
-    The server processes of the sessions that hold a worker's lock.
+    The server pids of the sessions that hold a worker's lock.
     """
     rows = await db.fetch("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted")
     return {row["pid"] for row in rows}
