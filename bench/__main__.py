@@ -1,5 +1,5 @@
 """
-The command `bin/bench`.
+The command line of `bin/bench`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ DOCS = REPOSITORY / "docs"
 
 def main() -> None:
     """
-    Measure, write raw lines, and make the report of them.
+    Measure, write raw lines, and generate the report from them.
     """
     options = _options()
-    # As Ctrl-C does, so that no server or worker is left behind.
+    # Exit as on Ctrl-C, so that no server or worker is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.report:
         folder = options.report

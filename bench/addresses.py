@@ -1,8 +1,8 @@
 """
-Where a process of the benchmark finds its servers and settings, in its environment, and the
-programs of the systems.
+How a process of the benchmark finds its servers and settings, from its environment, and the
+systems' programs.
 
-Every system uses the one database `bench` and one virtual host, created again for each
+Every system uses the same database `bench` and the same virtual host, recreated for each
 measurement.
 """
 
@@ -35,13 +35,13 @@ def broker_url() -> str:
 
 def variant() -> str:
     """
-    Which of its configurations a system is to run in.
+    The configuration that a system must run in.
     """
     return os.environ.get(VARIANT, "")
 
 
 def program(name: str) -> str:
     """
-    The path of a command that is installed next to this Python.
+    The path of a command installed next to this Python.
     """
     return str(Path(sys.executable).with_name(name))

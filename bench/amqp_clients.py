@@ -6,8 +6,8 @@ we write ourselves, and why?").
     python -m bench.amqp_clients [--rabbitmq 4.0 4.3] [--rounds 7] [--packs 1 10 50]
 
 Messages are persistent and mandatory, the queue is a quorum queue, and publishes go out in
-batches of as many hints as a round of the relay. The clients take turns, so that a drift of the
-machine's speed meets all of them, and what counts is the CPU time of this process.
+batches of the size of a relay round. The clients take turns, so that a drift in the machine's speed
+affects all of them, and the figure is the CPU time of this process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ARGUMENTS = {"x-queue-type": "quorum"}
 
 class Client(ABC):
     """
-    One way to talk to RabbitMQ, opened on a queue that exists.
+    One AMQP client, opened on an existing queue.
     """
 
     name: ClassVar[str]
@@ -59,19 +59,19 @@ class Client(ABC):
     @abstractmethod
     async def publish(self, bodies: Sequence[bytes]) -> None:
         """
-        Publish all of them and wait for every confirm.
+        Publish all bodies and wait for every confirm.
         """
 
     @abstractmethod
     async def consume(self, messages: int, *, prefetch: int) -> None:
         """
-        Take so many messages, and acknowledge each.
+        Consume this many messages and acknowledge each.
         """
 
     @abstractmethod
     async def close(self) -> None:
         """
-        Disconnect, once all acknowledgements are written.
+        Disconnect once all acknowledgements are written.
         """
 
 
@@ -130,7 +130,7 @@ class Aiormq(Client):
             routing_key=self.queue,
             properties=Basic.Properties(delivery_mode=2),
             mandatory=True,
-            wait=False,  # For the socket; the confirm is awaited all the same.
+            wait=False,  # Do not wait for the socket; the confirm is awaited anyway.
         )
 
     async def consume(self, messages: int, *, prefetch: int) -> None:
@@ -197,7 +197,7 @@ CLIENTS: tuple[type[Client], ...] = (Ours, Aiormq, AioPika)
 @dataclass(frozen=True, slots=True)
 class Cost:
     """
-    What one piece of work took.
+    The cost of one piece of work.
     """
 
     cpu_seconds: float
@@ -226,7 +226,7 @@ async def _measure(url: str, pack: int, *, rounds: int) -> dict[tuple[str, str],
     messages = _messages(pack)
     for number in range(rounds + 1):
         for client_class in CLIENTS[number % 3 :] + CLIENTS[: number % 3]:
-            # A queue of its own: what another client left unacknowledged would come again.
+            # A separate queue: messages left unacknowledged by another client would be redelivered.
             client = client_class(url, f"hints-{pack}-{number}-{client_class.name}")
             await client.open()
             published = await _cost(_publish(client, pack, messages))

@@ -1,5 +1,5 @@
 """
-What the measurements that are started by hand, one at a time, have in common.
+What the measurements that are run by hand, one at a time, have in common.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.support.broker import Broker
 
 def end_on_sigterm() -> None:
     """
-    End on SIGTERM as on Ctrl-C, so that no server or process is left behind.
+    Exit on SIGTERM as on Ctrl-C, so that no server or process is left behind.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
@@ -23,10 +23,10 @@ def end_on_sigterm() -> None:
 @contextmanager
 def running_broker(engine: str, version: str = rabbitmq.OLDEST) -> Iterator[Broker | None]:
     """
-    Run a stock RabbitMQ until the end of the block, fetched if need be; None on PostgreSQL alone.
+    Run a stock RabbitMQ for the block, downloaded if necessary; None on PostgreSQL alone.
 
     Raises:
-        SystemExit: There is none to be had here; the sentence says what would help.
+        SystemExit: RabbitMQ is not available here; the message says what would help.
     """
     if engine == "postgres":
         yield None
@@ -34,6 +34,6 @@ def running_broker(engine: str, version: str = rabbitmq.OLDEST) -> Iterator[Brok
     fetch.fetch([], [version], say=lambda line: print(line, file=sys.stderr))
     if missing := rabbitmq.missing([version]):
         raise SystemExit(missing[0])
-    # As many schedulers as there are cores, where the tests give it one.
+    # One scheduler per core; the tests run it with a single one.
     with rabbitmq.running_broker(version, erlang_arguments="") as broker:
         yield broker

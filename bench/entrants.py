@@ -1,9 +1,9 @@
 """
-Who takes part, each set up as its own documentation recommends for throughput with
-durability, with the best settings of a scan.
+The systems under test, each set up as its documentation recommends for throughput with durability,
+with the best settings found by a scan.
 
-AsyncFlow runs with its defaults. Its rivals' concurrency and batch sizes were scanned for
-the best drain rate; for latency they get what their own defaults or documentation say.
+AsyncFlow runs with its defaults. Its peers' concurrency and batch sizes were scanned for the best
+drain rate; for latency they use their defaults or what their documentation recommends.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ class Entrant:
     One system in one configuration.
 
     Attributes:
-        key: In raw lines and on the command line.
+        key: Its name in raw lines and on the command line.
         system: Its module in `bench.systems`.
-        variant: Passed to that module.
-        keeps: Where a task's state is while and after it runs.
+        variant: The configuration passed to that module.
+        keeps: Where a task's state is kept while and after it runs.
         settings: What differs from the system's defaults, for the report.
-        drain, latency: The system's notion of concurrency in these scenarios.
-        producers: With how many concurrent callers submitting is tried.
-        submit_tasks: What one producer submits one by one in a few seconds, in a full run.
-        drain_tasks: A backlog that takes one worker a few seconds, in a full run.
-        needs_broker: It cannot run without RabbitMQ.
+        drain, latency: Concurrency in these scenarios, in the system's own terms.
+        producers: The numbers of concurrent callers with which submitting is measured.
+        submit_tasks: Number of tasks, in a full run, that one producer submits one by one in a few
+            seconds.
+        drain_tasks: Size of a backlog, in a full run, that takes one worker a few seconds.
+        needs_broker: Whether it requires RabbitMQ.
     """
 
     key: str
@@ -45,16 +46,16 @@ class Entrant:
     @property
     def is_ours(self) -> bool:
         """
-        Whether it is AsyncFlow.
+        Whether the entrant is AsyncFlow.
         """
         return self.system == "asyncflow"
 
     @property
     def is_plain(self) -> bool:
         """
-        Whether it is its system as such, not one with another carrier or a store of results.
+        Whether the entrant is its system's plain form, without another transport or a result store.
 
-        The others matter only where tasks are finished.
+        The other forms matter only where tasks are finished.
         """
         return self.variant == ""
 

@@ -1,5 +1,5 @@
 """
-Describes the machine and the versions of a run: its first raw line.
+Describes the machine and versions of a run, for its first raw line.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ PACKAGES = (
 
 def describe(run: Run, arguments: Sequence[str]) -> Mapping[str, Any]:
     """
-    Everything that a reader needs to judge the figures.
+    Everything a reader needs to judge the figures.
     """
     return {
         "scenario": "environment",
         "at": round(time.time()),
-        # Where the parts of a run were put together is nobody's business.
+        # The folder in which a run was assembled does not belong in the report.
         "arguments": re.sub(r"--into[ =]\S+", "", " ".join(arguments)).split(),
         "sizes": asdict(run.sizes),
         "cpu": _cpu_model(),

@@ -21,7 +21,7 @@ async def noop(number: int = -1, submitted_at: float = 0.0, text: str = "") -> N
 @handler("bench-flaky", backoff=Backoff(base_seconds=0.5))
 async def flaky(context: Context, fails_first: bool = False) -> None:
     """
-    Do nothing, or fail at the first attempt.
+    Do nothing, or fail the first attempt.
     """
     hit()
     if fails_first and context.attempt == 1:
@@ -31,7 +31,7 @@ async def flaky(context: Context, fails_first: bool = False) -> None:
 @handler("bench-wait")
 async def wait(seconds: float) -> None:
     """
-    Wait, as a task does that calls another service.
+    Wait, like a task that calls another service.
     """
     hit()
     await asyncio.sleep(seconds)

@@ -1,14 +1,15 @@
 """
-Throughput beside a transaction that others hold open: no dead row can be removed meanwhile, so
-tables and indexes only grow. The result is recorded in docs/internals/decisions.md ("What does a
+Throughput while another session holds a transaction open: vacuum cannot remove dead rows, so tables
+and indexes only grow. The result is recorded in docs/internals/decisions.md ("What does a
 transaction that stays open cost?").
 
     python -m bench.held_snapshot [--minutes 3] [--per-second 1000] [--engine rabbitmq]
 
-One worker process on a PostgreSQL of its own, with its stock settings. The same load goes through
-it twice: first calm, then while a session sits idle in a REPEATABLE READ transaction. The load
-is a steady rate of tasks, or with `--per-second 0` a backlog that never runs dry. Then a backlog
-of `--drain` tasks is timed in the same state. A line of JSON per ten seconds, and one at the end.
+One worker process runs on a dedicated PostgreSQL with stock settings. It gets the same load twice:
+first undisturbed, then while a session sits idle in a REPEATABLE READ transaction. The load is a
+steady rate of tasks, or with `--per-second 0` a backlog that never runs dry. Then a backlog of
+`--drain` tasks is timed in the same state. Prints a line of JSON every ten seconds and one at the
+end.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ LOOK = """
 
 class Load:
     """
-    Submits and counts.
+    Submits tasks and counts those that run.
     """
 
     def __init__(self, db: Database, probe: Probe) -> None:
@@ -70,7 +71,7 @@ class Load:
     @property
     def begun(self) -> int:
         """
-        How many tasks have begun to run.
+        Number of tasks that have started to run.
         """
         return self._probe.calls()
 
@@ -86,7 +87,7 @@ class Load:
 
     async def keep_up(self, seconds: float, per_second: float) -> None:
         """
-        For so long, submit at this rate; 0 keeps a backlog that never runs dry.
+        Submit at this rate for `seconds`; a rate of 0 keeps a backlog that never runs dry.
         """
         began, before = time.perf_counter(), self.submitted
         while (elapsed := time.perf_counter() - began) < seconds:
@@ -100,7 +101,7 @@ class Load:
 
     async def drain(self, count: int) -> float:
         """
-        Tasks per second while a backlog of `count` is worked off, what is left before included.
+        Tasks per second while a backlog of `count` is drained, plus what is left from before.
         """
         await self.submit(count)
         before, began = self.begun, time.perf_counter()
@@ -116,7 +117,7 @@ class Load:
 
 class Phase(NamedTuple):
     """
-    What one phase came to.
+    The result of one phase.
     """
 
     per_second: list[float]
@@ -125,7 +126,7 @@ class Phase(NamedTuple):
 
 async def phase(name: str, load: Load, db: Database, options: argparse.Namespace) -> Phase:
     """
-    Minutes of load, a sample every few seconds, then a backlog.
+    Run minutes of load, with a sample every few seconds, then drain a backlog.
     """
     rates = []
     for _ in range(max(1, round(60 * options.minutes / SAMPLE_SECONDS))):
@@ -142,7 +143,7 @@ async def phase(name: str, load: Load, db: Database, options: argparse.Namespace
 @asynccontextmanager
 async def snapshot(url: str) -> AsyncIterator[None]:
     """
-    A transaction that has seen the database, and then does nothing to the end of the block.
+    Hold a snapshot in a transaction that is idle until the end of the block.
     """
     connection = await asyncpg.connect(url)
     try:
@@ -155,7 +156,7 @@ async def snapshot(url: str) -> AsyncIterator[None]:
 
 async def measure(url: str, probe: Probe, options: argparse.Namespace) -> None:
     """
-    Both phases, and what became of the rates.
+    Run both phases and compare the rates.
     """
     async with Database(url, size=4, timeout_seconds=300, name="bench") as db:
         load = Load(db, probe)
@@ -183,7 +184,7 @@ def say(**facts: Any) -> None:
 
 def main() -> None:
     """
-    Start the servers and a worker, measure, and end them.
+    Start the servers and a worker, measure, and stop them.
     """
     options = _options()
     end_on_sigterm()

@@ -1,8 +1,8 @@
 """
-Posts one body again and again over some connections: with `wrk` where it is installed, else
-with a small asyncio client in a process of its own, which costs more CPU per request.
+Posts one body repeatedly over several connections: with `wrk` where it is installed, otherwise with
+a small asyncio client in a separate process, which costs more CPU per request.
 
-The report says which of the two it was; within a run it is the same for all.
+The report says which of the two was used; within a run it is the same for all systems.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from urllib.parse import urlsplit
 import uvloop
 
 BATCH, BATCH_CONNECTIONS = 100, 8
-"""Tasks per request, and connections, where tasks are posted in batches."""
+"""Tasks per request, and number of connections, where tasks are posted in batches."""
 
 PATIENCE_SECONDS = 30.0
-"""How long after the last request its answer may take."""
+"""How long the answer to the last request may take."""
 
 
 class Answers(NamedTuple):
     """
-    What came back.
+    The answers to a load.
 
     Attributes:
-        refused: Answers other than 2xx.
+        refused: Number of answers other than 2xx.
     """
 
     per_second: float
@@ -45,11 +45,11 @@ class Answers(NamedTuple):
 
 def post_for(seconds: float, url: str, body: bytes, *, connections: int) -> Answers:
     """
-    Post for some seconds, each connection its next request when the last is answered.
+    Post for some seconds; each connection sends its next request once the last is answered.
 
     Raises:
         CalledProcessError: The load generator failed; its reason is on standard error.
-        TimeoutExpired: It did not end.
+        TimeoutExpired: The load generator did not exit in time.
     """
     if shutil.which("wrk"):
         return _with_wrk(seconds, url, body, connections)
@@ -103,7 +103,7 @@ def _milliseconds(text: str) -> float:
 
 class _Connection(asyncio.Protocol):
     """
-    One keep-alive connection; reads no more of an answer than it must.
+    One keep-alive connection, which reads no more of an answer than it must.
     """
 
     def __init__(self, request: bytes, deadline: float) -> None:
@@ -115,7 +115,7 @@ class _Connection(asyncio.Protocol):
         self._received = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports only look like asyncio's.
+        # uvloop's transports resemble asyncio's without being a subclass.
         self._transport = cast(asyncio.Transport, transport)
         self._send()
 

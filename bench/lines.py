@@ -1,5 +1,5 @@
 """
-The raw lines of a run, and what a report asks of them.
+The raw lines of a run, and the queries of the report.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Lines:
 
     Attributes:
         environment: The machine, the versions and the options of the run, as it began.
-        commands: The arguments of each command that measured a part of it.
+        commands: The arguments of each command that measured a part of the run.
     """
 
     def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -43,7 +43,7 @@ class Lines:
 
     def of(self, scenario: str, system: str, **case: Any) -> list[Mapping[str, Any]]:
         """
-        The measurements that went well of one system in the cases with these values.
+        The successful measurements of one system, in the cases with these values.
         """
         return [
             line
@@ -55,7 +55,7 @@ class Lines:
 
     def has(self, scenario: str, system: str, case: Mapping[str, Any], repetition: int) -> bool:
         """
-        Whether this very measurement was made and went well.
+        Whether exactly this measurement was made and succeeded.
         """
         return any(
             line["repetition"] == repetition and line["case"] == case
@@ -64,8 +64,7 @@ class Lines:
 
     def spread(self, field: str, scenario: str, system: str, **case: Any) -> Spread | None:
         """
-        The repetitions of one field, `outer.inner` for one inside another; None if there
-        are none.
+        The repetitions of one field, `outer.inner` for a nested one; None if there are none.
         """
         values = [_value(line, field) for line in self.of(scenario, system, **case)]
         found = [float(value) for value in values if value is not None]
@@ -82,7 +81,7 @@ class Lines:
 
     def errors(self) -> list[Mapping[str, Any]]:
         """
-        The measurements that failed and were not made up for later.
+        The measurements that failed and were not repeated successfully later.
         """
         return [
             line
@@ -100,7 +99,7 @@ class Lines:
 
 def read_lines(file: Path) -> Lines:
     """
-    Read the raw lines of a run, finished or not; none if it has not begun.
+    Read the raw lines of a run, finished or not; none if it has not started.
     """
     text = file.read_text() if file.exists() else ""
     return Lines(json.loads(line) for line in text.splitlines())

@@ -1,5 +1,5 @@
 """
-The report's prose on how things are measured. Figures of a run are in `report`.
+The report's prose on the method. The figures of a run are in `report`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-The report's plots, as SVG that is the same for the same lines.
+The report's plots, as SVG that is reproducible from the same lines.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def bars(
     logarithmic: bool = False,
 ) -> bool:
     """
-    Horizontal bars, a group per system and a bar per case; False if there is nothing to show.
+    Draw horizontal bars, a group per system and a bar per case; False if there is nothing to show.
     """
     rows = [
         (
@@ -89,7 +89,7 @@ def _bar(axes: Axes, index: int, number: int, count: int, entrant: Entrant, spre
 
 def waiting(file: Path, lines: Lines) -> bool:
     """
-    Tasks per second over workers, beside the ideal line.
+    Plot tasks per second over the number of workers, with the ideal line.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(4.5, 3))
@@ -118,7 +118,7 @@ def waiting(file: Path, lines: Lines) -> bool:
 
 def sustained(file: Path, samples: Sequence[dict[str, Any]]) -> None:
     """
-    Latency, dead tuples and sizes over time.
+    Plot latency, dead tuples and sizes over time.
     """
     seconds = [sample["seconds"] for sample in samples]
     with plt.rc_context(STYLE):

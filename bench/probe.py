@@ -5,8 +5,8 @@ A handler calls `hit` as its first statement. That costs about a microsecond - o
 of the clock, one lock, two stores - and is the same for every system. The clock is
 CLOCK_MONOTONIC, which all processes of a machine share.
 
-The file holds a slot per process, written by that process alone, then an array of
-latencies, one per task that carries a number.
+The file holds a slot per process, written by that process alone, then an array of latencies, one
+per numbered task.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIZE = FIRST_LATENCY + 8 * LATENCIES
 
 class Slot(NamedTuple):
     """
-    What one process has done: handler calls, and the times of its first and last one.
+    The record of one process: its handler calls, and the times of the first and last one.
     """
 
     pid: int
@@ -42,7 +42,7 @@ class Slot(NamedTuple):
 
 class Probe:
     """
-    The file, seen by the process that measures.
+    The file as seen by the measuring process.
     """
 
     def __init__(self, file: Path) -> None:
@@ -53,7 +53,7 @@ class Probe:
 
     def reset(self) -> None:
         """
-        Forget everything; only while no worker runs.
+        Clear the file; only while no worker runs.
         """
         self._memory[:] = bytes(SIZE)
 
@@ -66,7 +66,7 @@ class Probe:
 
     def calls(self) -> int:
         """
-        Handler calls until now, over all processes.
+        Number of handler calls so far, over all processes.
         """
         return sum(slot.calls for slot in self.slots())
 
@@ -81,7 +81,7 @@ class Probe:
 
 class Writer:
     """
-    The file, seen by a process that runs handlers; opened at its first call.
+    The file as seen by a process that runs handlers; opened at its first call.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Writer:
 
     def hit(self, number: int, submitted_at: float) -> None:
         """
-        See the function `hit`.
+        Count a call; see the function `hit`.
         """
         now = time.perf_counter()
         with self._lock:
@@ -105,7 +105,7 @@ class Writer:
             struct.pack_into("<d", self._memory, FIRST_LATENCY + 8 * number, now - submitted_at)
 
     def _take_slot(self, now: float) -> None:
-        # Also after a fork: the child needs a slot of its own.
+        # Also after a fork: the child needs its own slot.
         with open(os.environ[PROBE], "r+b") as file:
             self._memory = mmap.mmap(file.fileno(), SIZE)
             fcntl.lockf(file, fcntl.LOCK_EX)
@@ -122,6 +122,7 @@ _writer = Writer()
 
 def hit(number: int = -1, submitted_at: float = 0.0) -> None:
     """
-    Count one handler call and, for a `number` from 0, how long after `submitted_at` it came.
+    Count one handler call and, if `number` is 0 or more, record how long after `submitted_at` it
+    came.
     """
     _writer.hit(number, submitted_at)

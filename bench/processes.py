@@ -1,5 +1,5 @@
 """
-Starts the processes of a measurement, samples what they use, and ends them.
+Starts the processes of a measurement, samples their resource usage, and stops them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ STOP_SECONDS_MAX = 3.0
 
 class Processes:
     """
-    Some processes that run side by side, with all their children.
+    Processes that run concurrently, with all their children.
 
     Attributes:
-        started_at: When the first one was started, by `time.perf_counter`.
+        started_at: When the first one was started, as a `time.perf_counter` value.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Processes:
     @property
     def pids(self) -> list[int]:
         """
-        The ids of the started processes, children not among them.
+        The ids of the started processes, without their children.
         """
         return [root.pid for root in self._roots]
 
@@ -54,7 +54,7 @@ class Processes:
         Return if all still run.
 
         Raises:
-            RuntimeError: One has ended by itself; its log tells why.
+            RuntimeError: A process has exited on its own; its log says why.
         """
         for root in self._roots:
             if root.poll() is not None:
@@ -62,13 +62,13 @@ class Processes:
 
     def cpu_seconds(self) -> float:
         """
-        CPU time of all of them since their start.
+        CPU time of all processes since their start.
         """
         return sum(tree_cpu_seconds(root.pid) for root in self._roots if root.poll() is None)
 
     def memory_mb(self) -> dict[str, float]:
         """
-        Resident and unshared memory of all of them, in MiB.
+        Resident and unshared memory of all processes, in MiB.
         """
         rss = uss = 0.0
         for process in self._tree():
@@ -79,7 +79,7 @@ class Processes:
 
     def stop(self) -> None:
         """
-        Ask them to stop, and kill what does not.
+        Ask the processes to stop, and kill those that do not.
         """
         tree = self._tree()
         for root in self._roots:
@@ -116,7 +116,7 @@ def running(
 
 def tree_cpu_seconds(pid: int | None) -> float:
     """
-    CPU time of a process and all its descendants, those that have ended included.
+    CPU time of a process and all its descendants, including those that have exited.
     """
     if pid is None:
         return 0.0
@@ -124,7 +124,7 @@ def tree_cpu_seconds(pid: int | None) -> float:
     root = psutil.Process(pid)
     for process in [root, *root.children(recursive=True)]:
         try:
-            # The last two are those of ended children.
+            # The last two fields are the times of exited children.
             total += sum(process.cpu_times()[:4])
         except psutil.NoSuchProcess:
             continue

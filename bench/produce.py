@@ -1,5 +1,5 @@
 """
-Submits tasks, in a process of its own so that the load has one core's Python to itself.
+Submits tasks, in a separate process so that the load has a Python interpreter to itself.
 
     python -m bench.produce SYSTEM prepare
                                    fill COUNT
@@ -8,9 +8,9 @@ Submits tasks, in a process of its own so that the load has one core's Python to
                                    trickle COUNT PERIOD_SECONDS [FIRST_NUMBER]
                                    flow PER_SECOND SECONDS CONCURRENCY
 
-Prints one number: tasks per second, 0 where there is nothing to say. Systems with an async
-client submit from coroutines of one loop, as concurrent request handlers would; the others
-from threads. `flow` with 0 per second goes as fast as it can.
+Prints one number: tasks per second, or 0 where no rate applies. Systems with an async client submit
+from coroutines of one loop, as concurrent request handlers would; the others from threads. `flow`
+with 0 per second submits as fast as it can.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNNUMBERED = (-1, 0.0)
 
 def rate(system: System, count: int, concurrency: int) -> float:
     """
-    Submit `count` tasks one by one and return how many per second were acknowledged.
+    Submit `count` tasks one by one and return the number acknowledged per second.
     """
     if system.producer is None:
         return _rate_in_threads(system, count, concurrency)
@@ -58,7 +58,7 @@ def _rate_in_threads(system: System, count: int, concurrency: int) -> float:
             system.send(*UNNUMBERED)
 
     with ThreadPoolExecutor(concurrency) as pool:
-        list(pool.map(caller, [1] * concurrency))  # Everyone connects.
+        list(pool.map(caller, [1] * concurrency))  # Every caller connects.
         start = time.perf_counter()
         list(pool.map(caller, [share] * concurrency))
         return share * concurrency / (time.perf_counter() - start)
@@ -87,7 +87,7 @@ def trickle(system: System, count: int, period_seconds: float, first: int) -> fl
 
 def flow(system: System, per_second: float, seconds: float, concurrency: int) -> float:
     """
-    Submit at a steady rate for some time and return the rate that was reached.
+    Submit at a steady rate for some time and return the rate achieved.
     """
     if system.producer is None:
         return _flow_in_threads(system, per_second, seconds, concurrency)

@@ -1,8 +1,8 @@
 """
-Profiles with py-spy while a measurement runs, and who in them spends the time.
+Profiles a measurement with py-spy, and summarises where the time is spent.
 
-A sample belongs to the innermost frame of a known owner, so that time in the standard
-library counts towards its caller. Only for runs with `--profile`: sampling slows them down.
+A sample is attributed to the innermost frame of a known owner, so that time in the standard library
+counts towards its caller. Only for runs with `--profile`: sampling slows them down.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMON = 0.95
 @contextmanager
 def profile(run: Run, name: str, pids: Sequence[int]) -> Iterator[None]:
     """
-    Sample processes while the block runs; nothing unless it was asked for.
+    Sample processes while the block runs, if profiling was requested.
 
     Writes `profile-NAME-0.folded` for flame graphs and `profile-NAME-0.json`, and so on.
     """
@@ -41,7 +41,7 @@ def profile(run: Run, name: str, pids: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         for recording in recordings:
-            recording.send_signal(signal.SIGINT)  # It writes what it has.
+            recording.send_signal(signal.SIGINT)  # py-spy then writes what it has.
         for recording in recordings:
             recording.wait()
     for file in files:
@@ -71,7 +71,7 @@ def summary(folded: Path) -> dict[str, Any]:
         count = int(samples)
         frames = [re.sub(r":\d+\)$", ")", frame) for frame in stack.split(";")]
         if "selectors.py" in frames[-1]:
-            continue  # A second thread that waits; py-spy takes it for busy.
+            continue  # A second thread that is waiting; py-spy mistakes it for busy.
         total += count
         owners[next(filter(None, map(_owner, reversed(frames))), "Python and the loop")] += count
         leaves[frames[-1]] += count
@@ -79,7 +79,7 @@ def summary(folded: Path) -> dict[str, Any]:
             inclusive[frame] += count
 
     def shares(counter: Counter[str]) -> dict[str, float]:
-        # What nearly every stack has in common tells nothing.
+        # Functions common to nearly every stack carry no information.
         telling = [(name, n) for name, n in counter.most_common() if n < COMMON * total]
         return {name: round(100 * n / total, 1) for name, n in telling[:LINES]}
 

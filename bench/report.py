@@ -1,6 +1,6 @@
 """
 Generates the report, `benchmarks.md` and its plots, from raw lines. Nothing is measured here, and
-the prose has no figures.
+the prose contains no figures.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """
-What a scenario is given, and how measurements are carried out and written down.
+The context that scenarios run in, and how measurements are carried out and recorded.
 
-One raw line per measurement, written when it is done, so that a run that was cut short is
-still worth a report and can be gone on with. Measurements of a scenario are interleaved: every
-system once, then every system again, so that a drift of the machine's speed meets all alike.
+Each measurement writes one raw line when it is done, so that an interrupted run still gives a
+report and can be resumed. Measurements of a scenario are interleaved: every system once, then every
+system again, so that a drift in the machine's speed affects all alike.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Sizes:
     How much is measured.
 
     Attributes:
-        share: Of the tasks of a full run.
-        repetitions: Of each measurement that a target or a comparison needs.
-        minutes: Of the sustained load on PostgreSQL.
-        finished: Tasks in the history, for the scenario with a long one.
+        share: Fraction of the tasks of a full run.
+        repetitions: Number of repetitions of each measurement that a target or a comparison needs.
+        minutes: Duration of the sustained load on PostgreSQL.
+        finished: Number of finished tasks in the scenario with a long history.
     """
 
     share: float
@@ -51,19 +51,20 @@ class Sizes:
 
     def measure_the_same_as(self, other: Mapping[str, Any]) -> bool:
         """
-        Whether figures belong in one report with those of a run of these sizes; more
-        repetitions do.
+        Whether figures may share a report with those of a run of the other sizes; only repetitions
+        may differ.
         """
         return asdict(self) | {"repetitions": 0} == {**other, "repetitions": 0}
 
 
 class Measurement(NamedTuple):
     """
-    One thing to measure: who, in which case, and how.
+    One thing to measure: which system, in which case, and how.
 
     Attributes:
-        case: What tells it from the system's other measurements in the scenario.
-        once: Measured in the first repetition only: it is dear, and no target hangs on it.
+        case: What distinguishes it from the system's other measurements in the scenario.
+        once: Whether it is measured in the first repetition only, because it is expensive and no
+            target depends on it.
     """
 
     entrant: Entrant
@@ -78,8 +79,8 @@ class Run:
 
     Attributes:
         folder: Where the raw lines, logs and profiles go.
-        entrants: Who takes part.
-        earlier: What is in this folder already, and not measured again.
+        entrants: The systems that take part.
+        earlier: Lines already in this folder, which are not measured again.
     """
 
     def __init__(
@@ -102,17 +103,17 @@ class Run:
 
     def tasks(self, full: int) -> int:
         """
-        How many tasks to use where a full run uses `full`.
+        Number of tasks to use where a full run uses `full`.
         """
         return max(100, round(full * self.sizes.share / 100) * 100)
 
     def carry_out(self, scenario: str, measurements: Sequence[Measurement]) -> None:
         """
-        Measure and write down everything, interleaved.
+        Carry out and record all measurements, interleaved.
 
         Raises:
-            SystemExit: A measurement failed; that is written down too, and the sentence says
-                how to go on.
+            SystemExit: A measurement failed; that is recorded too, and the message says how to
+                continue.
         """
         for repetition in range(1, self.sizes.repetitions + 1):
             for entrant, case, measure, once in measurements:
@@ -151,7 +152,7 @@ class Run:
 
     def write_down(self, line: Mapping[str, Any]) -> None:
         """
-        Append one raw line, and show it.
+        Append one raw line and print it.
         """
         text = json.dumps(line)
         with (self.folder / "raw.jsonl").open("a") as raw:
@@ -164,14 +165,14 @@ class Run:
         """
         self.probe.reset()
         self.services.renew()
-        # Our own process asks systems about their progress, and they look at these.
+        # This process asks the systems about their progress, and they read these variables.
         os.environ.update(self.environment(entrant))
         self.produce(entrant, "prepare")
         return load_system(entrant.system)
 
     def environment(self, entrant: Entrant) -> dict[str, str]:
         """
-        What a process of this system must know.
+        The environment of a process of this system.
         """
         return {
             **self.services.environment,
@@ -192,7 +193,7 @@ class Run:
         self, entrant: Entrant, *arguments: object, **environment: str
     ) -> subprocess.Popen[str]:
         """
-        Start `bench.produce` next to what already runs.
+        Start `bench.produce` alongside what already runs.
         """
         with self.log(entrant).open("ab") as log:
             return subprocess.Popen(
@@ -206,13 +207,13 @@ class Run:
 
     def log(self, entrant: Entrant) -> Path:
         """
-        Where everything a system says goes.
+        The file for all output of a system.
         """
         return self.folder / f"{entrant.key}.log"
 
     def wait_for_workers(self, processes: Processes, *, count: int = 1) -> None:
         """
-        Return when `count` worker processes have run a task.
+        Wait until `count` worker processes have run a task.
         """
 
         def have_begun() -> bool:
@@ -237,7 +238,7 @@ class Run:
 
 def finish_producing(producing: subprocess.Popen[str]) -> float:
     """
-    Wait until a producer is done and return the rate it prints.
+    Wait until a producer exits and return the rate it printed.
     """
     output, _ = producing.communicate(timeout=PRODUCE_SECONDS_MAX)
     if producing.returncode != 0:
@@ -249,10 +250,10 @@ def wait_until(
     condition: Callable[[], bool], *, seconds: float, poll_seconds: float = 0.005
 ) -> None:
     """
-    Return when `condition` holds.
+    Wait until `condition` holds.
 
     Raises:
-        TimeoutError: It does not within `seconds`.
+        TimeoutError: The condition does not hold within `seconds`.
     """
     deadline = time.perf_counter() + seconds
     while not condition():

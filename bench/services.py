@@ -1,9 +1,9 @@
 """
-The PostgreSQL and RabbitMQ of one run, the same for every system.
+The PostgreSQL and RabbitMQ of one run, shared by all systems.
 
-PostgreSQL is the one AsyncFlow brings along, with its stock settings but for `SETTINGS`, in
-a folder on disk. RabbitMQ comes from where the tests get theirs (`tests/support`). Every
-measurement starts from a new database and a new virtual host.
+PostgreSQL is the one bundled with AsyncFlow, with stock settings except for `SETTINGS`, in a folder
+on disk. RabbitMQ comes from the same source as in the tests (`tests/support`). Every measurement
+starts with a new database and a new virtual host.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Services:
     Both servers while they run.
 
     Attributes:
-        broker: None where there is no RabbitMQ to be had.
+        broker: None if RabbitMQ is not available.
         folder: Where PostgreSQL keeps its data.
     """
 
@@ -47,7 +47,7 @@ class Services:
     @property
     def environment(self) -> dict[str, str]:
         """
-        What a process of the measurement must know; see `addresses`.
+        The environment of the measurement's processes; see `addresses`.
         """
         broker = {} if self._vhost is None else {addresses.BROKER: self._vhost}
         return {addresses.POSTGRES: self._postgres.url, **broker}
@@ -55,7 +55,7 @@ class Services:
     @property
     def versions(self) -> dict[str, str]:
         """
-        Which servers these are.
+        The versions of the servers.
         """
         with psycopg.connect(self._postgres.url) as connection:
             postgres = str(connection.info.parameter_status("server_version"))
@@ -64,12 +64,12 @@ class Services:
 
     def renew(self) -> None:
         """
-        Create the database and the virtual host again, empty.
+        Recreate the database and the virtual host, empty.
         """
         with psycopg.connect(self._postgres.url, autocommit=True) as connection:
             connection.execute(f"DROP DATABASE IF EXISTS {addresses.DATABASE} WITH (FORCE)")
             connection.execute(f"CREATE DATABASE {addresses.DATABASE}")
-            # What the last measurement left to write must not be written during the next.
+            # Pending writes of the last measurement must not be flushed during the next one.
             connection.execute("CHECKPOINT")
         if self.broker is not None:
             if self._vhost is not None:
@@ -80,7 +80,7 @@ class Services:
     @contextmanager
     def another_database(self) -> Iterator[str]:
         """
-        Make a second database for the block, and give its DSN.
+        Create a second database for the block; yields its DSN.
         """
         name = f"{addresses.DATABASE}_another"
         with psycopg.connect(self._postgres.url, autocommit=True) as connection:
@@ -92,14 +92,14 @@ class Services:
 
     def vacuum(self) -> None:
         """
-        Bring the planner's statistics up to date and leave autovacuum nothing to do.
+        Update the planner's statistics and leave nothing for autovacuum to do.
         """
         with psycopg.connect(addresses.database_url(), autocommit=True) as connection:
             connection.execute("VACUUM ANALYZE")
 
     def messages(self, queue: str) -> int:
         """
-        How many messages wait in a queue of the measurement's virtual host; 0 without RabbitMQ.
+        Number of messages in a queue of the measurement's virtual host; 0 without RabbitMQ.
         """
         if self._vhost is None:
             return 0
@@ -112,7 +112,7 @@ class Services:
 
     def cpu_seconds(self) -> dict[str, float]:
         """
-        CPU time of each server since its start, sessions that have ended included.
+        CPU time of each server since its start, including ended sessions.
         """
         used = {"PostgreSQL": tree_cpu_seconds(self._postgres.pid)}
         if self.broker is not None and self.broker.pid is not None:
@@ -123,7 +123,7 @@ class Services:
 @contextmanager
 def running_services(*, with_broker: bool) -> Iterator[Services]:
     """
-    Run both servers until the end of the block; RabbitMQ only if it can be had.
+    Run both servers for the block; RabbitMQ only if it is available.
     """
     folder = Path(tempfile.mkdtemp(prefix="asyncflow-bench-"))
     try:
@@ -147,7 +147,7 @@ def _running_broker(*, wanted: bool) -> Iterator[Broker | None]:
         yield None
         return
     try:
-        # Stock: as many schedulers as there are cores, where the tests give it one.
+        # Stock: one scheduler per core; the tests run it with a single one.
         with rabbitmq.running_broker(rabbitmq.OLDEST, erlang_arguments="") as broker:
             yield broker
     except pytest.skip.Exception as reason:

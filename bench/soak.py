@@ -1,15 +1,14 @@
 """
-Hours of a healthy load: does anything grow that should not, is anything lost, done twice, or
-slower in the end than in the beginning? Results are recorded in
-docs/internals/reliability-runs.md.
+Hours of healthy load: does anything grow that should not, is any task lost or run twice, is the end
+slower than the beginning? Results are recorded in docs/internals/reliability-runs.md.
 
     python -m bench.soak [--minutes 120] [--per-second 150] [--engine rabbitmq] [--rabbitmq 4.3]
 
-Real processes on servers of their own: two API processes, two workers, two maintenance processes,
-with default settings but for a retention of a quarter of an hour, so that the tables have a size
-to stay at. A line of JSON per minute and one at the end, which holds the last quarter of the
-time against the second; status 1 if a task was lost, failed, or ran more or less often than it
-asked for.
+Real processes on dedicated servers: two API processes, two workers, two maintenance processes, with
+default settings except for a retention of a quarter of an hour, so that the tables reach a steady
+size. Prints a line of JSON per minute and one at the end, which compares the last quarter of the
+time with the second; exits with status 1 if a task was lost, failed, or ran more or less often than
+intended.
 """
 
 from __future__ import annotations
@@ -59,12 +58,12 @@ Facts = dict[str, Any]
 
 class Soak:
     """
-    The load, and what is seen of it.
+    The load and what is observed of it.
 
     Attributes:
-        starts_wanted: By task, how often its handler must begin.
-        completed, ended_otherwise: Tasks that did.
-        post_seconds: How long each 202 to a single submission took since the last sample.
+        starts_wanted: By task, how often its handler must start.
+        completed, ended_otherwise: The tasks that completed, and those that ended in another state.
+        post_seconds: Seconds until the 202 of each single submission since the last sample.
     """
 
     def __init__(self, system: System, broker: Broker | None, *, per_second: int) -> None:
@@ -107,7 +106,7 @@ class Soak:
 
     async def _submit(self) -> None:
         """
-        By far the most in batches, ten per second alone, as a stop-watch.
+        Submit most tasks in batches, and ten per second individually to measure response times.
         """
         await asyncio.gather(self._submit_batches(), self._submit_singles())
 
@@ -140,7 +139,7 @@ class Soak:
         facts["post_p99_ms"] = 1_000 * statistics.quantiles(self.post_seconds, n=100)[98]
         self.post_seconds.clear()
         for name, process in self._processes.items():
-            # What it logs is kept for tests, and would be what grows.
+            # Captured logs are kept for tests, and would themselves grow.
             process.lines.clear()
             family = [psutil.Process(process.pid)]
             family += family[0].children(recursive=True)
@@ -157,7 +156,7 @@ class Soak:
         return {name: round(value, 2) for name, value in facts.items()}
 
     async def _look_for_ended(self) -> None:
-        # What was written late bears an older time: so the minute before is read once more.
+        # Rows written late have an older timestamp, so the previous minute is read once more.
         since, self._looked_at = self._looked_at - SAMPLE_SECONDS, time.time()
         for row in await self._system.rows(ENDED, since):
             is_good = row["state"] == "completed"
@@ -166,7 +165,7 @@ class Soak:
 
 def _task(number: int) -> tuple[Facts, int]:
     """
-    A task of a mixture that repeats, and how often its handler will begin.
+    A task of a repeating mix, and how often its handler will start.
     """
     kind = number % 100
     if kind < 3:
@@ -184,8 +183,8 @@ def _task(number: int) -> tuple[Facts, int]:
 
 def _compared(samples: Sequence[Facts]) -> Facts:
     """
-    Of everything that was sampled: the median of the second quarter of the time, that of the
-    last, and the slope per hour since the first quarter.
+    For every sampled value: its median in the second quarter of the time and in the last, and its
+    slope per hour since the first quarter.
     """
     quarter = len(samples) // 4
     if quarter < 2:
@@ -230,7 +229,7 @@ async def _perform(
 
 def main() -> int:
     """
-    Start the servers, run for so long, and say what came of it.
+    Start the servers, run the load, and print the results.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.soak")
     parser.add_argument("--minutes", type=float, default=120.0)

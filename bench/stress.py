@@ -1,12 +1,12 @@
 """
-What an operator does and what happens to them, timed: workers stopped under load, a broker erased
-behind a backlog, an alarm, more tasks than the workers can run. The results are recorded in
+Operators' actions and incidents, timed: workers stopped under load, a broker erased during a
+backlog, an alarm, more tasks than the workers can run. The results are recorded in
 docs/internals/reliability-runs.md.
 
     python -m bench.stress {stops,erase,alarm,overload} [--engine rabbitmq] [--rabbitmq 4.3]
 
-Real processes on servers of their own, with default settings. One line of JSON at the end; status 1
-if a task that was accepted did not complete.
+Real processes on dedicated servers, with default settings. Prints one line of JSON at the end;
+exits with status 1 if an accepted task did not complete.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Facts = dict[str, Any]
 
 async def stops(system: System, _broker: Broker | None) -> Facts:
     """
-    One of three workers after the other is told to stop while tasks flow, and another starts.
+    Stop each of three workers in turn while tasks flow, and start a replacement.
     """
     _, workers, _ = await system.start(workers=3)
     took: list[float] = []
@@ -75,7 +75,7 @@ async def stops(system: System, _broker: Broker | None) -> Facts:
 
 async def erase(system: System, broker: Broker | None) -> Facts:
     """
-    A RabbitMQ with hints of a backlog in it gets an empty disk.
+    Erase the disk of a RabbitMQ that holds the hints of a backlog.
     """
     assert broker is not None, "erase needs --engine rabbitmq"
     await system.start(workers=1, worker_slots=SLOTS)
@@ -84,7 +84,7 @@ async def erase(system: System, broker: Broker | None) -> Facts:
         accepted += await system.submit_batch([_task(TASK_SECONDS)] * 1_000)
     began, done_before = time.monotonic(), (await system.states(accepted))["completed"]
     await asyncio.to_thread(broker.wipe)
-    # A virtual host is its operator's to give back; the queues are AsyncFlow's own.
+    # Restoring the virtual host is the operator's job; the queues are AsyncFlow's own.
     assert system.broker_url is not None
     broker.api("PUT", f"vhosts/{system.broker_url.rpartition('/')[2]}", {})
     is_back = time.monotonic()
@@ -102,7 +102,7 @@ async def erase(system: System, broker: Broker | None) -> Facts:
 
 async def alarm(system: System, broker: Broker | None) -> Facts:
     """
-    Submissions, one every 10 ms: as ever, during a memory alarm, and with the broker away.
+    Submit a task every 10 ms: normally, during a memory alarm, and with the broker down.
     """
     assert broker is not None, "alarm needs --engine rabbitmq"
     await system.start()
@@ -126,8 +126,8 @@ async def alarm(system: System, broker: Broker | None) -> Facts:
 
 async def overload(system: System, _broker: Broker | None) -> Facts:
     """
-    A minute of five times what a worker can run, and submissions one by one all the while; then
-    more workers come to its help, few with many slots: the tasks only wait, and cores are dear.
+    Submit five times what a worker can run for a minute, with single submissions in between; then
+    add more workers. These are few with many slots, since the tasks only wait and cores are scarce.
     """
     apis, workers, maintenances = await system.start(worker_slots=SLOTS)
     processes = [*apis, *workers, *maintenances]
@@ -182,7 +182,7 @@ SCENES: dict[str, Callable[[System, Broker | None], Awaitable[Facts]]] = {
 
 async def _probe(system: System, count: int) -> tuple[list[str], list[float]]:
     """
-    Submit `count` tasks, one every 10 ms; return their ids, and the seconds that each 202 took.
+    Submit `count` tasks, one every 10 ms; return their ids and the seconds until each 202.
     """
     task_ids, took = [], []
     for _ in range(count):
@@ -194,7 +194,7 @@ async def _probe(system: System, count: int) -> tuple[list[str], list[float]]:
 
 
 def _task(seconds: float) -> Facts:
-    # Not sample-task, which wakes twenty times to report its progress.
+    # Not sample-task, which wakes up twenty times to report progress.
     return {"name": "work", "payload": {"seconds": seconds}}
 
 
@@ -226,7 +226,7 @@ async def _perform(options: argparse.Namespace, database_url: str, broker: Broke
 
 def main() -> int:
     """
-    Start the servers, play the scene, and say what came of it.
+    Start the servers, run the scene, and print the results.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.stress")
     parser.add_argument("scene", choices=list(SCENES))

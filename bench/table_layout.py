@@ -5,8 +5,8 @@ docs/internals/decisions.md ("How are tasks stored?").
 
     python bench/table_layout.py DSN [--finished 2000000] [--tasks 20000] [--payload-bytes 200]
 
-One connection, batches of 100, every batch its own fsynced commit. The layouts take turns,
-so that a drift of the machine's speed meets all of them.
+One connection, batches of 100, each with its own fsynced commit. The layouts take turns, so that a
+drift in the machine's speed affects all of them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import asyncpg
 
 BATCH = 100
 
-# As in asyncflow.store.database. Without these a statement planned while the table is
-# nearly empty keeps a sequential scan forever: claims fell from 75,000 to 1,500 per second.
+# As in asyncflow.store.database. Without these, a statement planned while the table is nearly empty
+# keeps its sequential scan forever: claims fell from 75,000 to 1,500 per second.
 PLANNER = {
     "enable_seqscan": "off",
     "enable_hashjoin": "off",

@@ -22,7 +22,7 @@ COMPARED = {
     "drain": ("pgqueuer", "taskiq-results", "celery-results"),
     "latency": WRITE_STATE_FIRST,
 }
-"""Per scenario, the peers that a target names. They are measured as often as AsyncFlow."""
+"""Per scenario, the peers named by a target. They are measured as often as AsyncFlow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Target:
     Attributes:
         must, aim: Bounds of the figure; None means there is none.
         at_least: Whether the bounds are lower bounds; otherwise they are upper bounds.
-        figure: None if it was not measured.
+        figure: The measured value; None if it was not measured.
     """
 
     what: str

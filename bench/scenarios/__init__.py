@@ -1,7 +1,7 @@
 """
 One module per kind of measurement, in the order of the report.
 
-A module has `NAME` and `measurements(run)`, and its docstring tells what is measured.
+A module has `NAME` and `measurements(run)`, and its docstring says what is measured.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
-Drain: a backlog is waiting, workers start, and the clock runs until the last task is settled.
+Drain: with a backlog waiting, workers start, and the clock runs until the last task is settled.
 
-The rate counts from the moment when every worker process has run its first task, so that
-start-up, measured separately, does not blur it, until nothing is unfinished in durable state.
+The rate is measured from the time every worker process has run its first task, so that startup,
+measured separately, does not distort it, until durable state has no unfinished task.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SECONDS_MAX = 300.0
 
 def measurements(run: Run) -> list[Measurement]:
     """
-    One and two worker processes for all; heavier and failing tasks for AsyncFlow.
+    One and two worker processes for all systems; heavier and failing tasks for AsyncFlow.
     """
     plain = [
         _measurement(
@@ -56,7 +56,7 @@ def measurements(run: Run) -> list[Measurement]:
 def _is_compared(entrant: Entrant, workers: int) -> bool:
     if entrant.is_ours or entrant.key not in COMPARED[NAME]:
         return entrant.is_ours
-    # What keeps results only is a magnitude away, and one worker shows it.
+    # Systems that only keep results are an order of magnitude away, which one worker shows.
     return entrant.is_plain or workers == 1
 
 
@@ -98,7 +98,7 @@ def _timed(
     run.wait_for_workers(processes, count=workers)
     begun, calls_before = time.perf_counter(), probe.calls()
     cpu_before = _cpu_seconds(run, processes)
-    # A retry is a second call, so calls alone do not tell the end; durable state does.
+    # A retry is a second call, so the end shows in durable state, not in the number of calls.
     wait_until(lambda: probe.calls() >= tasks, seconds=deadline - time.perf_counter())
     wait_until(
         lambda: system.unfinished(tasks) == 0,

@@ -1,7 +1,7 @@
 """
-What processes use while they have nothing to do: memory, and CPU over some seconds.
+What idle processes use: memory, and CPU over some seconds.
 
-Memory under load and the time from start to first task come with `drain`.
+`drain` measures memory under load and the time from start to first task.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def measurements(run: Run) -> list[Measurement]:
     """
     One worker of every entrant, and AsyncFlow's other processes.
     """
-    # Peers once: sizes of idle processes hardly vary.
+    # Peers only once: the sizes of idle processes hardly vary.
     workers = [
         Measurement(
             entrant,
@@ -48,7 +48,7 @@ def measurements(run: Run) -> list[Measurement]:
 
 def worker(run: Run, entrant: Entrant) -> dict[str, Any]:
     """
-    An idle worker; with RabbitMQ, AsyncFlow's first process only.
+    Measure an idle worker; with RabbitMQ, AsyncFlow's first process only.
     """
     system = run.prepare(entrant)
     commands = system.worker_commands(1, entrant.latency)[:1]
@@ -58,7 +58,7 @@ def worker(run: Run, entrant: Entrant) -> dict[str, Any]:
 
 def other(run: Run, entrant: Entrant, kind: str) -> dict[str, Any]:
     """
-    An idle API or maintenance process.
+    Measure an idle API or maintenance process.
     """
     run.prepare(entrant)
     with running(

@@ -1,6 +1,6 @@
 """
-Claim and settle beside a long history: the store's functions on one connection, in batches
-of 100, with no finished tasks and with millions.
+Claim and settle with a long history: the store's functions on one connection, in batches of 100,
+with no finished tasks and with millions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FILL = """
 """
 FILL_ROWS = 500_000
 DISK_BYTES_PER_ROW = 1_000
-"""Table, indexes and write-ahead log, with something to spare."""
+"""Space for table, indexes and write-ahead log, with a margin."""
 
 
 def measurements(run: Run) -> list[Measurement]:
@@ -56,13 +56,13 @@ def measurements(run: Run) -> list[Measurement]:
     if not any(entrant.is_ours for entrant in run.entrants):
         return []
     ours = OURS[0]
-    # One measurement of all: filling the history takes longer than the rest.
+    # A single measurement: filling the history takes longer than the rest.
     return [Measurement(ours, {}, partial(measure, run, ours), once=True)]
 
 
 def measure(run: Run, entrant: Entrant) -> dict[str, Any]:
     """
-    Rates with an empty and with a long history, in turns.
+    Measure the rates with an empty and with a long history, alternating.
     """
     free = shutil.disk_usage(run.services.folder).free
     if free < run.sizes.finished * DISK_BYTES_PER_ROW:
@@ -76,7 +76,7 @@ def measure(run: Run, entrant: Entrant) -> dict[str, Any]:
 
 async def _measure(run: Run, another: str, count: int) -> dict[str, list[dict[str, float]]]:
     await migrate(another)
-    # Long statements and one session each: these are no workers.
+    # Long statements, one session each: these connections are not workers.
     async with (
         Database(database_url(), size=1, timeout_seconds=600) as empty,
         Database(another, size=1, timeout_seconds=600) as long,
@@ -88,7 +88,8 @@ async def _measure(run: Run, another: str, count: int) -> dict[str, list[dict[st
             for length, db in (("empty", empty), ("long", long)):
                 if length == "empty":
                     await db.execute("TRUNCATE asyncflow.tasks")
-                # Not the finished ones: they were vacuumed, and would take longer than all else.
+                # Not the finished tasks: they were vacuumed, and would take longer than everything
+                # else.
                 await db.execute("VACUUM ANALYZE asyncflow.tasks_live")
                 await db.execute("CHECKPOINT")
                 measured = await _round(db, count)

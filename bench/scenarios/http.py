@@ -31,7 +31,7 @@ NAME = "http"
 WARM_UP_SECONDS = 1.0
 SECONDS = 6.0
 COMPARED_CONNECTIONS = 32
-"""Where a target compares with naive; at the others naive is measured once."""
+"""Connections at which a target compares with naive; elsewhere naive is measured once."""
 
 TASK = {
     "name": "bench-noop",
@@ -41,7 +41,7 @@ TASK = {
 
 def measurements(run: Run) -> list[Measurement]:
     """
-    One task per request for both, batches for AsyncFlow.
+    One task per request for both systems, batches for AsyncFlow.
     """
     servers = [e for e in run.entrants if e.key in ("asyncflow", "naive")]
     singles = [
@@ -68,7 +68,7 @@ def measurements(run: Run) -> list[Measurement]:
 
 def measure(run: Run, entrant: Entrant, connections: int, tasks: int) -> dict[str, Any]:
     """
-    Rate and response times, and the CPU each kind of process spent per task.
+    Measure rate and response times, and the CPU that each kind of process spent per task.
     """
     run.prepare(entrant)
     port = free_port()

@@ -1,8 +1,8 @@
 """
 Latency from just before the submitting call to the handler's first statement.
 
-`idle`: one task every 20 ms and nothing else. `half load`: the same beside a steady flow at
-half of what the system, submitting and working at the same time, was just found to sustain.
+`idle`: one task every 20 ms and nothing else. `half load`: the same during a steady flow at half
+the rate that the system was just found to sustain while submitting and working concurrently.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def measurements(run: Run) -> list[Measurement]:
     """
     Idle and at half load, for both engines of AsyncFlow and every peer.
     """
-    # Where a peer keeps results afterwards makes no difference to a start.
+    # Where a peer stores results does not affect when tasks start.
     entrants = [entrant for entrant in run.entrants if entrant.is_ours or entrant.is_plain]
     return [
         Measurement(
@@ -44,10 +44,10 @@ def measurements(run: Run) -> list[Measurement]:
 
 def idle(run: Run, entrant: Entrant) -> dict[str, Any]:
     """
-    One trickle into an idle system.
+    Measure a trickle of tasks into an idle system.
     """
     system = run.prepare(entrant)
-    # A p99 is made of the slowest hundredth: of fewer tasks, it would be chance.
+    # A p99 depends on the slowest hundredth: with fewer tasks, it would be chance.
     count = run.tasks(1000)
     with run.workers(entrant, system, processes=1, concurrency=entrant.latency) as workers:
         wait_until_warm(run, entrant)
@@ -66,7 +66,7 @@ def idle(run: Run, entrant: Entrant) -> dict[str, Any]:
 
 def half_load(run: Run, entrant: Entrant) -> dict[str, Any]:
     """
-    One trickle beside half of the load that the system can sustain.
+    Measure a trickle during half of the load that the system can sustain.
     """
     system = run.prepare(entrant)
     count = run.tasks(300)
@@ -76,7 +76,7 @@ def half_load(run: Run, entrant: Entrant) -> dict[str, Any]:
         capacity = find_capacity(run, entrant, callers)
         seconds = count * PERIOD_SECONDS + 3.0
         flow = run.start_producing(entrant, "flow", capacity / 2, seconds, callers)
-        time.sleep(1.5)  # Until the flow flows.
+        time.sleep(1.5)  # Until the flow is steady.
         run.produce(entrant, "trickle", count, PERIOD_SECONDS, 1)
         reached = finish_producing(flow)
         time.sleep(0.5)
@@ -101,7 +101,7 @@ def wait_until_warm(run: Run, entrant: Entrant) -> None:
 
 def find_capacity(run: Run, entrant: Entrant, callers: int) -> float:
     """
-    Tasks per second while submitting flat out and working at the same time.
+    Tasks per second while submitting at full speed and working concurrently.
     """
     flow = run.start_producing(entrant, "flow", 0, FLAT_OUT_SECONDS, callers)
     calls = run.probe.calls()

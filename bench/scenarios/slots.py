@@ -1,8 +1,8 @@
 """
-One worker of 10 slots on tasks that wait 20 ms, 0.1 s and 0.5 s: are its slots kept busy?
+One worker with 10 slots on tasks that wait 20 ms, 0.1 s and 0.5 s: are its slots kept busy?
 
-Between no-ops, which travel in bulk, and tasks of seconds, which give everybody time, lie
-those that a supply of tasks is easily too slow for.
+No-ops travel in bulk, and tasks of seconds leave plenty of time. In between are tasks for which the
+supply can easily be too slow.
 """
 
 from __future__ import annotations

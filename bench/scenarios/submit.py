@@ -1,8 +1,8 @@
 """
-Submit from Python: one producer process, each call returns when its task is safe.
+Submit from Python: one producer process, whose calls return once the task is durable.
 
-`one` calls the single-task API, `bulk` the bulk API with 1,000 tasks per call. Afterwards the
-tasks are counted where the system keeps them: a rate of calls that kept nothing is no rate.
+`one` calls the single-task API, `bulk` the bulk API with 1,000 tasks per call. Afterwards the tasks
+are counted where the system keeps them, since a rate counts only if the tasks were stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TASKS_IN_BULK = 100_000
 
 def measurements(run: Run) -> list[Measurement]:
     """
-    Every entrant one by one, and in bulk where it has an API for that.
+    Every entrant one by one, and in bulk if it has an API for that.
     """
     one = [
         Measurement(
@@ -54,7 +54,7 @@ def _is_measured_once(entrant: Entrant) -> bool:
 
 def submit(run: Run, entrant: Entrant, *arguments: object) -> dict[str, Any]:
     """
-    One producer's rate.
+    Measure one producer's rate.
     """
     system = run.prepare(entrant)
     before = run.services.cpu_seconds()

@@ -1,9 +1,9 @@
 """
 Submitting while draining for minutes: do tables stay small and latency steady?
 
-A flow at half of what the system sustains, beside it a trickle of numbered tasks. Every few
-seconds: latency of the last ones, dead tuples, sizes of tables and indexes, backlog. Long on
-PostgreSQL alone, where the tables are; with RabbitMQ they are the same, and a part suffices.
+A flow at half of what the system sustains, plus a trickle of numbered tasks. Sampled every few
+seconds: latency of the latest ones, dead tuples, sizes of tables and indexes, backlog. The run is
+long on PostgreSQL alone; with RabbitMQ the tables are the same, and a shorter run suffices.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LOOK = """
 
 def measurements(run: Run) -> list[Measurement]:
     """
-    AsyncFlow's engines, once each.
+    Each of AsyncFlow's engines once.
     """
     return [
         Measurement(entrant, {}, partial(measure, run, entrant), once=True)
@@ -51,7 +51,7 @@ def measurements(run: Run) -> list[Measurement]:
 
 def measure(run: Run, entrant: Entrant) -> dict[str, Any]:
     """
-    Minutes of load; the samples are part of the answer.
+    Run minutes of load; the samples are part of the result.
     """
     system = run.prepare(entrant)
     seconds = 60 * run.sizes.minutes * (SHARE_WITH_RABBITMQ if entrant.needs_broker else 1)

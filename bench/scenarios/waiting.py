@@ -1,8 +1,8 @@
 """
 One, three and five workers on tasks that wait 0.5 to 5 seconds: does adding workers add speed?
 
-A backlog larger than the measurement can finish is there from the start. Counted are the
-tasks that start within a window in the middle, when every slot is in use.
+The backlog is larger than the measurement can finish. Counted are tasks that start within a
+window in the middle, when every slot is in use.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def measurements(run: Run) -> list[Measurement]:
                 ramp_seconds=RAMP_SECONDS,
                 window_seconds=WINDOW_SECONDS * (1 if run.sizes.share >= 1 else 1 / 3),
             ),
-            once=workers == 3,  # The target is about the ends.
+            once=workers == 3,  # The target concerns only one and five workers.
         )
         for workers in (1, 3, 5)
         for entrant in run.entrants
@@ -63,7 +63,7 @@ def measure(
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """
-    The rate of so many workers with so many slots each, on tasks of so many seconds in the mean.
+    Measure the rate of this many workers and slots, on tasks with this mean duration.
     """
     system = run.prepare(entrant)
     per_second = workers * slots / wait_seconds

@@ -1,5 +1,5 @@
 """
-The systems that are measured, one module each, through their public APIs alone.
+The measured systems, one module each, used through their public APIs only.
 
 A module has these names; those with a default may be left out:
 
@@ -31,7 +31,7 @@ BULK = 1_000
 """Tasks per call of a bulk API."""
 
 QUEUE = "bench"
-"""Every system's queue, where it is the system's to choose."""
+"""The queue of every system that can choose its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class System:
 
 def load_system(name: str) -> System:
     """
-    Import the module of this name.
+    Import the module with this name.
     """
     module = importlib.import_module(f"bench.systems.{name}")
 
@@ -71,7 +71,7 @@ def load_system(name: str) -> System:
 
 async def timed_in_bulk(count: int, submit_many: Callable[[int], Awaitable[Any]]) -> float:
     """
-    Call `submit_many` with up to `BULK` tasks until `count` are in; return the rate.
+    Call `submit_many` with up to `BULK` tasks until `count` are submitted; return the rate.
     """
     start = time.perf_counter()
     for first in range(0, count, BULK):
@@ -81,7 +81,7 @@ async def timed_in_bulk(count: int, submit_many: Callable[[int], Awaitable[Any]]
 
 def count_rows(statement: str) -> int:
     """
-    Ask the measurement's database for a number.
+    Run a counting query on the measurement's database.
     """
     import psycopg
 

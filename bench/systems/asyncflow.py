@@ -1,6 +1,6 @@
 """
-AsyncFlow. Variant `rabbitmq`: hints travel through RabbitMQ, and the maintenance process,
-which relays them, belongs to the system; otherwise PostgreSQL carries everything.
+AsyncFlow. Variant `rabbitmq`: hints travel through RabbitMQ, and the system includes the
+maintenance process that relays them; otherwise PostgreSQL carries everything.
 
 Submitting from Python goes through `store.submit` in natural batches, as the API's own
 endpoint does.
@@ -27,14 +27,14 @@ from bench.systems import Submit, count_rows, timed_in_bulk
 HANDLERS = str(Path(__file__).parents[1] / "handlers.py")
 
 TASK, TEXT_BYTES, WAIT_SECONDS = "BENCH_TASK", "BENCH_TEXT_BYTES", "BENCH_WAIT_SECONDS"
-"""What `fill` submits: the handler's name, how long the payload's text is, how long it waits."""
+"""What `fill` submits: the handler's name, the length of the payload's text, the wait."""
 
 _ids = TaskIds()
 
 
 def environment() -> dict[str, str]:
     """
-    The settings of AsyncFlow's processes; what is not here has its default.
+    The settings of AsyncFlow's processes; all others have their defaults.
     """
     settings = {"ASYNCFLOW_DATABASE_URL": database_url(), "ASYNCFLOW_LOG_FORMAT": "json"}
     if variant() == "rabbitmq":
@@ -100,12 +100,12 @@ async def _bulk(count: int, payload: str, name: str = "bench-noop") -> float:
 
 def new_task(payload: str, name: str = "bench-noop", number: int = 0) -> NewTask:
     """
-    A task for one of `bench.handlers`; of ten `bench-flaky` ones, one will fail first.
+    A task for one of `bench.handlers`; one of ten `bench-flaky` tasks fails its first attempt.
     """
     if name == "bench-flaky":
         payload = json.dumps({"fails_first": number % 10 == 0})
     elif name == "bench-wait":
-        # If not told, 0.5 to 5 seconds in an order that repeats and that no worker could ride.
+        # By default 0.5 to 5 seconds, in a repeating order that gives no worker an advantage.
         wait_seconds = float(os.environ.get(WAIT_SECONDS, 0.5 + number * 7 % 19 / 4))
         payload = json.dumps({"seconds": wait_seconds})
     return NewTask(

@@ -25,7 +25,7 @@ class Noop:
 
 
 def _client() -> awa.AsyncClient:
-    # Its driver wants a host even beside the folder of a Unix socket.
+    # Its driver requires a host even with the folder of a Unix socket.
     url = database_url().replace("@/", "@localhost/")
     return awa.AsyncClient(url, max_connections=16)
 
@@ -34,7 +34,7 @@ def prepare() -> None:
     async def run() -> None:
         async with _client() as client:
             await client.migrate()
-            # A new database would stay on the older, slower engine.
+            # Otherwise a new database would use the older, slower engine.
             await client.install_queue_storage()
 
     asyncio.run(run())

@@ -1,8 +1,8 @@
 """
 Celery on RabbitMQ: quorum queue, persistent messages, publisher confirms, late acks.
 
-Variant `results`: results kept in PostgreSQL through SQLAlchemy and psycopg; otherwise
-they are ignored and nothing but the queue knows a task.
+Variant `results`: results kept in PostgreSQL through SQLAlchemy and psycopg; otherwise they are
+ignored and tasks exist only in the queue.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def unfinished(count: int) -> int:
 
 
 def worker_commands(processes: int, concurrency: str) -> list[list[str]]:
-    # `concurrency` is the pool: prefork has one parent and `processes` children.
+    # `concurrency` is the pool type: prefork has one parent and `processes` children.
     command = [program("celery"), "--app", __name__, "worker", "--loglevel", "WARNING"]
     command += ["--without-gossip", "--without-mingle", "--without-heartbeat", "-O", "fair"]
     command += ["--queues", QUEUE, "--pool", concurrency]
@@ -62,7 +62,7 @@ def send(number: int, submitted_at: float) -> None:
 
 
 def fill(count: int) -> None:
-    app.conf.broker_transport_options = {}  # Without confirms: this is no measurement.
+    app.conf.broker_transport_options = {}  # Without confirms: filling is not measured.
     with app.producer_or_acquire() as producer:
         for _ in range(count):
             noop.apply_async((-1, 0.0), producer=producer)

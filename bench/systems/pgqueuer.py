@@ -41,7 +41,7 @@ def unfinished(count: int) -> int:
 
 
 def worker_commands(processes: int, concurrency: str) -> list[list[str]]:
-    # Not `pgq run`: that of 1.6.0 fails with the Typer of our other requirements.
+    # Not `pgq run`: in 1.6.0 it fails with the Typer version our other requirements need.
     return [[sys.executable, "-m", __name__, concurrency] for _ in range(processes)]
 
 

@@ -2,8 +2,8 @@
 The two engines, and systems of real processes on them.
 
 A test that takes `engine`, directly or through `system`, runs on PostgreSQL alone and on
-PostgreSQL with RabbitMQ, unless it is marked that one will do. Systems of a test end with it;
-`shared` serves a whole module of tests that disturb nothing.
+PostgreSQL with RabbitMQ, unless a marker limits it to one of them. A test's systems end with the
+test; `shared` serves a whole module of tests that leave the system undisturbed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tests.support.system import System
 
 ON_POSTGRES = "alone"
 
-# A line per request would bury what the processes said.
+# A log line per request would bury the output of the processes.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
     """
-    What carries hints; `broker` is None if PostgreSQL does.
+    What carries hints; `broker` is None on PostgreSQL alone.
     """
 
     broker: Broker | None
@@ -42,14 +42,14 @@ class Engine:
         """
         if self.broker is None:
             return None
-        # A test that failed may have left it frozen or stopped.
+        # A failed test may have left the broker frozen or stopped.
         self.broker.resume()
         self.broker.start()
         return self.broker.create_vhost()
 
     def drop_vhost(self, url: str | None) -> None:
         """
-        Remove it.
+        Remove the virtual host.
         """
         if self.broker is not None and url is not None:
             self.broker.start()
@@ -101,7 +101,7 @@ async def system(
     database_url: str, vhost_url: str | None, tmp_path: Path, request: pytest.FixtureRequest
 ) -> AsyncIterator[System]:
     """
-    A system in which nothing runs yet.
+    A system with no process started yet.
     """
     async with System(database_url=database_url, broker_url=vhost_url, folder=tmp_path) as system:
         yield system
@@ -135,7 +135,7 @@ async def shared_system(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[System]:
     """
-    What `shared` hands out.
+    The system behind `shared`.
     """
     async with System(
         database_url=shared_database_url,
@@ -150,9 +150,9 @@ async def shared_system(
 @pytest.fixture
 def shared(shared_system: System, request: pytest.FixtureRequest) -> Iterator[System]:
     """
-    A running API, worker and maintenance, the same for all tests of a module.
+    A running API, worker and maintenance process, shared by all tests of a module.
 
-    Its tests run on the module's event loop: mark them `asyncio(loop_scope="module")`.
+    Tests that use it run on the module's event loop: mark them `asyncio(loop_scope="module")`.
     """
     yield shared_system
     show_logs(request, shared_system)
@@ -160,7 +160,7 @@ def shared(shared_system: System, request: pytest.FixtureRequest) -> Iterator[Sy
 
 def show_logs(request: pytest.FixtureRequest, system: System) -> None:
     """
-    Add what the processes said last to the report of a test that fails.
+    Add the last output of the processes to the report of a failed test.
     """
     for name, tail in system.tails():
         request.node.add_report_section("teardown", name, tail)

@@ -1,5 +1,5 @@
 """
-Handlers of workers that are going to end in odd ways.
+Handlers that make it hard for their worker to exit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STAYS_SECONDS = 300
 @handler(max_attempts=1)
 async def block_the_loop() -> None:
     """
-    So that nothing else runs there.
+    Block the event loop, so that nothing else runs on it.
     """
     time.sleep(STAYS_SECONDS)
 
@@ -25,7 +25,7 @@ async def block_the_loop() -> None:
 @handler(max_attempts=1)
 async def wait_in_threads(payload: dict[str, int]) -> None:
     """
-    In more than Python has by default.
+    Occupy more threads than Python's default executor has.
     """
     waiting = [asyncio.to_thread(time.sleep, STAYS_SECONDS) for _ in range(payload["count"])]
     await asyncio.gather(*waiting)
@@ -34,7 +34,7 @@ async def wait_in_threads(payload: dict[str, int]) -> None:
 @handler(max_attempts=1)
 def leave_an_orphan() -> None:
     """
-    A child of a child, which ends when nobody is left to wait for it.
+    Start a grandchild process that outlives its parent.
     """
     pid = os.fork()
     if pid == 0:

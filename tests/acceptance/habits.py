@@ -1,8 +1,8 @@
 """
-What people do inside handlers, in the isolation that the environment names.
+What people do inside handlers, in the isolation named by the environment.
 
-Each habit does something that is fine in a program of its own, and may leave something behind.
-Run as `<name>.<isolation>` it comes to `RESULT`; anything else is what it did to itself.
+Each habit does something that is fine in a standalone program, and may leave something behind. Run
+as `<name>.<isolation>` it returns `RESULT`; any other result is what the habit did to itself.
 """
 
 # mypy: allow-untyped-calls
@@ -40,7 +40,7 @@ customer: ContextVar[str] = ContextVar("customer")
 
 def forks() -> object:
     """
-    And waits for the child, which ends by itself.
+    Fork and wait for the child, which exits on its own.
     """
     pid = os.fork()
     if pid == 0:
@@ -50,7 +50,7 @@ def forks() -> object:
 
 def forks_and_returns_twice() -> object:
     """
-    The child goes on where the parent does, into code of ours.
+    Fork and let the child return too, into AsyncFlow's own code.
     """
     os.fork()
     return True
@@ -58,10 +58,10 @@ def forks_and_returns_twice() -> object:
 
 def forks_and_stays() -> object:
     """
-    A child that nobody waits for, and that outlives the worker.
+    Fork a child that is never waited for and would outlive the worker.
     """
     if os.fork() == 0:
-        os.closerange(0, 256)  # Nor does a test wait for what it might say, also by a logger.
+        os.closerange(0, 256)  # No test waits for its output either, not even by a logger.
         time.sleep(STAYS_SECONDS)
         os._exit(0)
     return True
@@ -69,7 +69,7 @@ def forks_and_stays() -> object:
 
 def ends_a_forked_process() -> object:
     """
-    By SIGTERM, which must reach the child and nobody else.
+    End a forked child by SIGTERM, which must reach the child alone.
     """
     process = multiprocessing.get_context("fork").Process(target=time.sleep, args=[STAYS_SECONDS])
     process.start()
@@ -80,7 +80,7 @@ def ends_a_forked_process() -> object:
 
 def interrupts_a_forked_process() -> object:
     """
-    As Ctrl-C does.
+    Interrupt a forked child, as Ctrl-C does.
     """
     pid = os.fork()
     if pid == 0:
@@ -90,13 +90,13 @@ def interrupts_a_forked_process() -> object:
             os._exit(3)
     time.sleep(0.05)
     os.kill(pid, signal.SIGINT)
-    # With or without Python's own handler, which child processes of workers have not.
+    # With or without Python's own handler, which the child processes of workers lack.
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (3, -signal.SIGINT)
 
 
 def uses_pools() -> object:
     """
-    Three in a row; leaving one ends its processes by SIGTERM.
+    Use three process pools in a row; leaving each ends its processes by SIGTERM.
     """
     for _ in range(3):
         with multiprocessing.get_context("fork").Pool(2) as pool:
@@ -107,7 +107,7 @@ def uses_pools() -> object:
 
 def leaves_a_busy_pool() -> object:
     """
-    While its processes work.
+    Leave a process pool while its processes are working.
     """
     with multiprocessing.get_context("fork").Pool(2) as pool:
         pool.apply_async(time.sleep, [STAYS_SECONDS])
@@ -117,7 +117,7 @@ def leaves_a_busy_pool() -> object:
 
 def keeps_a_pool() -> object:
     """
-    Never ends it.
+    Keep a process pool open and never end it.
     """
     pool = multiprocessing.get_context("fork").Pool(1)
     kept.append(pool)
@@ -126,7 +126,7 @@ def keeps_a_pool() -> object:
 
 def keeps_a_forked_process() -> object:
     """
-    Not a daemon: a program would wait for it.
+    Keep a forked process that is not a daemon, so that a program would wait for it.
     """
     process = multiprocessing.get_context("fork").Process(target=time.sleep, args=[STAYS_SECONDS])
     process.start()
@@ -136,7 +136,7 @@ def keeps_a_forked_process() -> object:
 
 def keeps_a_process_executor() -> object:
     """
-    One of its processes is busy.
+    Keep a process executor open with one of its processes busy.
     """
     context = multiprocessing.get_context("fork")
     executor = concurrent.futures.ProcessPoolExecutor(2, context)
@@ -147,7 +147,7 @@ def keeps_a_process_executor() -> object:
 
 def spawns() -> object:
     """
-    A new Python.
+    Spawn a new Python process.
     """
     process = multiprocessing.get_context("spawn").Process(target=os.getpid)
     process.start()
@@ -157,7 +157,7 @@ def spawns() -> object:
 
 def uses_a_fork_server() -> object:
     """
-    As Python does by itself from 3.14 on.
+    Use a fork server, the default of Python 3.14 and later.
     """
     process = multiprocessing.get_context("forkserver").Process(target=os.getpid)
     process.start()
@@ -167,7 +167,7 @@ def uses_a_fork_server() -> object:
 
 def runs_programs() -> object:
     """
-    One with a function before it, for which Python forks.
+    Run programs, one of them with a `preexec_fn`, for which Python forks.
     """
     plain = subprocess.run(["true"])
     prepared = subprocess.run(["sh", "-c", "kill -TERM $$"], preexec_fn=os.setsid)
@@ -179,7 +179,7 @@ def runs_programs() -> object:
 
 def keeps_a_thread() -> object:
     """
-    Not a daemon: a program would wait for it.
+    Keep a thread that is not a daemon, so that a program would wait for it.
     """
     threading.Thread(target=time.sleep, args=[STAYS_SECONDS]).start()
     return True
@@ -187,7 +187,7 @@ def keeps_a_thread() -> object:
 
 def keeps_an_executor() -> object:
     """
-    A program would wait for what runs there.
+    Keep a thread executor busy; a program would wait for its threads.
     """
     executor = concurrent.futures.ThreadPoolExecutor()
     executor.submit(time.sleep, STAYS_SECONDS)
@@ -196,7 +196,7 @@ def keeps_an_executor() -> object:
 
 def forks_in_a_thread() -> object:
     """
-    Beside the one that the handler runs in.
+    Fork in a thread other than the handler's.
     """
     with concurrent.futures.ThreadPoolExecutor() as executor:
         return executor.submit(ends_a_forked_process).result()
@@ -204,7 +204,7 @@ def forks_in_a_thread() -> object:
 
 def exits_in_a_thread() -> object:
     """
-    Which ends the thread.
+    Call `sys.exit()` in a thread, which ends only that thread.
     """
     thread = threading.Thread(target=sys.exit)
     thread.start()
@@ -217,7 +217,7 @@ def exits_in_a_thread() -> object:
 
 def takes_signals() -> object:
     """
-    Where it may: in the main thread.
+    Install signal handlers where Python allows it: in the main thread.
     """
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -227,7 +227,7 @@ def takes_signals() -> object:
 
 def registers_a_slow_end() -> object:
     """
-    For the end of the program.
+    Register a slow function to run at exit.
     """
     atexit.register(time.sleep, STAYS_SECONDS)
     return True
@@ -235,7 +235,7 @@ def registers_a_slow_end() -> object:
 
 def changes_the_folder() -> object:
     """
-    And does not go back.
+    Change the working directory and do not change back.
     """
     os.chdir("/")
     return True
@@ -243,7 +243,7 @@ def changes_the_folder() -> object:
 
 def keeps_state() -> object:
     """
-    In a module.
+    Keep state in a module.
     """
     kept.append(RESULT)
     return RESULT in kept
@@ -251,7 +251,7 @@ def keeps_state() -> object:
 
 def replaces_streams() -> object:
     """
-    Never puts them back.
+    Replace the standard streams and never restore them.
     """
     sys.stdout = open(os.devnull, "w")
     sys.stdout.write("to nobody")
@@ -260,7 +260,7 @@ def replaces_streams() -> object:
 
 def closes_streams() -> object:
     """
-    As programs do that want to be left alone.
+    Close the standard streams, as daemons do.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.close()
@@ -270,7 +270,7 @@ def closes_streams() -> object:
 
 def leaves_a_context_variable() -> object:
     """
-    And finds none of those that others left.
+    Set a context variable, and find none set by other handlers.
     """
     found = customer.get(None)
     customer.set("one of this attempt")
@@ -279,14 +279,15 @@ def leaves_a_context_variable() -> object:
 
 def leaves_another_context_variable() -> object:
     """
-    The same one.
+    Set the same variable as `leaves_a_context_variable`.
     """
     return leaves_a_context_variable()
 
 
 def keeps_big_exceptions() -> object:
     """
-    Each with itself and with three megabytes: garbage that only a collection finds.
+    Keep exceptions in reference cycles of three megabytes each: garbage that only a collection
+    frees.
     """
     for _ in range(200):
         _keep_a_big_exception()
@@ -307,7 +308,7 @@ def _keep_a_big_exception() -> None:
 
 async def uses_threads_of_the_loop() -> object:
     """
-    More than Python has by default, if the loop is the worker's.
+    Use more threads of the loop than Python's default, if the loop is the worker's.
     """
     count = 20 if ISOLATION == "loop" else 2
     together = threading.Barrier(count)
@@ -317,19 +318,19 @@ async def uses_threads_of_the_loop() -> object:
 
 async def keeps_a_thread_of_the_loop() -> object:
     """
-    Does not wait for it.
+    Start a thread of the loop and do not wait for it.
     """
     loop = asyncio.get_running_loop()
     kept.append(loop.run_in_executor(None, time.sleep, STAYS_SECONDS))
     if ISOLATION != "loop":
-        # Each handler has a loop of its own then, which ends with it and waits for its threads.
+        # Each handler then has its own loop, which ends with it and waits for its threads.
         loop.set_default_executor(concurrent.futures.ThreadPoolExecutor())
     return True
 
 
 async def keeps_a_stubborn_task() -> object:
     """
-    One that takes no cancellation. A loop that ends with its handler would never end.
+    Keep a task that ignores cancellation; a loop that ends with its handler would never end.
     """
     if ISOLATION != "loop":
         return True
@@ -347,7 +348,7 @@ async def _take_no_cancellation() -> None:
 
 async def stops_the_loop() -> object:
     """
-    Which runs the others, too.
+    Stop the loop, which also runs the other handlers.
     """
     if ISOLATION == "loop":
         asyncio.get_running_loop().stop()
@@ -357,7 +358,7 @@ async def stops_the_loop() -> object:
 
 async def takes_signals_of_the_loop() -> object:
     """
-    As servers do that are made to run alone.
+    Install signal handlers on the loop, as standalone servers do.
     """
     with contextlib.suppress(ValueError, RuntimeError):  # only where the main thread's loop is
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, int)
@@ -366,7 +367,7 @@ async def takes_signals_of_the_loop() -> object:
 
 async def raises_in_a_callback() -> object:
     """
-    Where nobody catches it.
+    Raise in a callback, where nothing catches the error.
     """
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda loop, context: None)
@@ -423,7 +424,7 @@ for each, habit in HABITS.items():
 @handler(f"neighbour.{ISOLATION}", isolation="loop", max_attempts=1)
 async def neighbour(context: Context) -> None:
     """
-    Run next to all of them until the worker stops.
+    Run concurrently with every habit until the worker stops.
     """
     while not context.cancelled:  # noqa: ASYNC110 - many turns of the loop are the point
         await asyncio.sleep(0.05)
@@ -432,7 +433,7 @@ async def neighbour(context: Context) -> None:
 @handler(f"rest.{ISOLATION}", isolation="loop", max_attempts=1)
 async def rest() -> None:
     """
-    Until the worker has taken its signals back, which its loop does before this ends.
+    Wait until the worker has reinstalled its signal handlers, which its loop does before this ends.
     """
     await asyncio.sleep(2 * CHECK_SECONDS)
 
@@ -440,6 +441,6 @@ async def rest() -> None:
 @handler(f"stubborn.{ISOLATION}", isolation="process" if ISOLATION == "process" else "thread")
 def stubborn(context: Context) -> None:
     """
-    Run when the worker stops, and take no notice of that.
+    Keep running when the worker stops.
     """
     time.sleep(STAYS_SECONDS)

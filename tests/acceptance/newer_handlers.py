@@ -1,5 +1,5 @@
 """
-A handler that only some workers have, as while a new version is rolled out.
+A handler that only some workers offer, as during a rollout.
 """
 
 from __future__ import annotations

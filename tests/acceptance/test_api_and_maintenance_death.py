@@ -1,5 +1,5 @@
 """
-API and maintenance processes that die: what was answered 202 exists, and completes.
+API and maintenance processes die: every task that was answered 202 exists and completes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from tests.support.system import System
 
 async def test_a_202_survives_the_death_of_the_api_that_gave_it(system: System) -> None:
     """
-    kill -9 of the API amid many submissions: every task it answered 202 for completes.
+    After kill -9 of the API amid many submissions, every task it answered with 202 completes.
     """
     [api], _, _ = await system.start()
 
@@ -23,14 +23,14 @@ async def test_a_202_survives_the_death_of_the_api_that_gave_it(system: System) 
 
     assert load.broken > 0
     assert {"completed": len(accepted)} == await system.all_terminal(accepted)
-    # It was killed with submissions under way; what it stored unanswered completes, too.
+    # It was killed with submissions in flight; tasks stored but not yet answered complete too.
     everything = await system.rows("SELECT id::text FROM asyncflow.tasks")
     await system.all_terminal([row["id"] for row in everything])
 
 
 async def test_no_submission_is_lost_when_one_of_two_apis_dies(system: System) -> None:
     """
-    The other API goes on accepting, and what both accepted completes.
+    The other API keeps accepting tasks, and everything that either accepted completes.
     """
     [first, _], _, _ = await system.start(apis=2)
 
@@ -45,8 +45,8 @@ async def test_no_submission_is_lost_when_one_of_two_apis_dies(system: System) -
 
 async def test_tasks_flow_on_when_a_maintenance_process_dies(system: System) -> None:
     """
-    kill -9 of either of two maintenance processes, the relay's leader included: the other
-    takes over within five seconds, and neither keeps a task.
+    After kill -9 of either of two maintenance processes, even the relay's leader, the other
+    takes over within five seconds, and no task is stuck.
     """
     _, _, maintenances = await system.start(maintenances=2)
 
@@ -64,7 +64,7 @@ async def test_tasks_flow_on_when_a_maintenance_process_dies(system: System) -> 
 
 async def test_without_maintenance_nothing_is_lost(system: System) -> None:
     """
-    Tasks that nobody may relay or recover wait, and complete when maintenance is back.
+    Tasks that need the relay or the reaper wait, and complete when maintenance is back.
     """
     _, _, [maintenance] = await system.start()
     await maintenance.kill()

@@ -1,7 +1,7 @@
 """
-RabbitMQ delivers what nobody of ours has sent: garbage, foreign and forged messages by the
-thousand, among the hints of tasks. The tasks run once each, as if nothing were there; what
-is no hint is put aside, once.
+RabbitMQ delivers messages that AsyncFlow did not send: garbage, foreign and forged messages by the
+thousand, mixed with the hints of tasks. The tasks run once each, as if the messages were not there,
+and each message that is not a hint is set aside once.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ Properties = commands.Basic.Properties
 
 async def test_garbage_among_hints_is_put_aside_and_harms_no_task(system: System) -> None:
     """
-    Three thousand bad messages and hundreds of doubled and forged hints, in waves, while tasks
-    flow: every task completes, none runs twice, no connection breaks, nothing goes round.
+    Under waves of three thousand bad messages and hundreds of duplicate and forged hints, every
+    task completes, none runs twice, no connection breaks, and no message is redelivered in a loop.
     """
     assert system.broker_url is not None
     chance = random.Random(1)
@@ -79,8 +79,8 @@ async def test_garbage_among_hints_is_put_aside_and_harms_no_task(system: System
 
 def hints(task_ids: Sequence[str], chance: random.Random) -> bytes:
     """
-    A message as the relay writes it, of tasks that it is not its turn to send: done, running,
-    queued, unknown; alone or in packs, with properties it would never set.
+    A message as the relay writes it, for tasks the relay would not send now: done, running, queued,
+    unknown; alone or in packs, with properties the relay never sets.
     """
     known = [UUID(task_id) for task_id in chance.sample(task_ids, min(3, len(task_ids)))]
     told = chance.choice(
@@ -91,7 +91,8 @@ def hints(task_ids: Sequence[str], chance: random.Random) -> bytes:
 
 def garbage(chance: random.Random) -> Iterator[bytes]:
     """
-    Messages that are no hints, without end; each tenth or so is larger than a hint may be.
+    An endless stream of messages that are not hints; about every tenth exceeds the size limit of a
+    hint.
     """
     task_id = str(uuid4()).encode()
     for number in itertools.count():
@@ -126,7 +127,7 @@ def garbage(chance: random.Random) -> Iterator[bytes]:
 
 def odd_properties(chance: random.Random) -> Properties:
     """
-    What AMQP lets a publisher say of a message; none of it means anything to us.
+    Properties that AMQP lets a publisher set; AsyncFlow ignores all of them.
     """
     headers: FieldTable = {
         "x-death": "forged",
@@ -158,9 +159,9 @@ def odd_properties(chance: random.Random) -> Properties:
 
 def message(content: bytes, properties: Properties) -> bytes:
     """
-    The frames of one publish into the task queue, but for the channel's number.
+    The frames of one publish to the task queue, without the channel number.
 
-    By hand, because our own client says nothing that its messages do not need.
+    Built by hand, because our own client sets only the properties it needs.
     """
     publish = commands.Basic.Publish(exchange="", routing_key=QUEUE)
     pieces = [
@@ -181,7 +182,7 @@ CHANNEL = 1
 
 async def publish(connection: Connection, messages: Sequence[bytes]) -> None:
     """
-    Send them all; the broker has read them when this returns.
+    Send all messages; the broker has read them when this returns.
     """
     channel = await connection.channel()
     assert channel.number == CHANNEL

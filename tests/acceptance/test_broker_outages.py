@@ -1,5 +1,5 @@
 """
-RabbitMQ stopped, killed, emptied and erased while tasks flow: submissions never notice, no
+RabbitMQ is stopped, killed, emptied and erased while tasks flow: submissions are unaffected, no
 task is lost, and tasks flow again within ten seconds of its return.
 """
 
@@ -36,7 +36,7 @@ def rabbit(engine: Engine) -> Broker:
 @asynccontextmanager
 async def flowing(system: System) -> AsyncIterator[Load]:
     """
-    A load that flows; afterwards, nothing of it may be lost, refused or slow.
+    A flowing load, checked at the end: no task lost, no submission refused or slow.
     """
     await system.start(apis=2, workers=2, maintenances=2)
     async with system.load(payload=WORKING) as load:
@@ -52,7 +52,7 @@ async def flowing(system: System) -> AsyncIterator[Load]:
 
 async def flows(system: System, load: Load) -> None:
     """
-    Wait until a task that is submitted from now on completes.
+    Wait until a task submitted from now on completes.
     """
     await load.has_accepted(5)
     await system.finishes(load.accepted[-1], timeout_seconds=FLOWING_AGAIN_SECONDS)
@@ -63,7 +63,7 @@ async def test_a_broker_that_stops_or_dies_costs_time_and_no_task(
     system: System, rabbit: Broker, ending: str
 ) -> None:
     """
-    Tasks are accepted while RabbitMQ is away, and flow when it is back.
+    Tasks are accepted while RabbitMQ is down and flow once it is back.
     """
     end: Callable[[], None] = getattr(rabbit, ending)
 
@@ -80,7 +80,7 @@ async def test_a_broker_that_stops_or_dies_costs_time_and_no_task(
 
 async def broker_is(system: System, beginning: str) -> bool:
     """
-    Whether the API, ready all the same, tells such a state of RabbitMQ.
+    Whether the API is ready and reports this state of RabbitMQ.
     """
     health = await system.client.get(f"{system.url}/health/ready")
     assert 200 == health.status_code
@@ -89,7 +89,7 @@ async def broker_is(system: System, beginning: str) -> bool:
 
 def purge(broker: Broker, vhost: str) -> None:
     """
-    Throw away every message that waits.
+    Purge every waiting message.
     """
     for queue in broker.api("GET", f"queues/{vhost}"):
         broker.api("DELETE", f"queues/{vhost}/{queue['name']}/contents")
@@ -116,7 +116,7 @@ async def test_a_broker_that_forgets_costs_time_and_no_task(
     system: System, rabbit: Broker, damage: Damage
 ) -> None:
     """
-    With a backlog inside RabbitMQ, all its messages vanish: each task completes.
+    When a backlog of messages inside RabbitMQ vanishes, each of its tasks still completes.
     """
     assert system.broker_url is not None
     vhost = urlsplit(system.broker_url).path[1:]
@@ -140,7 +140,7 @@ async def test_processes_start_without_a_broker_and_use_it_when_it_comes(
     system: System, rabbit: Broker
 ) -> None:
     """
-    The API accepts tasks before RabbitMQ is there; they flow when it is.
+    The API accepts tasks before RabbitMQ is available; they flow once it is.
     """
     await asyncio.to_thread(rabbit.stop)
     _, worker, maintenance = await asyncio.gather(

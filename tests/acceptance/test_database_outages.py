@@ -1,6 +1,7 @@
 """
-PostgreSQL restarted and killed while tasks flow: submissions are refused meanwhile, nothing
-accepted is lost, and tasks flow again within ten seconds, with no process of ours restarted.
+PostgreSQL is restarted and killed while tasks flow: submissions are refused meanwhile, nothing
+accepted is lost, and tasks flow again within ten seconds, without a restart of AsyncFlow's
+processes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FLOWING_AGAIN_SECONDS = 10.0
 @pytest.fixture(scope="module")
 def own_server() -> Iterator[PostgresServer]:
     """
-    A PostgreSQL that no other test needs.
+    A PostgreSQL that no other test uses.
     """
     with postgres.running_server(postgres.EMBEDDED) as server:
         yield server
@@ -42,7 +43,7 @@ async def system(
     own_database_url: str, vhost_url: str | None, tmp_path: Path, request: pytest.FixtureRequest
 ) -> AsyncIterator[System]:
     """
-    A system on the server that may be stopped.
+    A system on the server that tests may stop.
     """
     async with System(
         database_url=own_database_url, broker_url=vhost_url, folder=tmp_path
@@ -56,7 +57,8 @@ async def test_a_database_that_restarts_costs_time_and_no_task(
     system: System, own_server: PostgresServer, mode: Literal["fast", "immediate"]
 ) -> None:
     """
-    503 with Retry-After while it is away; afterwards every 202 has its completed task.
+    The API answers 503 with Retry-After while PostgreSQL is down; afterwards every task answered
+    202 is completed.
     """
     await system.start(workers=2)
 

@@ -1,5 +1,5 @@
 """
-A worker ends, and with the status that was meant, whatever state it is in.
+A worker exits with the intended status, whatever state it is in.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ HANDLERS, HABITS = HERE / "ending_handlers.py", HERE / "habits.py"
 @pytest.fixture
 def alone(database_url: str, tmp_path: Path) -> System:
     """
-    A system on PostgreSQL alone, in which nothing runs yet.
+    A system on PostgreSQL alone, with no process started yet.
     """
     return System(database_url=database_url, broker_url=None, folder=tmp_path)
 
 
 async def test_an_exhausted_worker_ends_with_status_70_whatever_is_left(alone: System) -> None:
     """
-    A thread, an executor and a task that nothing can stop, and a child: a program would wait for
-    them, and the worker's supervisor would not start another.
+    The worker exits despite a thread, an executor, an unstoppable task and a child process: waiting
+    for them would keep its supervisor from starting another.
     """
     async with alone as system:
         await system.start_api()
         worker = await system.start_worker(
             handlers=[HABITS],
-            # A fresh process: forked for a test, it might have no processes of its own.
+            # A fresh process: one forked for a test might not be allowed children of its own.
             python=Path(sys.executable),
             test_isolation="loop",
             worker_slots=1,
@@ -65,7 +65,7 @@ async def test_a_handler_that_blocks_the_event_loop_does_not_keep_a_worker_from_
     alone: System,
 ) -> None:
     """
-    The loop cannot be told of the signal; the process ends when its grace period is over.
+    A blocked loop cannot react to the signal, but the process exits when its grace period is over.
     """
     async with alone as system:
         await system.start_api()
@@ -82,7 +82,8 @@ async def test_a_frozen_worker_comes_back_while_threads_of_handlers_are_busy(
     alone: System,
 ) -> None:
     """
-    What its handlers run by `asyncio.to_thread` is not in its way.
+    Threads that handlers keep busy by `asyncio.to_thread` do not keep a frozen worker from
+    returning.
     """
     async with alone as system:
         await system.start_api()
@@ -105,7 +106,7 @@ async def test_a_worker_that_loads_its_handlers_ends_with_status_0(
     alone: System, tmp_path: Path
 ) -> None:
     """
-    Nothing was begun, so nothing went wrong.
+    A worker stopped while it loads its handlers has started nothing, so it exits with status 0.
     """
     loading = tmp_path / "loading"
     async with alone as system:
@@ -124,7 +125,7 @@ async def test_the_first_process_of_a_container_hears_signals_early(
     alone: System, tmp_path: Path
 ) -> None:
     """
-    The kernel gives it none that it does not handle.
+    PID 1 handles signals from the start: the kernel drops those that PID 1 has no handler for.
     """
     loading = tmp_path / "loading"
     async with alone as system:
@@ -138,7 +139,7 @@ async def test_the_first_process_of_a_container_hears_signals_early(
 @pytest.mark.skipif(not debian.may_use_trees(), reason="only root may make a process the first")
 async def test_the_first_process_of_a_container_reaps_orphans(alone: System) -> None:
     """
-    It leaves those alone that something waits for.
+    PID 1 reaps orphans and leaves alone the children that something waits for.
     """
     async with alone as system:
         await system.start_api()
@@ -158,7 +159,7 @@ async def test_the_first_process_of_a_container_reaps_orphans(alone: System) -> 
 
 async def test_closed_standard_streams_are_not_given_to_connections(alone: System) -> None:
     """
-    `worker <&- >&- 2>&-`: the next files that a process opens would be its standard error.
+    With `worker <&- >&- 2>&-`, the next file opened would otherwise become standard error.
     """
     async with alone as system:
         await system.start_api()
@@ -174,7 +175,7 @@ async def test_closed_standard_streams_are_not_given_to_connections(alone: Syste
 @contextmanager
 def started(system: System, *before: str, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
     """
-    A worker started by these words before its command.
+    A worker whose command line begins with `before`.
     """
     command = [sys.executable, "-m", "asyncflow", "worker", "--handlers", str(HANDLERS)]
     env = environment(**{**system.settings, **settings})
@@ -190,7 +191,7 @@ def contained(
     system: System, **settings: object
 ) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """
-    A worker that is the first process of a container.
+    A worker that runs as PID 1 of a container.
     """
     unshare = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
     return started(system, *unshare, **settings)
@@ -198,7 +199,7 @@ def contained(
 
 def first_process_in(unshare: subprocess.Popen[bytes]) -> psutil.Process:
     """
-    As it is seen from outside.
+    The container's PID 1 as seen from outside.
     """
     [first] = psutil.Process(unshare.pid).children()
     return first

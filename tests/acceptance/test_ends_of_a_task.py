@@ -1,5 +1,5 @@
 """
-How tasks end that do not simply complete: retried, dead letters, redriven, poisonous.
+Tasks that do not simply complete: retries, dead letters, redrives, poison tasks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 async def test_a_failing_task_is_retried_with_growing_waits(shared: System) -> None:
     """
-    Every failed attempt stays in the history, and the waits between them grow as declared.
+    Every failed attempt stays in the history, and the waits between attempts grow as declared.
     """
     task_id = await shared.submit("flaky", {"failures": 2})
 
@@ -34,7 +34,7 @@ async def test_a_failing_task_is_retried_with_growing_waits(shared: System) -> N
 
 async def test_a_dead_letter_tells_why_and_where(shared: System) -> None:
     """
-    A task that used up its attempts is FAILED, with the exception and its traceback.
+    A task without attempts left is FAILED, with the exception and its traceback.
     """
     task_id = await shared.submit("broken")
 
@@ -54,7 +54,7 @@ async def test_a_dead_letter_tells_why_and_where(shared: System) -> None:
 
 async def test_a_redriven_dead_letter_completes_in_a_new_generation(shared: System) -> None:
     """
-    A redrive gives a failed task all its attempts again and keeps the old ones.
+    A redrive gives a failed task a fresh set of attempts and keeps its history.
     """
     task_id = await shared.submit("broken", {"until_attempt": 4})
     await shared.finishes(task_id)
@@ -89,7 +89,7 @@ async def test_a_completed_task_is_neither_cancelled_nor_redriven(shared: System
 
 async def test_a_handler_may_ask_for_a_retry_and_reject_the_task(shared: System) -> None:
     """
-    `Retry` waits as long as it says; `Reject` fails the task whatever attempts are left.
+    `Retry` waits as long as it says; `Reject` fails the task even with attempts left.
     """
     task_id = await shared.submit("picky", {"after_seconds": 0.5})
 
@@ -105,7 +105,7 @@ async def test_a_handler_may_ask_for_a_retry_and_reject_the_task(shared: System)
 @pytest.mark.any_engine
 async def test_an_attempt_that_takes_too_long_is_stopped(shared: System) -> None:
     """
-    A timeout ends an attempt in every isolation, even of a handler that is deaf.
+    A timeout ends an attempt in every isolation, even if the handler ignores cancellation.
     """
     names = ("work", "work-in-thread", "work-in-process")
     limits = {"timeout_seconds": 0.3, "max_attempts": 1}

@@ -1,5 +1,5 @@
 """
-A worker whose handler forked a child that stays: signals and sessions are the worker's alone.
+A handler forks a child that stays: signals and sessions still belong to the worker alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HABITS_FILE = Path(__file__).with_name("habits.py")
 
 def forked_by(worker: Process) -> list[psutil.Process]:
     """
-    What handlers have forked: all children of the worker but the one that it starts itself.
+    Processes forked by handlers: all children of the worker except the one it starts itself.
     """
     children = psutil.Process(worker.pid).children()
     return [child for child in children if NURSERY not in child.cmdline()]
@@ -32,7 +32,8 @@ async def test_a_signal_to_the_group_stops_a_worker_once(
     database_url: str, tmp_path: Path, where: str
 ) -> None:
     """
-    As service managers and terminals signal: the worker finishes what it runs, and the child ends.
+    A signal to the process group, as service managers and terminals send it, lets the worker finish
+    what it runs, and the child ends.
     """
     async with System(database_url=database_url, broker_url=None, folder=tmp_path) as system:
         await system.start_api()
@@ -55,7 +56,7 @@ async def test_a_signal_to_a_child_does_not_stop_its_worker(
     database_url: str, tmp_path: Path
 ) -> None:
     """
-    It ends the child, whichever thread forked it.
+    A signal to a forked child ends only the child, whichever thread forked it.
     """
     async with System(database_url=database_url, broker_url=None, folder=tmp_path) as system:
         await system.start_api()
@@ -75,7 +76,7 @@ async def test_a_forked_child_does_not_keep_a_killed_workers_sessions(
     database_url: str, tmp_path: Path
 ) -> None:
     """
-    Its advisory lock is what proves a worker dead: it falls although the child lives.
+    The advisory lock that proves a worker dead is released even if a forked child lives on.
     """
     async with System(database_url=database_url, broker_url=None, folder=tmp_path) as system:
         worker = await system.start_worker(handlers=(HABITS_FILE,), test_isolation="thread")
@@ -93,7 +94,7 @@ async def test_a_forked_child_does_not_keep_a_killed_workers_sessions(
 
 async def has_ended(process: psutil.Process) -> bool:
     """
-    Whether it has ended, even if its parent has not reaped it.
+    Whether the process has ended, reaped or not.
     """
     try:
         return process.status() == psutil.STATUS_ZOMBIE

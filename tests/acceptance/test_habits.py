@@ -1,6 +1,7 @@
 """
 Handlers as people write them: everything in `habits`, in one worker per isolation, on the oldest
-and the newest Python. The worker lives, who runs beside is untouched, and a stop ends it.
+and the newest Python. The worker survives, tasks running next to them are unaffected, and the
+worker stops on request.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ MEMORY_BYTES_MAX = 300 << 20
 """Half of the garbage that one of the habits leaves in each worker."""
 
 
-@pytest.mark.timeout(400)  # It may install what another Python needs, once.
+@pytest.mark.timeout(400)  # It may install another Python's packages, once.
 @pytest.mark.parametrize("version", pythons.VERSIONS)
 async def test_a_worker_outlives_what_people_do_in_handlers(
     database_url: str, tmp_path: Path, version: str
 ) -> None:
     """
-    Three workers, one per isolation: every habit comes to its result at the first attempt, a
-    task beside them is not disturbed, and memory comes back. Then, with all that they left behind
-    and a handler that does not stop, SIGTERM ends each with status 0 within its grace period and
-    a second.
+    In three workers, one per isolation, every habit returns its result at the first attempt, a task
+    running next to them is undisturbed, and memory is reclaimed. Then, with everything the habits
+    left behind and a handler that does not stop, SIGTERM ends each worker with status 0 within its
+    grace period plus a second.
     """
     try:
         python = await asyncio.to_thread(pythons.python, version)
@@ -75,7 +76,7 @@ async def test_a_worker_outlives_what_people_do_in_handlers(
 
 async def start(system: System, where: str, python: Path) -> Process:
     """
-    A worker whose handlers run there.
+    A worker whose handlers run in this isolation.
     """
     return await system.start_worker(
         handlers=[HABITS_FILE],
@@ -88,10 +89,10 @@ async def start(system: System, where: str, python: Path) -> Process:
 
 async def one_by_one(system: System, where: str) -> dict[str, object]:
     """
-    Run every habit there, each after the one before it; return what they came to.
+    Run every habit there, one after another; return their results.
 
-    Not side by side: a process that one thread forks inherits the pipes of another's
-    `subprocess.run`, which then waits for it to end. That is Python's, in any program with threads.
+    Not concurrently: a process forked by one thread inherits the pipes of another thread's
+    `subprocess.run`, which then waits for it. Any threaded Python program does this.
     """
     ended = {}
     for name in (f"{habit}.{where}" for habit in HABITS):
@@ -102,9 +103,9 @@ async def one_by_one(system: System, where: str) -> dict[str, object]:
 
 async def stop(worker: Process) -> tuple[int, float]:
     """
-    Stop it; return its exit status and how long it took.
+    Stop the worker; return its exit status and the seconds it took.
 
-    In the time of a clock that stands still while this machine has no processor for us.
+    The clock stands still while this machine gives us no CPU.
     """
     seconds = 0.0
     worker.send(signal.SIGTERM)

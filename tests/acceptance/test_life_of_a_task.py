@@ -26,7 +26,7 @@ CURL = """
 
 async def follow_one_task(system: System) -> None:
     """
-    The seed scenario: what a first task looks like throughout its life.
+    The seed scenario: follow a first task through its life.
     """
     response = await system.client.post(
         f"{system.url}/tasks", json={"name": "sample-task", "payload": {"seconds": 1}}
@@ -59,7 +59,7 @@ async def follow_one_task(system: System) -> None:
 
 def check_times(task: dict[str, Any]) -> None:
     """
-    Its timestamps are in order, and its timings say the same.
+    Check that the timestamps are in order and agree with the timings.
     """
     created, started, finished = (
         datetime.fromisoformat(task[name]) for name in ("created_at", "started_at", "finished_at")
@@ -76,7 +76,7 @@ def check_times(task: dict[str, Any]) -> None:
 @pytest.mark.every_rabbitmq
 async def test_a_task_is_accepted_run_and_completed(system: System) -> None:
     """
-    A submission is answered 202 with a PENDING task, which runs and keeps its history.
+    A submission is answered 202 with a PENDING task, which completes and keeps its history.
     """
     await system.start()
 
@@ -86,7 +86,7 @@ async def test_a_task_is_accepted_run_and_completed(system: System) -> None:
 @pytest.mark.any_engine
 async def test_the_curl_line_of_the_readme_completes(system: System) -> None:
     """
-    `sample-task` without a payload takes five seconds and tells how far it is.
+    `sample-task` without a payload takes five seconds and reports its progress.
     """
     if shutil.which("curl") is None:
         pytest.skip("there is no curl")
@@ -115,7 +115,7 @@ async def test_the_curl_line_of_the_readme_completes(system: System) -> None:
 @pytest.fixture(scope="module")
 def oldest_database_url() -> Iterator[str]:
     """
-    A database on the oldest PostgreSQL that is supported.
+    A database on the oldest supported PostgreSQL.
     """
     with postgres.running_server(postgres.OLDEST) as server:
         yield server.create_database()
@@ -129,7 +129,7 @@ async def system_on_oldest(
     request: pytest.FixtureRequest,
 ) -> AsyncIterator[System]:
     """
-    A system on it, in which nothing runs yet.
+    A system on the oldest PostgreSQL, with no process started yet.
     """
     async with System(
         database_url=oldest_database_url, broker_url=vhost_url, folder=tmp_path
@@ -140,7 +140,7 @@ async def system_on_oldest(
 
 async def test_a_task_completes_on_the_oldest_postgres(system_on_oldest: System) -> None:
     """
-    Nothing in the life of a task needs a newer PostgreSQL.
+    The whole life of a task works on the oldest supported PostgreSQL.
     """
     await system_on_oldest.start()
 

@@ -1,5 +1,5 @@
 """
-Several workers share tasks evenly. How much sooner they finish is measured by `bin/bench`.
+Several workers share tasks evenly. `bin/bench` measures the speedup.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SLOTS_OPTION = ("--slots", "2")
 
 async def test_more_workers_share_evenly(system: System) -> None:
     """
-    3 and then 5 workers of two slots: each does its part.
+    With 3 and then 5 workers of two slots, each runs its share of the tasks.
     """
     await system.start(workers=0)
     for workers in (3, 5):
@@ -49,7 +49,7 @@ async def test_a_busy_worker_leaves_tasks_to_an_idle_one(system: System) -> None
 
 async def alive(system: System) -> int:
     """
-    How many workers there are.
+    Number of live workers.
     """
     query = "SELECT count(*) FROM asyncflow.workers WHERE stopped_at IS NULL AND lost_at IS NULL"
     return int((await system.rows(query))[0][0])
@@ -57,7 +57,7 @@ async def alive(system: System) -> int:
 
 async def shares_of(system: System, task_ids: list[str]) -> Counter[str]:
     """
-    How many of these tasks each worker completed.
+    Number of these tasks that each worker completed.
     """
     query = """
         SELECT worker_id::text, count(*)

@@ -1,6 +1,6 @@
 """
-SIGTERM and SIGINT: processes finish or give back what they have, leave nothing open, and end
-with status 0.
+SIGTERM and SIGINT: processes finish or release what they hold, leave nothing open, and exit with
+status 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ async def test_every_process_leaves_in_good_order(
     system: System, engine: Engine, number: signal.Signals
 ) -> None:
     """
-    Each kind of process ends with status 0 and leaves no session in PostgreSQL and no
+    Each kind of process exits with status 0 and leaves no session in PostgreSQL and no
     connection to RabbitMQ.
     """
     apis, workers, maintenances = await system.start()
@@ -45,7 +45,7 @@ async def test_every_process_leaves_in_good_order(
 
 async def test_a_worker_that_stops_finishes_what_it_runs(system: System) -> None:
     """
-    Within the grace period a long task completes, once; tasks that only wait are not started.
+    A long task completes within the grace period, once; waiting tasks are not started.
     """
     _, [worker], _ = await system.start(worker_slots=1)
     running = await system.submit("work", {"seconds": 1})
@@ -110,7 +110,7 @@ async def test_a_second_signal_forces_the_process_to_quit(system: System) -> Non
 
 async def test_an_api_that_stops_answers_what_it_was_asked(system: System) -> None:
     """
-    SIGTERM under load: every submission that was under way is answered, none is lost.
+    On SIGTERM under load every submission in flight is answered and none is lost.
     """
     [first, _], _, _ = await system.start(apis=2)
 
@@ -129,8 +129,8 @@ async def test_a_rolling_restart_of_all_workers_loses_and_fails_nothing(
     system: System,
 ) -> None:
     """
-    Workers replaced one after another under load: every task completes, and no attempt
-    ends in any way but COMPLETED or RELEASED.
+    While workers are replaced one after another under load, every task completes, and every attempt
+    ends COMPLETED or RELEASED.
     """
     _, workers, _ = await system.start(workers=3, shutdown_grace_seconds=0.3)
 
@@ -149,7 +149,7 @@ async def test_a_rolling_restart_of_all_workers_loses_and_fails_nothing(
 
 async def is_forced_to_quit(worker: Process) -> bool:
     """
-    Signal again: one that follows the first immediately is taken for its echo.
+    Keep signalling: a signal right after the first counts as its echo.
     """
     if worker.is_running:
         worker.send(signal.SIGTERM)
@@ -166,7 +166,7 @@ async def stop(worker: Process) -> None:
 
 async def outcomes(system: System) -> set[str]:
     """
-    How attempts ended that were not the last of their task.
+    Outcomes of all attempts that were not the last of their task.
     """
     rows = await system.rows("SELECT DISTINCT outcome FROM asyncflow.attempts")
     return {row["outcome"] for row in rows}
@@ -174,7 +174,7 @@ async def outcomes(system: System) -> set[str]:
 
 async def no_sessions(system: System) -> bool:
     """
-    Whether nobody but us is connected to the database.
+    Whether the test has the only connection to the database.
     """
     query = """
         SELECT application_name FROM pg_stat_activity

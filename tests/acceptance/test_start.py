@@ -1,5 +1,5 @@
 """
-Starting: on a wrong schema, before the database, before the broker, and migrations in a race.
+Startup: on a wrong schema, before the database, before the broker, and concurrent migrations.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ async def unmigrated(
 
 async def refusals(system: System) -> list[str]:
     """
-    What each kind of process says as it refuses to start.
+    What each kind of process prints when it refuses to start.
     """
     commands = (["api", "--port", str(free_port())], ["worker"], ["maintenance"])
     started = [await system.run(*command) for command in commands]
@@ -46,7 +46,7 @@ async def refusals(system: System) -> list[str]:
 
 async def test_every_process_refuses_a_database_without_schema(unmigrated: System) -> None:
     """
-    Status 2 and one sentence that says what to do, no traceback.
+    Every process exits with status 2 and one sentence that says what to do, without a traceback.
     """
     for said in await refusals(unmigrated):
         assert said.startswith("asyncflow: ")
@@ -58,7 +58,8 @@ async def test_every_process_refuses_a_malformed_broker_url(
     database_url: str, tmp_path: Path
 ) -> None:
     """
-    One sentence instead of attempts without end, and nothing of the password in it.
+    A malformed URL is refused with one sentence, without the password, instead of being retried
+    forever.
     """
     url = "amqp://me:s3#cret@host/"
     async with System(database_url=database_url, broker_url=url, folder=tmp_path) as system:
@@ -72,7 +73,7 @@ async def test_every_process_refuses_a_database_of_another_encoding(
     postgres_server: PostgresServer, tmp_path: Path
 ) -> None:
     """
-    It names the encoding, and what to create instead.
+    The refusal names the encoding and what to create instead.
     """
     url = await asyncio.to_thread(postgres_server.create_empty_database, encoding="LATIN1")
     async with System(database_url=url, broker_url=None, folder=tmp_path) as system:
@@ -90,7 +91,8 @@ async def test_processes_wait_for_their_rights_and_then_work(
     request: pytest.FixtureRequest,
 ) -> None:
     """
-    Each says what its role lacks and which command prints the grants; they are enough for all.
+    Each process says what its role lacks and which command prints the grants, and those grants
+    suffice for all processes.
     """
     role_url = await asyncio.to_thread(postgres_server.create_role, database_url)
     role = str(urlsplit(role_url).username)
@@ -118,7 +120,7 @@ async def test_a_process_waits_for_a_database_that_is_missing(
     request: pytest.FixtureRequest,
 ) -> None:
     """
-    It may still be created; the process names it and the statement that creates it.
+    A process waits for a missing database, and names it and the statement that creates it.
     """
     name = urlsplit(database_url).path[1:]
     server = postgres_server.cluster.url
@@ -136,7 +138,7 @@ async def test_a_process_waits_for_a_database_that_is_missing(
 
 async def test_every_process_refuses_a_newer_schema(system: System) -> None:
     """
-    An old version does not touch a database that a newer one has migrated.
+    An old version refuses to touch a database that a newer one has migrated.
     """
     await execute(
         system.database_url,
@@ -150,7 +152,7 @@ async def test_every_process_refuses_a_newer_schema(system: System) -> None:
 
 async def test_migrations_may_run_at_the_same_time(unmigrated: System) -> None:
     """
-    Five concurrent ones all succeed, and the schema can be used right after.
+    Five concurrent migrations all succeed, and the schema is usable right after.
     """
     migrations = [await unmigrated.run("migrate") for _ in range(5)]
 
@@ -165,7 +167,7 @@ async def test_migrations_may_run_at_the_same_time(unmigrated: System) -> None:
 @pytest.fixture
 def absent_server() -> Iterator[PostgresServer]:
     """
-    A PostgreSQL that exists and does not run.
+    A PostgreSQL that has been created but not started.
     """
     with postgres.running_server(postgres.EMBEDDED) as server:
         yield server
@@ -175,7 +177,7 @@ async def test_processes_wait_for_the_database_and_then_work(
     absent_server: PostgresServer, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """
-    Started before PostgreSQL, each process says that it waits, and needs no restart.
+    Each process started before PostgreSQL says that it waits, and needs no restart.
     """
     url = await asyncio.to_thread(absent_server.create_database)
     await asyncio.to_thread(absent_server.cluster.stop)
@@ -217,7 +219,7 @@ async def test_a_process_that_waits_for_the_database_stops_at_a_signal(
 
 async def work_together(system: System, started: Sequence[Process]) -> None:
     """
-    Complete a task on processes that were not waited for.
+    Complete a task on processes that were started without waiting for them.
     """
     api, worker, _ = started
     line = await api.log_event("process.started")
@@ -229,7 +231,7 @@ async def work_together(system: System, started: Sequence[Process]) -> None:
 
 async def test_a_missing_handler_module_is_one_sentence(system: System) -> None:
     """
-    A worker that cannot load its handlers refuses with status 2 and names the module.
+    A worker that cannot load its handlers exits with status 2 and names the module.
     """
     worker = await system.run("worker", "--handlers", "no_such_module")
 
@@ -240,7 +242,7 @@ async def test_a_missing_handler_module_is_one_sentence(system: System) -> None:
 
 async def execute(url: str, statement: str) -> None:
     """
-    Change a database behind the product's back.
+    Change a database directly, bypassing AsyncFlow.
     """
     connection = await asyncpg.connect(url)
     try:

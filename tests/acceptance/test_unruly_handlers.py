@@ -1,6 +1,6 @@
 """
-Handlers share their worker's event loop with each other. One that tries to end the process by
-way of it ends its own attempt.
+Handlers share their worker's event loop. A handler that tries to end the process through it ends
+only its own attempt.
 """
 
 from __future__ import annotations

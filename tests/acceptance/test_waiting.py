@@ -1,6 +1,6 @@
 """
-Tasks that wait: for their time, their turn, their queue, a worker that knows their name; and
-what ends a wait.
+Tasks that wait: for their time, their turn, their queue, or a worker that offers their name; and
+what ends the wait.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NEWER_HANDLERS = Path(__file__).with_name("newer_handlers.py")
 
 async def test_a_delayed_task_does_not_start_before_its_time(shared: System) -> None:
     """
-    `delay_seconds` and `run_at` hold by the database's clock, and are kept within a second.
+    `delay_seconds` and `run_at` are kept by the database's clock, to within a second.
     """
     run_at = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
     delayed = await shared.submit("work", delay_seconds=1)
@@ -36,7 +36,7 @@ async def test_a_delayed_task_does_not_start_before_its_time(shared: System) -> 
 
 async def test_a_task_that_waits_can_be_run_now(shared: System) -> None:
     """
-    Before its time and between two attempts; its attempts go on counting.
+    A task can be run now before its time and between two attempts; its attempt count continues.
     """
     scheduled = await shared.submit("work", delay_seconds=3600)
     retrying = await shared.submit("picky", {"after_seconds": 3600})
@@ -52,7 +52,7 @@ async def test_a_task_that_waits_can_be_run_now(shared: System) -> None:
 
 async def test_a_task_that_expires_before_it_starts_never_runs(shared: System) -> None:
     """
-    `expires_at` cancels a task that still waits, and says so.
+    `expires_at` cancels a task that is still waiting, and the task says so.
     """
     expires_at = (datetime.now(UTC) + timedelta(seconds=0.5)).isoformat()
     task_id = await shared.submit("work", queue="nobody-consumes", expires_at=expires_at)
@@ -102,7 +102,7 @@ async def test_a_deaf_child_process_is_killed_when_its_task_is_cancelled(
     shared: System,
 ) -> None:
     """
-    A child process that does not stop within the grace period is killed.
+    The child process of a cancelled task is killed if it does not stop within the grace period.
     """
     task_id = await shared.submit("work-in-process", {"seconds": 60})
     start = await shared.journal.wait_for("start", task_id)
@@ -118,7 +118,7 @@ async def test_a_task_nobody_offers_says_what_it_waits_for_and_runs_later(
     shared: System,
 ) -> None:
     """
-    A name that no live worker offers is accepted; the task runs once such a worker starts.
+    A task whose name no live worker offers is accepted, and runs once such a worker starts.
     """
     task_id = await shared.submit("novelty")
     waiting = await shared.get(task_id)
@@ -166,7 +166,8 @@ async def test_a_paused_queue_accepts_tasks_and_starts_none(shared: System) -> N
 
 async def test_an_urgent_task_overtakes_a_backlog(shared: System) -> None:
     """
-    A higher priority goes first: it waits for what is running or on its way, not for all.
+    A task of higher priority goes first: it waits for what is running or in flight, not for the
+    backlog.
     """
     backlog = await shared.submit_batch(
         [{"name": "work", "payload": {"seconds": 0.03}, "queue": "lane", "priority": 0}] * 80

@@ -1,10 +1,10 @@
 """
-An administrator takes things away while tasks run, and gives them back: rights, tables, the
-schema, the role, its password, the time for a statement.
+An administrator takes things away while tasks run and then restores them: privileges, tables, the
+schema, the role, its password, the statement timeout.
 
-API, worker and maintenance run inside the test, each with a pool of its own, as in processes of
-their own; a matrix of some seventy things would take an hour otherwise. What real processes make of
-it is shown by `asyncflow verify` and its fault `revoke`.
+API, worker and maintenance run inside the test, each with its own pool, as if in separate
+processes; otherwise the matrix of some seventy things would take an hour. `asyncflow verify` with
+its fault `revoke` covers real processes.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ TIMEOUT_SECONDS = 1.0
 @dataclass(frozen=True)
 class Thing:
     """
-    Something that an administrator takes away.
+    Something an administrator can take away.
 
     Attributes:
-        take, give: As SQL.
-        ends_sessions: What was taken does not matter to sessions that are open, so they end.
-        refuses: Whether a submission must be refused meanwhile.
+        take, give: SQL statements.
+        ends_sessions: Open sessions are unaffected by what is taken, so they are terminated.
+        refuses: Whether submissions must be refused meanwhile.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Thing:
 
 def things() -> Iterator[Thing]:
     """
-    All of them.
+    Everything that can be taken away.
     """
     for table in TABLES:
         for right in RIGHTS:
@@ -186,7 +186,7 @@ def things() -> Iterator[Thing]:
 
 class Maintenance:
     """
-    The chores and, with a broker, the relay, faster than usual; it counts what the chores did.
+    The chores and, with a broker, the relay, at short intervals; counts the runs of each chore.
     """
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ class Maintenance:
 
     def start(self, db: Database, broker_url: str | None) -> None:
         """
-        Begin with all duties.
+        Start all duties.
         """
         waker = Waker(db)
         for chore in chores(retention_days=30, has_broker=broker_url is not None):
@@ -216,7 +216,7 @@ class Maintenance:
 
     async def stop(self) -> None:
         """
-        End all of them.
+        Stop all duties.
         """
         for duty in self.duties:
             duty.cancel()
@@ -226,10 +226,10 @@ class Maintenance:
 @dataclass
 class House:
     """
-    One of each, and what they have answered and logged.
+    One API, worker and maintenance, with what they answered and logged.
 
     Attributes:
-        answers: To requests of any kind, by status.
+        answers: Number of answers by status, for requests of any kind.
         accepted: Ids of tasks that were answered 202.
     """
 
@@ -252,7 +252,7 @@ class House:
 
     async def ask_everything(self) -> None:
         """
-        One request of each other kind.
+        Send one request of each other kind.
         """
         for method, path in (
             ("GET", "/tasks"),
@@ -265,7 +265,8 @@ class House:
 
     async def everybody_had_a_turn(self) -> None:
         """
-        Wait until each chore has run and the worker has tried to beat, from beginning to end.
+        Wait until each chore has run and the worker has tried a heartbeat, each from start to
+        finish.
         """
         turns, lines, held = Counter(self.maintenance.turns), len(self.logs), self.kept_at
 
@@ -280,7 +281,7 @@ class House:
     @property
     def kept_at(self) -> float:
         """
-        When the worker's leases were last known to hold.
+        Time at which the worker's leases were last known to hold.
         """
         return self.worker.worker._keeper._kept_at
 
@@ -313,7 +314,7 @@ class House:
 
 async def until(condition: Callable[[], Awaitable[bool] | bool]) -> None:
     """
-    Ask again until `condition` holds.
+    Poll until `condition` holds.
     """
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
@@ -325,7 +326,7 @@ async def until(condition: Callable[[], Awaitable[bool] | bool]) -> None:
 
 class Gate:
     """
-    A handler that runs through everything that is taken away.
+    A handler that keeps running while things are taken away.
     """
 
     def __init__(self) -> None:
@@ -335,7 +336,7 @@ class Gate:
 
     def registry(self) -> Registry:
         """
-        With it and a handler that returns immediately.
+        A registry of this handler and one that returns immediately.
         """
 
         async def long() -> None:
@@ -354,7 +355,7 @@ async def a_house(
     admin: Administrator, broker_url: str | None, registry: Registry
 ) -> AsyncIterator[House]:
     """
-    Everything runs for one block.
+    Run API, worker and maintenance for one block.
     """
     async with AsyncExitStack() as stack:
         logs = stack.enter_context(capture_logs())
@@ -393,7 +394,7 @@ async def a_house(
 
 async def take_and_give_back(thing: Thing, admin: Administrator, house: House) -> None:
     """
-    One thing of the matrix.
+    Take one thing away, check the effects, and give it back.
     """
     before = await house.submit()
     await admin.execute(thing.take)
@@ -415,7 +416,7 @@ async def take_and_give_back(thing: Thing, admin: Administrator, house: House) -
 
 async def lock_and_let_go(table: str, admin: Administrator, house: House) -> None:
     """
-    As another application's migration might: longer than a statement may take.
+    Lock a table, as another application's migration might, past the statement timeout.
     """
     await admin.execute(f"BEGIN; LOCK TABLE asyncflow.{table} IN ACCESS EXCLUSIVE MODE")
     try:
@@ -430,7 +431,8 @@ async def lock_and_let_go(table: str, admin: Administrator, house: House) -> Non
 
 async def drop_and_restore(admin: Administrator, server: PostgresServer, house: House) -> None:
     """
-    As pg_restore does it, table by table: for a moment there are tasks and no workers.
+    Drop and restore table by table, as pg_restore does: for a moment there are tasks but no
+    workers.
     """
 
     def run(program: str, *arguments: str) -> None:
@@ -455,7 +457,7 @@ async def test_what_is_taken_away_for_a_moment_costs_nobody_anything(
     postgres_server: PostgresServer, database_url: str
 ) -> None:
     """
-    Nobody ends, the API answers 503 and never 500, no attempt is charged or begun again, and
+    No process exits, the API answers 503 and never 500, no attempt is charged or restarted, and
     everything flows afterwards.
     """
     await go_through_the_matrix(postgres_server, database_url, broker_url=None)
@@ -467,7 +469,7 @@ async def test_nor_does_it_with_rabbitmq(
     postgres_server: PostgresServer, database_url: str, vhost_url: str
 ) -> None:
     """
-    The same on the other engine, and on the oldest PostgreSQL.
+    The same holds with RabbitMQ and on the oldest PostgreSQL.
     """
     await go_through_the_matrix(postgres_server, database_url, broker_url=vhost_url)
 
@@ -476,7 +478,7 @@ async def go_through_the_matrix(
     server: PostgresServer, database_url: str, *, broker_url: str | None
 ) -> None:
     """
-    Take everything away and give it back, one after the other, while one task runs all the time.
+    Take each thing away and give it back, one after another, while one task keeps running.
     """
     gate = Gate()
     async with (

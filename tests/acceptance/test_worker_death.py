@@ -1,5 +1,5 @@
 """
-Workers and children that die, freeze or come back: every task runs again, and only one result
+Workers and child processes die, freeze or come back: every task runs again, and only one result
 counts.
 """
 
@@ -23,7 +23,8 @@ CHILD_RERUN_SECONDS = 2.0
 
 async def test_a_task_of_a_killed_worker_runs_again_within_five_seconds(system: System) -> None:
     """
-    kill -9 of a worker: another one starts its task again, and the history tells of both.
+    After kill -9 of a worker another one starts its task again, and the history shows both
+    attempts.
     """
     _, workers, _ = await system.start(workers=2)
     await system.locks_prove_death()
@@ -47,7 +48,7 @@ async def test_a_task_of_a_killed_worker_runs_again_within_five_seconds(system: 
 @pytest.mark.any_engine
 async def test_child_processes_die_with_their_worker(system: System) -> None:
     """
-    kill -9 of a worker reaches the handlers in its child processes, busy ones too.
+    kill -9 of a worker also ends its child processes, even busy ones.
     """
     _, [worker], _ = await system.start()
     task_ids = [
@@ -64,7 +65,7 @@ async def test_child_processes_die_with_their_worker(system: System) -> None:
 @pytest.mark.any_engine
 async def test_a_task_of_a_killed_child_runs_again_within_two_seconds(system: System) -> None:
     """
-    kill -9 of the child process that runs a handler: its worker runs the task again.
+    After kill -9 of the child process that runs a handler, its worker runs the task again.
     """
     await system.start()
     task_id = await system.submit("work-in-process", {"seconds": 1})
@@ -83,8 +84,8 @@ async def test_a_task_of_a_killed_child_runs_again_within_two_seconds(system: Sy
 
 async def test_a_frozen_worker_is_fenced_and_comes_back_under_a_new_id(system: System) -> None:
     """
-    SIGSTOP past the lease, then SIGCONT: what the worker finished is void, each task
-    completes once, elsewhere, and the worker returns as a new one.
+    After SIGSTOP past the lease and SIGCONT, what the worker finished is discarded, each task
+    completes once, elsewhere, and the worker returns under a new id.
     """
     _, workers, _ = await system.start(workers=2, heartbeat_seconds=0.25, lease_seconds=1.5)
     names = ("work", "work-in-thread", "work-in-process") * 2
@@ -122,7 +123,7 @@ async def test_a_task_that_kills_its_worker_fails_and_its_neighbours_complete(
     A poison task that takes whole workers down ends FAILED; its neighbours run again.
     """
     await asyncio.gather(system.start_api(), system.start_maintenance())
-    # Workers that die are started again.
+    # Workers that die are restarted.
     await system.run("worker", "--processes", "2", "--handlers", str(HANDLERS))
     await system.locks_prove_death()
     neighbours = [await system.submit("work", {"seconds": 0.5}) for _ in range(6)]

@@ -22,7 +22,7 @@ async def interrupt() -> NoReturn:
 @handler(max_attempts=1)
 async def exit_in_a_task() -> None:
     """
-    `sys.exit()` two tasks below the handler's own, which awaits them.
+    Call `sys.exit()` two tasks below the handler's own task, which awaits them.
     """
     async with asyncio.TaskGroup() as group:
         group.create_task(asyncio.wait_for(leave(), 10))
@@ -31,7 +31,7 @@ async def exit_in_a_task() -> None:
 @handler(max_attempts=1)
 async def interrupt_in_a_task() -> None:
     """
-    As Ctrl-C would.
+    Raise `KeyboardInterrupt` in a task, as Ctrl-C would.
     """
     await asyncio.gather(interrupt())
 
@@ -39,7 +39,7 @@ async def interrupt_in_a_task() -> None:
 @handler(max_attempts=1)
 async def exit_in_a_callback() -> str:
     """
-    Nobody awaits a callback, so nothing is wrong with the handler.
+    Exit in a callback; nothing awaits it, so the handler itself succeeds.
     """
     asyncio.get_running_loop().call_soon(sys.exit)
     await asyncio.sleep(0.1)

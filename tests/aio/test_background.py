@@ -16,7 +16,7 @@ PATIENCE_SECONDS = 5.0
 
 class Duty:
     """
-    Work that goes on until it is cancelled, and takes a moment to end.
+    Work that runs until it is cancelled, and takes a moment to clean up.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Duty:
 @pytest.fixture
 async def reported() -> list[dict[str, Any]]:
     """
-    What the event loop's exception handler was told.
+    The reports to the event loop's exception handler.
     """
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, fact: told.append(fact))
@@ -47,7 +47,7 @@ async def reported() -> list[dict[str, Any]]:
 
 async def test_a_duty_runs_as_long_as_its_owner() -> None:
     """
-    It is under way inside the block, and has ended, cleaned up, after it.
+    A duty runs inside the block, and has ended and cleaned up after it.
     """
     duty = Duty()
     async with Background(duty.run):
@@ -59,14 +59,15 @@ async def test_a_duty_runs_as_long_as_its_owner() -> None:
 
 async def test_a_duty_that_was_never_started_can_be_stopped() -> None:
     """
-    An owner need not remember whether there was anything to start.
+    Stopping a duty that was never started is allowed, so an owner need not keep track.
     """
     await Background(Duty().run).stop()
 
 
 async def test_a_failure_is_reported_when_it_happens(reported: list[dict[str, Any]]) -> None:
     """
-    The report names the duty; the owner goes on and can stop what has ended.
+    A failure is reported when it happens, with the duty's name; the owner continues and may stop
+    the ended duty.
     """
     failing = asyncio.Event()
 
@@ -87,7 +88,7 @@ async def test_a_failure_is_reported_when_it_happens(reported: list[dict[str, An
 
 async def test_a_cancelled_duty_reports_nothing(reported: list[dict[str, Any]]) -> None:
     """
-    To be stopped is no failure.
+    A cancelled duty is not reported as a failure.
     """
     async with Background(Duty().run):
         await asyncio.sleep(0)
@@ -97,7 +98,7 @@ async def test_a_cancelled_duty_reports_nothing(reported: list[dict[str, Any]]) 
 
 async def test_a_task_tells_its_name_and_its_result() -> None:
     """
-    `start_task` is `create_task` with a report.
+    `start_task` is `create_task` with a report of failures.
     """
 
     async def answer() -> int:
@@ -110,7 +111,8 @@ async def test_a_task_tells_its_name_and_its_result() -> None:
 
 async def test_cancel_waits_for_every_task(reported: list[dict[str, Any]]) -> None:
     """
-    Also for one that fails while it ends; its error is reported, not raised.
+    `cancel` waits for every task, even one that fails while it ends; its error is reported, not
+    raised.
     """
 
     async def stumble() -> None:

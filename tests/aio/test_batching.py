@@ -17,7 +17,7 @@ PATIENCE_SECONDS = 5.0
 
 class Flushes:
     """
-    A far side that doubles numbers, and answers a batch when the test allows it.
+    A backend that doubles numbers, and answers a batch when the test allows it.
     """
 
     def __init__(self, *, is_open: bool = False) -> None:
@@ -57,9 +57,9 @@ async def turns(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_lone_item_goes_out_at_once() -> None:
+async def test_a_lone_item_is_sent_immediately() -> None:
     """
-    There is no timer to wait for.
+    A lone item is sent immediately, without waiting for a timer.
     """
     flushes = Flushes(is_open=True)
 
@@ -71,7 +71,8 @@ async def test_a_lone_item_goes_out_at_once() -> None:
 
 async def test_what_arrives_during_a_flush_forms_the_next_batch() -> None:
     """
-    Items keep their order, and each caller gets its own answer.
+    Items that arrive during a flush form the next batch, in order, and each caller gets its own
+    answer.
     """
     flushes = Flushes()
     batcher = Batcher(flushes, in_flight_max=1)
@@ -87,7 +88,7 @@ async def test_what_arrives_during_a_flush_forms_the_next_batch() -> None:
 
 async def test_batches_are_bounded_in_size_and_in_number() -> None:
     """
-    At most ten items are in a batch, and at most three batches in flight.
+    A batch has at most ten items, and at most three batches are in flight.
     """
     flushes = Flushes()
     batcher = Batcher(flushes, size_max=10, in_flight_max=3)
@@ -106,7 +107,7 @@ async def test_batches_are_bounded_in_size_and_in_number() -> None:
 @pytest.mark.parametrize("in_flight_max", [1, 2])
 async def test_an_item_submitted_on_an_answer_is_never_forgotten(in_flight_max: int) -> None:
     """
-    The caller wakes up while the batch that answered it is ending.
+    An item submitted by a caller that wakes up while its batch is still ending is not forgotten.
     """
 
     async def double(items: Sequence[int]) -> list[int]:
@@ -125,7 +126,7 @@ async def test_an_item_submitted_on_an_answer_is_never_forgotten(in_flight_max: 
 
 async def test_one_bad_item_fails_alone() -> None:
     """
-    The batch is repeated item by item.
+    A failed batch is repeated item by item, so one bad item fails alone.
     """
     flushes = Flushes(is_open=True)
     batcher = Batcher(flushes, in_flight_max=1)
@@ -139,7 +140,8 @@ async def test_one_bad_item_fails_alone() -> None:
 
 async def test_an_error_of_the_far_side_reaches_every_caller_once() -> None:
     """
-    Trying each item alone would only burden a database that is down.
+    An error of the backend reaches every caller once, since trying each item alone would only
+    burden a database that is down.
     """
     flushes = Flushes(is_open=True)
     batcher = Batcher(flushes, in_flight_max=1)
@@ -153,7 +155,7 @@ async def test_an_error_of_the_far_side_reaches_every_caller_once() -> None:
 
 async def test_a_batcher_goes_on_after_an_error() -> None:
     """
-    The next item is not affected.
+    An error does not affect the next item.
     """
     batcher = Batcher(Flushes(is_open=True))
     for broken in (-1, -2):
@@ -163,9 +165,9 @@ async def test_a_batcher_goes_on_after_an_error() -> None:
         assert 14 == await batcher.submit(7)
 
 
-async def test_a_caller_that_gives_up_disturbs_nobody() -> None:
+async def test_a_cancelled_caller_disturbs_no_other() -> None:
     """
-    Its item stays in the batch, because the far side may have it already.
+    A cancelled caller's item stays in the batch, because the backend may already have it.
     """
     flushes = Flushes()
     batcher = Batcher(flushes, in_flight_max=1)
@@ -181,7 +183,8 @@ async def test_a_caller_that_gives_up_disturbs_nobody() -> None:
 
 async def test_drain_waits_for_everything_that_was_submitted() -> None:
     """
-    It includes items not yet in flight, and returns immediately if there are none.
+    `drain` waits for all submitted items, even those not yet in flight, and returns immediately if
+    there are none.
     """
     flushes = Flushes()
     batcher = Batcher(flushes, size_max=1, in_flight_max=1)
@@ -200,7 +203,7 @@ async def test_drain_waits_for_everything_that_was_submitted() -> None:
 
 async def test_a_flush_that_loses_an_answer_leaves_nobody_waiting() -> None:
     """
-    That is a bug; every caller of the batch gets an error.
+    A flush that returns too few answers is a bug, and every caller of its batch gets an error.
     """
 
     async def forgetful(items: Sequence[int]) -> list[int]:
@@ -217,7 +220,8 @@ async def test_a_flush_that_loses_an_answer_leaves_nobody_waiting() -> None:
 
 async def test_a_batch_ends_before_it_weighs_too_much() -> None:
     """
-    Large items do not share a statement, and one that is too large goes alone.
+    A batch is bounded by weight: large items do not share a statement, and one over the limit goes
+    alone.
     """
     batches: list[list[int]] = []
 

@@ -15,7 +15,7 @@ PATIENCE_SECONDS = 5.0
 
 async def test_a_wait_ends_when_the_event_is_set() -> None:
     """
-    It does not wait for the rest of its time.
+    A wait returns True as soon as the event is set.
     """
     event = asyncio.Event()
     waiting = asyncio.create_task(set_within(event, 3_600.0))
@@ -26,14 +26,14 @@ async def test_a_wait_ends_when_the_event_is_set() -> None:
 
 async def test_a_wait_ends_without_the_event() -> None:
     """
-    It returns False when its time is over, and raises nothing.
+    A wait returns False when its time is over, and raises nothing.
     """
     assert not await set_within(asyncio.Event(), 0.0)
 
 
 async def test_a_set_event_is_seen_without_time() -> None:
     """
-    A limit of 0 seconds asks whether the event is set now.
+    A wait of 0 seconds returns whether the event is set now.
     """
     event = asyncio.Event()
     event.set()
@@ -43,7 +43,7 @@ async def test_a_set_event_is_seen_without_time() -> None:
 
 async def test_a_wait_can_be_cancelled() -> None:
     """
-    A cancellation, or the time limit of a caller, is not taken for the wait's own limit.
+    A cancellation, or a caller's time limit, is not mistaken for the wait's own limit.
     """
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.0):
@@ -52,7 +52,7 @@ async def test_a_wait_can_be_cancelled() -> None:
 
 def test_delays_double_up_to_the_longest() -> None:
     """
-    A far side that stays away is asked less and less often.
+    Delays double up to the longest, so a peer that stays away is asked less and less often.
     """
     delays = Delays(1.0, longest=5.0, jitter=0.0)
 
@@ -61,7 +61,7 @@ def test_delays_double_up_to_the_longest() -> None:
 
 def test_delays_start_again_once_a_try_worked() -> None:
     """
-    The next outage begins with the first delay.
+    Once a try has worked, the next outage begins with the first delay.
     """
     delays = Delays(1.0, longest=60.0, jitter=0.0)
     delays.next(), delays.next()
@@ -72,7 +72,7 @@ def test_delays_start_again_once_a_try_worked() -> None:
 
 def test_delays_without_a_longest_are_constant() -> None:
     """
-    Not every loop backs off.
+    Without a longest delay, the delay is constant.
     """
     delays = Delays(0.5, jitter=0.0)
 
@@ -91,7 +91,7 @@ def test_jitter_shortens_a_delay_by_its_share(drawn: float, seconds: float) -> N
 
 def test_jitter_does_not_add_up() -> None:
     """
-    The next delay doubles the full one, not what was left of it.
+    Jitter does not accumulate: the next delay doubles the full one, not the shortened one.
     """
     delays = Delays(1.0, longest=60.0, jitter=1.0, random=lambda: 0.75)
 

@@ -1,5 +1,5 @@
 """
-What follows an attempt, case by case.
+What follows an attempt, case by case: settled, retried, failed or cancelled.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def retry(seconds: float) -> Settlement:
 @pytest.mark.parametrize(
     ("outcome", "failures", "max_attempts", "expected"),
     [
-        # What the handler finished is finished, whatever happened before.
+        # What the handler completed stays completed, whatever happened before.
         (Completed("1"), 0, 1, COMPLETE),
         (Completed("1"), 99, 1, COMPLETE),
         (Cancelled(FAILURE), 0, 5, CANCEL),
@@ -58,14 +58,14 @@ def retry(seconds: float) -> Settlement:
         (Failed(FAILURE), 3, 3, FAIL),
         (Failed(FAILURE), 0, 1, FAIL),
         (Failed(FAILURE), 900, 1_000, retry(60)),
-        # A failure that no retry can mend ends the task at once.
+        # A failure that no retry can fix ends the task immediately.
         (Failed(FAILURE, retryable=False), 0, 5, FAIL),
         (Failed(FAILURE, retryable=False, after_seconds=1), 0, 5, FAIL),
         # The handler's own delay wins over the backoff, but not over the last attempt.
         (Failed(FAILURE, after_seconds=0), 0, 5, retry(0)),
         (Failed(FAILURE, after_seconds=7), 3, 5, retry(7)),
         (Failed(FAILURE, after_seconds=7), 4, 5, FAIL),
-        # The first crash retries at once; a task that goes on crashing is poison.
+        # The first crash is retried immediately; a task that keeps crashing is poison.
         (Crashed(FAILURE), 0, 3, retry(0)),
         (Crashed(FAILURE), 1, 3, retry(2)),
         (Crashed(FAILURE), 2, 3, FAIL),
@@ -76,7 +76,7 @@ def test_an_outcome_leads_to_one_settlement(
     outcome: Outcome, failures: int, max_attempts: int, expected: Settlement
 ) -> None:
     """
-    The whole decision as a table.
+    Every case of the table leads to the settlement that it lists.
     """
     found = decide(outcome, failures=failures, max_attempts=max_attempts, backoff=BACKOFF, random=0)
 
@@ -95,7 +95,7 @@ def test_every_decision_is_a_legal_way_out_of_running(
     outcome: Outcome, failures: int, max_attempts: int, random: float
 ) -> None:
     """
-    No mix of numbers leads to a transition that the table forbids, or to a negative wait.
+    No combination of numbers leads to an illegal transition or a negative wait.
     """
     settlement = decide(
         outcome, failures=failures, max_attempts=max_attempts, backoff=Backoff(), random=random
@@ -125,7 +125,7 @@ def test_a_task_that_always_fails_ends_after_max_attempts(max_attempts: int, cra
 
 def test_an_outcome_is_called_the_same_everywhere() -> None:
     """
-    Rows, logs and the checker's history use one set of words; HTTP shows it in capitals.
+    Rows, logs and the checker's history use one set of words; HTTP shows them in capitals.
     """
     words = set(OUTCOMES.values())
     shown = AttemptView.model_json_schema()["properties"]["outcome"]["enum"]

@@ -1,5 +1,5 @@
 """
-The settings that a handler may choose for its tasks.
+The settings that a handler may choose for its tasks, and their bounds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from asyncflow.domain.policy import Policy
 )
 def test_a_policy_within_the_bounds_is_taken(values: dict[str, Any]) -> None:
     """
-    The bounds themselves are allowed.
+    A policy within its bounds is accepted, and the bounds themselves are allowed.
     """
     policy = Policy(**values)
 
@@ -50,7 +50,7 @@ def test_a_policy_within_the_bounds_is_taken(values: dict[str, Any]) -> None:
 )
 def test_a_policy_out_of_bounds_is_refused_with_the_value(values: dict[str, Any]) -> None:
     """
-    The sentence names the field, so that its author finds it.
+    The error names the field and the value, so that the handler's author can find it.
     """
     (field,) = values
 

@@ -35,7 +35,7 @@ def test_a_wait_is_never_negative_and_never_above_the_cap(
     backoff: Backoff, failures: int, random: float
 ) -> None:
     """
-    A million failures do not overflow.
+    Every wait is between zero and the cap, and a million failures do not overflow.
     """
     delay = backoff.delay_seconds(failures, random=random)
 
@@ -70,7 +70,7 @@ def test_the_bound_never_shrinks_with_more_failures(backoff: Backoff, failures: 
 
 def test_the_default_waits_double_from_two_seconds_to_an_hour() -> None:
     """
-    These are the figures in the documentation.
+    The default waits double from two seconds to an hour, as documented.
     """
     backoff = Backoff(jitter=False)
 
@@ -94,7 +94,7 @@ def test_the_default_waits_double_from_two_seconds_to_an_hour() -> None:
 )
 def test_a_shape_out_of_bounds_is_refused(values: dict[str, float]) -> None:
     """
-    That happens at the declaration, not at the first failure.
+    A backoff out of bounds is refused when it is declared, not at the first failure.
     """
     with pytest.raises(ValueError, match="must"):
         Backoff(**values)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 """
-The table of transitions: complete, without dead ends, and drawn as it is.
+The table of transitions is complete, has no dead ends, and matches its diagram.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LEGAL = {
     (State.FAILED, Event.REDRIVE, State.PENDING),
     (State.CANCELLED, Event.REDRIVE, State.PENDING),
 }
-"""The contract, written a second time: a change of the table must change this, too."""
+"""The contract, written a second time: a change of the table must change this too."""
 
 
 @pytest.mark.parametrize(("state", "event"), list(product(State, Event)))
@@ -51,7 +51,7 @@ def test_a_pair_of_state_and_event_is_legal_only_if_the_contract_lists_it(
     state: State, event: Event
 ) -> None:
     """
-    Every one of the pairs either leads where the contract says or nowhere.
+    Every pair leads to the state in the contract, or nowhere.
     """
     expected = {to for at, why, to in LEGAL if (at, why) == (state, event)}
 
@@ -62,7 +62,7 @@ def test_a_pair_of_state_and_event_is_legal_only_if_the_contract_lists_it(
 
 def test_every_state_is_terminal_or_live_and_never_both() -> None:
     """
-    The two sets split the states.
+    Every state is either terminal or live.
     """
     assert set(State) == TERMINAL | LIVE
     assert not TERMINAL & LIVE
@@ -70,7 +70,7 @@ def test_every_state_is_terminal_or_live_and_never_both() -> None:
 
 def test_a_terminal_state_is_left_by_a_redrive_only() -> None:
     """
-    No late answer of a worker can reopen a finished task.
+    Only a redrive leaves a terminal state, so a worker's late answer cannot reopen a finished task.
     """
     ways_out = {event for state in TERMINAL for event in TRANSITIONS[state]}
 
@@ -80,14 +80,14 @@ def test_a_terminal_state_is_left_by_a_redrive_only() -> None:
 @pytest.mark.parametrize("state", State)
 def test_a_terminal_state_can_be_reached_from_every_state(state: State) -> None:
     """
-    No task can get stuck.
+    A terminal state is reachable from every state, so no task can get stuck.
     """
     assert _reachable(state) & TERMINAL
 
 
 def test_every_state_can_be_reached_from_a_submission() -> None:
     """
-    The table names no state that cannot occur.
+    Every state is reachable from a submission, so the table has no state that cannot occur.
     """
     assert set(State) == _reachable(State.PENDING)
 
@@ -95,7 +95,7 @@ def test_every_state_can_be_reached_from_a_submission() -> None:
 @pytest.mark.parametrize("event", Event)
 def test_sources_lists_exactly_the_states_an_event_may_find(event: Event) -> None:
     """
-    In the order of `State`, so that sentences about it do not change.
+    The sources are listed in the order of `State`, so that error messages about them are stable.
     """
     expected = tuple(state for state in State if event in TRANSITIONS[state])
 
@@ -122,14 +122,14 @@ def test_people_see_scheduled_and_retrying_only_before_run_at(
     state: State, run_at: datetime, failures: int, expected: str
 ) -> None:
     """
-    Both are names of a pending task that is not due; nothing else is renamed.
+    SCHEDULED and RETRYING are shown for pending tasks that are not due; nothing else is renamed.
     """
     assert expected == display_status(state, run_at=run_at, failures=failures, now=NOW)
 
 
 def test_the_chart_in_the_docs_is_drawn_from_the_table() -> None:
     """
-    Run `python docs/make_states.py` after changing the table.
+    The chart matches the table; run `python docs/make_states.py` after changing it.
     """
     spec = importlib.util.spec_from_file_location("make_states", DOCS / "make_states.py")
     assert spec and spec.loader

@@ -1,5 +1,5 @@
 """
-Ids of tasks: UUIDv7s that sort by submission.
+Task ids are UUIDv7s that sort by submission.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MILLISECOND = 1_000_000
 
 def test_ids_grow_within_one_process() -> None:
     """
-    Thousands in one millisecond, too.
+    Ids of one process grow, even with thousands in one millisecond.
     """
     ids = TaskIds()
 
@@ -29,7 +29,7 @@ def test_ids_grow_within_one_process() -> None:
 @given(st.lists(st.integers(0, 2**47), min_size=2, max_size=50))
 def test_ids_grow_when_the_clock_steps_back(times_ms: list[int]) -> None:
     """
-    However the clock jumps.
+    Ids grow however the clock jumps.
     """
     times = iter([ms * MILLISECOND for ms in times_ms])
     ids = TaskIds(clock_ns=lambda: next(times))
@@ -41,7 +41,8 @@ def test_ids_grow_when_the_clock_steps_back(times_ms: list[int]) -> None:
 
 def test_more_ids_than_the_counter_holds_borrow_the_next_millisecond() -> None:
     """
-    4096 ids fit one millisecond; the next one still sorts after them.
+    4,096 ids fit into one millisecond; the next one borrows from the following and still sorts
+    after them.
     """
     ids = TaskIds(clock_ns=lambda: 5 * MILLISECOND, random_bytes=lambda _: b"\xff" * 8)
 
@@ -54,7 +55,7 @@ def test_more_ids_than_the_counter_holds_borrow_the_next_millisecond() -> None:
 @given(st.integers(0, 2**48 - 1), st.binary(min_size=8, max_size=8))
 def test_an_id_has_the_bits_of_rfc_9562(time_ms: int, random: bytes) -> None:
     """
-    Version 7, its variant, the millisecond first; whatever time and chance bring.
+    For any time and randomness, an id has version 7, its variant, and the millisecond first.
     """
     id = TaskIds(clock_ns=lambda: time_ms * MILLISECOND, random_bytes=lambda _: random).next()
 
@@ -65,7 +66,7 @@ def test_an_id_has_the_bits_of_rfc_9562(time_ms: int, random: bytes) -> None:
 
 def test_two_processes_do_not_make_the_same_id() -> None:
     """
-    62 random bits tell ids of one millisecond apart.
+    62 random bits distinguish the ids of two processes within one millisecond.
     """
     clock = count(MILLISECOND).__next__
     ours, theirs = TaskIds(clock_ns=clock), TaskIds(clock_ns=clock)

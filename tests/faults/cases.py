@@ -1,5 +1,5 @@
 """
-The table of `cases.txt`, read.
+Reads the table in `cases.txt`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ ENGINES = ("postgres", "rabbitmq")
 ACTIONS = ("exit", "raise", "freeze", "cut-postgres", "cut-broker")
 
 GONE = "gone"
-"""In place of a state: the task was pruned."""
+"""Used in place of a state: the task was pruned."""
 
 
 class Case(NamedTuple):
@@ -20,9 +20,9 @@ class Case(NamedTuple):
     One failure, and what must hold after it.
 
     Attributes:
-        state: What every task comes to.
-        starts_min, starts_max: How often a task's handler may start.
-        seconds: How long after the failure that takes at most.
+        state: The final state of every task.
+        starts_min, starts_max: Bounds on how often a task's handler starts.
+        seconds: Maximum time from the failure until the tasks reach that state.
     """
 
     engine: str
@@ -36,14 +36,14 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """
-        What tests and reports call it.
+        The case's name in tests and reports.
         """
         return f"{self.engine}-{self.point}-{self.action}"
 
 
 def read_cases(text: str) -> list[Case]:
     """
-    Every case of a table, in its order.
+    All cases of a table, in its order.
     """
     lines = [line.partition("#")[0].split() for line in text.splitlines()]
     return [case for fields in lines if fields for case in _read_line(*fields)]

@@ -1,5 +1,5 @@
 """
-A sweep for each engine, of the cases whose tests were chosen.
+One sweep per engine, over the cases whose tests were selected.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tests.support.postgres import PostgresServer
 
 REPOSITORY = Path(__file__).parents[2]
 
-# A line per request would bury what the processes said.
+# A log line per request would bury the output of the processes.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="module")
 def ground_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """
-    Where the processes of all cases run; they find the tests' own modules.
+    The working directory of all processes, from which they can import the tests' modules.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY))
@@ -39,7 +39,7 @@ def postgres_ground(postgres_server: PostgresServer, ground_folder: Path) -> Gro
     """
     PostgreSQL alone.
     """
-    # The first database makes the template, which must not happen concurrently.
+    # The first database creates the template, which must not happen concurrently.
     postgres_server.drop_database(postgres_server.create_database())
     return Ground(postgres_server, None, ground_folder)
 
@@ -73,7 +73,7 @@ def rabbitmq_sweep(rabbitmq_ground: Ground, request: pytest.FixtureRequest) -> I
 @contextmanager
 def sweeping(ground: Ground, engine: str, request: pytest.FixtureRequest) -> Iterator[Sweep]:
     """
-    A sweep that is running; its report is printed and written when it ends.
+    A running sweep; when it ends, its report is printed and written to a file.
     """
     sweep = Sweep(ground, [case for case in chosen_cases(request) if case.engine == engine])
     try:
@@ -87,7 +87,7 @@ def sweeping(ground: Ground, engine: str, request: pytest.FixtureRequest) -> Ite
 
 def chosen_cases(request: pytest.FixtureRequest) -> list[Case]:
     """
-    The cases whose tests are run, in the order of the table.
+    The cases whose tests were selected, in the order of the table.
     """
     functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
     params = [function.callspec.params for function in functions if hasattr(function, "callspec")]

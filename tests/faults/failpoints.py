@@ -1,23 +1,23 @@
 """
-Every step of a task's path at which a process can be made to fail, and how it is done.
+Every step of a task's path at which a process can be made to fail, and how.
 
 A failpoint is planted from outside, by wrapping a function of the product when a process starts
-(`process`), so that nothing of AsyncFlow knows of it. It fires once: it writes down that it does
+(`process`), so AsyncFlow itself contains no trace of it. It fires once: it records that it fires
 (`FIRED`), and then it acts.
 
     before    before the function is called
-    after     when it has returned
-    unread    when the server has done what the function asked it to, and its answer is on the
+    after     when the function has returned
+    unread    when the server has done what the function asked for, and its answer is on the
               wire but not read
 
     exit          the process is killed
-    raise         the step fails with an error that nobody expects
-    freeze        the process stands still until the test lets it go on, past its lease
+    raise         the step fails with an unexpected error
+    freeze        the process is suspended past its lease, until the test resumes it
     cut-postgres  its connections to PostgreSQL are reset
     cut-broker    its connections to RabbitMQ are reset
 
-The last two, and holding answers back, are done by the wires of the test (`wire`), which the
-process asks by a line over a socket. What must hold after each is in `cases.txt`.
+The last two, and holding answers back, are done by the test's wires (`wire`), which the process
+controls through a socket, one line per order. `cases.txt` lists what must hold after each.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ ANSWER_SECONDS_MAX = 10.0
 
 POINT, ACTION = "ASYNCFLOW_TEST_POINT", "ASYNCFLOW_TEST_ACTION"
 FIRED = "ASYNCFLOW_TEST_FIRED"
-"""The file that a failpoint writes into when it fires; it can do so only if there is none."""
+"""The file that a failpoint creates when it fires; it does not fire if the file exists."""
 
 CONTROL = "ASYNCFLOW_TEST_CONTROL"
-"""The port at which the test takes orders for its wires."""
+"""The port on which the test takes orders for its wires."""
 
 CHILD = "asyncflow.worker.isolation.nursery_process"
 
@@ -62,13 +62,13 @@ class Failpoint:
     One step.
 
     Attributes:
-        role: Which kind of process takes it: api, worker, maintenance, or a worker's child.
-        target: The function, as `module:name` where it is looked up when it is called.
+        role: The kind of process that runs the step: api, worker, maintenance, or a worker's child.
+        target: The function, as the `module:name` under which its callers look it up.
         when: before, after or unread.
-        story: What the task goes through, see `stories`.
-        counts: Whether a call is the one that is meant. One that found nothing to do never is.
-        statement: For unread answers of PostgreSQL: a piece of the statement.
-        handler: What the task runs.
+        story: What the task goes through; see `stories`.
+        counts: Whether a call is the intended one. A call that found nothing to do never is.
+        statement: For unread answers of PostgreSQL: a substring of the statement.
+        handler: The handler that the task runs.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Failpoint:
 
 class Charge:
     """
-    A failpoint that waits for its call, and an action.
+    A planted failpoint, waiting for its call, and its action.
     """
 
     def __init__(self, point: Failpoint, action: str) -> None:
@@ -108,7 +108,7 @@ class Charge:
 
     def wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """
-        A plain function with the failpoint before or after it.
+        Wrap a plain function with the failpoint before or after it.
         """
 
         def call(*arguments: Any, **more: Any) -> Any:
@@ -123,7 +123,7 @@ class Charge:
 
     def wrapped_async(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """
-        A coroutine function with the failpoint before, after or inside it.
+        Wrap a coroutine function with the failpoint before, after or inside it.
         """
 
         async def call(*arguments: Any, **more: Any) -> Any:
@@ -144,13 +144,13 @@ class Charge:
             if not self._is_live or found_nothing or not self._point.counts(call):
                 return False
             self._is_live = False
-            return not os.path.exists(os.environ[FIRED])  # A child before this one may have.
+            return not os.path.exists(os.environ[FIRED])  # An earlier child may have fired it.
 
     async def _act_before_the_answer(self, call: Any) -> Any:
         server = "postgres" if self._point.statement else "broker"
         ask(f"hold {server} {self._point.statement}")
         calling = asyncio.ensure_future(call)
-        # The call goes on in this loop, so the wait for its answer must not hold it up.
+        # The call continues on this loop, so waiting for its answer must not block the loop.
         await asyncio.to_thread(ask, f"answered {server}")
         if self._action not in ("exit", f"cut-{server}"):
             ask(f"release {server}")
@@ -159,7 +159,7 @@ class Charge:
 
     def _act(self) -> None:
         """
-        Do it, in the middle of whatever this thread does: no other code runs in between.
+        Perform the action synchronously in this thread: no other code runs in between.
         """
         if not self._note():
             return
@@ -195,7 +195,7 @@ class Planted(Exception):
 
 def ask(order: str) -> None:
     """
-    Have the test do something to this process's wires; returns when it is done.
+    Send the test an order for this process's wires; return when it has been carried out.
     """
     port = int(os.environ[CONTROL])
     with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_SECONDS_MAX) as line:
@@ -206,15 +206,15 @@ def ask(order: str) -> None:
 
 def has_fired() -> bool:
     """
-    Whether the failpoint has fired, as far as this process can know. One that was started in the
-    place of another was started because of that.
+    Whether the failpoint has fired, as far as this process can know. A replacement process counts
+    it as fired, because that is why it was started.
     """
     return FIRED not in os.environ or os.path.exists(os.environ[FIRED])
 
 
 def plant_from_environment(*, in_child: bool) -> None:
     """
-    Plant what `process` was told to, if this is the process that it is for.
+    Plant the failpoint that `process` was given, if it is meant for this process.
     """
     point = FAILPOINTS.get(os.environ.get(POINT, ""))
     if point is not None and in_child == (point.role == "child"):
@@ -223,18 +223,18 @@ def plant_from_environment(*, in_child: bool) -> None:
 
 def is_child() -> bool:
     """
-    Whether this is a child process that a worker started for its handlers.
+    Whether this process is a child that a worker started for its handlers.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec is not None and spec.name == CHILD
 
 
-# Which call is meant
+# Which call is the intended one
 
 
 def ends(event: str) -> Callable[[Call], bool]:
     """
-    It settles an attempt by this event.
+    The call settles an attempt with this event.
     """
 
     def settles(call: Call) -> bool:
@@ -245,21 +245,21 @@ def ends(event: str) -> Callable[[Call], bool]:
 
 def notes(what: str) -> Callable[[Call], bool]:
     """
-    It is the handler's word that it starts, or ends.
+    The call is the handler's note that it starts, or ends.
     """
     return lambda call: bool(call.arguments[1] == what)
 
 
 def tells(what: str) -> Callable[[Call], bool]:
     """
-    It is this word of a child.
+    The call is this message from a child.
     """
     return lambda call: bool(call.arguments[1]["tell"] == what)
 
 
 def handler_runs(call: Call) -> bool:
     """
-    Some handler has started by now.
+    A handler has already started.
     """
     return os.path.getsize(os.environ["ASYNCFLOW_TEST_JOURNAL"]) > 0
 
@@ -287,7 +287,7 @@ ROLES = {
     "expirer": "maintenance",
     "pruner": "maintenance",
 }
-"""Which kind of process each part runs in; `loop`, `thread` and `child` are where handlers do."""
+"""The kind of process that runs each part; handlers run in `loop`, `thread` and `child`."""
 
 SUBMIT = "asyncflow.store.submit"
 STEER = "asyncflow.store.steer"

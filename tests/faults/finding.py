@@ -1,5 +1,5 @@
 """
-What was seen of a case, and what of it must not be.
+The observations of a case, and the verdict on them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from tests.faults.cases import GONE, Case
 
 class Row(NamedTuple):
     """
-    A task as it is at the end.
+    A task at the end of a case.
 
     Attributes:
-        result: The attempt that its result is of; None if it has none that says so.
+        result: The attempt that produced its result; None if the result names no attempt.
     """
 
     state: str
@@ -28,20 +28,20 @@ class Row(NamedTuple):
 @dataclass(slots=True)
 class Facts:
     """
-    What was seen.
+    What was observed.
 
     Attributes:
-        fired: Whether the failpoint did.
-        seconds: From the failure until every task had come to what it should.
-        victim: What became of the process that failed, for the report.
-        accepted: Tasks that were answered 202, or stored for the case.
+        fired: Whether the failpoint fired.
+        seconds: Time from the failure until every task had reached its expected state.
+        victim: What happened to the process that failed, for the report.
+        accepted: Tasks answered 202, or stored for the case.
         rows: Each task of the case that exists.
         starts: How often each task's handler started.
-        afterwards: The state of a task that came later, and what it should be.
-        left: Tasks that are not finished, of the case or later.
+        afterwards: The state of a task submitted later, and the expected one.
+        left: Unfinished tasks, of the case or later.
         hints: Messages left in RabbitMQ.
-        statuses: With which status each process ended that was asked to stop.
-        trouble: What kept the case from its end.
+        statuses: The exit status of each process that was asked to stop.
+        trouble: What kept the case from running to its end.
     """
 
     fired: bool = False
@@ -59,7 +59,7 @@ class Facts:
 
 def judge(case: Case, facts: Facts) -> list[str]:
     """
-    Hold what was seen against what must hold; return what is wrong, nothing if all is well.
+    Compare the facts with what must hold; return what is wrong, empty if all is well.
     """
     if not facts.fired:
         return [f"did not bite: {facts.trouble}"]
@@ -107,7 +107,7 @@ class Finding:
     A case and its verdict.
 
     Attributes:
-        tails: The last words of its processes, if something is wrong.
+        tails: The last output of its processes, if something is wrong.
     """
 
     case: Case
@@ -117,7 +117,7 @@ class Finding:
 
     def line(self) -> str:
         """
-        A line of the report.
+        The finding's line in the report.
         """
         case, facts = self.case, self.facts
         seconds = "-" if facts.seconds is None else f"{facts.seconds:.1f}"

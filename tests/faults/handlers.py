@@ -1,7 +1,7 @@
 """
-What the tasks of the sweep run: one handler in each isolation.
+The handlers of the sweep's tasks, one per isolation.
 
-A child process, which starts by itself and imports this, plants its failpoint here.
+A worker's child process imports this module, which plants the child's failpoint.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ POLL_SECONDS = 0.02
 @handler(backoff=QUICKLY, max_attempts=5)
 async def step_in_loop(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
     """
-    Fail the first `failures` attempts; for the first one, take a minute if it `lingers`.
-    Begin to count `seconds` when the failpoint has fired if it is to run `until_fired`.
+    Fail the first `failures` attempts; if it `lingers`, the first one takes a minute. With
+    `until_fired`, start counting `seconds` once the failpoint has fired.
     """
     note(context, "start")
     if context.attempt <= payload.get("failures", 0):
@@ -37,7 +37,7 @@ async def step_in_loop(context: Context, payload: dict[str, Any]) -> dict[str, A
 @handler(backoff=QUICKLY, max_attempts=5)
 def step_in_thread(context: Context) -> dict[str, Any]:
     """
-    The same in a thread.
+    Return immediately, from a thread.
     """
     note(context, "start")
     note(context, "end")
@@ -47,7 +47,7 @@ def step_in_thread(context: Context) -> dict[str, Any]:
 @handler(backoff=QUICKLY, max_attempts=5, isolation="process")
 def step_in_process(context: Context) -> dict[str, Any]:
     """
-    The same in a child process.
+    Return immediately, from a child process.
     """
     note(context, "start")
     note(context, "end")

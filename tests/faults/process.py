@@ -1,7 +1,7 @@
 """
-One process that is going to fail: `python -m faults.process FAILPOINT ACTION worker …`.
+The process that is made to fail: `python -m faults.process FAILPOINT ACTION worker …`.
 
-It plants the failpoint and then runs the command line as it is.
+It plants the failpoint and then runs the command line unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.faults.failpoints import ACTION, POINT, plant_from_environment
 
 def main() -> None:
     """
-    Be `asyncflow` with the rest of the arguments, and fail at the point that the first names.
+    Run `asyncflow` with the remaining arguments, and fail at the failpoint named by the first.
     """
     os.environ[POINT], os.environ[ACTION] = sys.argv.pop(1), sys.argv.pop(1)
     plant_from_environment(in_child=False)

@@ -1,8 +1,8 @@
 """
-What the task of a case goes through until its process fails: a submission, a shutdown, a death.
+What a case's task goes through until the process fails: a submission, a shutdown, a death.
 
-Most tasks are stored before the process starts, so that the first call that counts is about
-them. They are stored past the API, as `builders` does, where the API is not the point.
+Most tasks are stored before the process starts, so that the first call that counts concerns them.
+Unless the API is the point, they are stored without it, as `builders` does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.faults.trial import Trial
 
 AGES = 60.0
-"""Seconds long enough for leases and hints."""
+"""A time long past every lease and hint, in seconds."""
 
 RETENTION_DAYS = 1.0
 
@@ -33,16 +33,16 @@ Step = Callable[["Trial"], Awaitable[None]]
 
 async def nothing(trial: Trial) -> None:
     """
-    No step.
+    Do nothing.
     """
 
 
 class Story(NamedTuple):
     """
-    What happens before the process starts, and when it runs.
+    What happens before the process starts, and once it runs.
 
     Attributes:
-        settings: What the process needs for it.
+        settings: The settings that the process needs for it.
     """
 
     prepare: Step
@@ -52,7 +52,7 @@ class Story(NamedTuple):
 
 def stored(**payload: object) -> Step:
     """
-    A task with this payload waits.
+    Store a waiting task with this payload.
     """
 
     async def store(trial: Trial) -> None:
@@ -64,14 +64,14 @@ def stored(**payload: object) -> Step:
 
 async def submit(trial: Trial) -> None:
     """
-    A client submits it, again and again until it has its 202.
+    Submit the task over HTTP, and retry until it is answered 202.
     """
     trial.client = asyncio.create_task(trial.submit_until_accepted())
 
 
 async def send_sigterm(trial: Trial) -> None:
     """
-    The worker that runs it is asked to stop.
+    Ask the worker that runs the task to stop.
     """
     await trial.handler_starts()
     trial.victim.send(signal.SIGTERM)
@@ -79,7 +79,7 @@ async def send_sigterm(trial: Trial) -> None:
 
 async def cancel(trial: Trial) -> None:
     """
-    It is cancelled while it runs, past the API.
+    Cancel the task while it runs, without the API.
     """
     await trial.handler_starts()
     await steer.cancel(trial.db, DEFAULT_TENANT_ID, trial.accepted[0])
@@ -87,7 +87,7 @@ async def cancel(trial: Trial) -> None:
 
 async def cancel_by_http(trial: Trial) -> None:
     """
-    The API is asked to cancel it while it runs.
+    Cancel the task through the API while it runs.
     """
     await trial.handler_starts()
     trial.client = asyncio.create_task(trial.post(f"/tasks/{trial.accepted[0]}/cancel"))
@@ -95,7 +95,7 @@ async def cancel_by_http(trial: Trial) -> None:
 
 async def lose_hint(trial: Trial) -> None:
     """
-    It was queued long ago, and its message is lost.
+    Store a task that was queued long ago and whose message is lost.
     """
     task = await builders.a_task(trial.db, state=State.QUEUED, **step(trial))
     await builders.backdate(trial.db, "tasks", task.id, queued_at=AGES)
@@ -104,7 +104,7 @@ async def lose_hint(trial: Trial) -> None:
 
 async def lose_worker(trial: Trial) -> None:
     """
-    It runs on paper only: its worker died without a word.
+    Store a running task whose worker died silently.
     """
     worker = await builders.a_worker(trial.db)
     task = await builders.a_task(trial.db, state=State.RUNNING, worker_id=worker.id, **step(trial))
@@ -114,7 +114,7 @@ async def lose_worker(trial: Trial) -> None:
 
 async def let_expire(trial: Trial) -> None:
     """
-    It is too late for it.
+    Store a task that has expired.
     """
     fields = {**step(trial), "expires_at": just_now()}
     trial.accepted.extend(await builders.submitted(trial.db, 1, **fields))
@@ -122,7 +122,7 @@ async def let_expire(trial: Trial) -> None:
 
 async def finish_long_ago(trial: Trial) -> None:
     """
-    It has completed, and its retention has passed.
+    Store a completed task whose retention has passed.
     """
     task = await builders.a_task(trial.db, state=State.COMPLETED, **step(trial))
     await builders.backdate(trial.db, "tasks", task.id, finished_at=2 * RETENTION_DAYS * 86_400)
@@ -131,14 +131,14 @@ async def finish_long_ago(trial: Trial) -> None:
 
 def step(trial: Trial) -> dict[str, Any]:
     """
-    The fields of a task that is a step.
+    The fields of a task that runs the case's handler.
     """
     return {"name": trial.point.handler, "payload": "{}"}
 
 
 def just_now() -> datetime:
     """
-    A moment that has passed.
+    A time in the recent past.
     """
     return datetime.now(UTC) - timedelta(seconds=1)
 

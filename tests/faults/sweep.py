@@ -1,8 +1,8 @@
 """
 All cases of one engine, several at a time, while the tests wait for the findings one by one.
 
-A case waits most of its time: for a process to start, for a lease to run out. Side by side they
-take a fraction of that, and each is still a test of its own.
+A case spends most of its time waiting: for a process to start, for a lease to expire. Run
+concurrently, the cases take a fraction of that time, and each is still its own test.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ POLL_SECONDS = 0.1
 
 class Sweep:
     """
-    Runs cases in a thread, in the order given, until all are done or it is stopped.
+    Runs cases in a thread, in the given order, until all are done or it is stopped.
     """
 
     def __init__(self, ground: Ground, cases: Iterable[Case]) -> None:
@@ -46,7 +46,7 @@ class Sweep:
 
     def stop(self) -> None:
         """
-        Begin no further case, and wait for those under way.
+        Start no further case, and wait for those in flight.
         """
         self._waiting.clear()
         self._thread.join()
@@ -84,7 +84,7 @@ class Sweep:
 
     async def _until_locks_prove_death(self) -> None:
         """
-        Before PostgreSQL has run for a while, no worker is taken for dead.
+        Wait until PostgreSQL has run long enough for the reaper to declare workers dead.
         """
         query = "SELECT now() - pg_postmaster_start_time() > $1 * interval '1 second'"
         connection = await asyncpg.connect(self._ground.postgres.cluster.url)

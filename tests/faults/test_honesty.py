@@ -1,5 +1,5 @@
 """
-The sweep can fail: it covers what it says, and it sees what is wrong.
+The sweep can fail: it covers what it claims to cover, and it detects what is wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CASE = Case("postgres", "worker.before-settle", "exit", "completed", 1, 2, 15.0)
 
 def facts(**changes: object) -> Facts:
     """
-    What is seen of a case in which all is well.
+    The facts of a case in which all is well.
     """
     task_id = uuid4()
     values: dict[str, object] = {
@@ -37,7 +37,7 @@ def facts(**changes: object) -> Facts:
 
 def test_there_are_more_than_a_hundred_cases() -> None:
     """
-    Each of them once.
+    The table has more than a hundred cases, each of them once.
     """
     names = [case.name for case in CASES]
 
@@ -48,7 +48,7 @@ def test_there_are_more_than_a_hundred_cases() -> None:
 
 def test_every_failpoint_is_used() -> None:
     """
-    And every case has one.
+    Every failpoint is used by a case, and every case names an existing failpoint.
     """
     assert {case.point for case in CASES} == set(FAILPOINTS)
 
@@ -56,7 +56,7 @@ def test_every_failpoint_is_used() -> None:
 @pytest.mark.parametrize("point", FAILPOINTS.values(), ids=list(FAILPOINTS))
 def test_what_a_failpoint_wraps_exists(point: Failpoint) -> None:
     """
-    A function that was renamed is not left out in silence.
+    The function that a failpoint wraps exists, so a renamed function is not skipped silently.
     """
     module, _, path = point.target.partition(":")
     owner = importlib.import_module(module)
@@ -66,9 +66,9 @@ def test_what_a_failpoint_wraps_exists(point: Failpoint) -> None:
     assert callable(owner)
 
 
-def test_all_is_well_if_it_is() -> None:
+def test_good_facts_are_judged_good() -> None:
     """
-    The facts that the next test spoils are fine.
+    The facts that the next test corrupts are judged to be fine.
     """
     assert [] == judge(CASE, facts())
 
@@ -95,9 +95,9 @@ OTHER = UUID(int=1)
     ],
     ids=repr,
 )
-def test_whatever_must_not_be_is_seen(wrong: dict[str, object]) -> None:
+def test_each_wrong_fact_is_detected(wrong: dict[str, object]) -> None:
     """
-    One fact that is wrong fails the case.
+    A single wrong fact fails the case.
     """
     rows = wrong.get("rows")
     more = {"accepted": list(rows)} if isinstance(rows, dict) else {}
@@ -107,7 +107,7 @@ def test_whatever_must_not_be_is_seen(wrong: dict[str, object]) -> None:
 
 def test_a_task_that_should_be_gone_and_is_not_is_seen() -> None:
     """
-    The one state in which nothing is left to look at.
+    A task that still exists although it should have been pruned fails the case.
     """
     gone = CASE._replace(state=GONE)
 
@@ -117,7 +117,7 @@ def test_a_task_that_should_be_gone_and_is_not_is_seen() -> None:
 
 async def test_a_failpoint_that_is_not_reached_did_not_bite(postgres_ground: Ground) -> None:
     """
-    There is nothing to acknowledge without RabbitMQ.
+    A failpoint that is never reached fails its case: without RabbitMQ nothing is acknowledged.
     """
     case = CASE._replace(point="worker.before-ack")
     finding = await perform(case, postgres_ground, bite_seconds=3.0)
@@ -129,7 +129,7 @@ async def test_a_task_that_ends_otherwise_than_it_should_fails_its_case(
     postgres_ground: Ground,
 ) -> None:
     """
-    A real case, held against another line of the table.
+    A real case fails when it is judged by another line of the table.
     """
     case = Case("postgres", "worker.before-settle", "raise", "failed", 1, 1, 3.0)
     finding = await perform(case, postgres_ground)

@@ -1,9 +1,9 @@
 """
 One case from its servers to its verdict: real processes, one of which fails at one point.
 
-The rest of the deployment is sound and does what a deployment does: a process that ended is
-started again, a client without an answer asks again. A process that stands still goes on when
-others have done its work, so that it acts on what it knew before its lease was lost.
+The rest of the deployment is healthy and behaves as usual: a process that exited is restarted, a
+client without an answer retries. A frozen process resumes once others have done its work, so that
+it acts on what it knew before it lost its lease.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tests.support.process import Process
 from tests.support.system import System
 from tests.support.wire import Desk, Wire, laid
 
-# Leases hold even if a worker gets little of the machine: other cases run, and other programs.
+# Leases hold even if a worker gets little CPU: other cases and other programs run too.
 SETTINGS = {
     "worker_handlers": "tests.faults.handlers",
     "worker_queues": builders.QUEUE,
@@ -51,10 +51,10 @@ SETTINGS = {
 }
 
 SLEEPER_SETTINGS = {"lease_seconds": 10}
-"""Of a process that is frozen: it sleeps until its lease has run out, and has to know that then."""
+"""Settings of a frozen process: it sleeps past its lease, and must notice that on waking up."""
 
 BITE_SECONDS = 60.0
-"""How long a process may take to get to its failpoint, its start included."""
+"""How long a process may take to reach its failpoint, including startup."""
 
 STEP_SECONDS = 60.0
 """How long any other step of a case may take."""
@@ -68,13 +68,13 @@ BYSTANDERS = {
     "worker": ("maintenance",),
     "maintenance": ("worker",),
 }
-"""Who else it takes for a task to come to its end, by the role of the process that fails."""
+"""The other processes that a task needs to finish, by the role of the process that fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ground:
     """
-    What the cases of one engine share. Each has a database and a virtual host of its own.
+    What the cases of one engine share. Each case has its own database and virtual host.
     """
 
     postgres: PostgresServer
@@ -84,7 +84,7 @@ class Ground:
 
 async def perform(case: Case, ground: Ground, *, bite_seconds: float = BITE_SECONDS) -> Finding:
     """
-    Do it on servers that run, and leave nothing behind.
+    Run a case on the running servers, and clean up after it.
     """
     folder = ground.folder / case.name
     folder.mkdir()
@@ -116,12 +116,12 @@ async def perform(case: Case, ground: Ground, *, bite_seconds: float = BITE_SECO
 
 class Trial:
     """
-    The course of a case.
+    One run of a case.
 
     Attributes:
-        facts: What was seen until now.
+        facts: What has been observed so far.
         victim: The process that fails.
-        client: A request that is under way, if the story has one.
+        client: A request in flight, if the story has one.
     """
 
     victim: Process
@@ -156,13 +156,13 @@ class Trial:
     @property
     def accepted(self) -> list[UUID]:
         """
-        See `Facts`.
+        The accepted tasks; see `Facts`.
         """
         return self.facts.accepted
 
     async def run(self) -> Facts:
         """
-        Live through it. Whatever keeps it from its end is a fact, too.
+        Run the case to its end. Whatever keeps it from getting there is recorded as a fact too.
         """
         try:
             async with asyncio.timeout(CASE_SECONDS):
@@ -188,7 +188,7 @@ class Trial:
         if self._role == "api":
             await self._a_later_task_is_done()
             if self._case.action == "freeze":
-                # Nobody but itself can answer what it was asked.
+                # Only the process itself can answer the request it was sent.
                 self.victim.send(signal.SIGCONT)
                 failed_at = time.monotonic()
         await self._all_is_done()
@@ -238,8 +238,7 @@ class Trial:
 
     async def _others_react(self) -> None:
         """
-        As a supervisor does: start another process in place of one that ended, or that
-        nobody hears of any more.
+        Act as a supervisor: replace a process that exited or stopped responding.
         """
         if self._case.action == "freeze":
             await self._until(self._is_frozen, "the process stands still")
@@ -268,14 +267,14 @@ class Trial:
 
     async def _victim_wakes_late(self) -> None:
         """
-        The process goes on in the middle of its step, when others have done its work.
+        Resume the process in the middle of its step, once others have done its work.
         """
         if self._role == "worker":
             await self._until(self._is_given_up, "the frozen worker is given up")
             self.victim.send(signal.SIGCONT)
             await self._until(self._came_back, "the frozen worker comes back or ends")
         else:
-            # What comes later has to be done by the one that was frozen.
+            # Later work has to be done by the process that was frozen.
             assert self._replacement is not None
             await self._leaves(self._replacement)
             self.victim.send(signal.SIGCONT)
@@ -290,7 +289,7 @@ class Trial:
 
     async def _all_leave(self) -> None:
         """
-        Every process stops gracefully, maintenance once no worker is left alive.
+        Stop every process gracefully, maintenance once no worker is left alive.
         """
         if self.client is not None:
             async with asyncio.timeout(STEP_SECONDS):
@@ -303,7 +302,7 @@ class Trial:
         running = [process for process in self._system.processes if process.is_running]
         last = [process for process in running if "maintenance" in process.name]
         await asyncio.gather(*(self._leaves(process) for process in running if process not in last))
-        # A worker that was killed is given up, and so is one that could not say goodbye.
+        # A killed worker is declared dead, and so is one that could not sign off.
         await self._until(self._has_no_worker, "every worker is known to have ended")
         await asyncio.gather(*(self._leaves(process) for process in last))
 
@@ -327,7 +326,7 @@ class Trial:
 
     async def _fires(self) -> float:
         """
-        Wait until the failpoint has said that it acts; return when that was.
+        Wait until the failpoint has fired; return the time at which it did.
         """
 
         async def has_said_so() -> bool:
@@ -341,7 +340,7 @@ class Trial:
 
     async def _all_is_done(self) -> None:
         """
-        Wait until every task is what it should be, those that exist unanswered included.
+        Wait until every task, including those stored but never answered, has its expected state.
         """
 
         async def is_done() -> bool:
@@ -359,7 +358,7 @@ class Trial:
 
     async def _a_later_task_is_done(self) -> None:
         """
-        Nothing is stuck: what comes now is done, by the process that failed where it can be.
+        Check that nothing is stuck: a new task is done, by the process that failed if possible.
         """
         state = "completed"
         if self._role == "api":
@@ -396,7 +395,7 @@ class Trial:
 
     async def submit_until_accepted(self) -> None:
         """
-        Submit the task of this case, as a client does that wants its 202.
+        Submit the task of this case, retrying until it is answered 202.
         """
         self.accepted.append(await self._submit_until_accepted(self.point.handler))
 
@@ -409,7 +408,7 @@ class Trial:
 
     async def post(self, path: str) -> None:
         """
-        Ask once, whatever the answer.
+        Send one request, whatever the answer.
         """
         await self._post(path, None)
 
@@ -446,7 +445,7 @@ def _command(role: str) -> list[str]:
 
 def _attempt_of(result: str | None) -> int | None:
     """
-    What the handlers of the sweep return; None if it is not from one of them.
+    The attempt named by a result; None if it is not a result of the sweep's handlers.
     """
     found = None if result is None else json.loads(result)
     return found["attempt"] if isinstance(found, dict) else None

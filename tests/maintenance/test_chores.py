@@ -1,5 +1,5 @@
 """
-The other chores, and the loop that runs them all.
+The chores other than the reaper, and the loop that runs them all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.support.tasks import (
 
 def test_the_list_says_what_runs_and_how_often() -> None:
     """
-    Recovery in seconds needs short periods; deleting does not.
+    The list gives recovery chores short periods and deletion long ones.
     """
     with_broker, without = (
         {chore.name: chore.period_seconds for chore in chores(retention_days=7, has_broker=has)}
@@ -50,7 +50,7 @@ def test_the_list_says_what_runs_and_how_often() -> None:
 
 async def test_tasks_queued_for_a_broker_that_is_gone_can_be_claimed(db: Database) -> None:
     """
-    This is the way back from RabbitMQ: without a relay, nothing else frees them.
+    Tasks queued for an abandoned broker become claimable: without a relay nothing else frees them.
     """
     worker = await a_worker(db)
     ids = await submit(db, count=3)
@@ -67,7 +67,7 @@ async def test_tasks_queued_for_a_broker_that_is_gone_can_be_claimed(db: Databas
 
 async def test_a_waiting_task_past_its_time_is_cancelled(db: Database) -> None:
     """
-    This holds for pending and queued tasks; a running one is left to its worker.
+    Pending and queued tasks past their deadline are cancelled; a running one is left to its worker.
     """
     long_ago = datetime.now(UTC) - timedelta(hours=1)
     worker = await a_worker(db)
@@ -87,7 +87,7 @@ async def test_a_waiting_task_past_its_time_is_cancelled(db: Database) -> None:
 
 async def test_old_finished_tasks_are_deleted_and_no_others(db: Database) -> None:
     """
-    The retention counts from the end of a task.
+    Finished tasks are deleted once the retention since their end has passed, and no others.
     """
     worker = await a_worker(db)
     await submit(db, 2)
@@ -108,7 +108,7 @@ async def test_old_finished_tasks_are_deleted_and_no_others(db: Database) -> Non
 
 async def test_workers_long_gone_are_forgotten(db: Database) -> None:
     """
-    This happens even when no task is old enough to be deleted.
+    Workers long gone are deleted even when no task is old enough to be deleted.
     """
     worker, living = await a_worker(db), await a_worker(db)
     await workers.stop(db, worker.id)
@@ -122,7 +122,7 @@ async def test_workers_long_gone_are_forgotten(db: Database) -> None:
 
 class Turns:
     """
-    A chore that answers as told and counts its turns.
+    A chore with prepared answers that counts its turns.
     """
 
     def __init__(self, *answers: int | BaseException) -> None:
@@ -131,7 +131,7 @@ class Turns:
 
     async def run_once(self, db: Executor) -> int:
         """
-        Give the next answer; 0 when there is none left.
+        Return the next answer; 0 when none are left.
         """
         if not self.answers:
             self.is_through.set()
@@ -158,7 +158,7 @@ async def run_to_the_end(turns: Turns, db: Database, *, wakes: bool = False) -> 
 
 async def test_a_chore_survives_every_failure(db: Database) -> None:
     """
-    After an outage, a bug or a statement that takes too long, the next turn comes.
+    After an outage, a bug or a statement timeout, the chore gets its next turn.
     """
     turns = Turns(StoreUnavailable("down"), ValueError("a bug"), TimeoutError(), 1)
 
@@ -171,7 +171,7 @@ async def test_a_chore_that_hangs_is_stopped_for_this_turn(
     db: Database,
 ) -> None:
     """
-    A turn is bounded in time.
+    A turn that takes too long is cancelled, and the next one comes.
     """
     turns = Turns()
     hung = 0
@@ -192,7 +192,7 @@ async def test_a_chore_that_hangs_is_stopped_for_this_turn(
 
 async def test_while_there_is_work_a_chore_does_not_rest(db: Database) -> None:
     """
-    Its period is for idle times: a large backlog is worked off without rests.
+    A chore works off a backlog without pauses; its period applies only when idle.
     """
     turns = Turns(*[500] * 50)
     chore = Chore("test", turns.run_once, period_seconds=3_600)
@@ -205,12 +205,12 @@ async def test_while_there_is_work_a_chore_does_not_rest(db: Database) -> None:
 
 async def test_what_the_reaper_freed_wakes_the_workers(db: Database) -> None:
     """
-    A chore that makes tasks due wakes them.
+    A chore that makes tasks due wakes the workers.
     """
     woken = asyncio.Event()
     async with Listener(db, woken.set):
         async with asyncio.timeout(PATIENCE_SECONDS):
-            await woken.wait()  # It listens now.
+            await woken.wait()  # The listener is ready now.
             woken.clear()
             await run_to_the_end(Turns(1), db, wakes=True)
             await woken.wait()
@@ -220,7 +220,7 @@ async def test_all_chores_go_on_through_an_outage(
     db: Database, postgres_server: PostgresServer
 ) -> None:
     """
-    The chores do their work after PostgreSQL went and came back.
+    All chores continue after an outage of PostgreSQL.
     """
     waker = Waker(db)
     running = [

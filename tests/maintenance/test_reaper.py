@@ -1,5 +1,5 @@
 """
-The reaper: what a dead worker was running runs elsewhere, and no live worker is robbed.
+The reaper: tasks of a dead worker run elsewhere, and no live worker loses its tasks.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ async def a_living_worker(db: Database, **facts: Any) -> AsyncIterator[Registrat
 
 async def age_heartbeat(db: Database, worker_id: UUID, seconds: float) -> None:
     """
-    Make this worker's last heartbeat older.
+    Backdate this worker's last heartbeat.
     """
     await db.execute(
         "UPDATE asyncflow.workers SET heartbeat_at = now() - $2 * interval '1 second'"
@@ -70,8 +70,8 @@ async def read(db: Database, task_id: UUID) -> Task:
 
 async def test_a_killed_worker_is_known_by_its_lock(db: Database) -> None:
     """
-    A free lock and a heartbeat or two missed are enough: its tasks run again long before the
-    lease ends.
+    A free lock and one or two missed heartbeats are enough: the worker's tasks run again long
+    before the lease ends.
     """
     [task_id] = await submit(db)
     async with a_living_worker(db, lease_seconds=3_600) as worker:
@@ -92,7 +92,8 @@ async def test_a_killed_worker_is_known_by_its_lock(db: Database) -> None:
 
 async def test_a_worker_cut_off_is_known_by_its_age(db: Database) -> None:
     """
-    Its lock may live on with a connection that is already dead; its lease does not.
+    A worker that was cut off is declared dead at the end of its lease, even if a dead connection
+    still holds its lock.
     """
     [task_id] = await submit(db)
     async with a_living_worker(db, lease_seconds=5) as worker:
@@ -109,8 +110,8 @@ async def test_after_a_restart_of_the_database_free_locks_prove_nothing(
     db: Database, postgres_server: PostgresServer
 ) -> None:
     """
-    PostgreSQL released every lock when it went down; the workers are alive and will send
-    heartbeats.
+    A restart of PostgreSQL released every lock, so free locks prove nothing while live workers have
+    yet to send heartbeats.
     """
     worker = await a_worker(db, lease_seconds=3_600)
     await submit(db)
@@ -131,8 +132,8 @@ async def test_a_worker_that_was_back_after_a_restart_is_declared_dead_like_any_
     db: Database, postgres_server: PostgresServer
 ) -> None:
     """
-    Otherwise the tasks of a worker that dies soon after a restart would wait for those still
-    away.
+    A worker that returned and then died is declared dead while others are still away; otherwise its
+    tasks would wait for them.
     """
     worker = await a_worker(db, heartbeat_seconds=0.05, lease_seconds=0.5)
     await submit(db)
@@ -156,7 +157,7 @@ async def test_a_worker_that_was_back_after_a_restart_is_declared_dead_like_any_
 
 async def test_a_worker_that_said_goodbye_leaves_nothing_behind(db: Database) -> None:
     """
-    What it still held is reaped immediately.
+    Leases that a stopped worker still held are reaped immediately.
     """
     async with a_living_worker(db) as worker:
         await submit(db)
@@ -185,7 +186,8 @@ async def test_a_task_that_kills_its_workers_ends_as_failed(db: Database) -> Non
 
 async def test_the_first_death_costs_no_wait(db: Database) -> None:
     """
-    Most often the machine was at fault, so the task is due again immediately.
+    After the first death, for which the machine is usually at fault, the task is due again
+    immediately.
     """
     worker = await a_worker(db)
     await submit(db)
@@ -199,7 +201,7 @@ async def test_the_first_death_costs_no_wait(db: Database) -> None:
 
 class Stubborn(Backoff):
     """
-    A backoff that is code; its fields do not tell how long it waits.
+    A backoff written as code, whose fields do not say how long it waits.
     """
 
     def delay_seconds(self, failures: int, *, random: float) -> float:
@@ -220,7 +222,8 @@ async def test_the_next_deaths_wait_by_the_backoff_of_the_handler(
     db: Database, backoff: Backoff, waits: tuple[float, float]
 ) -> None:
     """
-    Reaper and worker decide by the same policy, unless it is code that only the worker has.
+    Later deaths wait by the handler's backoff: reaper and worker use the same policy, unless it is
+    code that only the worker has.
     """
     [task_id] = await submit(db)
     for _ in range(2):
@@ -240,7 +243,8 @@ async def test_the_next_deaths_wait_by_the_backoff_of_the_handler(
 
 async def test_a_task_to_be_cancelled_ends_cancelled_when_its_worker_dies(db: Database) -> None:
     """
-    It must not run once more just to be cancelled.
+    A task with a requested cancellation ends cancelled when its worker dies, rather than running
+    again just to be cancelled.
     """
     worker = await a_worker(db)
     [task_id] = await submit(db)
@@ -269,7 +273,7 @@ async def test_the_first_to_settle_wins(db: Database) -> None:
 
 async def test_many_leases_are_reaped_in_bounded_turns(db: Database) -> None:
     """
-    A turn takes a batch; the next turns find the rest.
+    A turn reaps one batch; later turns find the rest.
     """
     worker = await a_worker(db)
     await submit(db, 600)
@@ -281,8 +285,8 @@ async def test_many_leases_are_reaped_in_bounded_turns(db: Database) -> None:
 
 async def test_after_an_outage_of_its_own_the_reaper_declares_no_worker_dead(db: Database) -> None:
     """
-    PostgreSQL's own start time tells nothing when only its sessions died, or when another
-    server took over.
+    After its own outage the reaper declares no worker dead: PostgreSQL's start time proves nothing
+    if only sessions died or another server took over.
     """
     worker = await a_worker(db, lease_seconds=5)
     await age_heartbeat(db, worker.id, 6)
@@ -307,8 +311,8 @@ async def test_a_lease_of_an_unknown_worker_is_released_and_counts_as_no_failure
     db: Database,
 ) -> None:
     """
-    It was restored from a backup without its worker. After an outage it waits, since the
-    worker's row may just not have been restored yet.
+    A lease restored from a backup without its worker is released. After an outage it waits, since
+    the worker's row may not have been restored yet.
     """
     [task_id] = await submit(db)
     await claim(db, uuid4())
@@ -332,7 +336,7 @@ async def test_workers_that_a_missing_right_kept_away_get_time_to_come_back(
     db: Database, postgres_server: PostgresServer, database_url: str
 ) -> None:
     """
-    The reaper was kept away too, so it knows.
+    Workers kept away by a missing privilege get time to return, since the reaper was kept away too.
     """
     worker = await a_worker(db, lease_seconds=5)
     async with (
@@ -355,7 +359,7 @@ async def test_a_worker_that_was_back_after_an_outage_is_declared_dead_like_any_
     db: Database,
 ) -> None:
     """
-    The reaper's own outage too protects only workers that have not been back.
+    After the reaper's own outage, too, only workers that have not yet returned are protected.
     """
     worker = await a_worker(db, heartbeat_seconds=0.05, lease_seconds=0.5)
     reaper = Reaper(grace_seconds=3_600)

@@ -1,5 +1,5 @@
 """
-The log says that maintenance is gone, and that tasks wait without a worker for them.
+The log reports that maintenance is missing, and that tasks wait without a worker that offers them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.tasks import a_worker, submit, until
 
 async def test_maintenance_is_seen_with_what_its_relay_says(db: Database) -> None:
     """
-    It reports from its first seconds on.
+    A maintenance process reports itself and its relay's trouble from its first seconds on.
     """
     assert (await presence(db)).is_gone
     listed = chores(retention_days=7, has_broker=True, relay_trouble=lambda: "no permission")
@@ -39,8 +39,8 @@ async def test_maintenance_is_seen_with_what_its_relay_says(db: Database) -> Non
 
 async def test_the_absence_of_maintenance_is_logged_now_and_then(db: Database) -> None:
     """
-    It is not logged at a start, when maintenance may be about to start too; then every ten
-    minutes, until it is back.
+    The absence of maintenance is not logged at startup, when it may be about to start too; later it
+    is logged every ten minutes until it is back.
     """
     watch = MaintenanceWatch(db)
     start = time.monotonic()
@@ -62,7 +62,7 @@ async def test_the_absence_of_maintenance_is_logged_now_and_then(db: Database) -
 
 async def test_tasks_without_a_worker_are_named_once(db: Database) -> None:
     """
-    The log names their queue and number, and says when they are served again.
+    The log names the queue and number of unserved tasks once, and says when they are served again.
     """
     watch = UnservedWatch(due_for_seconds=0)
 
@@ -89,7 +89,7 @@ async def test_tasks_without_a_worker_are_named_once(db: Database) -> None:
 
 async def test_many_names_without_a_worker_do_not_fill_the_log(db: Database) -> None:
     """
-    The largest are enough to see what is wrong.
+    Of many names without a worker, only the largest are logged, enough to see what is wrong.
     """
     watch = UnservedWatch(due_for_seconds=0)
     for number in range(NAMED_MAX + 5):

@@ -1,12 +1,11 @@
 """
-Everything that can happen, breadth first, and whether it is allowed in each world and at each
-change.
+Explores everything that can happen, breadth first, and checks each world and each change.
 
 `explore` visits every reachable world and records how it was first reached, which is a shortest
-path. Then it goes backwards from the worlds at rest, along steps of progress alone: any world that
-it does not meet can get stuck. The graph is finite and closed under progress, so meeting all of it
-says more than "an end can be reached": if each step that stays possible is taken eventually, every
-task ends, wherever faults and requests have led.
+path. Then it walks backwards from the worlds at rest, along steps of progress only: a world that
+this walk does not reach can get stuck. The graph is finite and closed under progress, so reaching
+all of it says more than "an end can be reached": if each step that stays possible is taken
+eventually, every task ends, wherever faults and requests have led.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Violation(Exception):
     A rule that does not hold, and a shortest path to where it breaks.
 
     Attributes:
-        rule: In words.
+        rule: The rule in words.
         path: The steps from the start.
     """
 
@@ -40,10 +39,10 @@ class Violation(Exception):
 
 class Explored(NamedTuple):
     """
-    How much was explored.
+    The size of an exploration.
 
     Attributes:
-        depth: The largest number of steps between the start and a world, on the shortest path.
+        depth: The length of the longest shortest path from the start to a world.
     """
 
     states: int
@@ -63,7 +62,7 @@ def explore(protocol: Protocol) -> Explored:
 
 class _Exploration:
     """
-    Worlds are numbered in the order in which they are found.
+    The state of one exploration. Worlds are numbered in the order they are found.
     """
 
     def __init__(self, protocol: Protocol) -> None:
@@ -76,7 +75,7 @@ class _Exploration:
         self._steps = 0
 
     def run(self) -> Explored:
-        for number, world in enumerate(self._worlds):  # It grows meanwhile.
+        for number, world in enumerate(self._worlds):  # The list grows meanwhile.
             try:
                 for step in self._protocol.steps(world):
                     self._take(number, world, step)
@@ -116,7 +115,7 @@ class _Exploration:
 
     def _check_ends(self) -> None:
         """
-        Go backwards from the worlds at rest.
+        Walk backwards from the worlds at rest, and raise if that misses a world.
         """
         ends_well = bytearray(len(self._worlds))
         look_at = [n for n, world in enumerate(self._worlds) if self._protocol.is_at_rest(world)]
@@ -138,7 +137,7 @@ class _Exploration:
 
     def _path(self, number: int, *, then: Step | None = None) -> list[str]:
         """
-        The path taken again from the start, so that each worker keeps its name.
+        The path replayed from the start, so that each worker keeps its name.
         """
         canonical = self._protocol.canonical
         goals = [self._worlds[to] for to in self._way(number)]

@@ -1,7 +1,7 @@
 """
 The rules for every world, and for every change of a row.
 
-They know the table and the contract, but not how the protocol keeps them.
+They know the table and the contract, but not how the protocol upholds them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REDRIVES = {(at, ways[Event.REDRIVE]) for at, ways in TRANSITIONS.items() if Eve
 
 def only_running_has_a_lease(world: World) -> bool:
     """
-    A waiting task has no lease, and a running one exactly one, that of its latest claim.
+    A waiting task has no lease, and a running task has exactly one, that of its latest claim.
     """
     return all(
         (row.lease == row.attempt and row.owner != NOBODY)
@@ -35,7 +35,7 @@ def only_running_has_a_lease(world: World) -> bool:
 
 def failures_are_bounded(world: World) -> bool:
     """
-    No more failures than max_attempts; with as many the task has ended.
+    A task has at most max_attempts failures; once it has that many, it has ended.
     """
     return all(
         row.failures < row.max_attempts
@@ -76,10 +76,10 @@ def a_cancelled_task_does_not_wait(world: World) -> bool:
 
 class Change(NamedTuple):
     """
-    What a step did to a row.
+    What a step changed in a row.
 
     Attributes:
-        lease: Under which the step wrote, 0 if it needed none.
+        lease: The lease under which the step wrote, 0 if it needed none.
     """
 
     before: Row

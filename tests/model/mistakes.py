@@ -1,5 +1,5 @@
 """
-Mistakes that a task queue can make, some of them known from other systems: each is the protocol
+Mistakes that a task queue can make, some known from other systems, each written as the protocol
 with one method changed. The exploration must find every one of them, or it proves nothing.
 """
 
@@ -63,7 +63,7 @@ class ReapsWhatRuns(Protocol):
 
 class NeverReaps(Protocol):
     """
-    Recovery is left to RabbitMQ, which redelivers the hint of a dead worker.
+    Recovery is left to RabbitMQ, which redelivers the hints of a dead worker.
     """
 
     def is_alive(self, world: World, owner: int) -> bool:
@@ -137,7 +137,7 @@ class NeverFindsLostHints(Protocol):
 
 class OnlyTheRelayCrashes(NeverFindsLostHints):
     """
-    This is no mistake as long as RabbitMQ loses nothing: publishing before marking is enough.
+    Not a mistake while RabbitMQ loses nothing: publishing before marking is enough.
     """
 
     def faults(self, world: World) -> Iterator[Step]:
@@ -146,7 +146,7 @@ class OnlyTheRelayCrashes(NeverFindsLostHints):
 
 class MarksBeforeItPublishes(OnlyTheRelayCrashes):
     """
-    The same in the other order: the relay crashes in between, and no hint is ever sent.
+    The relay marks first, crashes before it publishes, and no hint is ever sent.
     """
 
     def relay(self, world: World, task: int) -> Iterator[Step]:
@@ -171,7 +171,7 @@ class BeatsWhileItHangs(Protocol):
 
 class KnowsNoOrphans(Protocol):
     """
-    A claim whose answer was lost stays with a worker that beats and never runs it.
+    A claim whose answer was lost stays with a worker that sends heartbeats and never runs it.
     """
 
     def release_orphans(self, world: World, place: int) -> Iterator[Step]:
@@ -180,8 +180,8 @@ class KnowsNoOrphans(Protocol):
 
 class ReleasesWhatIsOnItsWay(Protocol):
     """
-    A claim counts as an orphan while its answer may still arrive; then its handler runs although
-    its lease was given away, concurrently with the next one.
+    A claim counts as an orphan while its answer may still arrive; its handler then runs without a
+    lease, concurrently with the next attempt.
     """
 
     def is_known(self, attempt: Attempt, row: Row, place: int) -> bool:

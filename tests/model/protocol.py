@@ -1,22 +1,21 @@
 """
 The protocol as a machine of named steps: tasks, workers, hints, the relay and the reaper.
 
-A `World` is everything that matters at one moment, and `Protocol.steps` lists all that can
-happen next. What PostgreSQL does is one step, because a statement is; whatever else may come
-between two statements is another: an answer on its way, a message in a worker's hands, a
-reaper that has looked and not yet written. Time does not pass here. What waits for time (a
-retry's delay, a heartbeat that is overdue) may happen in every state in which it may happen
-at all, so the order of steps never depends on how long something takes.
+A `World` is everything that matters at one moment, and `Protocol.steps` lists all that can happen
+next. A statement in PostgreSQL is atomic, so it is one step. Anything that can happen between two
+statements is a step of its own: an answer in flight, a message held by a worker, a reaper that has
+read and not yet written. Time is not modelled. What waits for time (a retry's delay, an overdue
+heartbeat) may happen in every state in which it may happen at all, so the order of steps never
+depends on how long something takes.
 
 Three kinds of steps:
 
-- progress, which happens by itself when nothing goes wrong;
-- requests of people: cancel, redrive, pause, a deadline that comes;
-- faults: crashes, frozen and hanging processes, answers, messages and memory that get lost.
+- progress, which happens on its own when nothing goes wrong;
+- requests: cancel, redrive, pause, and deadlines that pass;
+- faults: crashes, frozen and hanging processes, lost answers, messages and memory.
 
-Faults and requests are rationed, so that there is an end to all that can happen. What is left
-out: hints in packs, priorities, more than one queue, and pruning, after which a task is
-nothing that a statement could find.
+Faults and requests are rationed, so that the number of worlds is finite. Not modelled: hints in
+packs, priorities, more than one queue, and pruning, after which no statement finds the task.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ WINDOW = 1
 WORKERS = 2
 GONE = -1
 """
-A worker that has been replaced, as the owner of a row. Ids are fresh at every start; here the
-new worker has the number of the old one, and rows of the old one are nobody's it knows.
+The owner of a row whose worker has been replaced. Real ids are fresh at every start; here the new
+worker reuses the old one's number, so the old one's rows get an owner it does not know.
 """
 
 NOTHING = -1
@@ -71,22 +70,22 @@ class Process(StrEnum):
     """
 
     WORKS = "works"
-    """And beats."""
+    """It works and sends heartbeats."""
 
     HANGS = "hangs"
-    """Its event loop stands still. Its heartbeats have a thread of their own and go on."""
+    """Its event loop is blocked. Its heartbeats have their own thread and continue."""
 
     IS_FROZEN = "is frozen"
-    """All of it stands still, heartbeats too; it may wake up."""
+    """The whole process is suspended, including heartbeats; it may wake up."""
 
     CRASHED = "crashed"
-    """It is gone, and the database does not know yet."""
+    """It is dead, and the database does not know yet."""
 
     IS_FROZEN_AND_LOST = "is frozen and lost"
-    """It stands still and was declared lost."""
+    """It is suspended and was declared lost."""
 
     IS_LOST = "is lost"
-    """It woke up, was declared lost, and goes on because it does not know: a zombie."""
+    """It woke up and continues, unaware that it was declared lost: a zombie."""
 
 
 ACTS = frozenset({Process.WORKS, Process.IS_LOST})
@@ -99,7 +98,7 @@ class Worker(NamedTuple):
     One of the workers, or its replacement.
 
     Attributes:
-        inbox: The task whose hint was delivered and not examined yet, or NOTHING.
+        inbox: The task whose hint was delivered but not yet examined, or NOTHING.
     """
 
     process: Process = Process.WORKS
@@ -115,10 +114,11 @@ class Attempt(NamedTuple):
     A claim in a worker's memory.
 
     Attributes:
-        place: Which of the workers.
-        phase: The claim's ANSWER is on its way; its handler RUNS; or the event it settles as.
-        hinted: Its message is not acknowledged yet.
-        failures: As the claim's answer reported them.
+        place: The worker's number.
+        phase: ANSWER if the claim's answer is in flight, RUNS if its handler runs, or the event it
+            settles as.
+        hinted: Whether its message is still unacknowledged.
+        failures: The number reported by the claim's answer.
     """
 
     task: int
@@ -131,7 +131,7 @@ class Attempt(NamedTuple):
 
 class Reaping(NamedTuple):
     """
-    A lost lease that the reaper has read, and how it is going to settle it.
+    A lost lease that the reaper has read, and how it will settle it.
     """
 
     lease: int
@@ -144,10 +144,10 @@ class World(NamedTuple):
 
     Attributes:
         attempts: In order, so that equal worlds are equal.
-        ready: Per task, how many hints RabbitMQ holds ready.
-        sent: Per task, after how many attempts the relay has sent a hint that it has not
-            marked yet, or NOTHING.
-        faults, requests: How many more of them may happen.
+        ready: Per task, the number of hints that RabbitMQ holds ready.
+        sent: Per task, the number of attempts at which the relay sent a hint that it has not marked
+            yet, or NOTHING.
+        faults, requests: The number that may still happen.
     """
 
     rows: tuple[Row, ...]
@@ -166,8 +166,8 @@ class Step(NamedTuple):
     Something that can happen.
 
     Attributes:
-        text: A sentence with a place for each of `names`.
-        lease: Under which lease it writes, 0 if it needs none.
+        text: A sentence with a placeholder for each of `names`.
+        lease: The lease under which it writes, 0 if it needs none.
     """
 
     kind: Kind
@@ -193,7 +193,7 @@ RELEASED = Released()
 @cache
 def event_of(outcome: Outcome, failures: int, max_attempts: int) -> Event:
     """
-    The product's decision, by its own pure function.
+    The product's decision, made by its own pure function.
     """
     return decide(
         outcome, failures=failures, max_attempts=max_attempts, backoff=Backoff(), random=0.0
@@ -205,10 +205,10 @@ class Protocol(Statements):
     All that can happen. A mistake is a subclass that overrides one method.
 
     Args:
-        tasks: How many, all just submitted.
+        tasks: Number of tasks, all just submitted.
         max_attempts: Of every task.
-        offers: Per worker, the tasks whose name it offers; None means all, for every worker.
-        faults, requests: How many of them may happen, in any order and combination.
+        offers: Per worker, the tasks whose names it offers; None means all, for every worker.
+        faults, requests: The number that may happen, in any order and combination.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class Protocol(Statements):
 
     def canonical(self, world: World) -> World:
         """
-        The same world for all that differ only in the numbering of equal workers.
+        The representative of all worlds that differ only in the numbering of equal workers.
         """
         if len(set(self.offers)) > 1 or world.workers[0] < world.workers[1]:
             return world
@@ -324,7 +324,7 @@ class Protocol(Statements):
 
     def is_offered(self, world: World, task: int) -> bool:
         """
-        A worker that the database believes alive can run it.
+        Whether a worker that the database believes alive can run the task.
         """
         return any(
             worker.process in IS_REGISTERED and task in self.offers[place]
@@ -333,12 +333,12 @@ class Protocol(Statements):
 
     def knows_hints_are_lost(self, world: World) -> bool:
         """
-        More tasks are queued than there are messages. Messages that a worker holds do not count as
-        ready, so this is a guess, and must be harmless if it is wrong.
+        Whether more tasks are queued than there are messages. Messages held by a worker do not
+        count as ready, so this is a guess, and must be harmless if wrong.
         """
         return sum(row.state is State.QUEUED for row in world.rows) > sum(world.ready)
 
-    # The reaper, and what else maintenance does
+    # The reaper and the rest of maintenance
 
     def maintenance(self, world: World, task: int) -> Iterator[Step]:
         """
@@ -366,13 +366,13 @@ class Protocol(Statements):
 
     def is_alive(self, world: World, owner: int) -> bool:
         """
-        Neither stopped nor declared lost.
+        Whether the owner is neither stopped nor declared lost.
         """
         return owner != GONE and world.workers[owner - 1].process in IS_REGISTERED
 
     def reap(self, row: Row, seen: Reaping) -> Row:
         """
-        The same fenced statement that workers use.
+        Settle by the same fenced statement that workers use.
         """
         return self.settle(row, lease=seen.lease, event=seen.event)
 
@@ -380,7 +380,7 @@ class Protocol(Statements):
 
     def worker(self, world: World, place: int) -> Iterator[Step]:
         """
-        Take in, check the leases, end, start again.
+        Take in hints, check the leases, end, start again.
         """
         process, names = world.workers[place].process, (place + 1,)
         if process in ACTS:
@@ -439,7 +439,7 @@ class Protocol(Statements):
 
     def claimed(self, world: World, task: int, row: Row, place: int) -> World:
         """
-        The row is running; the answer is on its way to the worker.
+        The world after a claim: the row is running, and the answer is in flight to the worker.
         """
         attempt = Attempt(task, row.lease, place, ANSWER, True, row.failures)
         return _with_attempt(with_row(world, task, row), attempt)
@@ -452,8 +452,8 @@ class Protocol(Statements):
 
     def release_orphans(self, world: World, place: int) -> Iterator[Step]:
         """
-        The database believes that this worker holds it, and the worker does not know it: a claim
-        whose answer was lost, or an attempt that it abandoned when it fenced itself.
+        Release tasks that the database says this worker holds and that the worker does not know: a
+        claim whose answer was lost, or an attempt that it abandoned when it fenced itself.
         """
         for task, row in enumerate(world.rows):
             if row.state is State.RUNNING and row.owner == place + 1:
@@ -468,20 +468,20 @@ class Protocol(Statements):
 
     def is_known(self, attempt: Attempt, row: Row, place: int) -> bool:
         """
-        The worker has the lease, or waits for the answer that brings it.
+        Whether the worker has the lease, or waits for the answer that brings it.
         """
         return attempt.lease == row.lease and attempt.place == place
 
     def notice_stall(self, world: World, place: int) -> Iterator[Step]:
         """
-        A hanging loop whose heartbeats go on would keep its leases as long as the process lives,
-        so it ends itself.
+        End the process: a hanging loop whose heartbeats continue would keep its leases for as long
+        as the process lives.
         """
         yield progress("worker {} ends itself: it hangs", (place + 1,), _crash(world, place))
 
     def replace(self, world: World, place: int) -> World:
         """
-        Another worker starts, under a fresh id. What RabbitMQ had sent to the old one is back.
+        Start another worker under a fresh id. RabbitMQ gets back what it had sent to the old one.
         """
         rows = tuple(
             row._replace(owner=GONE) if row.owner == place + 1 else row for row in world.rows
@@ -493,7 +493,7 @@ class Protocol(Statements):
 
     def attempt(self, world: World, attempt: Attempt) -> Iterator[Step]:
         """
-        Its answer comes, its handler ends, it settles.
+        Its answer arrives, its handler ends, it settles.
         """
         if world.workers[attempt.place].process not in ACTS:
             return
@@ -529,11 +529,11 @@ class Protocol(Statements):
                     attempt.lease,
                 )
 
-    # People, and the clock
+    # Requests and the clock
 
     def people(self, world: World) -> Iterator[Step]:
         """
-        Requests, and deadlines.
+        Requests and deadlines.
         """
         for task, row in enumerate(world.rows):
             cancelled = self.cancel(row)
@@ -552,7 +552,7 @@ class Protocol(Statements):
 
     def faults(self, world: World) -> Iterator[Step]:
         """
-        What may go wrong.
+        Everything that may go wrong.
         """
         for place, worker in enumerate(world.workers):
             yield from self.faults_of_a_worker(world, place, worker)
@@ -563,7 +563,7 @@ class Protocol(Statements):
 
     def faults_of_a_worker(self, world: World, place: int, worker: Worker) -> Iterator[Step]:
         """
-        It dies, hangs in one way or another, or stops trusting its leases.
+        The worker dies, hangs in one of two ways, or stops trusting its leases.
         """
         names = (place + 1,)
         if worker.process is Process.WORKS:
@@ -581,7 +581,7 @@ class Protocol(Statements):
 
     def faults_of_an_attempt(self, world: World, attempt: Attempt) -> Iterator[Step]:
         """
-        Its claim's answer is lost, or it is put back because its worker stops.
+        The claim's answer is lost, or the attempt is put back because its worker stops.
         """
         if world.workers[attempt.place].process not in ACTS:
             return
@@ -607,8 +607,8 @@ class Protocol(Statements):
 
     def faults_of_the_relay(self, world: World) -> Iterator[Step]:
         """
-        It never marks a hint that it sent; another relay, or itself on a new connection, sends it
-        again.
+        The relay never marks a hint that it sent, so another relay, or the same one on a new
+        connection, sends it again.
         """
         if any(sent != NOTHING for sent in world.sent):
             after = world._replace(sent=(NOTHING,) * len(self.tasks))
@@ -617,12 +617,12 @@ class Protocol(Statements):
 
 class WithoutBroker(Protocol):
     """
-    The same without RabbitMQ: no relay and no hints.
+    The protocol without RabbitMQ: no relay and no hints.
     """
 
     def relay(self, world: World, task: int) -> Iterator[Step]:
         """
-        There is none.
+        Nothing: there is no relay.
         """
         return iter(())
 
@@ -639,7 +639,7 @@ class WithoutBroker(Protocol):
 
     def claimed(self, world: World, task: int, row: Row, place: int) -> World:
         """
-        No message came with it.
+        The world after a claim, which came without a message.
         """
         attempt = Attempt(task, row.lease, place, ANSWER, False, row.failures)
         return _with_attempt(with_row(world, task, row), attempt)
@@ -651,12 +651,12 @@ def _names(world: World) -> tuple[object, ...]:
 
 class OnlyMessagesGetLost(Protocol):
     """
-    The same in a world where workers never fail, to examine hints alone.
+    The protocol with workers that never fail, to examine hints alone.
     """
 
     def faults(self, world: World) -> Iterator[Step]:
         """
-        Those of RabbitMQ and of the relay.
+        Faults of RabbitMQ and of the relay.
         """
         yield from self.faults_of_the_broker(world)
         yield from self.faults_of_the_relay(world)
@@ -674,7 +674,7 @@ def _fault(text: str, names: tuple[object, ...], after: World) -> Step:
     return Step(Kind.FAULT, text, names, after)
 
 
-# Worlds that differ from another in one thing
+# Worlds that differ from another in one respect
 
 
 def with_row(world: World, task: int, row: Row) -> World:
@@ -720,7 +720,7 @@ def _ended(world: World, attempt: Attempt, outcome: Outcome) -> World:
 
 def _drop_attempts(world: World, place: int) -> World:
     """
-    They are void: nothing is written, and their hints are released.
+    The worker's attempts are void: nothing is written, and their hints are released.
     """
     return world._replace(attempts=tuple(a for a in world.attempts if a.place != place))
 
@@ -733,7 +733,7 @@ def _holds_messages(world: World, place: int) -> bool:
 
 def _return_messages(world: World, place: int) -> World:
     """
-    Its connection broke: RabbitMQ has its unacknowledged messages ready again.
+    The worker's connection broke: its unacknowledged messages are ready in RabbitMQ again.
     """
     ready, attempts = list(world.ready), []
     worker = world.workers[place]

@@ -2,8 +2,8 @@
 What each statement of the store does to one task's row, as far as the protocol cares.
 
 This is the store without SQL: the guards of `store/submit`, `due`, `claims`, `settle`, `steer`,
-`hints` and `upkeep`, one method each. Where a row may move to is not written here; every method
-asks the table of `domain/states`. The same methods are used twice: `protocol` explores everything
+`hints` and `upkeep`, one method each. Where a row may move is not decided here; every method asks
+the table of `domain/states`. The methods are used twice: `protocol` explores everything
 that can happen with them, and `store/test_model` compares them with PostgreSQL.
 """
 
@@ -19,18 +19,18 @@ NO_LEASE = 0
 
 class Row(NamedTuple):
     """
-    A task's row, without what nothing depends on any more once the task has finished.
+    A task's row. Columns that no longer matter once the task has finished are reset.
 
     Attributes:
-        attempt: How often it was claimed.
-        failures: What the retry policy punished in this generation.
-        lease: Of its latest claim, which is named by its attempt: no two claims of a task
-            have the same. 0 if it waits. A finished task keeps its last one.
+        attempt: Number of claims.
+        failures: Failures charged by the retry policy in this generation.
+        lease: The lease of its latest claim, identified by the attempt's number, so no two claims
+            of a task share one. 0 if the task waits. A finished task keeps its last one.
         owner: The worker that holds the lease of a running task, otherwise 0.
-        cancel_requested: Of a live task.
-        due: The `run_at` of a live task has come.
-        expired: The `expires_at` of a live task has passed.
-        max_attempts: How many failures end it.
+        cancel_requested: Whether the cancellation of a live task was requested.
+        due: Whether the `run_at` of a live task has come.
+        expired: Whether the `expires_at` of a live task has passed.
+        max_attempts: The number of failures that ends the task.
     """
 
     state: State = State.PENDING
@@ -47,16 +47,16 @@ class Row(NamedTuple):
 
 class IllegalMove(Exception):
     """
-    A statement moved a row along an arrow that the table does not have.
+    A statement moved a row along an arrow that is not in the table.
     """
 
 
 def moved(row: Row, event: Event) -> Row:
     """
-    The row where the table says that `event` leads.
+    The row after `event`, as the table says.
 
     Raises:
-        IllegalMove: Nowhere. A statement with its guards never asks for that.
+        IllegalMove: The table has no such arrow. Guarded statements never ask for one.
     """
     state = TRANSITIONS[row.state].get(event)
     if state is None:
@@ -70,14 +70,14 @@ def moved(row: Row, event: Event) -> Row:
 
 def waits(row: Row) -> bool:
     """
-    Pending or queued.
+    Whether the task is pending or queued.
     """
     return row.state is State.PENDING or row.state is State.QUEUED
 
 
 class Statements:
     """
-    Each method returns the row afterwards: the very same object if its guard found nothing.
+    Each method returns the resulting row: the same object if its guard matched nothing.
     """
 
     def may_be_claimed(self, row: Row, *, paused: bool) -> bool:
@@ -122,7 +122,7 @@ class Statements:
 
     def settled_as(self, row: Row, event: Event) -> Event:
         """
-        A task that is to be cancelled does not wait for another attempt: a retry or release
+        The event that is recorded: a retry or release of a task whose cancellation was requested
         cancels it.
         """
         is_put_back = event is Event.RETRY or event is Event.RELEASE
@@ -148,7 +148,7 @@ class Statements:
 
     def mark_queued(self, row: Row, *, attempt: int) -> Row:
         """
-        MARK_QUEUED, for a hint that was sent after `attempt` attempts. A later one has used it up.
+        MARK_QUEUED, for a hint sent after `attempt` attempts. A later attempt has used it up.
         """
         if row.state is not State.PENDING or not row.due or row.attempt != attempt:
             return row
@@ -172,7 +172,7 @@ class Statements:
 
     def cancel(self, row: Row) -> Row:
         """
-        CANCEL_WAITING, or REQUEST_CANCEL of a running task, which its worker obeys later.
+        CANCEL_WAITING, or REQUEST_CANCEL for a running task, which its worker obeys later.
         """
         if waits(row):
             return moved(row, Event.CANCEL)
@@ -188,13 +188,13 @@ class Statements:
 
     def expire(self, row: Row) -> Row:
         """
-        EXPIRE: only tasks that wait; an attempt that has begun may finish.
+        EXPIRE: only waiting tasks; an attempt that has begun may finish.
         """
         return moved(row, Event.EXPIRE) if waits(row) and row.expired else row
 
     def redrive(self, row: Row) -> Row:
         """
-        REDRIVE: a new generation, with all its attempts before it and no deadline.
+        REDRIVE: a new generation with a fresh set of attempts and no deadline.
         """
         if row.state is not State.FAILED and row.state is not State.CANCELLED:
             return row

@@ -1,5 +1,5 @@
 """
-The protocol holds in everything that can happen, and the exploration finds known mistakes.
+The protocol's rules hold in everything that can happen, and the exploration finds known mistakes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCOPES = {
     ),
     "no broker, two tasks, a fault": (WithoutBroker(tasks=2, faults=1, requests=0), 25_000),
 }
-"""What is explored, and how many worlds there are at least: fewer, and something is left out."""
+"""What is explored, and the minimum number of worlds: with fewer, something is left out."""
 
 RULES = dict(invariants.IN_EVERY_WORLD) | dict(invariants.AT_EVERY_CHANGE)
 
@@ -61,7 +61,7 @@ MISTAKES: dict[type[Protocol], str] = {
     mistakes.CancelsWhatRuns: rule(invariants.leases_fence),
     mistakes.RedrivesWhatCompleted: MOVES_ARE_LEGAL,
 }
-"""What each of them breaks first, in the fewest steps."""
+"""The rule that each mistake breaks first, in the fewest steps."""
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -79,7 +79,7 @@ def test_no_rule_is_broken_in_anything_that_can_happen(scope: str) -> None:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake: type[Protocol]) -> None:
     """
-    The finding has a path to it, and names the rule that it breaks.
+    The exploration finds the mistake, with a path to it and the rule that it breaks.
     """
     with pytest.raises(Violation) as found:
         for faults, requests in ((0, 0), (1, 0), (0, 1)):
@@ -91,7 +91,7 @@ def test_a_mistake_is_found(mistake: type[Protocol]) -> None:
 
 def test_every_mistake_is_one_that_must_be_found() -> None:
     """
-    Every mistake that is written is also asked for.
+    Every mistake that is written is also tested.
     """
     written = {
         value
@@ -104,7 +104,8 @@ def test_every_mistake_is_one_that_must_be_found() -> None:
 
 def test_a_relay_that_publishes_before_it_marks_loses_nothing_when_it_crashes() -> None:
     """
-    That holds even if lost hints were never searched for; the other order would lose one for good.
+    Publishing before marking loses nothing even if the relay never searched for lost hints; the
+    other order would lose a hint for good.
     """
     explore(mistakes.OnlyTheRelayCrashes(tasks=1, faults=2, requests=0, max_attempts=1))
 
@@ -114,7 +115,7 @@ def test_a_relay_that_publishes_before_it_marks_loses_nothing_when_it_crashes() 
 
 def test_a_way_to_a_violation_is_told_in_steps() -> None:
     """
-    A reader sees the steps in order, and each worker keeps its number.
+    The path to a violation lists the steps in order, and each worker keeps its number.
     """
     with pytest.raises(Violation) as found:
         explore(mistakes.ReapsById(tasks=1, faults=1, requests=0))

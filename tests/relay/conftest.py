@@ -1,5 +1,5 @@
 """
-The store that the relay reads.
+The store that the relay works on.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-How many hints the ready messages of a queue can hold.
+The maximum number of hints in the ready messages of a queue.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from asyncflow.transport.rabbitmq.message import PACK_MAX
 
 def test_the_largest_pack_counts_until_it_is_forgotten() -> None:
     """
-    A smaller pack does not replace it, and one that is as large renews it.
+    The largest pack counts until it expires: a smaller one does not replace it, and one of the same
+    size renews it.
     """
     pack = LargestPack(remembered_seconds=60, now=0)
     pack.forget()
@@ -39,7 +40,7 @@ def test_a_smaller_pack_counts_after_the_largest() -> None:
 
 def test_packs_of_a_former_leader_may_be_as_large_as_any() -> None:
     """
-    A new leader does not know what is in RabbitMQ.
+    A new leader assumes packs of any size, since it does not know what is in RabbitMQ.
     """
     pack = LargestPack(remembered_seconds=60, now=0)
 

@@ -1,6 +1,6 @@
 """
-The relay sends what may go, in the right order and in small amounts, and nothing gets lost between
-PostgreSQL and RabbitMQ, whatever breaks in between.
+The relay sends admissible tasks, in the right order and in small amounts, and nothing gets lost
+between PostgreSQL and RabbitMQ, whatever breaks.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def channel(broker_url: str) -> AsyncIterator[Channel]:
 
 class Clock:
     """
-    A monotonic clock that can be put forward.
+    A monotonic clock that can be advanced.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Clock:
 
     def advance(self, seconds: float) -> None:
         """
-        Put the clock forward.
+        Advance the clock.
         """
         self._ahead_seconds += seconds
 
@@ -118,12 +118,12 @@ lost_at_once = pytest.mark.parametrize("times", [Times(lost_after=0.0)], ids=["l
 marked_at_once = pytest.mark.parametrize(
     "times", [Times(lost_after=0.0, mark_after=0.0)], ids=["marked-at-once"]
 )
-"""Besides, what was sent in a pack in one round is marked in the next."""
+"""In addition, what was sent in a pack in one round is marked in the next."""
 
 
 async def ready(channel: Channel) -> int:
     """
-    How many hints RabbitMQ holds for the default queue.
+    Number of hints that RabbitMQ holds for the default queue.
     """
     counts = await channel.inspect_queue(broker_queue(QUEUE))
     return counts.messages if counts else 0
@@ -151,7 +151,7 @@ async def test_the_window_is_filled_by_priority(
     db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
-    An urgent task that was submitted last does not wait behind a backlog.
+    An urgent task submitted last does not wait behind a backlog.
     """
     await a_worker(db)
     await submit(db, 100, priority=0)
@@ -170,7 +170,7 @@ async def test_a_full_window_admits_nothing_more(
     db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
-    The backlog waits in PostgreSQL, where priority and pause can still reach it.
+    With a full window the backlog waits in PostgreSQL, where priority and pause still affect it.
     """
     await a_worker(db)
     await submit(db, 100)
@@ -186,7 +186,8 @@ async def test_a_full_window_is_observed_less_and_less_often_until_it_is_used_up
     db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
-    Tasks of some milliseconds use it up long before the next poll; tasks of minutes do not.
+    The pause between observations doubles while the window stays full, and is short again once the
+    window is used up.
     """
     await a_worker(db)
     await submit(db, 100)
@@ -203,7 +204,7 @@ async def test_a_full_window_is_observed_less_and_less_often_until_it_is_used_up
 
 async def test_a_relay_without_tasks_rests(db: Database, channel: Channel, relay: Relay) -> None:
     """
-    A window that is not full is not observed again before anything happens.
+    A window that is not full is not observed again until something happens.
     """
     await a_worker(db)
     await submit(db, SIZE_MIN - 1)
@@ -215,7 +216,7 @@ async def test_a_relay_begins_at_the_low_water_mark(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    The mark is that of its open queues and the names offered there.
+    The relay starts at the low-water mark of its open queues and the names offered there.
     """
     asked: list[dict[str, Any]] = []
 
@@ -240,8 +241,8 @@ async def test_queued_tasks_are_counted_from_the_beginning_once_a_minute(
     db: Database, channel: Channel, relay: Relay, clock: Clock
 ) -> None:
     """
-    In between they are counted from the oldest known one on, so a lost hint of an older task is
-    found within a minute.
+    Between full counts, tasks are counted from the oldest known one, so a lost hint of an older
+    task is found within a minute.
     """
     await a_worker(db)
     await submit(db, 3)
@@ -259,8 +260,8 @@ async def test_queued_tasks_are_counted_from_the_beginning_once_a_minute(
 
 async def test_what_may_not_go_stays_pending(db: Database, channel: Channel, relay: Relay) -> None:
     """
-    A task stays if it is not due, if its queue is paused, or if no live worker serves its name
-    or queue.
+    A task stays pending if it is not due, if its queue is paused, or if no live worker serves its
+    name or queue.
     """
     await a_worker(db, queues=[QUEUE, "paused"])
     await queues.pause(db, "paused")
@@ -278,7 +279,7 @@ async def test_a_crash_between_publish_and_mark_repeats_hints_and_loses_none(
     db: Database, channel: Channel, broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    The next relay sends hints again that were sent and not marked.
+    The next relay sends unmarked hints again, so a crash repeats hints and loses none.
     """
     await a_worker(db)
     await submit(db, 5)
@@ -303,8 +304,8 @@ async def test_a_database_that_takes_no_marks_causes_no_flood_of_hints(
     db: Database, channel: Channel, broker_url: str, database_url: str
 ) -> None:
     """
-    While PostgreSQL is read-only or full, sent tasks cannot be marked; they are not sent again
-    with every try.
+    While PostgreSQL is read-only or full and sent tasks cannot be marked, they are not sent again
+    with every retry.
     """
     name = urlsplit(database_url).path[1:]
     await a_worker(db)
@@ -328,8 +329,8 @@ async def test_hints_that_the_broker_refuses_stay_pending(
     db: Database, channel: Channel, relay: Relay, broker: Broker, broker_url: str
 ) -> None:
     """
-    A queue with a limit accepts what fits; the rest goes when there is room again. The log
-    names the policy.
+    A queue with a limit accepts what fits, and the rest is sent once there is room; the log names
+    the policy.
     """
     await a_worker(db)
     await submit(db, SIZE_MIN)
@@ -370,7 +371,7 @@ async def test_hints_that_no_queue_takes_stay_pending(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    A queue that has just vanished returns its hints to the relay.
+    Hints returned because their queue has vanished stay pending.
     """
     await a_worker(db)
     await submit(db, 5)
@@ -394,7 +395,8 @@ async def test_lost_hints_are_sent_again(
     db: Database, channel: Channel, relay: Relay, loss: str
 ) -> None:
     """
-    Purging or deleting a queue of RabbitMQ costs time and no task.
+    After a queue is purged or deleted in RabbitMQ, its hints are sent again: this costs time and no
+    task.
     """
     await a_worker(db)
     await submit(db, 10)
@@ -436,7 +438,7 @@ async def test_slow_workers_cause_no_storm_of_hints(
 
 def count_messages(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """
-    A list that grows by the size of each batch published on `channel`.
+    A list to which the size of each batch published on `channel` is appended.
     """
     sent: list[int] = []
     publish = channel.publish
@@ -469,7 +471,7 @@ async def test_a_large_backlog_leaves_in_batches(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    One publish never carries more than a batch, so one round trip never takes long.
+    A publish never carries more than one batch, so no round trip takes long.
     """
     sent = count_messages(channel, monkeypatch)
     await a_worker(db, slots=BATCH)
@@ -483,7 +485,7 @@ async def test_a_large_backlog_leaves_in_batches(
 
 async def grow_window(db: Database, channel: Channel, relay: Relay) -> None:
     """
-    Run short tasks as fast as they come, until the relay sends packs of up to four.
+    Run short tasks as they arrive, until the relay sends packs of up to four.
     """
     await a_worker(db)
     await submit(db, 3 * SIZE_MIN)
@@ -494,7 +496,7 @@ async def grow_window(db: Database, channel: Channel, relay: Relay) -> None:
 
 async def run_hinted(db: Database, channel: Channel) -> int:
     """
-    Run every task whose hint RabbitMQ holds to its end; return how many.
+    Complete every task whose hint RabbitMQ holds; return how many.
     """
     worker = await a_worker(db)
     deliveries = await drain(channel, await ready(channel))
@@ -509,7 +511,7 @@ async def test_while_workers_drain_fast_hints_travel_in_packs(
     db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
-    One message then carries several tasks, in order, and never of two priorities.
+    While workers drain fast, one message carries several tasks, in order, never of two priorities.
     """
     await grow_window(db, channel, relay)
     low = await submit(db, 7, priority=0)
@@ -525,7 +527,7 @@ async def test_a_task_sent_in_a_pack_is_marked_only_if_no_worker_claims_it(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     """
-    Until then it is in flight, and not sent twice.
+    A task sent in a pack is in flight and not sent twice; it is marked only if no worker claims it.
     """
     await grow_window(db, channel, relay)
     await submit(db, 12)
@@ -548,7 +550,7 @@ async def test_what_came_back_after_it_was_sent_is_sent_again(
     db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
-    A retry needs a hint of its own, although the first one is in flight.
+    A retried task needs another hint, although its first one is in flight.
     """
     worker = await a_worker(db)
     await grow_window(db, channel, relay)
@@ -569,8 +571,7 @@ async def test_a_pause_uses_up_what_was_sent_before(
     db: Database, channel: Channel, relay: Relay
 ) -> None:
     """
-    A worker that received the hint during the pause released it, so it is sent again
-    afterwards.
+    A worker that receives a hint during a pause releases it, so the task is sent again afterwards.
     """
     await grow_window(db, channel, relay)
     [task_id] = await submit(db, 1)
@@ -610,7 +611,7 @@ async def test_hints_that_wait_in_packs_are_not_taken_for_lost(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Fewer messages than queued tasks mean no loss where a message carries several.
+    Fewer messages than queued tasks are not a loss where one message carries several tasks.
     """
     await grow_window(db, channel, relay)
     await submit(db, 12)
@@ -630,7 +631,7 @@ async def test_another_leader_does_not_take_packs_for_lost(
     db: Database, channel: Channel, relay: Relay, broker_url: str, times: Times
 ) -> None:
     """
-    It does not know the size of the packs that its predecessor sent.
+    A new leader does not count packs as lost, although it does not know their size.
     """
     await grow_window(db, channel, relay)
     await submit(db, 12)
@@ -646,14 +647,15 @@ async def test_another_leader_does_not_take_packs_for_lost(
 @marked_at_once
 async def test_lost_packs_are_sent_again(db: Database, channel: Channel, relay: Relay) -> None:
     """
-    A purged queue is empty, whatever its messages carried.
+    Packs in a purged queue are sent again: an empty queue holds no hint, whatever its messages
+    carried.
     """
     await grow_window(db, channel, relay)
     ids = await submit(db, 12)
     await relay.run_once(db, channel)
     await channel.purge_queue(broker_queue(QUEUE))
 
-    # It notes what it has sent, and then finds out.
+    # The relay marks what it has sent, and then detects the loss.
     await relay.run_once(db, channel)
     assert 12 == (await states(db))["queued"]
     await relay.run_once(db, channel)
@@ -667,7 +669,7 @@ async def test_some_lost_among_packs_are_found_although_a_backlog_lasts(
     db: Database, channel: Channel, relay: Relay, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     """
-    Packs that were sent hide a loss for a while, but not as long as the backlog lasts.
+    Packs hide a loss for a while, but not for as long as the backlog lasts.
     """
     await grow_window(db, channel, relay)
     await submit(db, 12)
@@ -704,7 +706,7 @@ async def test_a_pack_that_no_queue_takes_leaves_all_its_tasks_pending(
 
 async def test_a_running_relay_sends_a_new_task_immediately(db: Database, broker_url: str) -> None:
     """
-    It is woken rather than finding the task at its next poll.
+    A new task wakes the relay, which does not wait for its next poll.
     """
     await a_worker(db)
     relaying = asyncio.create_task(Relay(db, broker_url).run())
@@ -724,7 +726,7 @@ async def test_another_relay_takes_over_when_the_leaders_session_dies(
     db: Database, broker_url: str, database_url: str
 ) -> None:
     """
-    Of two relays, one leads on after PostgreSQL ended every session.
+    Of two relays, one takes the lead after PostgreSQL ended every session.
     """
     await a_worker(db)
     relaying = [asyncio.create_task(Relay(db, broker_url).run()) for _ in range(2)]
@@ -744,7 +746,7 @@ async def test_another_relay_takes_over_when_the_leaders_session_dies(
 
 async def test_a_frozen_leader_loses_the_lead(db: Database, broker_url: str) -> None:
     """
-    PostgreSQL ends the session of a leader that neither works nor dies.
+    PostgreSQL ends the session of a leader that is frozen but alive.
     """
     await a_worker(db)
     frozen = leadership(db, purpose="frozen relay", idle_seconds_max=0.5)
@@ -762,8 +764,8 @@ async def test_an_alarm_of_the_broker_is_waited_out(
     db: Database, channel: Channel, broker: Broker, broker_url: str
 ) -> None:
     """
-    While RabbitMQ takes no messages, the relay holds no transaction open and keeps its one
-    connection rather than sending the same hints on new ones; afterwards it goes on.
+    While RabbitMQ accepts no messages, the relay holds no transaction open and keeps its single
+    connection rather than sending the same hints on new ones; afterwards it continues.
     """
     times = Times(call=0.2, backoff=BackoffTimes(reconnect_seconds=(0.0, 0.1)))
     await a_worker(db)
@@ -772,7 +774,7 @@ async def test_an_alarm_of_the_broker_is_waited_out(
         relaying = asyncio.create_task(Relay(db, broker_url, times=times).run())
         try:
             await submit(db, 3)
-            for _ in range(30):  # Long enough for several tries in vain.
+            for _ in range(30):  # Long enough for several failed tries.
                 assert 1.0 > await oldest_transaction_seconds(db)
                 await asyncio.sleep(0.1)
             assert Counter(pending=3) == await states(db)
@@ -790,7 +792,8 @@ async def test_a_relay_tells_why_it_cannot_send(
     db: Database, broker: Broker, broker_url: str
 ) -> None:
     """
-    It reports a trouble while RabbitMQ is away, without a password in it, and none otherwise.
+    The relay reports why it cannot send while RabbitMQ is down, without a password, and nothing
+    otherwise.
     """
     await a_worker(db)
     relay = Relay(db, broker_url)
@@ -816,7 +819,7 @@ async def test_a_relay_tells_why_it_cannot_send(
 
 async def oldest_transaction_seconds(db: Database) -> float:
     """
-    How long the oldest transaction of others in this database has been open; 0 if there is none.
+    Age of the oldest open transaction of another session in this database; 0 if there is none.
     """
     seconds = await db.fetchval(
         "SELECT extract(epoch FROM coalesce(max(clock_timestamp() - xact_start), '0'))::float8"

@@ -1,5 +1,6 @@
 """
-The window of a queue: how many hints RabbitMQ should hold, in what packs, how soon to send more.
+The window of a queue: how many hints RabbitMQ should hold, in packs of what size, and when to send
+more.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Round(NamedTuple):
     A round over a queue of 10 slots, long after the last one, and the window it should find.
 
     Attributes:
-        ready: How many hints RabbitMQ holds.
-        waiting: How many tasks wait to be sent.
+        ready: Number of hints that RabbitMQ holds.
+        waiting: Number of tasks that wait to be sent.
     """
 
     ready: int
@@ -41,7 +42,7 @@ class Round(NamedTuple):
 
 def next_round(window: Window, *, ready: int, slots: int = 10, waiting: int = FULL) -> Window:
     """
-    A round after a rest that is long enough, with a send of all that there is room for.
+    A round after a long enough pause, which sends everything there is room for.
     """
     window = window.observed(ready=ready, slots=slots, now=after_a_rest(window))
     return window.filled(sent=min(waiting, window.room))
@@ -49,7 +50,7 @@ def next_round(window: Window, *, ready: int, slots: int = 10, waiting: int = FU
 
 def after_a_rest(window: Window) -> float:
     """
-    A moment by which the window was left alone for long enough.
+    A time by which the window has rested for long enough.
     """
     return max(0.0, window.observed_at) + 100
 
@@ -132,7 +133,8 @@ def after(*ready: int, slots: int = 10) -> Window:
 )
 def test_what_a_round_finds_moves_the_window(history: list[Round]) -> None:
     """
-    Each round gives how many hints to send, in packs of what size, and when the next is due.
+    Each round determines how many hints to send, in packs of what size, and when the next round is
+    due.
     """
     window = Window()
     found = []
@@ -157,14 +159,14 @@ def test_a_round_changes_no_earlier_window() -> None:
 
 def test_the_window_grows_up_to_a_bound() -> None:
     """
-    However fast workers drain it, it is never larger than `SIZE_MAX`.
+    The window is never larger than `SIZE_MAX`, however fast workers drain it.
     """
     assert SIZE_MAX == after(*[0] * 20).room
 
 
 def test_the_window_shrinks_while_workers_are_slow() -> None:
     """
-    Mostly full between rounds, it goes back to what the slots need.
+    A window that is mostly full between rounds shrinks to what the slots need.
     """
     window = after(*[0] * 10, *[SIZE_MAX] * 200)
 
@@ -178,8 +180,8 @@ def test_a_window_is_observed_again_when_a_part_of_it_is_used_up(
     used_per_second: int, wakes_seconds: float | None
 ) -> None:
     """
-    The slower the tasks, the later. Slow tasks do not make it grow, and no slot waits for the next
-    round, although submissions wake the relay in between, until they cease.
+    The slower the tasks, the later the next round. Slow tasks do not make the window grow, and no
+    slot waits for the next round, even if submissions wake the relay in between and then cease.
     """
     window = Window()
     ready, now, starved, rests = 0.0, 0.0, 0.0, []
@@ -196,7 +198,7 @@ def test_a_window_is_observed_again_when_a_part_of_it_is_used_up(
 
     assert 1 == window.pack
     assert starved < 0.02 * now * used_per_second
-    # Never after longer than the 20 hints of a window last.
+    # Never later than the 20 hints of a window last.
     assert max(rests[50:]) <= max(REST_SECONDS_MIN, min(REST_SECONDS_MAX, 20 / used_per_second))
     if used_per_second == 2:
         assert REST_SECONDS_MAX == max(rests)
@@ -204,7 +206,8 @@ def test_a_window_is_observed_again_when_a_part_of_it_is_used_up(
 
 def test_a_window_that_was_observed_too_late_does_not_grow() -> None:
     """
-    It was large enough; first it is observed as often as possible.
+    A window observed too late does not grow: it may have been large enough, so it is first observed
+    as often as possible.
     """
     window = after(*[20] * 10)
     assert REST_SECONDS_MAX == window.rest_seconds
@@ -237,7 +240,7 @@ def test_slow_tasks_travel_one_by_one(slots: int) -> None:
 
 def test_packs_grow_and_shrink_with_the_window() -> None:
     """
-    They are small enough at any time that a window has a message for every slot.
+    Packs are always small enough for a window to have a message for every slot.
     """
     window = Window()
     packs = []
@@ -255,7 +258,7 @@ def test_packs_grow_and_shrink_with_the_window() -> None:
 
 def test_a_halved_window_stays_small_for_a_while() -> None:
     """
-    Every hint that RabbitMQ drops halves it further, down to 1; then it recovers.
+    Every hint that RabbitMQ drops halves the window further, down to 1; then it recovers.
     """
     window = after(0)
     rooms = []

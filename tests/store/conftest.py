@@ -18,7 +18,7 @@ TABLES = ("tasks", "attempts", "workers", "publications", "queues", "maintenance
 @pytest.fixture(scope="session")
 def shared_database_url(postgres_server: PostgresServer) -> Iterator[str]:
     """
-    The DSN of one migrated database for all of these tests.
+    The DSN of one migrated database, shared by all of these tests.
     """
     url = postgres_server.create_database()
     yield url
@@ -28,7 +28,7 @@ def shared_database_url(postgres_server: PostgresServer) -> Iterator[str]:
 @pytest.fixture
 async def db(shared_database_url: str) -> AsyncIterator[Database]:
     """
-    A pool on an empty database: there are hundreds of tests, and emptying is quicker than making.
+    A pool on an emptied database: for hundreds of tests, emptying is faster than creating.
     """
     async with Database(shared_database_url, size=8) as database:
         for table in TABLES:
@@ -39,7 +39,7 @@ async def db(shared_database_url: str) -> AsyncIterator[Database]:
 @pytest.fixture
 async def fresh_db(database_url: str) -> AsyncIterator[Database]:
     """
-    A pool on a database of its own, for a test that must be alone in it.
+    A pool on a dedicated database, for a test that must be alone in it.
     """
     async with Database(database_url, size=8) as database:
         yield database
@@ -48,7 +48,7 @@ async def fresh_db(database_url: str) -> AsyncIterator[Database]:
 @pytest.fixture
 async def connection(fresh_db: Database) -> AsyncIterator[asyncpg.Connection]:
     """
-    A connection to `fresh_db`, with the settings of every connection of the product.
+    A connection to `fresh_db`, with the settings that the product uses for every connection.
     """
     one = await fresh_db.connect("test")
     yield one
@@ -58,7 +58,7 @@ async def connection(fresh_db: Database) -> AsyncIterator[asyncpg.Connection]:
 @pytest.fixture
 def role_url(postgres_server: PostgresServer, empty_database_url: str) -> Iterator[str]:
     """
-    The DSN of the empty database as a role without any right.
+    The DSN of the empty database for a role without any privileges.
     """
     url = postgres_server.create_role(empty_database_url)
     yield url

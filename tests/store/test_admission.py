@@ -1,5 +1,5 @@
 """
-The relay's side: which queues are open, which tasks may go, which hints were lost.
+The relay's queries: which queues are open, which tasks are admissible, which hints were lost.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.support.builders import (
 
 async def test_a_queue_is_open_while_a_live_worker_consumes_it(db: Database) -> None:
     """
-    It comes with the names and slots of all its live workers together, and with its queued tasks.
+    An open queue lists the names and total slots of its live workers, and its queued tasks.
     """
     await a_worker(db, queues=("a", "b"), handlers=("x", "y"), slots=3)
     await a_worker(db, queues=("b",), handlers=("y", "z"), slots=4)
@@ -43,7 +43,8 @@ async def test_a_queue_is_open_while_a_live_worker_consumes_it(db: Database) -> 
 
 async def test_the_next_count_begins_before_the_oldest_that_is_queued(db: Database) -> None:
     """
-    It finds tasks that were queued since, and does not scan for those that are known to be gone.
+    The next count starts shortly before the oldest queued task, and skips the range known to be
+    empty.
     """
     await a_worker(db, queues=("default",))
     old = await a_task(db, state=State.QUEUED)
@@ -64,7 +65,8 @@ async def test_the_next_count_begins_before_the_oldest_that_is_queued(db: Databa
 
 async def test_a_count_of_nothing_begins_a_little_earlier_the_next_time(db: Database) -> None:
     """
-    A mark that is being written has an older time than the moment at which it becomes visible.
+    After an empty count the next one starts a little in the past, because a mark becomes visible
+    later than its timestamp.
     """
     await a_worker(db, queues=("default",))
 
@@ -76,7 +78,7 @@ async def test_a_count_of_nothing_begins_a_little_earlier_the_next_time(db: Data
 
 async def test_a_queue_without_a_live_worker_or_that_is_paused_is_closed(db: Database) -> None:
     """
-    Stopped and lost workers do not count.
+    A queue is closed if it is paused or has only stopped and lost workers.
     """
     stopped = await a_worker(db, queues=("stopped",))
     await workers.stop(db, stopped.id)
@@ -104,7 +106,8 @@ async def test_tasks_are_admitted_by_priority_and_then_by_due_time(db: Database)
 
 async def test_a_task_that_may_not_go_is_not_admitted(db: Database) -> None:
     """
-    It is not due, expired, on another queue, not pending, or no worker offers its name.
+    A task is not admitted if it is not due, expired, on another queue, not pending, or if no worker
+    offers its name.
     """
     await submitted(db, 1, delay_seconds=60)
     await submitted(db, 1, queue="other")
@@ -120,7 +123,7 @@ async def test_a_task_that_may_not_go_is_not_admitted(db: Database) -> None:
 
 async def test_admission_waits_for_no_lock(db: Database) -> None:
     """
-    A task that is being claimed may be listed; the claim decides.
+    Admission may list a task that is being claimed, rather than wait for it; the claim decides.
     """
     ids = await submitted(db, 3)
 
@@ -135,7 +138,8 @@ async def test_admission_waits_for_no_lock(db: Database) -> None:
 
 async def test_a_note_never_overtakes_what_happened_meanwhile(db: Database) -> None:
     """
-    The task was claimed, finished or cancelled, or waits for a retry: its hint is used up.
+    A mark changes nothing if the task was claimed, finished or cancelled meanwhile, or waits for a
+    retry: its hint is used up.
     """
     moved = [
         await a_task(db, state=State.RUNNING),
@@ -152,7 +156,8 @@ async def test_a_note_never_overtakes_what_happened_meanwhile(db: Database) -> N
 
 async def test_a_note_counts_only_for_the_attempt_that_its_hint_was_for(db: Database) -> None:
     """
-    It was sent, claimed, failed and is due again: its hint is used up, so another must be sent.
+    A task that was sent, claimed, failed and is due again has used up its hint, so the old mark
+    does not count and another hint must be sent.
     """
     task = await a_task(db)
     sent = await as_sent(db, [task.id])
@@ -172,7 +177,7 @@ async def test_a_note_counts_only_for_the_attempt_that_its_hint_was_for(db: Data
 
 async def test_notes_and_claims_that_race_leave_no_task_behind(db: Database) -> None:
     """
-    Each task is claimed exactly once, whether its hint or its mark came first.
+    Each task is claimed exactly once, whether its hint or its mark comes first.
     """
     ids = await submitted(db, 600)
     batches = [ids[i : i + 20] for i in range(0, len(ids), 20)]
@@ -194,7 +199,8 @@ async def test_notes_and_claims_that_race_leave_no_task_behind(db: Database) -> 
 
 async def test_a_worker_declines_only_what_it_does_not_offer(db: Database) -> None:
     """
-    The task is due again after the delay, without a failure; tasks that it offers stay queued.
+    A declined task is due again after the delay, without a failure; tasks that the worker offers
+    stay queued.
     """
     unknown = await a_task(db, state=State.QUEUED, name="other")
     known = await a_task(db, state=State.QUEUED)
@@ -217,7 +223,7 @@ async def test_a_task_may_be_declined_before_the_note_that_its_hint_was_sent(
     db: Database,
 ) -> None:
     """
-    The mark, when it comes, does not make it wait for a hint that is used up.
+    A mark that comes after the decline does not make the task wait for a hint that is used up.
     """
     task = await a_task(db, name="other")
     sent = await as_sent(db, [task.id])
@@ -235,7 +241,7 @@ async def test_a_task_that_waits_for_a_retry_is_not_hurried_by_a_worker_that_dec
     db: Database,
 ) -> None:
     """
-    The hint that the worker declines is an old one.
+    Declining an old hint does not change when the retry is due.
     """
     task = await a_task(db, name="other", attempt=1, due_in_seconds=30)
     before = await row_of(db, task.id)
@@ -253,8 +259,8 @@ async def test_a_queued_task_is_lost_only_beyond_what_rabbitmq_still_holds(
     db: Database, ready: int, limit: int, expected: int
 ) -> None:
     """
-    Of five tasks, one of them young, as many stay as there are messages; the oldest go first.
-    Otherwise the messages of young tasks would hide the loss of old ones.
+    Of five queued tasks, one of them young, as many stay as there are messages, and the oldest
+    count as lost first. Otherwise the messages of young tasks would hide the loss of old ones.
     """
     old = [await a_task(db, state=State.QUEUED) for _ in range(4)]
     for age, task in enumerate(reversed(old), start=31):
@@ -275,7 +281,7 @@ async def test_a_queued_task_is_lost_only_beyond_what_rabbitmq_still_holds(
 
 async def test_a_task_that_was_queued_once_can_be_admitted_again(db: Database) -> None:
     """
-    It can after a lost hint, after a retry and after a release.
+    A task can be admitted again after a lost hint, a retry and a release.
     """
     lost = await a_task(db, state=State.QUEUED)
     await hints.unqueue_lost(db, queue="default", older_than_seconds=0, ready=0, limit=1)

@@ -31,7 +31,7 @@ RACES = 1_000
 @pytest.mark.parametrize("state", [State.PENDING, State.QUEUED])
 async def test_a_waiting_task_is_cancelled_immediately(db: Database, state: State) -> None:
     """
-    It never starts, and its failure says why.
+    A cancelled task never starts, and its failure says why.
     """
     task = await a_task(db, state=state)
 
@@ -46,7 +46,7 @@ async def test_a_waiting_task_is_cancelled_immediately(db: Database, state: Stat
 @pytest.mark.parametrize("state", sorted(TERMINAL))
 async def test_a_finished_task_cannot_be_cancelled(db: Database, state: State) -> None:
     """
-    The refusal names the state it is in.
+    The refusal names the task's state.
     """
     task = await a_task(db, state=state)
 
@@ -63,8 +63,8 @@ async def test_of_a_cancellation_and_an_attempt_that_race_one_wins(db: Database)
     """
     A thousand tasks are each claimed and settled while they are being cancelled.
 
-    CANCELLED means that no attempt completed, IllegalTransition that one did, RUNNING that the
-    worker was asked to stop. No such answer is contradicted later.
+    The answer CANCELLED means that no attempt completed, IllegalTransition that one did, RUNNING
+    that the worker was asked to stop. No answer is contradicted later.
     """
     ids = await submitted(db, RACES)
     random.seed(1)
@@ -100,7 +100,7 @@ async def test_of_a_cancellation_and_an_attempt_that_race_one_wins(db: Database)
         if end not in _possible_ends(event, bool(written), answer)  # type: ignore[arg-type]
     ]
     assert [] == wrong
-    # The race was one: each side won some.
+    # It was a real race: each side won some.
     assert {State.CANCELLED} < set(ends)
 
 
@@ -108,7 +108,8 @@ async def test_a_cancellation_waits_for_a_settlement_that_is_being_committed(
     db: Database,
 ) -> None:
     """
-    It does not overwrite the row, which has moved to the finished tasks meanwhile.
+    The cancellation does not overwrite the row, which the settlement has moved to the finished
+    tasks.
     """
     task = await a_task(db, state=State.RUNNING)
     assert task.lease_id
@@ -125,7 +126,7 @@ async def test_a_cancellation_waits_for_a_settlement_that_is_being_committed(
 
 async def test_a_claim_waits_for_a_cancellation_that_is_being_committed(db: Database) -> None:
     """
-    Then it finds nothing to run.
+    After waiting for the cancellation, the claim finds nothing to run.
     """
     task = await a_task(db)
     async with db.transaction() as cancelling:
@@ -139,7 +140,7 @@ async def test_a_claim_waits_for_a_cancellation_that_is_being_committed(db: Data
 
 async def test_cancelling_twice_changes_nothing_more(db: Database) -> None:
     """
-    The second call is refused: the task is finished.
+    The second cancellation is refused, because the task is finished.
     """
     task = await a_task(db)
     await steer.cancel(db, 1, task.id)

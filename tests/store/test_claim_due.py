@@ -41,7 +41,7 @@ async def claimed_one_by_one(db: Database, **changes: object) -> list[UUID]:
 
 async def test_a_claim_carries_all_that_an_attempt_needs(db: Database) -> None:
     """
-    The row says the same: running, under this lease, for this worker.
+    The claim and the row agree: running, under this lease, for this worker.
     """
     lease_id, worker_id = uuid4(), uuid4()
     (task_id,) = await submitted(db, 1, max_attempts=3)
@@ -72,7 +72,7 @@ async def test_a_claim_carries_all_that_an_attempt_needs(db: Database) -> None:
 
 async def test_the_handlers_policy_fills_in_what_the_task_left_open(db: Database) -> None:
     """
-    The task's own numbers win, and the numbers of the first claim stay.
+    The task's own numbers win over the policy's, and the numbers of the first claim stay.
     """
     await submitted(db, 1, max_attempts=2, timeout_seconds=1.5)
     await submitted(db, 1)
@@ -131,7 +131,8 @@ async def test_queues_take_turns_in_the_order_given(db: Database) -> None:
 
 async def test_a_task_that_is_not_due_is_never_claimed(db: Database) -> None:
     """
-    Neither is one that expired, is on another queue, or has a name that is not offered.
+    A task is not claimed if it is not due, has expired, is on another queue, or has a name that is
+    not offered.
     """
     await submitted(db, 2, delay_seconds=60)
     await submitted(db, 1, queue="other")
@@ -155,7 +156,7 @@ async def test_only_pending_tasks_are_claimed_as_due(db: Database, state: State)
 
 async def test_a_paused_queue_starts_nothing_until_it_is_resumed(db: Database) -> None:
     """
-    It does not hold up other queues.
+    A paused queue starts nothing until it is resumed, and does not hold up other queues.
     """
     (held,) = await submitted(db, 1, queue="a", priority=9)
     (other,) = await submitted(db, 1, queue="b")
@@ -170,7 +171,7 @@ async def test_a_paused_queue_starts_nothing_until_it_is_resumed(db: Database) -
 
 async def test_a_queue_that_was_never_paused_can_be_resumed(db: Database) -> None:
     """
-    Pausing it twice keeps the first time.
+    Resuming a queue that was never paused is allowed; pausing twice keeps the first time.
     """
     await queues.resume(db, "a")
     await queues.pause(db, "a")
@@ -205,7 +206,7 @@ async def test_concurrent_claimers_never_take_a_task_twice(db: Database) -> None
 
 async def test_a_claimer_steps_over_rows_that_another_one_holds(db: Database) -> None:
     """
-    It takes the next rows without waiting.
+    A claimer takes the next rows without waiting for locked ones.
     """
     ids = await submitted(db, 4)
 
@@ -220,7 +221,7 @@ async def test_a_claimer_steps_over_rows_that_another_one_holds(db: Database) ->
 
 async def test_a_claim_that_is_rolled_back_leaves_the_task_pending(db: Database) -> None:
     """
-    The attempt is not counted.
+    After a rollback the task is pending, and the attempt is not counted.
     """
     (task_id,) = await submitted(db, 1)
     before = await row_of(db, task_id)
@@ -251,9 +252,9 @@ async def test_a_released_task_keeps_its_place_and_a_retried_one_waits(db: Datab
     assert 29 < (retried.run_at - claim.claimed_at).total_seconds() < 40
 
 
-async def test_nothing_is_claimed_by_nobody(db: Database) -> None:
+async def test_a_claim_without_offers_queues_or_slots_is_empty(db: Database) -> None:
     """
-    Without offers, queues or room there are no claims and no error.
+    Without offers, queues or free slots a claim returns nothing and raises nothing.
     """
     await submitted(db, 1)
 
@@ -264,7 +265,7 @@ async def test_nothing_is_claimed_by_nobody(db: Database) -> None:
 
 async def test_a_name_offered_twice_is_claimed_once(db: Database) -> None:
     """
-    A worker that repeats a name claims nothing twice.
+    A worker that lists a name twice claims no task twice.
     """
     task = new_task()
     await submit.submit(db, [task])

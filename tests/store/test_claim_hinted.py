@@ -20,8 +20,8 @@ from tests.support.waiting import until_someone_waits_for_a_lock
 
 async def test_hints_that_cannot_be_followed_are_left_alone(db: Database) -> None:
     """
-    They are duplicates, unknown ids, or name finished, running, expired or foreign tasks, or tasks
-    that are not due.
+    Hints are ignored if they are duplicates, unknown ids, or name tasks that are finished, running,
+    expired, foreign or not due.
     """
     good = await a_task(db, state=State.QUEUED)
     others = [
@@ -46,7 +46,7 @@ async def test_hints_that_cannot_be_followed_are_left_alone(db: Database) -> Non
 
 async def test_a_hint_may_overtake_the_relays_note(db: Database) -> None:
     """
-    A pending task is claimed; the mark that comes later changes nothing.
+    A hint claims a pending task, and the mark that comes later changes nothing.
     """
     task = await a_task(db)
 
@@ -60,7 +60,8 @@ async def test_a_hint_may_overtake_the_relays_note(db: Database) -> None:
 
 async def test_a_hint_waits_for_a_note_that_is_being_committed(db: Database) -> None:
     """
-    Skipping the locked row would lose the hint and delay the task by half a minute.
+    A claim waits for the row's lock; skipping the row would lose the hint and delay the task by
+    half a minute.
     """
     task = await a_task(db)
 
@@ -76,7 +77,7 @@ async def test_concurrent_claimers_of_the_same_hints_never_take_a_task_twice(
     db: Database,
 ) -> None:
     """
-    Every hint is delivered to four workers, in different orders and batches.
+    Of four workers that get every hint, in different orders and batches, one claims the task.
     """
     ids = await submitted(db, 1_500, name="a") + await submitted(db, 1_500, name="b")
     offers = [Offer("a", 5, 900.0), Offer("b", 5, 900.0)]
@@ -113,6 +114,6 @@ async def test_each_claim_call_has_one_lease_for_all_its_tasks(
 
 async def test_no_hints_claim_nothing(db: Database) -> None:
     """
-    An empty batch is fine.
+    An empty batch claims nothing and raises nothing.
     """
     assert [] == await claimed(db)

@@ -1,5 +1,5 @@
 """
-The cost of a new column of tasks: they are declared once.
+The cost of a new column of `tasks`: columns are declared once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NEW_LINES = {
         ("    generation: int = Field(", "    color: str | None\n"),
     ],
 }
-"""What adding a nullable column takes beside its migration: lines to add, each by its neighbour."""
+"""The lines that a nullable column needs besides its migration, each with its neighbour."""
 
 JOURNEY = """
 import asyncio, json, sys
@@ -106,7 +106,8 @@ print(json.dumps(asyncio.run(journey(sys.argv[1]))))
 
 def test_a_nullable_column_is_added_in_four_places(database_url: str, tmp_path: Path) -> None:
     """
-    With these lines alone it is submitted over HTTP, stored, shown, listed, described and claimed.
+    With these lines alone, the column is submitted over HTTP, stored, shown, listed, described and
+    claimed.
     """
     copy = tmp_path / "asyncflow"
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))

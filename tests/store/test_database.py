@@ -1,5 +1,5 @@
 """
-The pool: bounded, honest about failures, and intact after every outage.
+The pool is bounded, reports failures accurately, and is intact after every outage.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ async def small(shared_database_url: str) -> AsyncIterator[Database]:
 
 async def backends(db: Database, name: str = "small") -> int:
     """
-    How many connections PostgreSQL counts under this name.
+    Number of connections that PostgreSQL reports under this name.
     """
     count: int = await db.fetchval(
         "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", name
@@ -46,7 +46,7 @@ async def backends(db: Database, name: str = "small") -> int:
 
 async def serves(db: Database) -> bool:
     """
-    Whether the database takes writes now.
+    Whether the database accepts writes now.
     """
     try:
         await upkeep.probe(db)
@@ -59,7 +59,7 @@ async def test_a_pool_never_opens_more_connections_than_its_size(
     db: Database, small: Database
 ) -> None:
     """
-    Any number of callers wait for their turn.
+    However many callers there are, they wait for their turn.
     """
     waits = [small.fetchval("SELECT pg_sleep(0.02)") for _ in range(20)]
 
@@ -70,7 +70,7 @@ async def test_a_pool_never_opens_more_connections_than_its_size(
 
 async def test_waiting_for_a_connection_ends_after_the_timeout(small: Database) -> None:
     """
-    The caller learns that the store is busy; the pool is intact afterwards.
+    A caller that waits too long learns that the store is busy; the pool is intact afterwards.
     """
     async with small.transaction(), small.transaction():
         with pytest.raises(StoreUnavailable):
@@ -81,7 +81,7 @@ async def test_waiting_for_a_connection_ends_after_the_timeout(small: Database) 
 
 async def test_a_statement_ends_after_the_timeout(db: Database, small: Database) -> None:
     """
-    PostgreSQL stops working on it as well, and the connection is used again.
+    PostgreSQL stops executing the statement too, and the connection is reused.
     """
     await small.fetchval("SELECT 1")
 
@@ -95,11 +95,12 @@ async def test_a_statement_ends_after_the_timeout(db: Database, small: Database)
     )
 
 
-async def test_callers_that_give_up_leak_no_connections(
+async def test_cancelled_callers_leak_no_connections(
     db: Database, shared_database_url: str
 ) -> None:
     """
-    They are cancelled while they wait for a connection, for an answer, or inside a transaction.
+    Callers that are cancelled while they wait for a connection, for an answer, or inside a
+    transaction leak no connection.
     """
 
     async def in_transaction(pool: Database) -> None:
@@ -129,7 +130,7 @@ async def test_callers_that_give_up_leak_no_connections(
 
 async def test_a_deadlock_is_tried_again(fresh_db: Database) -> None:
     """
-    PostgreSQL rolls back one side, and that side's caller does not notice.
+    PostgreSQL rolls back one side, which is retried without its caller noticing.
     """
     first, second = sorted(await _two_tasks(fresh_db))
     touch = "UPDATE asyncflow.tasks SET run_at = run_at WHERE id = $1"
@@ -148,7 +149,7 @@ async def test_a_deadlock_is_tried_again(fresh_db: Database) -> None:
             )
         )
         await until_someone_waits_for_a_lock(fresh_db)
-        # Whoever looks first finds the deadlock; make it the other side.
+        # The side that checks first detects the deadlock; make it the other one.
         await other.execute("SET LOCAL deadlock_timeout = '60s'")
         await other.execute(touch, first)
 
@@ -158,7 +159,8 @@ async def test_a_deadlock_is_tried_again(fresh_db: Database) -> None:
 
 async def test_a_row_that_moved_away_while_we_waited_is_looked_up_again(db: Database) -> None:
     """
-    PostgreSQL reports a row that changed its partition as a serialization failure.
+    PostgreSQL reports a row that changed its partition as a serialization failure, which is
+    retried.
     """
     task = await a_task(db, state=State.RUNNING)
     assert task.lease_id
@@ -199,7 +201,8 @@ async def test_a_pool_comes_back_after_every_way_a_server_can_end(
     postgres_server: PostgresServer, shared_database_url: str
 ) -> None:
     """
-    It is stopped, killed and started again: callers see only StoreUnavailable, then continue.
+    When the server is stopped, killed and started again, callers see only StoreUnavailable, then
+    continue.
     """
     async with Database(shared_database_url, size=4, timeout_seconds=5) as db:
         for end in (
@@ -263,15 +266,15 @@ MISSING = (
         'no partition of relation "tasks" found for row',
     ),
 )
-"""How an administrator takes something away, how it comes back, and what a submission hears."""
+"""How an administrator takes something away, how it is restored, and the error of a submission."""
 
 
 async def test_what_is_missing_is_named_and_waited_out(
     postgres_server: PostgresServer, database_url: str
 ) -> None:
     """
-    The error names the missing right, table or column, and the same connection serves once it is
-    back.
+    The error names the missing privilege, table or column, and the same connection works once it is
+    restored.
     """
     async with (
         administrator(postgres_server, database_url) as admin,
@@ -296,7 +299,7 @@ async def test_a_pool_serves_a_schema_that_was_dropped_and_made_again(
     fresh_db: Database, database_url: str
 ) -> None:
     """
-    Every table has another OID then; statements that were prepared before still work.
+    Prepared statements still work after every table got a new OID.
     """
     await submit.submit(fresh_db, [new_task()])
     await fresh_db.execute("DROP SCHEMA asyncflow CASCADE")
@@ -313,7 +316,7 @@ async def test_a_plan_that_is_out_of_date_is_made_again(
     fresh_db: Database,
 ) -> None:
     """
-    PostgreSQL refuses a cached plan whose columns have changed type since.
+    A cached plan that PostgreSQL refuses, because column types have changed, is made again.
     """
     await fresh_db.execute("CREATE TABLE asyncflow.changing AS SELECT 1 AS what")
     read = "SELECT what FROM asyncflow.changing"
@@ -329,7 +332,7 @@ async def test_connections_that_a_firewall_forgot_cost_one_timeout(
     shared_database_url: str,
 ) -> None:
     """
-    The first caller to use one fails within the timeout, and all other connections are replaced.
+    The first caller to use a dead connection fails within the timeout, and all others are replaced.
     """
     seconds = 3.0
     async with (
@@ -349,12 +352,12 @@ async def test_connections_that_a_firewall_forgot_cost_one_timeout(
         assert took < 1.5 * seconds
 
 
-async def test_a_caller_that_gives_up_on_a_dead_connection_is_free_at_once(
+async def test_a_cancelled_caller_does_not_wait_for_a_dead_connection(
     shared_database_url: str,
 ) -> None:
     """
-    A readiness probe does not wait for PostgreSQL to confirm the cancellation of a statement that
-    never reached it.
+    A cancelled caller, such as a readiness probe, does not wait for PostgreSQL to confirm the
+    cancellation of a statement that never arrived.
     """
     async with (
         laid({"postgres": shared_database_url}) as wires,
@@ -373,7 +376,7 @@ async def test_a_caller_that_gives_up_on_a_dead_connection_is_free_at_once(
 
 async def test_a_slow_statement_costs_no_other_connection(db: Database, small: Database) -> None:
     """
-    PostgreSQL confirms its end, so nothing is wrong with the connections.
+    PostgreSQL confirms that the slow statement ended, so no connection is replaced.
     """
     async with small.transaction() as one, small.transaction() as other:
         before = {await c.fetchval("SELECT pg_backend_pid()") for c in (one, other)}
@@ -388,7 +391,7 @@ async def test_a_slow_statement_costs_no_other_connection(db: Database, small: D
 
 async def test_a_broken_connection_has_the_others_replaced(db: Database, small: Database) -> None:
     """
-    They were opened before it broke, and are most likely broken too.
+    Connections opened before one broke are replaced, since they are most likely broken too.
     """
     async with small.transaction() as one, small.transaction() as other:
         before = {await c.fetchval("SELECT pg_backend_pid()") for c in (one, other)}
@@ -411,8 +414,7 @@ async def test_the_kernel_looks_after_connections_that_say_nothing(
     shared_database_url: str,
 ) -> None:
     """
-    Keepalives prevent a firewall from dropping a connection, and end one whose other end has
-    vanished.
+    Keepalives keep firewalls from dropping idle connections, and end those whose peer has vanished.
     """
     async with (
         laid({"postgres": shared_database_url}) as wires,
@@ -432,7 +434,7 @@ async def test_the_kernel_looks_after_connections_that_say_nothing(
 
 async def test_a_refusal_names_the_constraint_and_no_value(db: Database) -> None:
     """
-    Values may be payloads, and errors end up in logs.
+    The error names the constraint but no value: values may be payloads, and errors end up in logs.
     """
     with pytest.raises(StatementRefused) as refusal:
         await submit.submit(db, [new_task(payload='{"card": "4111"}', priority=10)])
@@ -444,7 +446,7 @@ async def test_a_refusal_names_the_constraint_and_no_value(db: Database) -> None
 
 async def test_a_database_that_does_not_exist_is_unavailable(shared_database_url: str) -> None:
     """
-    It may be created soon.
+    A missing database counts as unavailable, because it may be created soon.
     """
     url = shared_database_url.replace("/test_", "/missing_")
     async with Database(url) as db:
@@ -454,7 +456,7 @@ async def test_a_database_that_does_not_exist_is_unavailable(shared_database_url
 
 async def test_an_argument_that_can_never_be_right_is_no_outage(db: Database) -> None:
     """
-    Waiting for the database would not help, so the error is raised as it is.
+    An argument that can never be valid raises its own error, since waiting would not help.
     """
     for wrong in ("\ud800", "\x00", 7):
         with pytest.raises(StatementRefused):
@@ -465,7 +467,8 @@ async def test_the_store_works_without_prepared_statements(
     shared_database_url: str, db: Database
 ) -> None:
     """
-    Behind a pooler in transaction mode there are neither prepared statements nor session settings.
+    The store works behind a pooler in transaction mode, without prepared statements or session
+    settings.
     """
     async with Database(shared_database_url, size=2, pooler=True) as pooled:
         done = await a_task(pooled, state=State.COMPLETED, attempt=2)
@@ -482,7 +485,7 @@ async def test_the_store_works_without_prepared_statements(
 
 async def test_an_open_database_may_be_closed_twice(shared_database_url: str) -> None:
     """
-    One that was never opened may be closed as well.
+    A database may be closed twice, and also if it was never opened.
     """
     db = Database(shared_database_url)
     await db.close()

@@ -1,6 +1,6 @@
 """
-A database URL's parameters are taken, ignored or refused by name, and never sent to a server that
-does not know them.
+Parameters of a database URL are accepted, ignored or refused by name, and never sent to a server
+that does not know them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def query_of(query: str) -> dict[str, str]:
 )
 def test_a_url_that_asyncpg_takes_is_left_as_it_is(url: str) -> None:
     """
-    So are sockets and several hosts, which is how a failover is followed.
+    A URL that asyncpg accepts is unchanged, including sockets and multiple hosts for failover.
     """
     (dsn,) = connection_arguments(url).values()
 
@@ -65,9 +65,10 @@ def test_a_url_that_asyncpg_takes_is_left_as_it_is(url: str) -> None:
     "url",
     ["", "mysql://host/db", "postgresql://host:port/db", "postgresql://me:a@b:s3cret/d@host/db"],
 )
-def test_a_url_that_is_none_is_refused_before_anything_starts(url: str) -> None:
+def test_an_invalid_url_is_refused_before_anything_starts(url: str) -> None:
     """
-    The refusal names its setting, and says what to do about special characters.
+    An invalid URL is refused before startup, naming the setting and what to do about special
+    characters.
     """
     with pytest.raises(
         InvalidSettings, match=r"ASYNCFLOW_DATABASE_URL.*percent-encoded"
@@ -79,7 +80,7 @@ def test_a_url_that_is_none_is_refused_before_anything_starts(url: str) -> None:
 
 async def test_providers_urls_connect(database_url: str) -> None:
     """
-    They contain parameters that Neon, libpq and others add and that mean nothing here.
+    URLs connect that contain parameters of Neon, libpq and others that have no meaning here.
     """
     needless = {
         name: parameter.values[0] if parameter.values else "1"
@@ -97,7 +98,7 @@ async def test_providers_urls_connect(database_url: str) -> None:
 
 async def test_options_reach_the_server(database_url: str) -> None:
     """
-    `options=-c …` is a server's setting for the session.
+    `options=-c …` sets a server parameter for the session.
     """
     async with Database(f"{database_url}&options=-c%20geqo%3Doff") as db:
         assert "off" == await db.fetchval("SHOW geqo")
@@ -108,7 +109,7 @@ async def test_options_reach_the_server(database_url: str) -> None:
 )
 def test_what_cannot_be_honoured_is_refused_by_name(name: str) -> None:
     """
-    One sentence says what to do instead.
+    The refusal names the parameter and says in one sentence what to do instead.
     """
     (mistake,) = mistakes(f"{name}=x")
 
@@ -122,7 +123,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str) -> None:
 )
 def test_a_value_that_cannot_be_honoured_is_refused_by_name(name: str) -> None:
     """
-    The value is not repeated.
+    The refusal names the parameter and does not repeat its value.
     """
     (mistake,) = mistakes(f"{name}=xyzzy")
 
@@ -150,7 +151,7 @@ def test_a_value_that_cannot_be_honoured_is_refused_by_name(name: str) -> None:
 )
 def test_each_mistake_says_what_would_have_worked(query: str, sentence: str) -> None:
     """
-    There is no traceback, and the value is not repeated.
+    Each mistake is reported with what would have worked, without a traceback or the value.
     """
     (mistake,) = mistakes(query)
 
@@ -158,16 +159,16 @@ def test_each_mistake_says_what_would_have_worked(query: str, sentence: str) -> 
     assert "xyzzy" not in mistake
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_together() -> None:
     """
-    Each has its own sentence.
+    All mistakes are reported together, each in its own sentence.
     """
     assert 2 == len(mistakes("ssl=true&schema=x"))
 
 
 def test_a_file_that_holds_no_certificate_is_named(tmp_path: Path) -> None:
     """
-    Otherwise every attempt to connect would fail.
+    A file without a certificate is named at startup, rather than failing every connection attempt.
     """
     file = tmp_path / "x.pem"
     file.write_text("nothing")
@@ -181,7 +182,7 @@ def test_a_check_of_certificates_needs_an_authority(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    It is named in the URL, or is at libpq's default path.
+    Certificate verification needs an authority, from the URL or libpq's default path.
     """
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("PGSSLROOTCERT", raising=False)
@@ -220,7 +221,7 @@ def test_every_parameter_of_asyncpg_is_known() -> None:
 
 def test_the_list_of_parameters_in_the_documentation_is_true() -> None:
     """
-    It names each parameter and what becomes of it.
+    The documentation lists each parameter and what happens to it.
     """
     text = (ROOT / "docs" / "operations.md").read_text()
     listed = {

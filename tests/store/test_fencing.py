@@ -30,7 +30,7 @@ async def test_a_lease_that_was_lost_settles_nothing_in_any_state(
     db: Database, state: State, event: Event
 ) -> None:
     """
-    The task went on without the stale worker, through another claim, to any state.
+    A lost lease settles nothing, whatever state the task has reached through another claim.
     """
     task = await a_task(db)
     (stale,) = await claimed(db, task.id)
@@ -47,7 +47,7 @@ async def test_a_lease_that_was_lost_settles_nothing_in_any_state(
 @pytest.mark.parametrize("event", SETTLEMENTS)
 async def test_a_lease_settles_only_once(db: Database, event: Event) -> None:
     """
-    Repeating a settlement whose answer was lost changes nothing more.
+    Repeating a settlement whose answer was lost changes nothing further.
     """
     task = await a_task(db, state=State.RUNNING)
     assert task.lease_id
@@ -66,7 +66,8 @@ async def test_a_record_tells_what_was_written_under_a_lease_and_nothing_else(
     db: Database, event: Event
 ) -> None:
     """
-    A caller that repeats a settlement learns whether it was written, however the task went on.
+    A caller that repeats a settlement learns whether it was written, whatever happened to the task
+    since.
     """
     task = await a_task(db, state=State.RUNNING)
     assert task.lease_id
@@ -87,7 +88,7 @@ async def test_a_record_tells_what_was_written_under_a_lease_and_nothing_else(
 
 async def recorded(db: Database, task_id: UUID, lease_id: UUID) -> set[Event]:
     """
-    The settlements that the record confirms.
+    The settlements confirmed by the record.
     """
     told = await settle.recorded(db, [Settling(task_id, lease_id, s) for s in SETTLEMENTS.values()])
     return {event for event, is_so in zip(SETTLEMENTS, told, strict=True) if is_so}
@@ -95,7 +96,7 @@ async def recorded(db: Database, task_id: UUID, lease_id: UUID) -> set[Event]:
 
 async def test_a_stale_worker_cannot_settle_a_task_that_it_claimed_again(db: Database) -> None:
     """
-    The fence is the lease, not the worker: an older claim of the same worker is void, too.
+    The fence is the lease, not the worker: an older claim of the same worker is void too.
     """
     worker_id = uuid4()
     task = await a_task(db)
@@ -117,7 +118,7 @@ async def test_a_stale_worker_cannot_settle_a_task_that_it_claimed_again(db: Dat
 
 async def test_a_stale_worker_cannot_report_progress(db: Database) -> None:
     """
-    Its report about a task that another worker runs is not shown.
+    A stale worker's progress report on a task that another worker runs is not shown.
     """
     task = await a_task(db)
     (stale,) = await claimed(db, task.id)
@@ -134,7 +135,8 @@ async def test_the_reaper_cannot_take_a_task_that_was_claimed_after_it_looked(
     db: Database,
 ) -> None:
     """
-    Its list of lost leases is out of date when it settles them; the fence protects the new claim.
+    The reaper's list of lost leases may be outdated when it settles them; the fence protects the
+    new claim.
     """
     worker = await a_worker(db)
     task = await a_task(db, state=State.RUNNING, worker_id=worker.id)
@@ -151,7 +153,7 @@ async def test_the_reaper_cannot_take_a_task_that_was_claimed_after_it_looked(
 
 async def test_a_worker_whose_lease_was_reaped_cannot_settle(db: Database) -> None:
     """
-    The reaper was first, and the worker that wakes up again learns that its result is void.
+    A worker that wakes up after the reaper settled its lease learns that its result is void.
     """
     task = await a_task(db, state=State.RUNNING)
     (lost,) = await upkeep.lost_leases(db, limit=10)

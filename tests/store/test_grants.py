@@ -1,5 +1,5 @@
 """
-`asyncflow grants` prints exactly the rights that our statements need, and read-only rights where
+`asyncflow grants` prints exactly the privileges that AsyncFlow's statements need, read-only where
 only migrations write.
 """
 
@@ -34,7 +34,7 @@ async def granted_url(empty_database_url: str, role_url: str) -> str:
 
 async def run(url: str, statements: str) -> None:
     """
-    Run a script as a person at a prompt would.
+    Run a script as an operator at a prompt would.
     """
     connection = await asyncpg.connect(url)
     try:
@@ -45,7 +45,7 @@ async def run(url: str, statements: str) -> None:
 
 async def refused(db: Database) -> set[str]:
     """
-    The statements that the role lacks a right for; none of them is executed.
+    The statements that the role lacks a privilege for; none of them is executed.
     """
     connection = await db.connect("test")
     found = set()
@@ -64,7 +64,7 @@ async def refused(db: Database) -> set[str]:
 
 async def test_every_statement_may_be_run(granted_url: str) -> None:
     """
-    These are the statements of API, workers, maintenance and the command line.
+    The granted role may run every statement of API, workers, maintenance and the command line.
     """
     async with Database(granted_url) as db:
         assert set() == await refused(db)
@@ -80,8 +80,8 @@ async def test_every_statement_may_be_run(granted_url: str) -> None:
 
 async def test_the_check_notices_a_missing_right(empty_database_url: str, granted_url: str) -> None:
     """
-    The start check names it, with the command that helps; otherwise this check would prove
-    nothing.
+    The startup check names a missing privilege and the command that helps; if it did not, the tests
+    above would prove nothing.
     """
     role = urlsplit(granted_url).username
     await run(empty_database_url, f"REVOKE DELETE ON asyncflow.attempts FROM {role}")
@@ -100,7 +100,7 @@ async def test_tables_of_later_migrations_are_included(
     empty_database_url: str, granted_url: str
 ) -> None:
     """
-    No grants are needed after an upgrade.
+    The grants cover tables of later migrations, so an upgrade needs no new ones.
     """
     await run(empty_database_url, "CREATE TABLE asyncflow.later (a int)")
 
@@ -109,7 +109,7 @@ async def test_tables_of_later_migrations_are_included(
 
 async def test_the_schema_version_is_only_read(granted_url: str) -> None:
     """
-    A working role must not be able to change the recorded version.
+    The granted role can read the recorded schema version but not change it.
     """
     with pytest.raises(PRIVILEGE):
         await run(granted_url, "UPDATE asyncflow.schema_version SET version_num = '9999'")
@@ -117,7 +117,7 @@ async def test_the_schema_version_is_only_read(granted_url: str) -> None:
 
 def test_a_role_of_any_name_is_quoted() -> None:
     """
-    The name is quoted as PostgreSQL requires.
+    Any role name is quoted as PostgreSQL requires.
     """
     assert 'TO "app-role";' in grants_for("app-role")
     assert 'TO "a""; DROP TABLE x; --";' in grants_for('a"; DROP TABLE x; --')

@@ -50,7 +50,7 @@ OURS = Expected(pooler=False, timeout_seconds=10.0, connections=10)
 
 def bad(facts: Facts, expected: Expected = OURS) -> Finding:
     """
-    The one finding that is not good.
+    The only finding that reports a problem.
     """
     (finding,) = [f for f in judged(facts, expected) if f.verdict is not Verdict.OK]
     return finding
@@ -58,7 +58,7 @@ def bad(facts: Facts, expected: Expected = OURS) -> Finding:
 
 def test_a_good_server_has_only_good_findings() -> None:
     """
-    Otherwise every start would warn.
+    A good server has no warnings, which would otherwise appear at every start.
     """
     assert {Verdict.OK} == {finding.verdict for finding in judged(GOOD, OURS)}
 
@@ -174,7 +174,7 @@ def test_a_good_server_has_only_good_findings() -> None:
         ({"clock_ahead_seconds": -7.0}, "clock", "doubtful", False, "7 seconds behind", "Sync"),
     ],
 )
-def test_each_thing_that_is_wrong_is_named_with_its_mend(
+def test_each_problem_is_named_with_its_remedy(
     change: dict[str, Any], what: str, verdict: str, may_pass: bool, fact: str, mend: str
 ) -> None:
     """
@@ -193,7 +193,7 @@ def test_each_thing_that_is_wrong_is_named_with_its_mend(
 
 def test_a_schema_that_may_not_be_used_is_a_matter_of_rights() -> None:
     """
-    The remedy is not to migrate a schema that exists.
+    The remedy for a schema without privileges is a grant, not a migration.
     """
     facts = replace(GOOD, may_use_namespace=False, schema=None)
 
@@ -202,9 +202,9 @@ def test_a_schema_that_may_not_be_used_is_a_matter_of_rights() -> None:
     assert ["Role app lacks USAGE on schema asyncflow."] == [f.sentence for f in wrong]
 
 
-def test_a_pooler_that_is_none_is_doubtful() -> None:
+def test_a_declared_pooler_that_is_not_there_is_a_warning() -> None:
     """
-    The setting costs wake-ups and session locks.
+    Declaring a pooler that is not there is a warning: the setting costs wake-ups and session locks.
     """
     finding = bad(GOOD, replace(OURS, pooler=True))
 
@@ -214,7 +214,8 @@ def test_a_pooler_that_is_none_is_doubtful() -> None:
 
 def test_only_what_does_not_pass_by_itself_is_refused() -> None:
     """
-    A standby may be promoted; an encoding stays.
+    A standby may be promoted, so it is waited for; a wrong encoding never changes, so it is
+    refused.
     """
     refuse_unfit(judged(replace(GOOD, is_standby=True), OURS))
 
@@ -232,7 +233,7 @@ async def inspected(db: Database) -> dict[str, Finding]:
 
 async def test_the_server_of_the_tests_is_fit(db: Database) -> None:
     """
-    The facts are read correctly on every supported version.
+    The facts are read correctly on every supported version, and the test server passes.
     """
     findings = await inspected(db)
 
@@ -242,7 +243,7 @@ async def test_the_server_of_the_tests_is_fit(db: Database) -> None:
 
 async def test_what_is_set_for_the_database_is_seen(fresh_db: Database, database_url: str) -> None:
     """
-    The facts are those of our own sessions, wherever a setting comes from.
+    The facts are those of our own sessions, wherever a setting is made.
     """
     name = await fresh_db.fetchval("SELECT current_database()")
     for setting in (
@@ -264,7 +265,8 @@ async def test_what_is_set_for_the_database_is_seen(fresh_db: Database, database
 
 async def test_a_database_that_does_not_exist_is_named(postgres_server: PostgresServer) -> None:
     """
-    The remedy is the statement that creates it; a starting process waits for it.
+    The remedy for a missing database is the statement that creates it; a starting process waits for
+    it.
     """
     url = postgres_server.cluster.url.replace("/postgres?", "/absent?")
     async with Database(url) as db:
@@ -277,7 +279,7 @@ async def test_a_database_that_does_not_exist_is_named(postgres_server: Postgres
 
 async def test_a_server_that_is_away_is_waited_for() -> None:
     """
-    It may be starting.
+    A server that does not answer is waited for, since it may be starting.
     """
     async with Database("postgresql://nobody@127.0.0.1:1/nothing") as db:
         (finding,) = await inspect(db, timeout_seconds=10, connections=1)
@@ -288,7 +290,7 @@ async def test_a_server_that_is_away_is_waited_for() -> None:
 
 def test_settings_of_libpq_that_cannot_be_used_are_no_outage() -> None:
     """
-    Waiting would not help.
+    Unusable libpq settings are refused, since waiting would not help.
     """
     error = StoreUnavailable("PostgreSQL cannot serve now: …")
     error.__cause__ = asyncpg.ClientConfigurationError("`sslmode` parameter must be one of: …")
@@ -305,7 +307,8 @@ def test_settings_of_libpq_that_cannot_be_used_are_no_outage() -> None:
 )
 def test_a_connection_without_tls_is_told_apart(cause: OSError) -> None:
     """
-    It is distinct from a server that is away: the remedy is in the URL or in the certificate.
+    A TLS failure is distinguished from a server that is down: the remedy is in the URL or the
+    certificate.
     """
     error = StoreUnavailable("PostgreSQL cannot serve now: …")
     error.__cause__ = cause

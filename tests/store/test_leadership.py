@@ -1,5 +1,5 @@
 """
-One process leads, the others stand by, and a dead leader is replaced soon.
+One process leads, the others stand by, and a dead leader is replaced quickly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from tests.support.waiting import until
 
 async def test_only_one_of_many_leads(db: Database) -> None:
     """
-    The others learn immediately that another process leads.
+    All but one process learn immediately that another one leads.
     """
     async with leadership(db, purpose="one") as one, leadership(db, purpose="two") as two:
         assert one is not None
@@ -36,7 +36,7 @@ async def test_leadership_passes_on_when_the_leader_ends(db: Database) -> None:
 
 async def test_a_leader_works_on_the_connection_that_proves_it(db: Database) -> None:
     """
-    If it freezes, PostgreSQL ends the session, and with it the lock.
+    If the leader freezes, PostgreSQL ends its session, and with it the lock.
     """
     async with leadership(db, purpose="relay") as connection:
         assert connection is not None
@@ -46,9 +46,9 @@ async def test_a_leader_works_on_the_connection_that_proves_it(db: Database) -> 
         assert f"{IDLE_SECONDS_MAX}s" == limit
 
 
-async def test_behind_a_pooler_everybody_leads(shared_database_url: str) -> None:
+async def test_behind_a_pooler_every_process_leads(shared_database_url: str) -> None:
     """
-    A session lock would stay with a server connection that serves others.
+    Behind a pooler every process leads: a session lock would stay with a shared server connection.
     """
     async with Database(shared_database_url, pooler=True) as pooled:
         async with (

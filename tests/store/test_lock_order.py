@@ -1,8 +1,9 @@
 """
 Bulk statements that meet the same rows in opposite orders never deadlock.
 
-Everything that moves tasks runs concurrently over a few dozen of them, each batch in an order of
-its own. `Database` would retry a deadlock and hide it, so PostgreSQL's own count decides.
+Every statement that moves tasks runs concurrently over a few dozen of them, each batch in its own
+order. `Database` would retry a deadlock and hide it, so the test checks PostgreSQL's deadlock
+counter.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ Act = Callable[[Database, list[UUID]], Awaitable[object]]
 
 async def test_no_two_bulk_statements_deadlock(fresh_db: Database) -> None:
     """
-    Thousands of statements run: claims, settles, the relay, cancellations, the reaper, expiry.
+    Thousands of statements by claims, settles, the relay, cancellations, the reaper and expiry
+    cause no deadlock.
     """
     random.seed(7)
     ids = await _new_tasks(fresh_db, TASKS)
@@ -56,7 +58,7 @@ async def test_no_two_bulk_statements_deadlock(fresh_db: Database) -> None:
     assert 0 == await fresh_db.fetchval(
         "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
     )
-    # It moved, and nothing is stuck: whatever still runs can be settled.
+    # Tasks moved, and nothing is stuck: whatever still runs can be settled.
     assert TASKS * 10 < await fresh_db.fetchval("SELECT sum(attempt) FROM asyncflow.tasks")
     await _reap(fresh_db, ids)
     assert [] == await upkeep.lost_leases(fresh_db, limit=TASKS)
@@ -121,7 +123,7 @@ async def _cancel_and_redrive(db: Database, ids: list[UUID]) -> None:
                 await change(db, 1, task_id)
             except IllegalTransition:
                 pass
-    # Those that failed by themselves come back, too.
+    # Tasks that failed on their own are redriven too.
     for task_id in ids[3:9]:
         try:
             await steer.redrive(db, 1, task_id)

@@ -26,7 +26,7 @@ ASKED: dict[str, list[str]] = {"queues": [QUEUE], "names": [NAME]}
 
 async def test_nothing_pending_was_due_before_the_first(db: Database) -> None:
     """
-    Marks are per priority and queue; tasks of another name, or that are not pending, do not count.
+    Marks are kept per priority and queue; tasks with another name, or not pending, do not count.
     """
     (urgent,) = await submitted(db, 1, priority=9)
     (first, second) = await submitted(db, 2, priority=0)
@@ -52,7 +52,7 @@ async def test_nothing_pending_was_due_before_the_first(db: Database) -> None:
 
 async def test_a_queue_with_nothing_due_yet_begins_now(db: Database) -> None:
     """
-    A task that is submitted meanwhile is due after that.
+    The mark of a queue with nothing due is now: a task submitted meanwhile is due after that.
     """
     await submitted(db, 1, delay_seconds=1_000)
 
@@ -89,7 +89,7 @@ async def test_a_scan_that_begins_late_leaves_out_what_was_due_before(
 @pytest.fixture
 async def mark(db: Database) -> AsyncIterator[LowWaterMark]:
     """
-    A mark that pays off however fast a refresh is, and whose refreshes never rest.
+    A mark that always pays off, however fast the scans, and refreshes without a pause.
     """
     eager = LowWaterMark(db, worth_seconds=0.0, rest_seconds_min=0.0, rest_share=0.0)
     async with aclosing(eager) as mark:
@@ -111,8 +111,8 @@ SLOW = 2 * due.SLOW_SECONDS
 
 async def test_scans_begin_late_only_while_they_are_slow(mark: LowWaterMark) -> None:
     """
-    Scans begin at the beginning, after a slow one at the mark if that is worth it, until it is
-    not.
+    Scans start at the beginning; after a slow one they start at the mark, for as long as that pays
+    off.
     """
     assert {} == mark.since(**ASKED)
     mark.note(scan_seconds=due.SLOW_SECONDS / 2)
@@ -134,7 +134,7 @@ async def test_what_turns_up_below_the_mark_is_found_after_the_next_refresh(
     db: Database, mark: LowWaterMark
 ) -> None:
     """
-    A released task is late, not forgotten.
+    A task released below the mark is found after the next refresh: late, but not forgotten.
     """
     mark.note(scan_seconds=SLOW)
     since = await refreshed(mark)
@@ -149,7 +149,8 @@ async def test_what_turns_up_below_the_mark_is_found_after_the_next_refresh(
 
 async def test_a_new_name_or_queue_is_scanned_from_the_beginning(mark: LowWaterMark) -> None:
     """
-    Its tasks may have waited for long. The order of the queues does not matter.
+    A new name or queue is scanned from the beginning, since its tasks may have waited for long. The
+    order of the queues does not matter.
     """
     queues = [QUEUE, OTHER_QUEUE]
     mark.note(scan_seconds=SLOW)
@@ -163,7 +164,7 @@ async def test_a_new_name_or_queue_is_scanned_from_the_beginning(mark: LowWaterM
 
 async def test_each_queue_keeps_its_mark_while_another_is_added(mark: LowWaterMark) -> None:
     """
-    The relay asks for one queue at a time, each with the names that are offered there.
+    A queue keeps its mark although the relay asks for one queue at a time, each with its own names.
     """
     mark.note(scan_seconds=SLOW)
     await refreshed(mark)
@@ -178,7 +179,7 @@ async def test_names_that_change_during_a_refresh_are_scanned_from_the_beginning
     mark: LowWaterMark,
 ) -> None:
     """
-    The marks were measured for other names.
+    Marks measured for other names are not used.
     """
     mark.note(scan_seconds=SLOW)
     mark.since(**ASKED)
@@ -194,7 +195,8 @@ async def test_marks_serve_while_refreshing_them_fails(
     db: Database, mark: LowWaterMark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Scanning from the beginning would take even longer.
+    Old marks stay in use while refreshes fail, since scanning from the beginning would be even
+    slower.
     """
     mark.note(scan_seconds=SLOW)
     since = await refreshed(mark)
@@ -211,7 +213,7 @@ async def test_marks_serve_while_refreshing_them_fails(
 
 async def test_refreshes_rest(db: Database) -> None:
     """
-    They do so however slow scans are.
+    There is a pause between refreshes, however slow scans are.
     """
     async with aclosing(LowWaterMark(db, worth_seconds=0.0)) as mark:
         mark.note(scan_seconds=SLOW)

@@ -39,7 +39,7 @@ NEXT_VERSION = f"{int(SCHEMA_VERSION) + 1:04}"
 
 async def has_schema(db: Database, version: str) -> None:
     """
-    Make the database report a schema that serves no other version.
+    Make the database report a schema that is compatible only with its own version.
     """
     await db.execute(
         f"UPDATE asyncflow.schema_version"
@@ -47,9 +47,9 @@ async def has_schema(db: Database, version: str) -> None:
     )
 
 
-async def test_five_at_once_migrate_an_empty_database_once(empty_database_url: str) -> None:
+async def test_five_concurrent_runs_migrate_an_empty_database_once(empty_database_url: str) -> None:
     """
-    A deployment starts five processes: all of them return, and the schema is complete.
+    When a deployment starts five processes, all of them return, and the schema is complete.
     """
     await asyncio.gather(*(migrate(empty_database_url) for _ in range(5)))
 
@@ -63,7 +63,7 @@ async def test_migrating_again_changes_nothing_and_tells_the_version(
     empty_database_url: str,
 ) -> None:
     """
-    The first call finds no schema, the second one this version's.
+    The first call finds no schema, the second one finds this version's and changes nothing.
     """
     first = await migrate(empty_database_url)
     async with Database(empty_database_url) as db:
@@ -76,7 +76,8 @@ async def test_migrating_again_changes_nothing_and_tells_the_version(
 
 async def test_a_database_may_belong_to_an_application_too(empty_database_url: str) -> None:
     """
-    Its tables, even those with our names, stay as they are; we touch only our schema.
+    An application's tables, even with the same names, are unchanged; migrations touch only
+    AsyncFlow's schema.
     """
     async with Database(empty_database_url) as db:
         for statement in (
@@ -100,7 +101,7 @@ async def test_a_database_may_belong_to_an_application_too(empty_database_url: s
 
 async def test_a_database_without_our_schema_says_how_to_get_it(empty_database_url: str) -> None:
     """
-    One sentence with the command to run.
+    A database without the schema is reported in one sentence with the command to run.
     """
     async with Database(empty_database_url) as db:
         assert await read_schema(db) is None
@@ -117,7 +118,7 @@ async def test_a_database_without_our_schema_says_how_to_get_it(empty_database_u
 @pytest.mark.parametrize("version", ["0000", NEWER])
 async def test_another_version_of_the_schema_is_named(fresh_db: Database, version: str) -> None:
     """
-    Both versions are in the sentence, whether the schema is older or newer.
+    The error names both versions, whether the schema is older or newer.
     """
     await has_schema(fresh_db, version)
 
@@ -130,7 +131,7 @@ async def test_another_version_of_the_schema_is_named(fresh_db: Database, versio
 
 async def test_a_newer_schema_is_never_touched(fresh_db: Database, database_url: str) -> None:
     """
-    An old release that is started by mistake does not migrate backwards.
+    An old release started by mistake does not migrate backwards.
     """
     await has_schema(fresh_db, NEWER)
 
@@ -144,7 +145,7 @@ async def test_a_newer_schema_is_never_touched(fresh_db: Database, database_url:
 
 async def test_a_database_that_is_down_is_unavailable() -> None:
     """
-    The caller gets no traceback from below, and may wait and try again.
+    A caller gets StoreUnavailable rather than a driver's error, and may wait and try again.
     """
     with pytest.raises(StoreUnavailable):
         await migrate("postgresql://nobody@127.0.0.1:1/nothing")
@@ -152,7 +153,7 @@ async def test_a_database_that_is_down_is_unavailable() -> None:
 
 async def test_a_database_that_is_missing_is_unavailable(postgres_server: PostgresServer) -> None:
     """
-    It may be being created.
+    A missing database counts as unavailable, since it may just be being created.
     """
     url = postgres_server.cluster.url.replace("/postgres?", "/missing?")
 
@@ -160,7 +161,7 @@ async def test_a_database_that_is_missing_is_unavailable(postgres_server: Postgr
         await migrate(url)
 
 
-# Roles with few rights
+# Roles with few privileges
 
 
 def name_of(role_url: str) -> str:
@@ -174,7 +175,7 @@ async def test_a_schema_that_was_made_for_the_role_is_enough(
     empty_database_url: str, role_url: str
 ) -> None:
     """
-    As administrators set it up, the role owns the schema and may create nothing else.
+    A role that owns a schema prepared by an administrator can migrate without further privileges.
     """
     async with Database(empty_database_url) as db:
         await db.execute(f"CREATE SCHEMA asyncflow AUTHORIZATION {name_of(role_url)}")
@@ -190,7 +191,8 @@ async def test_a_role_that_may_only_use_the_schema_finds_nothing_to_do(
     empty_database_url: str, role_url: str
 ) -> None:
     """
-    A pipeline may migrate as the working role; a read-only server is no obstacle either.
+    A pipeline may run `migrate` as the restricted role, or on a read-only server, if nothing is to
+    be done.
     """
     await migrate(empty_database_url)
     async with Database(empty_database_url) as db:
@@ -249,7 +251,7 @@ async def test_what_keeps_a_role_from_migrating_is_a_sentence(
     empty_database_url: str, role_url: str, before: list[str], sentence: str
 ) -> None:
     """
-    It contains the statement that helps, where there is one; nothing was changed.
+    The error contains the statement that helps, if there is one, and nothing is changed.
     """
     role = name_of(role_url)
     async with Database(empty_database_url) as db:
@@ -267,7 +269,7 @@ async def test_what_postgresql_refuses_is_a_sentence(
     next_migration: NextMigration, empty_database_url: str
 ) -> None:
     """
-    The schema stays as it was.
+    A refusal by PostgreSQL is reported in one sentence, and the schema is unchanged.
     """
     await migrate(empty_database_url)
 
@@ -284,7 +286,7 @@ async def test_a_database_that_cannot_hold_every_character_is_refused(
     postgres_server: PostgresServer, encoding: str
 ) -> None:
     """
-    That happens immediately, not when the first payload contains a €.
+    An unsuitable encoding is refused immediately, not when the first payload contains a €.
     """
     url = await asyncio.to_thread(postgres_server.create_empty_database, encoding=encoding)
     try:
@@ -301,8 +303,8 @@ async def test_another_migration_is_waited_for_with_a_word_about_it(
     empty_database_url: str,
 ) -> None:
     """
-    The line says which session it is; once that has ended, ours runs. A short lock_timeout of the
-    role does not matter.
+    A waiting migration logs which session it waits for, and runs once that has ended, even if the
+    role has a short lock_timeout.
     """
     async with Database(empty_database_url) as db:
         name = await db.fetchval("SELECT current_database()")
@@ -324,7 +326,7 @@ async def test_another_migration_is_waited_for_with_a_word_about_it(
 
 async def test_waiting_for_another_migration_ends(empty_database_url: str) -> None:
     """
-    The error says which session is in the way, and which option waits longer.
+    Waiting is bounded; the error says which session is in the way and which option waits longer.
     """
     async with Database(empty_database_url) as db:
         other = await db.connect("somebody")
@@ -340,8 +342,8 @@ async def test_a_session_that_holds_a_table_is_named_and_passed(
     next_migration: NextMigration, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    The migration does not stay in the queue for the table for long, since every other session
-    would wait behind it; it says which session holds the table and tries again.
+    A migration waits only briefly for a table's lock, since every other session would queue behind
+    it; it logs which session holds the table and tries again.
     """
     monkeypatch.setattr(migrations, "BOUNDS", "SET LOCAL lock_timeout = '50ms'")
     await migrate(empty_database_url)
@@ -362,7 +364,7 @@ async def test_a_session_that_holds_a_table_is_named_and_passed(
     assert "asyncflow somebody" in said[0]
 
 
-# The version before runs on the next schema
+# The previous version runs on the next schema
 
 
 NextMigration = Callable[..., AbstractContextManager[None]]
@@ -440,7 +442,7 @@ async def test_a_schema_that_no_longer_serves_this_version_is_refused(
     next_migration: NextMigration, empty_database_url: str
 ) -> None:
     """
-    Processes and `migrate` refuse it, and do not suggest to migrate.
+    Processes and `migrate` refuse an incompatible schema, and do not suggest migrating.
     """
     await migrate(empty_database_url)
     with next_migration(EXPAND, compatible_from=NEXT_VERSION):
@@ -457,7 +459,8 @@ async def test_a_database_from_before_versions_were_compatible_works_on(
     next_migration: NextMigration, empty_database_url: str
 ) -> None:
     """
-    Without the column a schema serves its own version, and the next migration adds the column.
+    A schema without the compatibility column serves its own version, and the next migration adds
+    the column.
     """
     await migrate(empty_database_url)
     async with Database(empty_database_url) as db:
@@ -471,7 +474,8 @@ async def test_a_database_from_before_versions_were_compatible_works_on(
 
 def test_every_migration_says_whom_it_serves() -> None:
     """
-    It names the one before, or itself if it breaks that; see the rules in `migrations`.
+    Every migration names the previous version as compatible, or itself if it breaks that one; see
+    the rules in `migrations`.
     """
     files = sorted((migrations.FOLDER / "versions").glob("[0-9]*.py"))
     modules = [runpy.run_path(str(file)) for file in files]
@@ -500,7 +504,7 @@ async def test_the_schema_refuses_rows_that_the_code_assumes_away(
     db: Database, change: str, constraint: str
 ) -> None:
     """
-    It refuses them from an operator at a prompt, too.
+    Constraints refuse such rows even from an operator at a prompt.
     """
     await submit.submit(db, [new_task()])
 
@@ -510,7 +514,7 @@ async def test_the_schema_refuses_rows_that_the_code_assumes_away(
 
 async def test_the_schema_knows_no_other_states(db: Database) -> None:
     """
-    There is no partition for them.
+    A row in an unknown state is refused, because no partition accepts it.
     """
     await submit.submit(db, [new_task()])
 
@@ -518,7 +522,7 @@ async def test_the_schema_knows_no_other_states(db: Database) -> None:
         await db.execute("UPDATE asyncflow.tasks SET state = 'lost'")
 
 
-# Upgrades keep what is there
+# Upgrades keep existing data
 
 
 @pytest.fixture
@@ -544,7 +548,8 @@ async def test_what_workers_published_before_0002_is_known_after_it(
     at_version: Callable[[str], AbstractContextManager[None]], empty_database_url: str
 ) -> None:
     """
-    The API keeps choosing queues and checking payloads before the first new worker has started.
+    After the migration the API still chooses queues and checks payloads before the first new worker
+    starts.
     """
     with at_version("0001"):
         await migrate(empty_database_url)
@@ -560,7 +565,8 @@ async def test_the_slots_of_workers_survive_0004(
     at_version: Callable[[str], AbstractContextManager[None]], empty_database_url: str
 ) -> None:
     """
-    The column was called concurrency before; the version that used the old name is refused.
+    The renamed column `concurrency` keeps its values, and the version that used the old name is
+    refused.
     """
     with at_version("0003"):
         await migrate(empty_database_url)

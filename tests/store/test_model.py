@@ -1,5 +1,5 @@
 """
-PostgreSQL against the model: any sequence of statements leaves the rows that the model predicts.
+PostgreSQL against the model: any sequence of statements produces the rows that the model predicts.
 
 `model.protocol` explores what can happen if each statement does what `model.statements` says. This
 closes the gap: the store's functions run in random order, with valid and invalid arguments, and
@@ -41,7 +41,7 @@ T = TypeVar("T")
 OTHER_NAME = "other"
 NAMES = (NAME, OTHER_NAME)
 OFFERS = ((NAME, OTHER_NAME), (NAME,))
-"""What the two workers can run."""
+"""The names that each of the two workers offers."""
 
 LONG_SECONDS = 36_000.0
 TASKS_MAX = 4
@@ -57,7 +57,7 @@ CHORES = (
     "the_broker_is_given_up",
     "finished_tasks_are_pruned",
 )
-"""One rule for all of them, or most steps would find nothing left to do."""
+"""One rule for all of them; otherwise most steps would find nothing left to do."""
 
 ROWS = """
     SELECT id, state, generation, attempt, failures, lease_id, worker_id, max_attempts,
@@ -70,7 +70,7 @@ ROWS = """
 
 class Lease(NamedTuple):
     """
-    A lease that was given once, valid or not.
+    A lease that was granted at some point, still valid or not.
     """
 
     task_id: UUID
@@ -99,7 +99,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     def wait(self, call: Coroutine[Any, Any, T]) -> T:
         """
-        What the database answers.
+        Run a call on the database and return its answer.
         """
         return self.runner.run(call)
 
@@ -150,13 +150,13 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     def task(self, ago: int) -> UUID:
         """
-        The task that was submitted this many submissions ago; it may be pruned by now.
+        The task submitted this many submissions ago; it may be pruned by now.
         """
         return self.task_ids[-1 - ago % len(self.task_ids)]
 
     def lease(self, ago: int) -> Lease:
         """
-        The lease that was given this many claims ago, or one that was never given.
+        The lease granted this many claims ago, or one that was never granted.
         """
         if not self.leases:
             return Lease(self.task(ago), uuid4(), NO_LEASE)
@@ -274,13 +274,13 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     def changed(self, rows: dict[UUID, Row]) -> dict[UUID, Row]:
         """
-        The rows that a statement changes.
+        Record the rows that a statement changes.
         """
         return {task_id: row for task_id, row in rows.items() if row is not self.rows[task_id]}
 
     def claimed(self, taken: Sequence[Claim], expected: dict[UUID, Row]) -> None:
         """
-        A worker is told what the rows say.
+        Check that a worker is told what the rows say.
         """
         assert {(task_id, row.attempt, row.failures) for task_id, row in expected.items()} == {
             (claim.task_id, claim.attempt, claim.failures) for claim in taken
@@ -303,7 +303,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     def leases_are_settled(self, settlings: Sequence[tuple[Lease, Event]]) -> None:
         """
-        They are settled in one call, and each is answered as the model predicts.
+        Leases settled in one call are each answered as the model predicts.
         """
         written = self.wait(
             settle.settle(
@@ -319,7 +319,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
     @rule(ago=AGO, place=some.sampled_from([0, 1]), event=EVENT)
     def a_worker_settles_late(self, ago: int, place: int, event: Event) -> None:
         """
-        It settles again because it got no answer, and in every way after another claim.
+        A worker settles again because it got no answer, and with any outcome after another claim.
         """
         self.hints_are_claimed(place, [ago])
         stale = self.lease(0)
@@ -335,7 +335,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
     @rule(ago=AGO, place=some.sampled_from([0, 1]), event=EVENT)
     def it_is_cancelled_while_it_runs(self, ago: int, place: int, event: Event) -> None:
         """
-        Then its worker settles it, with any outcome.
+        A running task is cancelled, then its worker settles it with any outcome.
         """
         self.hints_are_claimed(place, [ago])
         self.it_is_cancelled(ago)
@@ -349,7 +349,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     def settled(self, lease: Lease, event: Event) -> bool:
         """
-        Whether the model writes it.
+        Whether the model accepts this settlement.
         """
         row = self.rows.get(lease.task_id)
         if row is None:
@@ -366,7 +366,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     @rule(agos=some.lists(AGO, min_size=1, max_size=3), sent_before=some.integers(0, 1))
     def the_relay_marks(self, agos: Sequence[int], sent_before: int) -> None:
-        # So many attempts ago.
+        # This many attempts ago.
         sent = {
             task_id: self.rows[task_id].attempt - sent_before
             for task_id in map(self.task, agos)
@@ -385,7 +385,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
             hints.unqueue_lost(self.db, queue=QUEUE, older_than_seconds=0, ready=ready, limit=9)
         )
         assert max(0, len(queued) - ready) == count
-        # Which of them, the order in which they were marked decides.
+        # The order in which they were marked decides which ones.
         left = {row["id"] for row in self.wait(self.db.fetch(ROWS)) if row["state"] == "queued"}
         for task_id in queued - left:
             self.rows[task_id] = self.model.unqueue(self.rows[task_id])
@@ -411,7 +411,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
         getattr(self, chore)()
 
     def the_reaper_looks(self) -> None:
-        # What it settles then, and how late, is the same as what a stale worker may settle.
+        # What the reaper settles, and how late, is covered by what a stale worker may settle.
         alive = {self.worker_numbers[worker_id] for worker_id in self.alive}
         lost = self.wait(upkeep.lost_leases(self.db, limit=9))
         expected = {
@@ -449,7 +449,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
     def found_rows(self) -> dict[UUID, Row]:
         """
-        The database's rows in the model's words.
+        The database's rows in the model's terms.
         """
         found = {}
         for row in self.wait(self.db.fetch(ROWS)):
@@ -515,7 +515,8 @@ def compare(url: str, *, examples: int) -> None:
 
 def test_the_store_does_what_the_model_says(shared_database_url: str) -> None:
     """
-    It does so in any order of statements, under lost leases, and for tasks that are gone.
+    The store agrees with the model in any order of statements, under lost leases, and for pruned
+    tasks.
     """
     compare(shared_database_url, examples=80)
 
@@ -535,7 +536,7 @@ def test_a_guard_that_is_missing_is_found(
     shared_database_url: str, monkeypatch: pytest.MonkeyPatch, statement: str, guard: str
 ) -> None:
     """
-    The comparison would be worthless if it never failed.
+    The comparison detects each missing guard; it would be worthless if it never failed.
     """
     module = settle if statement in vars(settle) else claims
     original = getattr(module, statement)

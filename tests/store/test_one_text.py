@@ -1,5 +1,5 @@
 """
-What is written once stays written once: "may start now", and the end of a task.
+Rules that are written once stay written once: "may start now", and the end of a task.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ANSWERS = {
     "OPEN_QUEUES": (hints.OPEN_QUEUES, {NOT_PAUSED}),
     "ADMISSIBLE": (due.ADMISSIBLE, {*WHOLE, admission.IS_PENDING}),
     "ADMISSIBLE_SINCE": (due.ADMISSIBLE_SINCE, {*WHOLE, admission.IS_PENDING}),
-    # What is pending may be due later.
+    # Pending tasks may be due later.
     "OLDEST_PENDING": (due.OLDEST_PENDING, {admission.IS_PENDING, OFFERED}),
     "GET": (read.GET, {admission.IS_DUE, NOT_PAUSED.removeprefix("NOT "), OFFERED}),
     "UNSERVED": (unserved.UNSERVED, {admission.IS_PENDING, NOT_PAUSED}),
@@ -38,7 +38,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_who_asks_what_may_start_asks_in_the_same_words(name: str) -> None:
+def test_each_statement_that_asks_what_may_start_uses_the_same_text(name: str) -> None:
     """
     Each statement contains the text of `admission`.
     """
@@ -60,7 +60,7 @@ def test_who_asks_what_may_start_asks_in_the_same_words(name: str) -> None:
 )
 def test_no_other_file_spells_out_what_may_start(spelled_out: str) -> None:
     """
-    The next change to the rule would miss such a file.
+    No other file repeats the rule, since the next change to it would miss that file.
     """
     found = [path.name for path in SOURCES if re.search(spelled_out, path.read_text())]
 
@@ -69,7 +69,8 @@ def test_no_other_file_spells_out_what_may_start(spelled_out: str) -> None:
 
 def test_every_statement_that_ends_tasks_is_composed_in_one_place() -> None:
     """
-    What the end of a task sets off is added there, and none of the five statements may miss it.
+    All five statements that end tasks are composed in one place, so none can miss what the end of a
+    task triggers.
     """
     ends = re.compile(rf"SET state = '(?:{'|'.join(TERMINAL)})'")
     ending = {name for name, statement in STATEMENTS.items() if ends.search(statement)}

@@ -74,7 +74,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "UNSERVED": (
         unserved.UNSERVED,
-        # From queue to queue, the first from the beginning; then the oldest of each.
+        # Queue by queue, the first from the beginning; then the oldest of each.
         {"tasks_live": (("tasks_due", r"^$"), ("tasks_due", r"queue > "), DUE)},
     ),
     "LOST_LEASES": (upkeep.LOST_LEASES, {"tasks_live": ("tasks_running", "")}),
@@ -128,7 +128,7 @@ LISTS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("RUNNING", "FAILED"), IN_ORDER),
     (tuple(read.STATUS_FILTERS), IN_ORDER),
 ]
-"""Statuses that a list asks for, and the only tables it reads, each by an index."""
+"""Statuses that a list filters by, and the only tables it reads, each by an index."""
 
 FILL = """
     INSERT INTO asyncflow.tasks
@@ -152,7 +152,7 @@ async def planner(
     request: pytest.FixtureRequest, connection: asyncpg.Connection
 ) -> asyncpg.Connection:
     """
-    One of the product's own connections, on tables with a history.
+    One of the product's connections, on tables with a history.
     """
     if request.param != "empty":
         await connection.fetch(FILL, ROWS)
@@ -166,7 +166,7 @@ async def planner(
 
 async def test_every_hot_statement_uses_the_index_made_for_it(planner: asyncpg.Connection) -> None:
     """
-    There is no sequential scan of tasks or attempts, and no index is read from end to end.
+    No hot statement scans tasks or attempts sequentially or reads an index from end to end.
     """
     wrong = []
     for name, (statement, indexes) in EXPECTED.items():
@@ -190,7 +190,8 @@ async def test_a_list_of_any_statuses_is_read_in_order(
     planner: asyncpg.Connection, statuses: tuple[str, ...], indexes: dict[str, Any]
 ) -> None:
     """
-    It reads only the partitions that can hold them, newest first by an index, and sorts nothing.
+    A list reads only the partitions that can hold its statuses, newest first by an index, without a
+    sort.
     """
     statement = read.LIST.format(filters=read.status_filter(statuses))
     await _prepare(planner, "LIST", statement)
@@ -209,7 +210,8 @@ async def test_a_plan_made_while_the_tables_were_empty_serves_full_ones(
     fresh_db: Database, connection: asyncpg.Connection
 ) -> None:
     """
-    A statement about one task reads a handful of rows among thousands.
+    With a plan made for empty tables, a statement about one task still reads a handful of rows
+    among thousands.
     """
     ids = {state: uuid4() for state in ("pending", "queued", "running", "completed", "failed")}
     lease, worker, other = uuid4(), uuid4(), uuid4()
@@ -249,7 +251,7 @@ async def test_a_plan_made_while_the_tables_were_empty_serves_full_ones(
     }
     for name in arguments:
         await _prepare(connection, name, EXPECTED[name][0])
-        # Plans it, and on an empty table nothing happens.
+        # This plans the statement; on an empty table it changes nothing.
         await connection.execute(f"EXECUTE {name.lower()}({', '.join(arguments[name])})")
     await fresh_db.fetch(FILL, ROWS)
     for state, task_id in ids.items():
@@ -261,7 +263,7 @@ async def test_a_plan_made_while_the_tables_were_empty_serves_full_ones(
             (plan,) = await _explain(connection, name, values, options="ANALYZE, BUFFERS, ")
         read[name] = plan["Shared Hit Blocks"]
 
-    # Each of them meets four rows at most; a scan would meet thousands.
+    # Each statement reads four rows at most; a scan would read thousands.
     assert {} == {name: pages for name, pages in read.items() if pages > PAGES_MAX}
 
 
@@ -269,7 +271,7 @@ async def test_tasks_that_are_not_due_are_not_stepped_over(
     fresh_db: Database, connection: asyncpg.Connection
 ) -> None:
     """
-    However many tasks wait for later, a claim reads only those that it takes.
+    However many tasks wait for a later time, a claim reads only those it takes.
     """
     await fresh_db.fetch(FILL, ROWS)
     await fresh_db.execute(
@@ -292,8 +294,8 @@ async def test_what_cannot_be_removed_is_not_stepped_over_by_every_claim(
     fresh_db: Database, connection: asyncpg.Connection
 ) -> None:
     """
-    Thousands of tasks run while a transaction stays open. A claim from the beginning reads all of
-    their entries; one from the low-water mark reads next to none.
+    After thousands of tasks have run while a transaction stays open, a claim from the beginning
+    reads all of their index entries; one from the low-water mark reads next to none.
     """
     others = await fresh_db.connect("others")
     async with others.transaction(isolation="repeatable_read"):

@@ -1,5 +1,5 @@
 """
-Reading: one task in full, lists page by page, and the statuses that users see.
+Reading: a single task in full, lists page by page, and the statuses that users see.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ async def test_a_list_crosses_the_border_between_live_and_finished_tasks(db: Dat
 
 async def test_the_last_page_says_so_even_when_it_is_full(db: Database) -> None:
     """
-    No empty page follows.
+    A full last page says that it is the last, and no empty page follows.
     """
     await submitted(db, 4)
 
@@ -125,7 +125,7 @@ async def test_filters_combine(db: Database, name: str | None, queue: str | None
 
 async def test_a_tenant_sees_only_its_own_tasks(db: Database) -> None:
     """
-    Another tenant's task does not exist: neither in lists nor by its id, and it cannot be changed.
+    Another tenant's task is invisible in lists and by its id, and cannot be changed.
     """
     task = await a_task(db, tenant_id=OTHER_TENANT_ID)
     dead = await a_task(db, state=State.FAILED, tenant_id=OTHER_TENANT_ID)
@@ -141,7 +141,7 @@ async def test_a_tenant_sees_only_its_own_tasks(db: Database) -> None:
 
 async def test_an_unknown_id_is_not_found(db: Database) -> None:
     """
-    All three operations say so.
+    All three operations report an unknown id as not found.
     """
     for touch in (read.get, steer.cancel, steer.redrive):
         with pytest.raises(TaskNotFound):
@@ -151,7 +151,7 @@ async def test_an_unknown_id_is_not_found(db: Database) -> None:
 @pytest.mark.parametrize("cursor", ["", "x", "ä", "=" * 24, "A" * 23, "A" * 300, "AAAA\nAAAA"])
 async def test_a_cursor_that_is_not_ours_is_refused(db: Database, cursor: str) -> None:
     """
-    The error points to the field and is no database error.
+    An invalid cursor raises an error that names the field, not a database error.
     """
     with pytest.raises(InvalidTask) as refusal:
         await read.list_tasks(db, 1, cursor=cursor)
@@ -161,7 +161,8 @@ async def test_a_cursor_that_is_not_ours_is_refused(db: Database, cursor: str) -
 
 async def test_every_attempt_is_kept_in_order(db: Database) -> None:
     """
-    The five attempts are retried, released, retried, redriven after a failure, and completed.
+    Five attempts that were retried, released, retried, redriven after a failure, and completed are
+    listed in order.
     """
     task = await a_task(db)
     for event in (Event.RETRY, Event.RELEASE, Event.RETRY):
@@ -198,7 +199,7 @@ async def test_every_attempt_is_kept_in_order(db: Database) -> None:
 @pytest.mark.parametrize("microsecond", [0, 1, 100_000, 123_400])
 async def test_times_of_attempts_are_read_exactly(db: Database, microsecond: int) -> None:
     """
-    PostgreSQL drops trailing zeros of fractions in JSON, and Python accepts that.
+    Times are exact although PostgreSQL drops trailing zeros of fractions in JSON.
     """
     task = await a_task(db, attempt=1)
     await db.execute(
@@ -214,7 +215,7 @@ async def test_times_of_attempts_are_read_exactly(db: Database, microsecond: int
 
 async def test_a_due_task_says_what_it_waits_for(db: Database) -> None:
     """
-    It does so only while waiting alone will not help.
+    A due task names what it waits for only if time alone will not start it.
     """
     task = await a_task(db)
     later = await a_task(db, due_in_seconds=60)
@@ -244,7 +245,7 @@ async def test_a_due_task_says_what_it_waits_for(db: Database) -> None:
 
 async def test_a_completed_task_is_shown_as_done(db: Database) -> None:
     """
-    The handler's last report before its end said 90 %.
+    A completed task shows 100 % although its handler last reported 90 %.
     """
     task = await a_task(db, state=State.RUNNING)
     assert task.lease_id
@@ -259,8 +260,8 @@ async def test_a_completed_task_is_shown_as_done(db: Database) -> None:
 
 async def test_a_running_task_whose_worker_is_gone_waits_for_maintenance(db: Database) -> None:
     """
-    That is shown only if no maintenance can give it to another worker, and once its worker is
-    overdue.
+    The wait is shown once the worker is overdue, and only if no maintenance process can recover the
+    task.
     """
     worker = await a_worker(db)
     task = await a_task(db)
@@ -284,7 +285,8 @@ async def test_a_running_task_whose_worker_is_gone_waits_for_maintenance(db: Dat
 
 async def test_with_rabbitmq_a_due_task_waits_for_the_relay(db: Database) -> None:
     """
-    It takes maintenance to send its hint, and a RabbitMQ that accepts it.
+    With RabbitMQ, a due task waits for a maintenance process to send its hint and for RabbitMQ to
+    accept it.
     """
     await a_worker(db)
     task = await a_task(db)
@@ -309,7 +311,7 @@ async def test_with_rabbitmq_a_due_task_waits_for_the_relay(db: Database) -> Non
 
 async def test_a_failure_and_progress_are_shown_as_they_were_recorded(db: Database) -> None:
     """
-    They are objects, in single reads and in lists.
+    Failure and progress are objects, in single reads and in lists.
     """
     failed = await a_task(db, state=State.FAILED)
     running = await a_task(db, state=State.RUNNING)

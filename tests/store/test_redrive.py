@@ -20,7 +20,8 @@ async def test_a_redriven_task_starts_afresh_with_all_its_attempts(
     db: Database, state: State
 ) -> None:
     """
-    It is due now, without failures or a trace of its last end; attempts keep counting.
+    A redriven task is due now, without failures or a trace of its last end; its attempt count
+    continues.
     """
     task = await a_task(db, state=state, attempt=3)
 
@@ -51,7 +52,7 @@ async def test_the_attempts_before_a_redrive_stay_in_the_history(
     db: Database, state: State, attempt: int
 ) -> None:
     """
-    The last attempt was part of the row; the redrive moves it into the history.
+    The redrive moves the last attempt, which was part of the row, into the history.
     """
     task = await a_task(db, state=state, attempt=attempt)
     before = (await read.get(db, 1, task.id)).attempts
@@ -67,7 +68,7 @@ async def test_a_task_cancelled_before_it_ran_has_no_attempt_after_a_redrive(
     db: Database,
 ) -> None:
     """
-    No attempt is invented.
+    A redrive does not invent an attempt for a task that never ran.
     """
     task = await a_task(db, state=State.CANCELLED, attempt=0)
 
@@ -79,7 +80,7 @@ async def test_a_task_cancelled_before_it_ran_has_no_attempt_after_a_redrive(
 @pytest.mark.parametrize("state", [State.PENDING, State.QUEUED, State.RUNNING, State.COMPLETED])
 async def test_only_a_dead_letter_can_be_redriven(db: Database, state: State) -> None:
     """
-    A completed task stays completed.
+    Only a failed task can be redriven; a completed one stays completed.
     """
     task = await a_task(db, state=state)
 
@@ -91,9 +92,9 @@ async def test_only_a_dead_letter_can_be_redriven(db: Database, state: State) ->
     )
 
 
-async def test_two_redrives_at_once_open_one_generation(db: Database) -> None:
+async def test_two_concurrent_redrives_open_one_generation(db: Database) -> None:
     """
-    A double click is one redrive and one refusal.
+    Of two concurrent redrives one succeeds and one is refused.
     """
     for _ in range(25):
         task = await a_task(db, state=State.FAILED)

@@ -1,5 +1,5 @@
 """
-A task that waits for its time can be run now, and nothing else about any task changes.
+A task that waits for its time can be run now, without any other change to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ async def test_a_task_that_waits_for_its_time_is_due_and_nothing_else_changes(
     db: Database, attempt: int
 ) -> None:
     """
-    Attempts and failures keep counting.
+    The task becomes due; its attempts and failures are kept.
     """
     task = await a_task(db, attempt=attempt, due_in_seconds=LONG_SECONDS)
     before = await row_of(db, task.id)
@@ -43,7 +43,7 @@ async def test_a_task_that_waits_for_its_time_is_due_and_nothing_else_changes(
 @pytest.mark.parametrize("state", [State.PENDING, State.QUEUED])
 async def test_a_task_that_is_due_is_left_as_it_is(db: Database, state: State) -> None:
     """
-    It keeps its place: a new `run_at` would put it behind others.
+    A task that is already due keeps its place; a new `run_at` would put it behind others.
     """
     task = await a_task(db, state=state)
     before = await row_of(db, task.id)
@@ -57,7 +57,7 @@ async def test_a_task_that_is_due_is_left_as_it_is(db: Database, state: State) -
 @pytest.mark.parametrize("state", [State.RUNNING, State.COMPLETED, State.FAILED, State.CANCELLED])
 async def test_what_does_not_wait_cannot_be_run_now(db: Database, state: State) -> None:
     """
-    The refusal names the state, and the row stays as it was.
+    The refusal names the state, and the row is unchanged.
     """
     task = await a_task(db, state=state)
     before = await row_of(db, task.id)
@@ -70,7 +70,7 @@ async def test_what_does_not_wait_cannot_be_run_now(db: Database, state: State) 
 
 async def test_an_unknown_task_cannot_be_run_now(db: Database) -> None:
     """
-    Neither can another tenant's task.
+    Neither an unknown task nor another tenant's task can be run now.
     """
     task = await a_task(db, due_in_seconds=LONG_SECONDS)
 
@@ -83,8 +83,8 @@ async def test_an_unknown_task_cannot_be_run_now(db: Database) -> None:
 
 async def test_a_task_that_is_run_now_by_many_runs_once(db: Database) -> None:
     """
-    The same holds while it is claimed: a caller that loses the race finds it running, which is a
-    conflict.
+    A task that many callers run now runs once, even if it is claimed meanwhile: a caller that loses
+    the race finds it running, which is a conflict.
     """
     task = await a_task(db, due_in_seconds=LONG_SECONDS)
 

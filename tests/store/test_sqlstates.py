@@ -1,5 +1,5 @@
 """
-The table of SQLSTATEs is complete, and trouble caused by other administrators is waited out.
+The table of SQLSTATEs is complete, and problems that pass are waited out.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def errors(base: type[Exception]) -> Iterator[type[Exception]]:
 
 def test_every_error_that_the_client_knows_has_a_kind() -> None:
     """
-    Each has an entry by its SQLSTATE or its class, not by default.
+    Every error of the client has an entry by its SQLSTATE or class, not by default.
     """
     known = [getattr(error, "sqlstate", None) for error in errors(asyncpg.PostgresError)]
     states = {state for state in known if state is not None}
@@ -93,7 +93,7 @@ def test_the_table_has_no_state_that_does_not_exist() -> None:
 
 def test_an_error_of_the_connection_asks_for_another_one() -> None:
     """
-    That holds for every class of the client and of the system.
+    Every connection error of the client and the operating system asks for a new connection.
     """
     for base in (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
         for error in errors(base):
@@ -104,7 +104,8 @@ def test_an_error_of_the_connection_asks_for_another_one() -> None:
 @pytest.mark.parametrize("state", PASSES_BY_ITSELF)
 def test_what_passes_by_itself_is_waited_out(state: str) -> None:
     """
-    It is a StoreUnavailable in PostgreSQL's words, without the DETAIL, which may quote values.
+    A passing problem raises StoreUnavailable with PostgreSQL's message, without the DETAIL, which
+    may quote values.
     """
     error = asyncpg.PostgresError.new(
         {"C": state, "M": "words of the server", "D": "Key (payload)=(4111) exists."}
@@ -122,15 +123,15 @@ def test_what_passes_by_itself_is_waited_out(state: str) -> None:
 @pytest.mark.parametrize("state", EXPECTED)
 def test_what_does_not_pass_is_told_apart(state: str) -> None:
     """
-    These are values that cannot be stored, statements that can be repeated immediately, and bugs
-    of ours.
+    Values that cannot be stored, statements that can be repeated immediately, and our own bugs are
+    distinguished.
     """
     assert EXPECTED[state] is meaning_of_state(state)
 
 
 def test_an_error_that_ends_the_session_does_not_leave_it_alive() -> None:
     """
-    PostgreSQL calls it fatal, whatever its SQLSTATE.
+    An error that PostgreSQL calls fatal ends the session, whatever its SQLSTATE.
     """
     error = asyncpg.PostgresError.new({"C": "42501", "M": "no", "S": "FATAL", "V": "FATAL"})
 
@@ -143,8 +144,8 @@ def test_an_error_that_ends_the_session_does_not_leave_it_alive() -> None:
 
 def test_a_row_without_a_partition_is_not_the_fault_of_its_values() -> None:
     """
-    PostgreSQL reports a check violation, but no constraint refuses the row: a partition is
-    missing.
+    A check violation without a constraint means that a partition is missing, not that the values
+    are invalid.
     """
     without = asyncpg.PostgresError.new({"C": "23514", "M": "no partition"})
     by_constraint = asyncpg.PostgresError.new({"C": "23514", "M": "no", "n": "tasks_check"})
@@ -156,7 +157,7 @@ def test_a_row_without_a_partition_is_not_the_fault_of_its_values() -> None:
 
 def test_a_mistake_of_ours_stays_what_it_is() -> None:
     """
-    Waiting would hide it.
+    A bug of ours is raised as it is, since waiting would hide it.
     """
     with pytest.raises(asyncpg.PostgresSyntaxError), translated_errors():
         raise asyncpg.PostgresSyntaxError("syntax error")

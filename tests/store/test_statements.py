@@ -31,7 +31,7 @@ def _statements() -> dict[str, str]:
                 and IS_STATEMENT.match(text)
             }
         )
-    # A template, filled in by its caller.
+    # A template, completed by its caller.
     template = found.pop("read.LIST")
     for status, condition in read.STATUS_FILTERS.items():
         found[f"read.LIST {status}"] = template.format(filters=condition)
@@ -46,7 +46,7 @@ STATEMENTS = _statements()
 
 def test_the_search_finds_the_statements() -> None:
     """
-    A search that finds nothing would prove nothing.
+    The search finds the statements; if it found none, the tests below would prove nothing.
     """
     assert {"claims.CLAIM_DUE", "settle.SETTLE_RETRIED", "upkeep.EXPIRE"} <= set(STATEMENTS)
     assert len(STATEMENTS) > 35
@@ -54,7 +54,7 @@ def test_the_search_finds_the_statements() -> None:
 
 async def test_postgresql_accepts_every_statement(db: Database) -> None:
     """
-    PostgreSQL parses and plans it against the schema: every name and type is right.
+    PostgreSQL parses and plans every statement against the schema, so every name and type is right.
     """
     connection = await db.connect("statements")
     refused = {}

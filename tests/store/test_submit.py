@@ -1,5 +1,5 @@
 """
-Submitting: all of a batch or nothing, answered in order, stored exactly as submitted.
+Submitting a batch is all or nothing, answered in order, and stores tasks exactly as submitted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.support.builders import new_task, row_of
 
 async def test_answers_come_in_the_order_of_the_tasks(db: Database) -> None:
     """
-    The order of their ids does not matter.
+    Answers come in the order of the tasks, not of their ids.
     """
     new = [new_task(delay_seconds=float(seconds)) for seconds in range(50)]
     new = new[25:] + new[:25][::-1]
@@ -33,8 +33,8 @@ async def test_answers_come_in_the_order_of_the_tasks(db: Database) -> None:
 
 async def test_an_answer_tells_what_the_row_says(db: Database) -> None:
     """
-    It is exact to the microsecond, although most of it is computed here and only one time is
-    returned.
+    An answer matches the row to the microsecond, although most of it is computed here and only one
+    time is returned.
     """
     run_at = datetime(2031, 5, 1, 12, 30, 0, 123456, tzinfo=UTC)
     new = [
@@ -59,7 +59,7 @@ async def test_a_batch_with_one_task_that_cannot_be_stored_stores_nothing(
     db: Database, wrong: dict[str, Any]
 ) -> None:
     """
-    The constraints of the schema refuse the whole statement.
+    If one task violates a constraint, none of the batch is stored.
     """
     with pytest.raises(StatementRefused):
         await submit.submit(db, [new_task(), new_task(**wrong), new_task()])
@@ -69,7 +69,7 @@ async def test_a_batch_with_one_task_that_cannot_be_stored_stores_nothing(
 
 async def test_a_task_is_stored_as_it_was_meant(db: Database) -> None:
     """
-    Every field arrives; fields that were left open stay open for the handler's policy.
+    Every field is stored; fields left unset stay unset for the handler's policy.
     """
     run_at = datetime(2031, 5, 1, 12, 30, 0, 123456, tzinfo=UTC)
     full = new_task(
@@ -107,7 +107,7 @@ async def test_a_task_is_stored_as_it_was_meant(db: Database) -> None:
 @pytest.mark.parametrize("delay", [0.0, 0.5, 3_600.0, 400 * 86_400.0])
 async def test_a_delay_counts_from_the_database_clock(db: Database, delay: float) -> None:
     """
-    The submitter's clock plays no part.
+    A delay counts from the database's clock, whatever the submitter's clock says.
     """
     (answer,) = await submit.submit(db, [new_task(delay_seconds=delay)])
 
@@ -117,7 +117,7 @@ async def test_a_delay_counts_from_the_database_clock(db: Database, delay: float
 
 async def test_a_payload_comes_back_byte_for_byte(db: Database) -> None:
     """
-    It is not normalised: the user's key order, spaces, big numbers and escapes stay.
+    A payload is not normalised: key order, spaces, big numbers and escapes are kept.
     """
     payloads = [
         '{"b": 1,  "a": 2, "a": 3}',
@@ -136,7 +136,7 @@ async def test_a_payload_comes_back_byte_for_byte(db: Database) -> None:
 
 async def test_a_submitted_task_waits_untouched(db: Database) -> None:
     """
-    It is pending, without an attempt or a lease.
+    A submitted task is pending, without an attempt or a lease.
     """
     task = new_task()
 

@@ -39,7 +39,7 @@ class Statement(NamedTuple):
     A statement, the event it performs, and the states it is meant for.
 
     Attributes:
-        puts_off: States in which it moves `run_at` and nothing else.
+        puts_off: States in which it changes only `run_at`.
     """
 
     event: Event
@@ -111,7 +111,7 @@ STATEMENTS = {
     "redrive": Statement(Event.REDRIVE, (State.FAILED, State.CANCELLED), _redrive),
 }
 
-# What a statement's set-up, or a request that moves nothing, may touch.
+# What a statement's set-up, or a request without a transition, may touch.
 NOT_COMPARED = {"expires_at", "cancel_requested_at"}
 
 
@@ -120,7 +120,7 @@ async def test_a_statement_moves_a_task_as_the_table_says_or_not_at_all(
     db: Database, name: str, state: State
 ) -> None:
     """
-    Every statement runs in every state.
+    In every state, each statement performs the transition in the table or changes nothing.
     """
     statement = STATEMENTS[name]
     task = await a_task(db, state=state)
@@ -151,7 +151,7 @@ def test_every_legal_transition_has_a_statement_that_performs_it(event: Event) -
 
 async def test_cancelling_a_running_task_only_asks_its_worker(db: Database) -> None:
     """
-    The row stays running under its lease; the request is noted once.
+    The row stays running under its lease, and the request is recorded once.
     """
     task = await a_task(db, state=State.RUNNING)
     before = await row_of(db, task.id)
@@ -171,7 +171,7 @@ async def test_a_task_whose_cancellation_was_asked_for_is_not_tried_again(
     db: Database, event: Event
 ) -> None:
     """
-    A retry or release that meets the request ends the task as cancelled, under its lease.
+    A retry or release after the request ends the task as cancelled, under its lease.
     """
     task = await a_task(db, state=State.RUNNING, cancel_requested=True)
     assert task.lease_id
@@ -189,7 +189,7 @@ async def test_a_finished_attempt_counts_although_its_cancellation_was_asked_for
     db: Database, event: Event
 ) -> None:
     """
-    The handler was faster, and its outcome is recorded.
+    If the handler finished first, its outcome is recorded.
     """
     task = await a_task(db, state=State.RUNNING, cancel_requested=True)
     assert task.lease_id

@@ -1,5 +1,5 @@
 """
-Tasks that no worker runs are found, whatever else waits.
+Tasks that no live worker offers are found, whatever else waits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ async def found(
     db: Database, *, sample: int = 1_000, due_for: float = 0.0
 ) -> list[tuple[str, str, int]]:
     """
-    What is unserved, as queue, name and count.
+    The unserved tasks, as queue, name and count.
     """
     waiting = await unserved(db, sample=sample, due_for_seconds=due_for)
     assert all(isinstance(one, Unserved) and one.waiting_seconds >= 0 for one in waiting)
@@ -24,7 +24,7 @@ async def found(
 
 async def test_tasks_are_unserved_until_a_live_worker_offers_them(db: Database) -> None:
     """
-    That goes by queue and name; tasks of paused queues are meant to wait.
+    Tasks count as unserved by queue and name; those in paused queues are meant to wait.
     """
     await submit(db, [new_task(queue="nobody") for _ in range(600)])
     await submit(db, [new_task(name="unknown"), new_task(), new_task(queue="paused")])
@@ -46,9 +46,10 @@ async def test_tasks_are_unserved_until_a_live_worker_offers_them(db: Database) 
     assert [(QUEUE, NAME, 1)] == after_one_stopped
 
 
-async def test_a_look_is_bounded_and_sees_the_oldest(db: Database) -> None:
+async def test_a_scan_is_bounded_and_sees_the_oldest(db: Database) -> None:
     """
-    Served tasks move on and unserved ones stay in front, however many wait.
+    A scan is bounded and reads the oldest tasks: served ones move on, so unserved ones stay in
+    front.
     """
     await a_worker(db)
     await submit(db, [new_task(name="unknown") for _ in range(30)])
@@ -59,7 +60,7 @@ async def test_a_look_is_bounded_and_sees_the_oldest(db: Database) -> None:
 
 async def test_what_became_due_just_now_is_given_time(db: Database) -> None:
     """
-    Workers are being replaced all the time.
+    A task that just became due is not reported yet, since workers are replaced all the time.
     """
     await submit(db, [new_task()])
 

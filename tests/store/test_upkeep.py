@@ -1,5 +1,5 @@
 """
-Upkeep: expiring, pruning and the readiness probe.
+Upkeep: expiry, pruning and the readiness probe.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DAY = 86_400
 @pytest.mark.parametrize("state", [State.PENDING, State.QUEUED])
 async def test_a_waiting_task_is_cancelled_when_it_expires(db: Database, state: State) -> None:
     """
-    Its failure says that it expired.
+    An expired task is cancelled, and its failure says that it expired.
     """
     task = await a_task(db, state=state)
     other = await a_task(db, state=state)
@@ -48,7 +48,7 @@ async def test_a_waiting_task_is_cancelled_when_it_expires(db: Database, state: 
 
 async def test_a_task_that_waits_for_a_retry_expires_too(db: Database) -> None:
     """
-    Its attempts stay in the history.
+    A task that waits for a retry expires, and its attempts stay in the history.
     """
     task = await a_task(db, attempt=1, due_in_seconds=60)
     await backdate(db, "tasks", task.id, expires_at=0)
@@ -73,7 +73,7 @@ async def test_a_running_task_does_not_expire(db: Database) -> None:
 
 async def test_expiring_is_bounded_and_goes_on_where_it_stopped(db: Database) -> None:
     """
-    Tasks that expired first go first.
+    Each run is bounded, and tasks that expired first go first.
     """
     ids = await submitted(db, 5)
     for age, task_id in enumerate(ids, start=1):
@@ -89,7 +89,7 @@ async def test_expiring_is_bounded_and_goes_on_where_it_stopped(db: Database) ->
 
 async def test_expiring_steps_over_a_task_that_is_being_claimed(db: Database) -> None:
     """
-    Neither statement waits for the other.
+    Expiry skips a task that is being claimed, so neither statement waits for the other.
     """
     (task_id,) = await submitted(db, 1)
 
@@ -103,7 +103,7 @@ async def test_expiring_steps_over_a_task_that_is_being_claimed(db: Database) ->
 
 async def test_only_tasks_finished_before_the_retention_are_pruned(db: Database) -> None:
     """
-    Their attempts go with them; live tasks stay, however old.
+    Finished tasks past the retention are pruned with their attempts; live tasks stay, however old.
     """
     kept = [await a_task(db, state=state, attempt=2) for state in State if state != State.PENDING]
     old = [await a_task(db, state=state, attempt=3) for state in sorted(TERMINAL)]
@@ -126,7 +126,7 @@ async def test_only_tasks_finished_before_the_retention_are_pruned(db: Database)
 
 async def test_pruning_is_bounded_and_the_oldest_go_first(db: Database) -> None:
     """
-    Each run stays short, even after a long outage.
+    Each run prunes a bounded number, oldest first, so it stays short even after a long outage.
     """
     finished = [await a_task(db, state=State.COMPLETED) for _ in range(5)]
     for age, task in enumerate(finished, start=2):
@@ -142,7 +142,7 @@ async def test_pruning_is_bounded_and_the_oldest_go_first(db: Database) -> None:
 
 async def test_a_hint_to_a_pruned_task_is_harmless(db: Database) -> None:
     """
-    RabbitMQ may keep the hint longer than we keep the task.
+    A hint may outlive its task in RabbitMQ, and then claims nothing.
     """
     task = await a_task(db, state=State.COMPLETED)
     await upkeep.prune_finished(db, older_than_days=0, limit=10)
@@ -152,7 +152,7 @@ async def test_a_hint_to_a_pruned_task_is_harmless(db: Database) -> None:
 
 async def test_the_probe_finds_out_that_a_database_takes_no_writes(db: Database) -> None:
     """
-    A demoted primary answers every SELECT and is useless.
+    The probe fails on a demoted primary, although that answers every SELECT.
     """
     await upkeep.probe(db)
 
@@ -191,7 +191,7 @@ async def queue_of(db: Database, task_id: UUID) -> str:
 
 async def test_a_task_older_than_its_handler_moves_to_the_handlers_queue(db: Database) -> None:
     """
-    Its queue was unknown when it was submitted; now workers and the relay find it.
+    A task submitted before its queue was known moves there, where workers and the relay find it.
     """
     [early] = await submitted(db, 1)
     [other] = await submitted(db, 1, name="other")
@@ -218,7 +218,8 @@ async def test_a_task_that_was_sent_to_default_stays_there(
     db: Database, why: str, seconds_ago: float
 ) -> None:
     """
-    Its submitter could have left the choice to the handler.
+    A task explicitly sent to `default` stays there, since its submitter could have left the choice
+    to the handler.
     """
     [task_id] = await submitted(db, 1)
     await published(db, "reports", seconds_ago=seconds_ago)
@@ -229,7 +230,7 @@ async def test_a_task_that_was_sent_to_default_stays_there(
 
 async def test_a_task_that_some_worker_takes_from_default_stays_there(db: Database) -> None:
     """
-    It will run there, and keeps its place.
+    A task that a worker can take from `default` will run there and keeps its place.
     """
     [task_id] = await submitted(db, 1)
     await published(db, "reports")
@@ -242,7 +243,7 @@ async def test_a_task_that_some_worker_takes_from_default_stays_there(db: Databa
 @pytest.mark.parametrize("state", [State.QUEUED, State.RUNNING, State.COMPLETED, State.FAILED])
 async def test_only_pending_tasks_move(db: Database, state: State) -> None:
     """
-    The hint of a queued task is on its way to the old queue, or was taken from there.
+    A queued task does not move: its hint is in flight to the old queue, or was taken from there.
     """
     task = await a_task(db, state=state)
     await published(db, "reports")
@@ -253,7 +254,8 @@ async def test_only_pending_tasks_move(db: Database, state: State) -> None:
 
 async def test_moving_is_bounded_and_goes_on_where_it_stopped(db: Database) -> None:
     """
-    It handles any number of tasks; the newer of two publications counts.
+    Each run moves a bounded number and the next one continues; the newer of two publications
+    counts.
     """
     await submitted(db, 3)
     await published(db, "older")

@@ -1,5 +1,5 @@
 """
-Wake-ups arrive immediately, resume after a broken connection, and are no more than needed.
+Wake-ups arrive immediately, resume after a broken connection, and are no more frequent than needed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Bell:
 
     async def wait(self) -> None:
         """
-        Wait for a wake-up since the last call.
+        Wait for a wake-up that came after the last call.
         """
         async with asyncio.timeout(PATIENCE_SECONDS):
             await self._rang.wait()
@@ -39,7 +39,7 @@ class Bell:
 
 async def test_a_listener_is_woken_when_it_begins_and_for_every_wakeup(db: Database) -> None:
     """
-    It missed what was sent before it listened, so it calls once by itself.
+    A new listener calls back once on its own, for wake-ups sent before it listened.
     """
     bell = Bell()
     async with Listener(db, bell.ring):
@@ -53,7 +53,7 @@ async def test_a_listener_is_woken_when_it_begins_and_for_every_wakeup(db: Datab
 
 async def test_every_listener_is_woken(db: Database) -> None:
     """
-    Any of them may have a free slot.
+    Every listener is woken, since any of them may have a free slot.
     """
     one, two = Bell(), Bell()
     async with Listener(db, one.ring), Listener(db, two.ring):
@@ -68,7 +68,8 @@ async def test_every_listener_is_woken(db: Database) -> None:
 
 async def test_a_listener_whose_connection_was_cut_comes_back_and_looks(db: Database) -> None:
     """
-    It does so soon, not at its next check: the gap may have hidden a wake-up.
+    After a cut connection a listener calls back soon, not at its next check: the gap may have
+    hidden a wake-up.
     """
     bell = Bell()
     async with Listener(db, bell.ring):
@@ -89,7 +90,7 @@ async def test_a_listener_whose_connection_was_cut_comes_back_and_looks(db: Data
 
 async def test_a_burst_of_wakes_sends_one_more_wakeup(db: Database) -> None:
     """
-    That holds for any number of submissions while one is on its way.
+    While a wake-up is in flight, any number of submissions cause only one more.
     """
     heard: list[str] = []
     end = asyncio.Event()
@@ -115,7 +116,8 @@ async def test_a_burst_of_wakes_sends_one_more_wakeup(db: Database) -> None:
 
 async def test_a_wake_during_a_wakeup_is_not_lost(db: Database) -> None:
     """
-    It may stand for a task that was committed after the first one was sent.
+    A wake during a wake-up is sent too, since it may stand for a task committed after the first one
+    was sent.
     """
     bell = Bell()
     waker = Waker(db)
@@ -135,7 +137,8 @@ async def test_a_wake_during_a_wakeup_is_not_lost(db: Database) -> None:
 
 async def test_waking_fails_silently_while_the_database_is_down() -> None:
     """
-    Submissions do not depend on it, and the next wake tries again.
+    A wake during an outage raises nothing: submissions do not depend on it, and the next one tries
+    again.
     """
     async with Database("postgresql://nobody@127.0.0.1:1/nothing") as down:
         waker = Waker(down)
@@ -147,7 +150,7 @@ async def test_waking_fails_silently_while_the_database_is_down() -> None:
 
 async def test_a_listener_starts_before_its_database() -> None:
     """
-    It keeps trying, and stops when asked to.
+    A listener started before its database keeps trying, and stops on request.
     """
     bell = Bell()
     async with Database("postgresql://nobody@127.0.0.1:1/nothing") as down:
@@ -159,7 +162,7 @@ async def test_a_listener_starts_before_its_database() -> None:
 
 async def test_behind_a_pooler_a_listener_does_nothing(shared_database_url: str) -> None:
     """
-    There is no LISTEN in transaction mode; its owner must poll.
+    In transaction mode there is no LISTEN, so a listener does nothing and its owner must poll.
     """
     bell = Bell()
     async with Database(shared_database_url, size=1, pooler=True) as pooled:

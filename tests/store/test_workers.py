@@ -1,5 +1,5 @@
 """
-Workers are alive while they beat, and lost when they are silent or their lock is free.
+Workers are alive while they send heartbeats, and lost when they are silent or their lock is free.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from asyncflow.store.workers import Held, Published, lock_key
 from tests.support.builders import a_task, a_worker, backdate
 
 LEASE_SECONDS = 15.0
-# Past two heartbeats and a half second, well within the lease.
+# Longer than two heartbeats and half a second, well within the lease.
 OVERDUE = 5.0
 
 
@@ -34,7 +34,7 @@ async def session(db: Database) -> AsyncIterator[asyncpg.Connection]:
 
 async def lost(db: Database, *, grace_seconds: float = 0, **outage: float) -> list[object]:
     """
-    The workers that the reaper declares lost now, as if PostgreSQL had been running for long.
+    The workers that the reaper declares lost now, as if PostgreSQL had been up for long.
     """
     marked = await workers.mark_lost(db, grace_seconds=grace_seconds, **outage)
     return [worker_id for worker_id, _ in marked]
@@ -42,7 +42,8 @@ async def lost(db: Database, *, grace_seconds: float = 0, **outage: float) -> li
 
 async def test_a_worker_that_just_registered_is_alive(db: Database) -> None:
     """
-    It has had no time to take its lock or to beat.
+    A worker that just registered is alive, although it has not yet taken its lock or sent a
+    heartbeat.
     """
     worker = await a_worker(db)
 
@@ -54,7 +55,8 @@ async def test_a_silent_worker_is_lost_when_its_lease_ends(
     db: Database, session: asyncpg.Connection
 ) -> None:
     """
-    It still holds its lock, but may be frozen or cut off.
+    A silent worker is lost at the end of its lease even if it holds its lock: it may be frozen or
+    cut off.
     """
     worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
     await workers.hold_lock(session, worker.id)
@@ -67,7 +69,7 @@ async def test_an_overdue_worker_is_alive_while_it_holds_its_lock(
     db: Database, session: asyncpg.Connection
 ) -> None:
     """
-    A late heartbeat alone does not prove death.
+    A worker that holds its lock is alive, since a late heartbeat alone does not prove death.
     """
     worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
     assert await workers.hold_lock(session, worker.id)
@@ -80,8 +82,8 @@ async def test_an_overdue_worker_is_lost_once_its_lock_is_free(
     db: Database, session: asyncpg.Connection
 ) -> None:
     """
-    The kernel closed its connection and PostgreSQL freed the lock: it is dead long before its
-    lease ends.
+    A free lock shows that the connection of an overdue worker is closed, so it is declared lost
+    long before its lease ends.
     """
     worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
     await workers.hold_lock(session, worker.id)
@@ -93,7 +95,8 @@ async def test_an_overdue_worker_is_lost_once_its_lock_is_free(
 
 async def test_a_free_lock_alone_is_no_death(db: Database) -> None:
     """
-    While heartbeats arrive, the connection that held the lock may just be reconnecting.
+    A worker with a free lock is alive while heartbeats arrive: its lock connection may just be
+    reconnecting.
     """
     worker = await a_worker(db)
     await backdate(db, "workers", worker.id, heartbeat_at=1.5)
@@ -103,7 +106,7 @@ async def test_a_free_lock_alone_is_no_death(db: Database) -> None:
 
 async def test_behind_a_pooler_only_the_heartbeat_tells_that_a_worker_lives(db: Database) -> None:
     """
-    No worker holds a lock there, so a free one proves nothing; its lease still ends.
+    Behind a pooler no worker holds a lock, so a free one proves nothing; the lease still expires.
     """
     worker = await a_worker(db, holds_lock=False, lease_seconds=LEASE_SECONDS)
     await backdate(db, "workers", worker.id, heartbeat_at=OVERDUE)
@@ -115,9 +118,10 @@ async def test_behind_a_pooler_only_the_heartbeat_tells_that_a_worker_lives(db: 
 
 
 @pytest.mark.parametrize("silent_seconds", [OVERDUE, LEASE_SECONDS + 1])
-async def test_nobody_is_lost_right_after_an_outage(db: Database, silent_seconds: float) -> None:
+async def test_no_worker_is_lost_right_after_an_outage(db: Database, silent_seconds: float) -> None:
     """
-    No worker could beat meanwhile, and every lock is free, so they get time to come back.
+    After an outage, in which no worker could send heartbeats or keep its lock, workers get time to
+    return.
     """
     worker = await a_worker(db, lease_seconds=LEASE_SECONDS)
     await backdate(db, "workers", worker.id, heartbeat_at=silent_seconds)
@@ -128,7 +132,8 @@ async def test_nobody_is_lost_right_after_an_outage(db: Database, silent_seconds
 
 async def test_no_heartbeat_revives_a_lost_worker(db: Database) -> None:
     """
-    Its leases were given away; registering again does not help either.
+    A lost worker cannot return by a heartbeat or by registering again, since its leases were given
+    away.
     """
     worker = await a_worker(db)
     await backdate(db, "workers", worker.id, heartbeat_at=LEASE_SECONDS + 1)
@@ -142,7 +147,7 @@ async def test_no_heartbeat_revives_a_lost_worker(db: Database) -> None:
 
 async def test_a_heartbeat_keeps_a_worker_alive(db: Database) -> None:
     """
-    However late it is, it counts until the worker is declared lost.
+    A heartbeat counts, however late, until the worker is declared lost.
     """
     worker = await a_worker(db)
     await backdate(db, "workers", worker.id, heartbeat_at=LEASE_SECONDS + 1)
@@ -153,7 +158,7 @@ async def test_a_heartbeat_keeps_a_worker_alive(db: Database) -> None:
 
 async def test_a_stopped_or_unknown_worker_has_no_heartbeat(db: Database) -> None:
     """
-    It signed off, or its row was pruned.
+    The heartbeat of a worker that signed off, or whose row was pruned, is refused.
     """
     worker = await a_worker(db)
     await workers.stop(db, worker.id)
@@ -164,7 +169,7 @@ async def test_a_stopped_or_unknown_worker_has_no_heartbeat(db: Database) -> Non
 
 async def test_registering_twice_is_one_worker(db: Database) -> None:
     """
-    The answer to the first call may have been lost.
+    Registering again after a lost answer does not create a second worker.
     """
     worker = await a_worker(db)
     await workers.register(db, worker)
@@ -174,7 +179,7 @@ async def test_registering_twice_is_one_worker(db: Database) -> None:
 
 async def test_a_worker_gets_its_lock_only_once(db: Database, session: asyncpg.Connection) -> None:
     """
-    A second process with the same id is detected.
+    A worker's lock can be taken only once, so a second process with the same id is detected.
     """
     worker = await a_worker(db)
 
@@ -187,7 +192,8 @@ async def test_a_worker_is_told_of_old_leases_and_of_requested_cancellations(
     db: Database,
 ) -> None:
     """
-    A young claim may still be on its way to the worker; a request to cancel is urgent.
+    A heartbeat lists leases old enough to be known to the worker, and all requested cancellations:
+    the answer to a young claim may still be in flight.
     """
     worker = await a_worker(db)
     old = await a_task(db, state=State.RUNNING, worker_id=worker.id)
@@ -207,7 +213,7 @@ async def test_a_worker_is_told_of_old_leases_and_of_requested_cancellations(
 
 async def test_the_leases_of_workers_that_are_gone_are_lost(db: Database) -> None:
     """
-    Their workers are stopped, lost or unknown; those of a live worker are kept.
+    Leases of stopped, lost or unknown workers are lost; those of a live worker are kept.
     """
     alive, stopped, silent = [await a_worker(db) for _ in range(3)]
     kept = await a_task(db, state=State.RUNNING, worker_id=alive.id)
@@ -238,7 +244,8 @@ async def test_the_leases_of_workers_that_are_gone_are_lost(db: Database) -> Non
 
 async def test_a_backoff_of_a_newer_version_is_read_as_far_as_it_is_known(db: Database) -> None:
     """
-    One unreadable lease would stop the reaper for all others.
+    Unknown fields of a backoff are ignored; an unreadable lease would stop the reaper for all
+    others.
     """
     worker = await a_worker(db)
     await a_task(db, state=State.RUNNING, worker_id=worker.id)
@@ -272,7 +279,7 @@ async def test_a_backoff_that_this_version_refuses_does_not_stop_the_reaper(db: 
 
 async def test_workers_that_ended_long_ago_are_forgotten(db: Database) -> None:
     """
-    They are deleted a day later; live ones never are.
+    Workers are deleted a day after their end; live ones never are.
     """
     alive, stopped, recent = [await a_worker(db) for _ in range(3)]
     await backdate(db, "workers", alive.id, started_at=10**6)
@@ -287,7 +294,7 @@ async def test_workers_that_ended_long_ago_are_forgotten(db: Database) -> None:
 
 async def test_the_newest_word_on_a_handler_counts(db: Database) -> None:
     """
-    A deployment may change a handler's queue or payload.
+    The latest publication of a handler counts, since a deployment may change its queue or payload.
     """
     await workers.publish_handlers(db, [Published("a", "x", {}), Published("b", "x", {})])
 
@@ -301,7 +308,8 @@ async def test_a_handler_is_live_on_a_queue_while_a_worker_lives_that_declares_i
     db: Database,
 ) -> None:
     """
-    Two services may declare one name, and a deployment may change a handler's queue.
+    A handler is live on each queue for which a live worker declares it: two services may declare
+    one name, and a deployment may change its queue.
     """
     old = await a_worker(db, handlers=("a", "b"), handler_queues=("x", "y"), queues=("x", "y", "z"))
     await workers.publish_handlers(db, [Published("a", "x", {}), Published("b", "y", {})])
@@ -322,7 +330,7 @@ async def test_a_handler_is_live_on_a_queue_while_a_worker_lives_that_declares_i
 
 async def test_a_queue_that_a_handler_has_left_is_forgotten(db: Database) -> None:
     """
-    That happens a day after its last worker; the latest publication of a name is kept.
+    A queue is forgotten a day after its last worker; the latest publication of a name is kept.
     """
     await a_worker(db, handlers=("b",), handler_queues=("old",))
     for queue in ("old", "new"):

@@ -1,5 +1,5 @@
 """
-The store that transports claim from.
+The store from which transports claim tasks.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-A RabbitMQ that others administer: a user of its own in a virtual host, whose permissions come and
+A RabbitMQ administered by others: a dedicated user in a virtual host, whose permissions come and
 go, and a relay and a worker that log in as this user.
 """
 
@@ -33,10 +33,10 @@ NOTHING = "^$"
 
 class Administrator:
     """
-    Gives and takes permissions in one virtual host.
+    Grants and revokes permissions in one virtual host.
 
     Attributes:
-        url: For a client that logs in as the user.
+        url: The AMQP URL for logging in as the user.
     """
 
     def __init__(self, broker: Broker, broker_url: str) -> None:
@@ -50,13 +50,13 @@ class Administrator:
 
     async def api(self, method: str, path: str, body: Any = None) -> Any:
         """
-        Call the management API; it is fine if the object is already missing.
+        Call the management API; an object that is already missing is not an error.
         """
         return await asyncio.to_thread(self.broker.api, method, path, body, ignore_missing=True)
 
     async def add_user(self, password: str = PASSWORD) -> None:
         """
-        Create the user, or give it another password.
+        Create the user, or change its password.
         """
         await self.api("PUT", f"users/{self.user}", {"password": password, "tags": ""})
 
@@ -78,14 +78,14 @@ class Administrator:
 
     async def forbid(self) -> None:
         """
-        Take the virtual host away from the user.
+        Revoke the user's access to the virtual host.
         """
         await self.api("DELETE", f"permissions/{self.vhost}/{self.user}")
         await self.disconnect()
 
     async def disconnect(self) -> None:
         """
-        Close the user's connections, whose permissions RabbitMQ remembers.
+        Close the user's connections, for which RabbitMQ caches permissions.
         """
         await self.api("DELETE", f"connections/username/{self.user}")
 
@@ -98,20 +98,20 @@ class Administrator:
 
     async def delete_vhost(self) -> None:
         """
-        Remove the virtual host with all that is in it.
+        Remove the virtual host and everything in it.
         """
         await self.api("DELETE", f"vhosts/{self.vhost}")
 
     async def set_policy(self, **definition: Any) -> None:
         """
-        Limit all task queues, as an operator who does not know them might.
+        Apply a policy to all task queues, as an operator unaware of them might.
         """
         body = {"pattern": ".*", "definition": definition, "apply-to": "queues"}
         await self.api("PUT", f"policies/{self.vhost}/limits", body)
 
     async def clear_policy(self) -> None:
         """
-        Take the limits away.
+        Remove the policy.
         """
         await self.api("DELETE", f"policies/{self.vhost}/limits")
 
@@ -132,10 +132,10 @@ async def administered(broker: Broker, broker_url: str) -> AsyncIterator[Adminis
 
 class System:
     """
-    A relay, and a worker that runs whatever comes.
+    A relay, and a worker that completes every task it gets.
 
     Attributes:
-        events: What they log.
+        events: What relay and worker log.
     """
 
     def __init__(self, db: Database, relay: Relay, transport: RabbitTransport) -> None:
@@ -146,7 +146,7 @@ class System:
 
     async def until_told(self, event: str, *words: str) -> None:
         """
-        Wait until this event is logged by relay or worker, with these words in it.
+        Wait until relay or worker logs this event, with these words in it.
         """
 
         async def is_told() -> bool:
@@ -179,7 +179,7 @@ class System:
 
     async def work(self, slots: int) -> None:
         """
-        Complete what is claimed, until the transport is stopped.
+        Complete claimed tasks until the transport is stopped.
         """
         while taken := await self.transport.take(slots, window=slots):
             await complete(self.db, taken)
@@ -199,12 +199,12 @@ async def a_system(
     owned_seconds: float = OWNED_SECONDS,
 ) -> AsyncIterator[System]:
     """
-    A relay and a worker for one block; neither may end before it.
+    A relay and a worker for one block; neither may end before the block does.
 
     Args:
-        works: Whether the worker takes what comes; otherwise it is only registered.
-        backoff: Waits after failures; None for the usual ones.
-        owned_seconds: How long the names stay theirs afterwards.
+        works: Whether the worker takes tasks; otherwise it is only registered.
+        backoff: Waits after failures; None for the default.
+        owned_seconds: How long the names stay reserved for them afterwards.
     """
     backoff = backoff or BackoffTimes()
     worker = await a_worker(db, slots=slots)

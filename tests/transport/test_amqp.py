@@ -1,5 +1,5 @@
 """
-Guarantees of the AMQP client, against a real broker and a wire that can be tampered with.
+Guarantees of the AMQP client, tested against a real broker and a wire that can be tampered with.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PATIENCE_SECONDS = 20.0
 @pytest.fixture
 async def connection(broker_url: str) -> AsyncIterator[Connection]:
     """
-    A connection of the test's own.
+    A connection for the test alone.
     """
     connection = await connect(broker_url, name="test")
     yield connection
@@ -93,7 +93,7 @@ async def confirming(connection: Connection) -> Channel:
 
 async def publish(channel: Channel, queue: str, *bodies: bytes) -> list[PublishResult]:
     """
-    Publish bodies straight to a queue.
+    Publish bodies directly to a queue.
     """
     messages = [Message(queue, body) for body in bodies]
     return await channel.publish(messages, exchange="", timeout_seconds=PATIENCE_SECONDS)
@@ -101,7 +101,7 @@ async def publish(channel: Channel, queue: str, *bodies: bytes) -> list[PublishR
 
 async def settled(channel: Channel, queue: str, *, messages: int, consumers: int) -> None:
     """
-    Wait until the queue has these counts: the broker updates them a little behind the facts.
+    Wait until the queue reports these counts, which the broker updates with a delay.
     """
     async with asyncio.timeout(PATIENCE_SECONDS):
         while await channel.inspect_queue(queue) != (messages, consumers):
@@ -110,7 +110,7 @@ async def settled(channel: Channel, queue: str, *, messages: int, consumers: int
 
 class Inbox:
     """
-    A consumer that keeps what it gets and can be waited for.
+    A consumer that collects deliveries and lets a test wait for them.
     """
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class Inbox:
 
     async def bodies(self, count: int) -> list[bytes | None]:
         """
-        Wait until at least `count` deliveries are there; return all bodies.
+        Wait for at least `count` deliveries; return all bodies.
         """
         async with asyncio.timeout(PATIENCE_SECONDS), self._arrived:
             await self._arrived.wait_for(lambda: len(self.deliveries) >= count)
@@ -161,7 +161,7 @@ async def test_exactly_the_unroutable_messages_of_a_batch_are_returned(
     channel: Channel, queue: str
 ) -> None:
     """
-    Messages with the same body are told apart.
+    Exactly the unroutable messages are returned, even among messages with the same body.
     """
     messages = [Message(queue if n % 3 else "nowhere", b"same") for n in range(300)]
 
@@ -172,7 +172,7 @@ async def test_exactly_the_unroutable_messages_of_a_batch_are_returned(
 
 async def test_a_full_queue_refuses_a_message(channel: Channel) -> None:
     """
-    REFUSED means that the queue rejected it.
+    A full queue rejects a message, which is reported as REFUSED.
     """
     await channel.declare_queue(
         "full", arguments={"x-max-length": 1, "x-overflow": "reject-publish"}
@@ -188,7 +188,7 @@ async def test_publishes_at_the_same_time_each_get_their_own_results(
     channel: Channel, queue: str
 ) -> None:
     """
-    Batches in flight together do not mix up their answers.
+    Concurrent batches each get their own results.
     """
     batches = [
         [Message(queue if n % (k + 2) else "nowhere", b"") for n in range(50)] for k in range(20)
@@ -207,7 +207,7 @@ async def test_a_publish_that_gave_up_does_not_disturb_the_next(
     channel: Channel, queue: str
 ) -> None:
     """
-    Its late confirms are still counted as its own.
+    Late confirms of a cancelled publish are not counted for the next one.
     """
     with pytest.raises(BrokerTimeout):
         await channel.publish([Message("nowhere", b"x")] * 50, exchange="", timeout_seconds=0)
@@ -215,16 +215,16 @@ async def test_a_publish_that_gave_up_does_not_disturb_the_next(
     assert await publish(channel, queue, b"a", b"b") == [CONFIRMED, CONFIRMED]
 
 
-async def test_publishing_nothing_is_done_at_once(channel: Channel) -> None:
+async def test_publishing_nothing_returns_immediately(channel: Channel) -> None:
     """
-    An empty batch needs no broker.
+    Publishing an empty batch returns immediately, without the broker.
     """
     assert [] == await channel.publish([], exchange="", timeout_seconds=0)
 
 
 async def test_publishing_needs_confirms(connection: Connection) -> None:
     """
-    A channel without confirms would wait for ever.
+    Publishing on a channel without confirms is refused, since it would wait forever.
     """
     channel = await connection.channel()
 
@@ -236,7 +236,7 @@ async def test_a_missing_exchange_fails_all_who_wait_on_the_channel(
     connection: Connection, channel: Channel, queue: str
 ) -> None:
     """
-    The channel is closed with the broker's reason, the connection is not.
+    A missing exchange closes the channel with the broker's reason, but not the connection.
     """
     outcomes = await asyncio.gather(
         channel.publish([Message("k", b"")], exchange="no-such", timeout_seconds=PATIENCE_SECONDS),
@@ -254,7 +254,7 @@ async def test_a_missing_exchange_fails_all_who_wait_on_the_channel(
 @pytest.mark.parametrize("size", [0, 1, 16, 65_536])
 async def test_a_body_of_any_size_arrives_whole(channel: Channel, queue: str, size: int) -> None:
     """
-    Also an empty one, and one of more than a single read.
+    A body of any size arrives whole, including an empty one and one that takes several reads.
     """
     body = bytes(n % 251 for n in range(size))
     inbox = Inbox()
@@ -266,7 +266,7 @@ async def test_a_body_of_any_size_arrives_whole(channel: Channel, queue: str, si
 
 async def test_a_huge_body_arrives_as_none(channel: Channel, queue: str) -> None:
     """
-    A message of several frames that is too large to be ours does not fill our memory.
+    A message too large to be ours is delivered without its body, so it does not fill the memory.
     """
     inbox = Inbox()
     await inbox.listen(channel, queue)
@@ -278,7 +278,7 @@ async def test_a_huge_body_arrives_as_none(channel: Channel, queue: str) -> None
 
 async def test_headers_and_routing_key_arrive(channel: Channel, queue: str) -> None:
     """
-    What travels beside the body.
+    Headers and routing key arrive along with the body.
     """
     inbox = Inbox()
     await inbox.listen(channel, queue)
@@ -298,7 +298,7 @@ async def test_what_is_not_acked_comes_again(
     connection: Connection, channel: Channel, queue: str
 ) -> None:
     """
-    Closing the channel gives the unacknowledged back, and only those.
+    Closing the channel requeues unacknowledged messages, and only those.
     """
     await publish(channel, queue, b"a", b"b", b"c")
     consuming, inbox = await connection.channel(), Inbox()
@@ -316,7 +316,7 @@ async def test_what_is_not_acked_comes_again(
 
 async def test_a_nack_gives_back_or_drops(channel: Channel, queue: str) -> None:
     """
-    `requeue` decides which; a queue without dead-letter exchange drops.
+    A nack requeues or drops, as `requeue` says, on a queue without a dead-letter exchange.
     """
     await publish(channel, queue, b"keep", b"drop")
     inbox = Inbox()
@@ -334,7 +334,7 @@ async def test_a_nack_gives_back_or_drops(channel: Channel, queue: str) -> None:
 
 async def test_prefetch_bounds_what_is_unacknowledged(channel: Channel, queue: str) -> None:
     """
-    The next message comes when one is acked, not before.
+    At the prefetch limit, the next message is delivered only once one is acked.
     """
     await publish(channel, queue, *(b"%d" % n for n in range(5)))
     inbox = Inbox()
@@ -349,7 +349,7 @@ async def test_prefetch_bounds_what_is_unacknowledged(channel: Channel, queue: s
 
 async def test_nothing_is_delivered_after_cancel(channel: Channel, queue: str) -> None:
     """
-    A cancelled consumer is silent, and its acks still count.
+    A cancelled consumer gets no deliveries, and its acks still count.
     """
     inbox = Inbox()
     tag = await inbox.listen(channel, queue)
@@ -367,7 +367,7 @@ async def test_nothing_is_delivered_after_cancel(channel: Channel, queue: str) -
 
 async def test_a_consumer_learns_that_the_broker_cancelled_it(channel: Channel, queue: str) -> None:
     """
-    A deleted queue leaves no deaf consumer behind, and costs nothing but it.
+    When a queue is deleted its consumer is told, and nothing else is affected.
     """
     inbox = Inbox()
     await inbox.listen(channel, queue)
@@ -380,7 +380,7 @@ async def test_a_consumer_learns_that_the_broker_cancelled_it(channel: Channel, 
 
 async def test_a_wrong_ack_closes_the_channel(channel: Channel, queue: str) -> None:
     """
-    The owner learns it from `wait_closed`; acks after that do nothing.
+    A wrong ack closes the channel, which `wait_closed` reports; later acks do nothing.
     """
     channel.ack(99)
 
@@ -394,7 +394,7 @@ async def test_a_wrong_ack_closes_the_channel(channel: Channel, queue: str) -> N
 
 async def test_consuming_from_a_missing_queue_fails(channel: Channel) -> None:
     """
-    With the broker's reason.
+    Consuming from a missing queue fails with the broker's reason.
     """
     with pytest.raises(ChannelClosed) as caught:
         await Inbox().listen(channel, "no-such-queue")
@@ -406,7 +406,7 @@ async def test_every_published_message_is_consumed_exactly_once(
     connection: Connection, queue: str
 ) -> None:
     """
-    100,000 messages through publish, confirm, deliver and ack: none lost, none doubled.
+    Of 100,000 messages through publish, confirm, deliver and ack, none is lost or duplicated.
     """
     total, batch = 100_000, 500
     bodies = [b"%d" % n for n in range(total)]
@@ -433,7 +433,7 @@ async def test_every_published_message_is_consumed_exactly_once(
 
 async def test_an_exchange_routes_by_its_bindings(channel: Channel, queue: str) -> None:
     """
-    Declared, bound and published to.
+    A declared exchange routes messages to the queue bound to it.
     """
     await channel.declare_exchange("exchange", kind="topic")
     await channel.bind_queue(queue, exchange="exchange", routing_key="tasks.#")
@@ -449,7 +449,7 @@ async def test_a_queue_cannot_be_declared_twice_with_other_properties(
     channel: Channel, queue: str
 ) -> None:
     """
-    406, as the operator needs to know.
+    Redeclaring a queue with other properties fails with 406, so that the operator learns of it.
     """
     with pytest.raises(ChannelClosed) as caught:
         await channel.declare_queue(queue, arguments={"x-queue-type": "classic"})
@@ -461,7 +461,7 @@ async def test_a_reply_goes_to_the_call_it_answers_though_an_earlier_one_gave_up
     channel: Channel, queue: str
 ) -> None:
     """
-    A cancelled call's late reply is not taken for the next one's.
+    A cancelled call's late reply is not mistaken for the next call's.
     """
     await publish(channel, queue, b"x")
     abandoned = asyncio.ensure_future(channel.declare_queue("other"))
@@ -475,7 +475,7 @@ async def test_a_reply_goes_to_the_call_it_answers_though_an_earlier_one_gave_up
 @pytest.mark.any_rabbitmq
 async def test_channel_numbers_are_used_again(connection: Connection) -> None:
     """
-    Opening and closing for ever does not run out of channels.
+    Opening and closing channels repeatedly never runs out of numbers.
     """
     for _ in range(2100):
         await (await connection.channel()).close()
@@ -483,9 +483,9 @@ async def test_channel_numbers_are_used_again(connection: Connection) -> None:
     assert 1 == (await connection.channel()).number
 
 
-async def test_closing_ends_all_waiting_at_once(broker_url: str, queue: str) -> None:
+async def test_closing_ends_all_waiting_calls_immediately(broker_url: str, queue: str) -> None:
     """
-    `close` is not a fault of the connection, but whoever waits for an answer hears of it.
+    `close` ends everything that waits for an answer, and is not reported as a fault.
     """
     connection = await connect(broker_url, name="test")
     channel = await confirming(connection)
@@ -506,7 +506,7 @@ async def test_acks_written_before_close_are_not_lost(
     broker_url: str, channel: Channel, queue: str
 ) -> None:
     """
-    Closing sends what was written first.
+    Acks written before `close` are sent first.
     """
     await publish(channel, queue, b"x")
     async with connected(broker_url) as consuming:
@@ -529,7 +529,7 @@ def with_login(url: str, login: str) -> str:
 
 async def test_a_wrong_password_is_refused_without_repeating_it(broker_url: str) -> None:
     """
-    BrokerRefused tells settings from outages.
+    A wrong password raises BrokerRefused, unlike an outage, and is not repeated in the error.
     """
     with pytest.raises(BrokerRefused) as caught:
         await connect(with_login(broker_url, "guest:wrong%2Fsecret"), name="test")
@@ -540,7 +540,7 @@ async def test_a_wrong_password_is_refused_without_repeating_it(broker_url: str)
 
 async def test_a_missing_vhost_is_refused(broker_url: str) -> None:
     """
-    The vhost is percent-decoded, and its absence is no outage either.
+    A missing virtual host, whose name is percent-decoded, raises BrokerRefused too.
     """
     url = urlsplit(broker_url)._replace(path="/no%2Fsuch").geturl()
 
@@ -550,7 +550,7 @@ async def test_a_missing_vhost_is_refused(broker_url: str) -> None:
 
 async def test_a_port_without_a_broker_is_unreachable() -> None:
     """
-    Connection refused.
+    A refused connection raises BrokerUnreachable.
     """
     with pytest.raises(BrokerUnreachable, match=r"127\.0\.0\.1:1 "):
         await connect("amqp://127.0.0.1:1", name="test")
@@ -559,7 +559,7 @@ async def test_a_port_without_a_broker_is_unreachable() -> None:
 @pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x01\x00\x00"])
 async def test_a_port_that_speaks_no_amqp_is_unreachable(greeting: bytes) -> None:
     """
-    Neither silence nor nonsense keeps the caller waiting beyond the timeout.
+    Neither silence nor garbage keeps the caller waiting beyond the timeout.
     """
 
     async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -598,7 +598,7 @@ async def test_a_port_that_speaks_no_amqp_is_unreachable(greeting: bytes) -> Non
 )
 async def test_a_wrong_url_is_refused_without_repeating_the_password(url: str) -> None:
     """
-    A URL that cannot be taken apart may have its password anywhere.
+    A URL that cannot be parsed is not repeated, since the password may be anywhere in it.
     """
     with pytest.raises(InvalidSettings) as caught:
         await connect(url, name="test")
@@ -619,7 +619,7 @@ async def test_a_wrong_url_is_refused_without_repeating_the_password(url: str) -
 )
 def test_a_parameter_that_cannot_be_honoured_is_refused_by_name(query: str, sentence: str) -> None:
     """
-    Ignored, it would be missed on the day it matters.
+    An unsupported parameter is refused by name; ignored, it would be missed the day it matters.
     """
     with pytest.raises(InvalidSettings) as caught:
         parse_url(f"amqp://user:hunter2@host/?{query}")
@@ -630,7 +630,8 @@ def test_a_parameter_that_cannot_be_honoured_is_refused_by_name(query: str, sent
 
 async def test_parameters_of_the_url_are_honoured(broker: Broker, broker_url: str) -> None:
     """
-    Heartbeat, channels and frames are what the broker was told; a short patience is kept.
+    Heartbeat, channel and frame limits of the URL are negotiated with the broker, and a short
+    connection timeout is kept.
     """
     url = f"{broker_url}?heartbeat=30&channel_max=8&frame_max=8192"
     async with connect_named(url, "with parameters") as connection:
@@ -648,9 +649,10 @@ async def test_parameters_of_the_url_are_honoured(broker: Broker, broker_url: st
 
 async def test_a_killed_broker_is_noticed_within_a_second(broker: Broker, broker_url: str) -> None:
     """
-    Whoever waits for the connection or its channels fails at once; a new one can be made.
+    Calls that wait for the connection or its channels fail immediately; a new connection can be
+    made.
     """
-    # Without a queue: RabbitMQ 4.0 forgets one that is younger than some seconds.
+    # Without a queue: RabbitMQ 4.0 forgets a queue that is only a few seconds old.
     connection = await connect(broker_url, name="test")
     channel = await confirming(connection)
     try:
@@ -669,7 +671,7 @@ async def test_a_killed_broker_is_noticed_within_a_second(broker: Broker, broker
 
 async def test_a_connection_closed_by_the_operator_says_so(broker: Broker, broker_url: str) -> None:
     """
-    With the operator's words.
+    A connection closed by the operator fails with the operator's reason.
     """
     async with connected(broker_url) as connection:
         await asyncio.to_thread(
@@ -687,7 +689,7 @@ async def test_a_frozen_broker_is_given_up_after_two_heartbeats(
     broker_url: str, queue: str
 ) -> None:
     """
-    Silence counts as death, though TCP notices nothing.
+    Two heartbeats of silence count as a lost connection, though TCP notices nothing.
     """
     async with (
         Wire(broker_url).laid() as wire,
@@ -708,7 +710,7 @@ async def test_a_frozen_broker_is_given_up_after_two_heartbeats(
 @pytest.mark.any_rabbitmq
 async def test_an_idle_connection_lives_on(broker_url: str) -> None:
     """
-    Both sides keep hearing each other when there is nothing to say.
+    Heartbeats keep an idle connection alive in both directions.
     """
     async with connected(broker_url, heartbeat_seconds=1) as connection:
         with pytest.raises(TimeoutError):
@@ -720,7 +722,7 @@ async def test_an_idle_connection_lives_on(broker_url: str) -> None:
 @pytest.mark.any_rabbitmq
 async def test_a_call_is_given_up_in_time_and_close_too(broker_url: str) -> None:
     """
-    A broker that does not answer costs the agreed time, not more.
+    A call and `close` to a broker that does not answer end within their timeouts.
     """
     async with Wire(broker_url).laid() as wire:
         connection = await connect(wire.url, name="test", timeout_seconds=0.2)
@@ -740,7 +742,7 @@ async def test_what_is_not_written_for_lack_of_a_reader_is_never_sent(
     broker_url: str, queue: str
 ) -> None:
     """
-    Publishing against a wire that carries nothing times out without piling up messages.
+    Publishing to a peer that does not read times out without queueing up messages.
     """
     timeouts = 0
     async with Wire(broker_url).laid() as wire, connected(wire.url) as connection:
@@ -770,7 +772,7 @@ async def test_nonsense_from_the_broker_loses_the_connection_cleanly(
     broker_url: str, noise: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     """
-    Neither bytes that are no frame nor an answer that nobody asked for hang or raise.
+    Neither malformed frames nor unsolicited answers hang or raise; the connection is lost cleanly.
     """
     caplog.set_level(logging.ERROR, "asyncio")
     async with Wire(broker_url).laid() as wire, connected(wire.url) as connection:
@@ -786,8 +788,8 @@ async def test_an_alarm_blocks_publishers_only_and_passes(
     broker: Broker, broker_url: str, channel: Channel, queue: str
 ) -> None:
     """
-    While the broker is short of memory publishes time out, acks still count, and after it
-    all goes on by itself.
+    While the broker is short of memory, publishes time out and acks still count; afterwards
+    everything resumes on its own.
     """
     await publish(channel, queue, b"x")
     blocked: asyncio.Queue[bool] = asyncio.Queue()
@@ -814,7 +816,7 @@ async def test_an_alarm_blocks_publishers_only_and_passes(
 
         assert await asyncio.wait_for(blocked.get(), PATIENCE_SECONDS) is False
         assert await publish(publisher, queue, b"w") == [CONFIRMED]
-        # "y" was under way when the alarm rang; "z" was never written.
+        # "y" was in flight when the alarm was raised; "z" was never written.
         assert [b"y", b"w"] == (await inbox.bodies(3))[1:]
 
 
@@ -822,7 +824,8 @@ async def test_a_consumer_that_raises_loses_the_connection(
     broker_url: str, channel: Channel, queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """
-    A bug of ours is loud: the messages go back, and whoever waits hears the cause.
+    A bug in a consumer is loud: its messages are requeued, and every waiting call fails with the
+    cause.
     """
 
     def stumble(_: list[Delivery]) -> None:
@@ -846,7 +849,8 @@ async def test_a_consumer_that_raises_loses_the_connection(
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """
-    Makes a self-signed certificate for localhost; returns its file and its key's.
+    A function that makes a self-signed certificate for localhost and returns its file and its
+    key's.
     """
 
     def make(name: str) -> tuple[Path, Path]:
@@ -866,7 +870,7 @@ async def test_tls_is_verified_unless_told_otherwise(
     broker_url: str, certificate: Callable[[str], tuple[Path, Path]]
 ) -> None:
     """
-    A certificate of an unknown authority is no broker of ours.
+    A certificate of an unknown authority is rejected unless verification is off.
     """
     ours, key = certificate("ours")
     theirs, _ = certificate("theirs")
@@ -895,7 +899,7 @@ async def test_tls_is_verified_unless_told_otherwise(
 
 async def test_the_brokers_tools_show_the_connections_name(broker: Broker, broker_url: str) -> None:
     """
-    An operator sees which process a connection belongs to.
+    The broker's tools show the connection's name, so an operator sees which process it belongs to.
     """
     async with connect_named(broker_url, "worker 0192"):
         listed = await asyncio.to_thread(
@@ -908,7 +912,7 @@ async def test_the_brokers_tools_show_the_connections_name(broker: Broker, broke
 @asynccontextmanager
 async def connect_named(url: str, name: str) -> AsyncIterator[Connection]:
     """
-    A connection of this name.
+    A connection with this name.
     """
     connection = await connect(url, name=name)
     try:

@@ -1,5 +1,5 @@
 """
-Guarantees of the AMQP bytes: any cut of a stream means the same, and no bytes can do harm.
+Guarantees of AMQP framing: a stream means the same however it is cut, and no bytes can do harm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from asyncflow.transport.amqp.frames import (
 )
 
 names = st.text(max_size=5)
-tags = st.integers(0, 9) | st.integers(0, 2**63 - 1)  # pamqp knows no higher
+tags = st.integers(0, 9) | st.integers(0, 2**63 - 1)  # pamqp supports no higher ones
 channels = st.integers(1, 3)
 headers = st.dictionaries(names, names | st.booleans(), max_size=3)
 properties = st.builds(
@@ -60,7 +60,7 @@ rare_methods = st.sampled_from(
 @st.composite
 def content(draw: st.DrawFn) -> bytes:
     """
-    A delivery or return whose body lies in any number of frames.
+    A delivery or return whose body spans any number of frames.
     """
     channel = draw(channels)
     parts = draw(st.lists(st.binary(min_size=1, max_size=30), max_size=3))
@@ -85,7 +85,7 @@ streams = st.lists(content() | other_frame(), max_size=6).map(b"".join)
 
 def plain(event: object) -> Any:
     """
-    An event as values that can be compared.
+    An event as comparable values.
     """
     if isinstance(event, Delivery):
         fields = ("channel", "consumer_tag", "tag", "redelivered", "routing_key", "body")
@@ -97,7 +97,7 @@ def plain(event: object) -> Any:
 
 def events_of(*buffers: bytes) -> list[Any]:
     """
-    What a reader makes of a stream that arrives in these buffers, and how it ended.
+    The events that a reader sees in a stream that arrives in these buffers, and how it ended.
     """
     reader = FrameReader()
     events = [plain(event) for buffer in buffers for event in reader.feed(buffer)]
@@ -106,7 +106,7 @@ def events_of(*buffers: bytes) -> list[Any]:
 
 def cut(stream: bytes, places: list[int]) -> list[bytes]:
     """
-    The stream in pieces; a place beyond its end, or named twice, makes an empty piece.
+    The stream in pieces; a place beyond its end, or a repeated one, makes an empty piece.
     """
     edges = [0, *sorted(places), len(stream)]
     return [stream[start:stop] for start, stop in pairwise(edges)]
@@ -115,7 +115,7 @@ def cut(stream: bytes, places: list[int]) -> list[bytes]:
 @given(stream=streams, places=st.lists(st.integers(0, 400), max_size=12))
 def test_a_stream_cut_anywhere_gives_the_same_events(stream: bytes, places: list[int]) -> None:
     """
-    TCP's cuts carry no meaning.
+    The way TCP splits a stream does not change its events.
     """
     assert events_of(stream) == events_of(*cut(stream, places))
 
@@ -123,7 +123,7 @@ def test_a_stream_cut_anywhere_gives_the_same_events(stream: bytes, places: list
 @given(stream=streams)
 def test_a_stream_arriving_byte_by_byte_gives_the_same_events(stream: bytes) -> None:
     """
-    Not even the slowest wire changes what is read.
+    A stream that arrives byte by byte gives the same events.
     """
     assert events_of(stream) == events_of(*(bytes((byte,)) for byte in stream))
 
@@ -137,21 +137,21 @@ def test_a_damaged_stream_fails_at_the_same_event_however_it_is_cut(
     stream: bytes, damage: list[tuple[int, int]], places: list[int]
 ) -> None:
     """
-    Damage ends the reading with a MalformedFrame at most, and never changes what came before.
+    Damage raises at most a MalformedFrame, and never changes the events before it.
     """
     damaged = damage_of(stream, damage)
 
     try:
         expected = events_of(damaged)
     except MalformedFrame:
-        return  # A damaged header table, which only its reader minds.
+        return  # A damaged header table, which only fails when read.
     assert expected == events_of(*cut(damaged, places))
 
 
 @given(noise=st.binary(max_size=300))
 def test_noise_is_never_more_than_a_malformed_frame(noise: bytes) -> None:
     """
-    Bytes that are no AMQP at all do not raise, and nothing is read after them.
+    Bytes that are not AMQP cause at most a MalformedFrame, and nothing is read after them.
     """
     reader = FrameReader()
     reader.feed(noise)
@@ -168,14 +168,14 @@ def test_whatever_a_broker_sends_a_connection_survives_it_or_is_lost(
     stream: bytes, damage: list[tuple[int, int]]
 ) -> None:
     """
-    No bytes from the far side can raise in the event loop.
+    No bytes from the peer raise in the event loop; the connection survives them or is lost.
     """
     asyncio.run(receive(damage_of(stream, damage)))
 
 
 async def receive(stream: bytes) -> None:
     """
-    Give a stream to a connection in the middle of its life, with a consumer and a publish.
+    Feed a stream to an open connection with a consumer and a publish in flight.
     """
     connection = Connection("far side", timeout_seconds=1, on_blocked=None)
     connection.connection_made(FarSide())
@@ -198,7 +198,7 @@ async def receive(stream: bytes) -> None:
 
 async def opened(connection: Connection) -> Channel:
     """
-    A channel in confirm mode on a connection whose far side only listens.
+    A channel in confirm mode on a connection whose peer only listens.
     """
     opening = asyncio.ensure_future(connection.channel())
     await asyncio.sleep(0)
@@ -213,12 +213,12 @@ async def opened(connection: Connection) -> Channel:
 
 class FarSide(asyncio.Transport):
     """
-    A wire on which nobody answers.
+    A transport whose peer never answers.
     """
 
     def write(self, data: object) -> None:
         """
-        Take bytes to nowhere.
+        Discard the bytes.
         """
 
     def is_closing(self) -> bool:
@@ -229,7 +229,7 @@ class FarSide(asyncio.Transport):
 
     def close(self) -> None:
         """
-        Leave all as it is.
+        Do nothing.
         """
 
     abort = close
@@ -237,7 +237,7 @@ class FarSide(asyncio.Transport):
 
 def damage_of(stream: bytes, damage: list[tuple[int, int]]) -> bytes:
     """
-    The stream with some bytes replaced.
+    The stream with some of its bytes replaced.
     """
     damaged = bytearray(stream)
     for place, byte in damage:
@@ -263,7 +263,8 @@ def test_a_publish_says_what_was_asked(
     part_bytes: int,
 ) -> None:
     """
-    An independent decoder reads the message back, persistent, mandatory and in frames that fit.
+    An independent decoder reads a published message back: persistent, mandatory, in frames within
+    the limit.
     """
     raw = encode_publish(
         Message(routing_key, payload, priority, table),
@@ -312,7 +313,7 @@ def test_an_ack_and_a_nack_say_what_was_asked(tag: int, multiple: bool, requeue:
 
 def test_messages_of_two_channels_may_alternate_frame_by_frame() -> None:
     """
-    Each channel's content is put together on its own.
+    Frames of two channels may alternate; each channel's content is assembled separately.
     """
     frames = [
         frame.marshal(commands.Basic.Deliver("a", 1, False, "", "k"), 1),
@@ -341,7 +342,7 @@ def frames_of(*frames: Any) -> bytes:
 @pytest.mark.parametrize(("size", "is_kept"), [(BODY_BYTES_MAX, True), (BODY_BYTES_MAX + 1, False)])
 def test_a_body_that_is_too_large_is_delivered_without_it(size: int, is_kept: bool) -> None:
     """
-    Nobody can make a worker hold a huge message; the delivery itself still arrives.
+    A huge message arrives as a delivery without a body, so it cannot exhaust a worker's memory.
     """
     stream = frames_of(
         commands.Basic.Deliver("a", 1, False, "", "k"),
@@ -376,7 +377,7 @@ IMPOSSIBLE: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("what", IMPOSSIBLE)
 def test_what_cannot_be_amqp_is_a_malformed_frame(what: str) -> None:
     """
-    The reader stops, rather than wait for bytes that never come or guess.
+    The reader stops with a MalformedFrame, rather than guess or wait for bytes that never come.
     """
     reader = FrameReader()
 
@@ -386,7 +387,7 @@ def test_what_cannot_be_amqp_is_a_malformed_frame(what: str) -> None:
 
 def test_a_name_that_amqp_cannot_carry_is_refused_before_anything_is_sent() -> None:
     """
-    A routing key of more than 255 bytes would be read as something else.
+    A routing key of more than 255 bytes is refused, since it would be misread.
     """
     with pytest.raises(ValueError, match="at most 255"):
         encode_publish(

@@ -1,5 +1,5 @@
 """
-What every transport guarantees, whatever carries the hints. One suite, run on each of them.
+What every transport guarantees, whatever carries the hints: one suite, run on each transport.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.support.tasks import (
 
 class Seam(ABC):
     """
-    Makes transports of one kind, and closes them after the test.
+    Creates transports of one kind, and closes them after the test.
     """
 
     def __init__(self, db: Database) -> None:
@@ -89,8 +89,8 @@ async def take(taker: Transport, slots: int = 1, *, window: int | None = None) -
 
 async def take_ids(taker: Transport, count: int, *, slots: int = 1) -> list[UUID]:
     """
-    Take until `count` tasks are claimed, as a worker does whose free slots grow fewer; return
-    their ids in that order.
+    Take until `count` tasks are claimed, as a worker with ever fewer free slots does; return their
+    ids in that order.
     """
     taken: list[UUID] = []
     while len(taken) < count:
@@ -101,7 +101,7 @@ async def take_ids(taker: Transport, count: int, *, slots: int = 1) -> list[UUID
 
 class Conformance:
     """
-    The guarantees. A subclass chooses the transport by its fixture `seam`.
+    The guarantees. A subclass chooses the transport with its fixture `seam`.
     """
 
     async def test_a_due_task_is_claimed_as_it_was_submitted(self, seam: Seam) -> None:
@@ -137,7 +137,7 @@ class Conformance:
 
     async def test_no_take_claims_more_than_its_slots(self, seam: Seam) -> None:
         """
-        `slots` is a bound, also when a wider window brought more hints.
+        `slots` is a bound, even if a wider window brought more hints.
         """
         taker = await seam.taker(slots=10)
         await submit(seam.db, 30)
@@ -149,7 +149,7 @@ class Conformance:
 
     async def test_of_many_takers_each_task_goes_to_one(self, seam: Seam) -> None:
         """
-        Three takers in competition claim every task once.
+        Three competing takers claim every task once.
         """
         ids = await submit(seam.db, 300)
         takers = [await seam.taker(slots=20) for _ in range(3)]
@@ -188,7 +188,7 @@ class Conformance:
 
     async def test_a_task_that_is_not_due_is_left_alone(self, seam: Seam) -> None:
         """
-        Nothing starts before its time.
+        A task that is not due is not claimed.
         """
         taker = await seam.taker()
         [later] = await submit(seam.db, delay_seconds=1_000)
@@ -199,7 +199,7 @@ class Conformance:
 
     async def test_a_delayed_task_comes_when_it_is_due(self, seam: Seam) -> None:
         """
-        No wake-up is needed for it.
+        A delayed task is claimed when it is due, without a wake-up.
         """
         taker = await seam.taker()
         [task_id] = await submit(seam.db, delay_seconds=0.3)
@@ -208,8 +208,8 @@ class Conformance:
 
     async def test_a_paused_queue_starts_nothing_until_it_is_resumed(self, seam: Seam) -> None:
         """
-        A pause takes effect immediately, even on what RabbitMQ already holds; a resume
-        brings it all back.
+        A pause takes effect immediately, even for hints that RabbitMQ already holds; after a resume
+        all of these tasks run.
         """
         taker = await seam.taker(queues=["paused", QUEUE])
         await queues.pause(seam.db, "paused")
@@ -222,7 +222,8 @@ class Conformance:
 
     async def test_a_task_goes_to_a_worker_that_offers_its_name(self, seam: Seam) -> None:
         """
-        Workers of different handlers may share a queue.
+        A task goes to a worker that offers its name, even if workers of different handlers share a
+        queue.
         """
         generalist = await seam.taker()
         [special] = await submit(seam.db, name="special")
@@ -239,7 +240,7 @@ class Conformance:
 
     async def test_a_higher_priority_goes_first(self, seam: Seam) -> None:
         """
-        Among the tasks that wait, the most urgent is next.
+        Among waiting tasks, the most urgent goes first.
         """
         [low] = await submit(seam.db, priority=0)
         [high] = await submit(seam.db, priority=9)
@@ -260,7 +261,7 @@ class Conformance:
 
     async def test_stop_ends_a_waiting_take_with_nothing(self, seam: Seam) -> None:
         """
-        A worker that stops does not wait for work, now or later.
+        After `stop` a waiting take returns nothing, and so does every later one.
         """
         taker = await seam.taker()
         waiting = asyncio.create_task(take(taker))
@@ -273,7 +274,7 @@ class Conformance:
 
     async def test_after_a_stop_others_get_what_was_not_claimed(self, seam: Seam) -> None:
         """
-        Hints that the worker held go back; its claims stay its own.
+        After a stop, the worker's unclaimed hints go to others; its claims stay its own.
         """
         ids = await submit(seam.db, 8)
         leaving = await seam.taker(slots=8)
@@ -286,7 +287,7 @@ class Conformance:
 
     async def test_a_claim_survives_the_end_of_its_transport(self, seam: Seam) -> None:
         """
-        Closing gives no claim away: only the lease decides that.
+        Closing a transport releases no claim: only the lease decides.
         """
         [task_id] = await submit(seam.db)
         leaving = await seam.taker()
@@ -303,7 +304,7 @@ class Conformance:
         self, seam: Seam, database_url: str
     ) -> None:
         """
-        PostgreSQL ends every session of a waiting worker; it goes on.
+        After PostgreSQL ends every session of a waiting worker, the worker continues.
         """
         taker = await seam.taker()
         await submit(seam.db)
@@ -321,7 +322,7 @@ class Conformance:
         self, seam: Seam, postgres_server: PostgresServer
     ) -> None:
         """
-        A take that began while PostgreSQL was down brings tasks once it is back.
+        A take that began while PostgreSQL was down returns tasks once it is back.
         """
         taker = await seam.taker()
         [task_id] = await submit(seam.db)
@@ -364,7 +365,7 @@ class TestPostgres(Conformance):
     @pytest.fixture
     async def seam(self, db: Database) -> AsyncIterator[Seam]:
         """
-        Transports that ask PostgreSQL.
+        Transports that poll PostgreSQL.
         """
         seam = PostgresSeam(db)
         async with seam.cleanup:
@@ -380,7 +381,7 @@ class TestRabbitMQ(Conformance):
     @pytest.fixture
     async def seam(self, db: Database, broker_url: str) -> AsyncIterator[Seam]:
         """
-        Transports that are sent hints.
+        Transports that receive hints.
         """
         seam = RabbitSeam(db, broker_url)
         relaying = asyncio.create_task(Relay(db, broker_url).run())

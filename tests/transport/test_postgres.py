@@ -1,5 +1,5 @@
 """
-What only the transport without a broker does.
+What is specific to the transport without a broker.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def test_a_claim_begins_where_the_low_water_mark_says(
     db: Database, transport: PostgresTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    The mark is that of its own queues and names.
+    A claim starts at the low-water mark of its own queues and names.
     """
     asked: list[dict[str, Any]] = []
 
@@ -57,7 +57,7 @@ async def test_after_a_slow_claim_the_next_ones_begin_late(
     db: Database, transport: PostgresTransport, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     """
-    This includes a claim so slow that it failed.
+    After a slow claim, even one that timed out, the next ones start at the low-water mark.
     """
     transport._due._mark = LowWaterMark(db, worth_seconds=0.0)
     since: list[Any] = []

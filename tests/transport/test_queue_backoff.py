@@ -1,5 +1,5 @@
 """
-How long RabbitMQ, or one of its queues, is left alone after a failure.
+How long the backoff is after a failure of RabbitMQ or one of its queues.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from asyncflow.transport.rabbitmq.queue_backoff import (
 
 def test_a_queue_is_skipped_for_longer_after_every_failure_up_to_fifteen_seconds() -> None:
     """
-    A passing fault costs a second; a lasting one costs little however long it lasts.
+    A passing fault costs a second; a lasting one costs little, however long it lasts.
     """
     backoff = QueueBackoff()
     seconds = []
@@ -27,7 +27,8 @@ def test_a_queue_is_skipped_for_longer_after_every_failure_up_to_fifteen_seconds
 
 def test_a_queue_that_works_again_starts_over() -> None:
     """
-    Its next failure costs a second again, and other queues were never skipped.
+    The next failure of a queue that worked again costs a second, and other queues are never
+    skipped.
     """
     backoff = QueueBackoff()
     backoff.failed("video", now=0.0)
@@ -44,14 +45,15 @@ def test_a_queue_that_works_again_starts_over() -> None:
 
 def waits(backoff: ConnectionBackoff, count: int, *, may_pass: bool) -> list[float]:
     """
-    The waits after this many failures, one after another.
+    The waits after each of this many consecutive failures.
     """
     return [backoff.next(may_pass=may_pass) for _ in range(count)]
 
 
 def test_what_only_a_person_can_change_is_tried_less_and_less_often() -> None:
     """
-    A refused login costs RabbitMQ something, and its log a line; an outage passes by itself.
+    A refused login is retried less and less often, since each one costs RabbitMQ work and a log
+    line; an outage passes on its own.
     """
     backoff = ConnectionBackoff(BackoffTimes())
 

@@ -50,7 +50,7 @@ pytestmark = pytest.mark.every_rabbitmq
 
 class Workshop:
     """
-    Transports, and a way to send hints as the relay would, or as it never would.
+    Creates transports, and sends hints as the relay would, or as it never would.
     """
 
     def __init__(self, db: Database, broker_url: str) -> None:
@@ -61,7 +61,7 @@ class Workshop:
     @asynccontextmanager
     async def channel(self) -> AsyncIterator[Channel]:
         """
-        A channel for one block, on a connection of its own.
+        A channel for one block, on a separate connection.
         """
         connection = await connect(self.broker_url, name="test")
         try:
@@ -71,7 +71,7 @@ class Workshop:
 
     async def declare(self, queue: str) -> None:
         """
-        Make a task queue exist before any worker does.
+        Declare a task queue before any worker exists.
         """
         async with self.channel() as channel:
             await declare_dead_letters(channel)
@@ -108,7 +108,7 @@ class Workshop:
 
     async def ready(self, queue: str = broker_queue(QUEUE)) -> int:
         """
-        How many messages a queue holds ready.
+        Number of ready messages in a queue.
         """
         async with self.channel() as channel:
             counts = await channel.inspect_queue(queue)
@@ -116,7 +116,7 @@ class Workshop:
 
     async def until_ready(self, count: int, queue: str = broker_queue(QUEUE)) -> None:
         """
-        Wait until a queue holds exactly this many messages ready.
+        Wait until a queue holds exactly this many ready messages.
         """
 
         async def as_many() -> bool:
@@ -127,7 +127,7 @@ class Workshop:
 
 def as_body(content: bytes | UUID | Sequence[UUID]) -> bytes:
     """
-    The body that the relay would write.
+    The message body that the relay would write.
     """
     if isinstance(content, bytes):
         return content
@@ -179,7 +179,7 @@ async def work_off(
 
 async def test_a_hint_sent_many_times_runs_its_task_once(workshop: Workshop) -> None:
     """
-    Duplicates are dropped, within one batch and after it.
+    Duplicate hints are dropped, within one batch and after it.
     """
     task_id, other, last = await submit(workshop.db, 3)
     # Once the last hint is used, those before it are used up.
@@ -201,7 +201,8 @@ async def test_a_pack_brings_all_its_tasks_and_is_kept_until_the_last_is_finishe
     workshop: Workshop,
 ) -> None:
     """
-    A worker that dies before gives back the whole message, however its tasks were claimed.
+    If a worker dies before the last task of a pack is finished, RabbitMQ redelivers the whole
+    message, however its tasks were claimed.
     """
     ids = await submit(workshop.db, PACK_MAX)
     await workshop.send(ids)
@@ -221,7 +222,7 @@ async def test_a_pack_brings_all_its_tasks_and_is_kept_until_the_last_is_finishe
 
 async def test_a_pack_whose_tasks_are_all_finished_is_gone(workshop: Workshop) -> None:
     """
-    After the last `finished`, nothing of it is left in the broker.
+    After the last `finished`, nothing of a pack is left in the broker.
     """
     await workshop.send(await submit(workshop.db, 3))
     taker = await workshop.taker(slots=3)
@@ -235,8 +236,8 @@ async def test_a_pack_whose_tasks_are_all_finished_is_gone(workshop: Workshop) -
 
 async def test_a_task_in_several_packs_runs_once(workshop: Workshop) -> None:
     """
-    It may be twice in one pack, in two packs and in a message of its own; every message is used
-    up in the end.
+    A task that is twice in one pack, in two packs and in its own message runs once, and every
+    message is used up in the end.
     """
     a, b, c, last = await submit(workshop.db, 4)
     # Once the last hint is used, those before it are used up.
@@ -256,7 +257,7 @@ async def test_a_task_in_several_packs_runs_once(workshop: Workshop) -> None:
 
 async def test_what_waits_in_a_pack_for_a_slot_goes_to_another_worker(workshop: Workshop) -> None:
     """
-    Slow tasks of one pack do not wait behind each other while other workers are idle.
+    Slow tasks in one pack do not wait for each other while other workers are idle.
     """
     ids = await submit(workshop.db, 3)
     await workshop.send(ids)
@@ -281,7 +282,8 @@ async def test_what_waits_in_a_pack_for_a_slot_goes_to_another_worker(workshop: 
 
 async def test_stop_hands_back_a_pack_as_a_whole(workshop: Workshop) -> None:
     """
-    Its running tasks carry on here; the next worker to get the message claims only the rest.
+    After `stop` the running tasks of a pack continue here; the next worker to get the message
+    claims only the rest.
     """
     ids = await submit(workshop.db, 4)
     await workshop.send(ids)
@@ -304,13 +306,13 @@ async def test_stop_hands_back_a_pack_as_a_whole(workshop: Workshop) -> None:
 
 async def test_a_worker_takes_fewer_packs_than_single_hints(workshop: Workshop) -> None:
     """
-    What it may hold is counted in tasks, so the rest stays in the broker for others.
+    A worker's prefetch is counted in tasks, so the remaining packs stay in the broker for others.
     """
     window = 2 * PACK_MAX
     nothing_goes_back = Times(wait_max=PATIENCE_SECONDS)
     taker = await workshop.taker(slots=window, times=nothing_goes_back)
     await workshop.send(await submit(workshop.db, PACK_MAX))
-    for done in await take(taker, window):  # It learns that packs come.
+    for done in await take(taker, window):  # The worker learns that packs are arriving.
         taker.let_go(done)
 
     await workshop.send(*[await submit(workshop.db, PACK_MAX) for _ in range(20)])
@@ -324,8 +326,8 @@ async def test_a_worker_takes_fewer_packs_than_single_hints(workshop: Workshop) 
 
 def test_a_prefetch_is_as_many_messages_as_bring_a_window_of_hints() -> None:
     """
-    It is exactly the window where messages are single hints, and one more for packs, whose last
-    hint keeps the whole message unacknowledged; it is 0 only for no window.
+    The prefetch is exactly the window for single hints, and one more for packs, whose last hint
+    keeps the whole message unacknowledged; it is 0 only without a window.
     """
     single, pack = Prefetch(), Prefetch(hints_per_message=50)
 
@@ -335,7 +337,7 @@ def test_a_prefetch_is_as_many_messages_as_bring_a_window_of_hints() -> None:
 
 def test_a_consumer_learns_immediately_that_packs_come_and_soon_that_they_stopped() -> None:
     """
-    A worker must not drown in packs, nor starve when single hints follow them.
+    A worker is neither flooded by packs nor starved when single hints follow them.
     """
     prefetch = Prefetch(messages=10)
     prefetch.observe(50)
@@ -352,7 +354,7 @@ async def test_messages_that_are_no_ids_are_parked_and_cost_nothing_else(
     workshop: Workshop,
 ) -> None:
     """
-    Garbage goes where a person can inspect it; the hints around it are served.
+    Garbage is parked where a person can inspect it; the hints around it are served.
     """
     ids = await submit(workshop.db, 2)
     garbage = [
@@ -382,7 +384,7 @@ async def test_messages_that_are_no_ids_are_parked_and_cost_nothing_else(
 
 async def test_hints_of_tasks_that_do_not_exist_are_dropped(workshop: Workshop) -> None:
     """
-    Another system's ids, or those of pruned tasks, do no harm and do not come again.
+    Hints with another system's ids, or those of pruned tasks, do no harm and are not redelivered.
     """
     [task_id] = await submit(workshop.db)
     await workshop.send(*[uuid4() for _ in range(50)], task_id)
@@ -422,7 +424,7 @@ async def test_a_forged_hint_starts_no_task_early(workshop: Workshop) -> None:
 
 async def test_a_hint_for_a_name_not_offered_gives_the_task_back(workshop: Workshop) -> None:
     """
-    A queued task that reached the wrong worker is pending again, and so is sent again.
+    A queued task whose hint reaches the wrong worker becomes pending, and so is sent again.
     """
     [task_id] = await submit(workshop.db, name="special")
     await workshop.db.execute(
@@ -443,7 +445,7 @@ async def test_a_hint_is_kept_by_the_broker_until_its_attempt_is_finished(
     workshop: Workshop,
 ) -> None:
     """
-    A worker that dies gives its hints back without doing anything.
+    If a worker dies, RabbitMQ redelivers its hints.
     """
     [task_id] = await submit(workshop.db)
     await workshop.send(task_id)
@@ -458,7 +460,7 @@ async def test_a_hint_is_kept_by_the_broker_until_its_attempt_is_finished(
 
 async def test_a_finished_hint_is_gone(workshop: Workshop) -> None:
     """
-    After `finished`, nothing of it is left in the broker.
+    After `finished`, nothing of a hint is left in the broker.
     """
     [task_id] = await submit(workshop.db)
     await workshop.send(task_id)
@@ -473,7 +475,7 @@ async def test_a_finished_hint_is_gone(workshop: Workshop) -> None:
 
 async def test_stop_hands_back_exactly_what_was_not_claimed(workshop: Workshop) -> None:
     """
-    While its attempts drain, a stopping worker holds nothing that others could run.
+    While its attempts finish, a stopping worker holds nothing that others could run.
     """
     ids = await submit(workshop.db, 8)
     await workshop.send(*ids)
@@ -490,7 +492,8 @@ async def test_stop_hands_back_exactly_what_was_not_claimed(workshop: Workshop) 
 
 async def test_a_hint_that_finds_no_slot_goes_to_another_worker(workshop: Workshop) -> None:
     """
-    A worker of two queues gets a hint from each and has one slot; the other hint does not wait.
+    If a worker of two queues with one slot gets a hint from each, the other hint goes to another
+    worker.
     """
     await workshop.declare("second")
     [first] = await submit(workshop.db)
@@ -510,7 +513,7 @@ async def test_a_worker_that_gave_hints_back_takes_again_when_it_has_a_slot(
     workshop: Workshop,
 ) -> None:
     """
-    It resumes consuming after it gave hints back for lack of a slot.
+    A worker resumes consuming after it returned hints for lack of a slot.
     """
     await workshop.declare("second")
     ids = await submit(workshop.db, 1) + await submit(workshop.db, 1, queue="second")
@@ -530,7 +533,8 @@ async def test_a_worker_that_gave_hints_back_takes_again_when_it_has_a_slot(
 
 async def test_a_long_attempt_is_acknowledged_early(workshop: Workshop) -> None:
     """
-    Before RabbitMQ's consumer timeout strikes, the lease carries on alone.
+    The hint of a long attempt is acknowledged before RabbitMQ's consumer timeout; from then on the
+    lease alone protects it.
     """
     ids = await submit(workshop.db, 2)
     await workshop.send(*ids)
@@ -548,8 +552,8 @@ async def test_a_long_attempt_is_acknowledged_early(workshop: Workshop) -> None:
 
 async def test_hints_may_go_back_any_number_of_times(workshop: Workshop) -> None:
     """
-    RabbitMQ's delivery limit, 20 by default, is off: a hint that was given back 40 times, by
-    nacks and by broken connections, is still delivered.
+    RabbitMQ's delivery limit, 20 by default, is off: a hint that was returned 40 times, by nacks
+    and by broken connections, is still delivered.
     """
     [task_id] = await submit(workshop.db)
     await workshop.send(task_id)
@@ -566,7 +570,7 @@ async def test_hints_may_go_back_any_number_of_times(workshop: Workshop) -> None
 
 async def give_back_by_nack(workshop: Workshop) -> None:
     """
-    Receive the one hint there is and refuse it.
+    Receive the only hint and nack it.
     """
     async with workshop.channel() as channel:
         [delivery], tag = await receive(channel)
@@ -576,7 +580,7 @@ async def give_back_by_nack(workshop: Workshop) -> None:
 
 async def give_back_by_closing(workshop: Workshop) -> None:
     """
-    Receive the one hint there is and vanish.
+    Receive the only hint and close the connection.
     """
     async with workshop.channel() as channel:
         await receive(channel)
@@ -600,7 +604,7 @@ async def test_a_claim_that_cannot_be_made_now_gives_its_hint_back(
     workshop: Workshop, postgres_server: PostgresServer
 ) -> None:
     """
-    No hint is used up while the database is away.
+    A claim that cannot be made while the database is down returns its hint.
     """
     ids = await submit(workshop.db, 3)
     taker = await workshop.taker(slots=3)
@@ -626,7 +630,7 @@ async def test_a_connection_the_broker_closed_is_replaced(
     workshop: Workshop, broker: Broker
 ) -> None:
     """
-    After an operator closed every connection, the waiting worker reconnects by itself.
+    After an operator closes every connection, the waiting worker reconnects on its own.
     """
     taker = await workshop.taker()
     await workshop.send(*await submit(workshop.db))
@@ -674,7 +678,8 @@ async def test_a_deleted_queue_is_declared_and_consumed_again(
     workshop: Workshop, relay: None
 ) -> None:
     """
-    The broker cancels the consumer; a worker that did not notice would stay deaf.
+    A worker whose queue is deleted declares and consumes it again, since the broker has cancelled
+    its consumer.
     """
     taker = await workshop.taker()
     await submit(workshop.db)
@@ -694,14 +699,14 @@ async def test_a_crashed_broker_costs_time_and_no_task(
     db: Database, broker_url: str, broker: Broker, workshop: Workshop, relay: None
 ) -> None:
     """
-    RabbitMQ is killed and comes back; relay and worker go on.
+    After RabbitMQ is killed and comes back, relay and worker continue, and no task is lost.
     """
     taker = await workshop.taker()
     await submit(workshop.db)
     [first] = await take(taker)
     waiting = asyncio.create_task(take(taker))
-    # RabbitMQ writes down half a second later that a queue exists; killed before, it comes
-    # back with a queue that answers nobody.
+    # RabbitMQ persists a new queue half a second late; killed before that, it comes back with a
+    # queue that never answers.
     await asyncio.sleep(1.5)
 
     await asyncio.to_thread(broker.kill)
@@ -752,7 +757,8 @@ async def test_ten_thousand_tasks_are_each_claimed_once_and_leave_nothing_behind
     workshop: Workshop, relay: None
 ) -> None:
     """
-    They go through relay and broker to three workers; in the end the queue is empty.
+    Ten thousand tasks go through relay and broker to three workers, each is claimed once, and in
+    the end the queue is empty.
     """
     takers = [await workshop.taker(slots=100) for _ in range(3)]
     taken: Counter[UUID] = Counter()
@@ -777,11 +783,12 @@ async def test_one_unusable_queue_does_not_stop_the_others(
     db: Database, workshop: Workshop, relay: None
 ) -> None:
     """
-    Relay and worker serve the others, and serve the bad one without a restart once it is fixed.
+    Relay and worker serve the other queues, and the unusable one without a restart once it is
+    fixed.
     """
     bad = "a-bad-one"
     async with workshop.channel() as channel:
-        await channel.declare_queue(broker_queue(bad))  # Of another kind than ours.
+        await channel.declare_queue(broker_queue(bad))  # Of another type than ours.
     taker = await workshop.taker(queues=[bad, QUEUE], slots=4)
     [good_task] = await submit(db)
     [bad_task] = await submit(db, queue=bad)

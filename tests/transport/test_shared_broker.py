@@ -1,6 +1,6 @@
 """
-RabbitMQ servers that others administer: each problem is named with its remedy, waited out, counted
-as no task's failure, and costs no task.
+RabbitMQ servers administered by others: each problem is named with its remedy and waited out,
+charged to no task, and costs no task.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def other_database_url(postgres_server: PostgresServer) -> Iterator[str]:
 
 async def refusal(url: str, *, queue: str = QUEUE) -> Finding:
     """
-    What a process finds when it uses RabbitMQ as ours do.
+    What a process of ours finds wrong when it uses RabbitMQ.
     """
     try:
         connection = await connect(url, name="test")
@@ -88,7 +88,7 @@ async def refusal(url: str, *, queue: str = QUEUE) -> Finding:
 
 async def verdicts(administrator: Administrator, **options: Any) -> dict[str, Finding]:
     """
-    What `asyncflow doctor` finds, by what it checked.
+    The findings of `asyncflow doctor`, by subject.
     """
     values = {"installation": "ours", "queues": [QUEUE], **options}
     found = await inspect(administrator.url, **values)
@@ -108,7 +108,7 @@ async def test_a_good_broker_is_found_good_and_left_as_it_was(
     administrator: Administrator,
 ) -> None:
     """
-    This holds for an empty broker and for one in use.
+    A good broker, empty or in use, passes every check and is left unchanged.
     """
     empty = await verdicts(administrator)
     before = await names_in(administrator)
@@ -131,7 +131,7 @@ async def test_a_good_broker_is_found_good_and_left_as_it_was(
 
 async def test_an_inspection_finds_what_is_wrong(administrator: Administrator) -> None:
     """
-    Each problem is found, and the other checks still run.
+    An inspection finds each problem, and its other checks still run.
     """
     await declare_classic(administrator)
     connection = await connect(administrator.url, name="test")
@@ -156,14 +156,14 @@ async def test_an_inspection_finds_what_is_wrong(administrator: Administrator) -
 )
 def test_a_version_that_is_too_old_is_named(server: str, is_wrong: bool) -> None:
     """
-    Quorum queues that return messages without a limit came with 4.0.
+    Versions before 4.0 are named as too old: their quorum queues cannot redeliver without a limit.
     """
     assert is_wrong == _version(server).is_wrong
 
 
 async def declare_everything(administrator: Administrator, queue: str = QUEUE) -> None:
     """
-    Declare our queues, as a process does whose user may.
+    Declare our queues, as a process with permissions does.
     """
     connection = await connect(administrator.url, name="test")
     channel = await connection.channel()
@@ -185,8 +185,8 @@ async def test_a_missing_permission_is_named_with_the_command_that_gives_it(
     administrator: Administrator, rights: dict[str, str], sentence: str
 ) -> None:
     """
-    The finding says which of the three is missing, on what and for whom; the command's pattern
-    is enough.
+    The finding says which of the three permissions is missing, on what and for which user, and the
+    command it names is enough.
     """
     await administrator.permit(**rights)
     finding = await refusal(administrator.url)
@@ -205,7 +205,7 @@ async def test_a_missing_permission_is_named_with_the_command_that_gives_it(
 
 async def test_what_is_wrong_with_the_url_is_told_apart(administrator: Administrator) -> None:
     """
-    A missing virtual host, a forbidden one and a wrong password are three findings.
+    A missing virtual host, a forbidden one and a wrong password are distinct findings.
     """
     parts = urlsplit(administrator.url)
     no_vhost = await refusal(parts._replace(path="/nowhere").geturl())
@@ -224,7 +224,7 @@ async def test_what_is_wrong_with_the_url_is_told_apart(administrator: Administr
 
 async def test_a_queue_that_others_declared_is_named(administrator: Administrator) -> None:
     """
-    Above all, this happens with classic queues.
+    A queue that others declared with other properties, most often a classic queue, is named.
     """
     name = f"queues/{administrator.vhost}/{broker_queue(QUEUE)}"
     body = {"durable": True, "arguments": {"x-queue-type": "classic"}}
@@ -241,7 +241,8 @@ async def test_a_second_installation_is_refused_and_costs_the_first_nothing(
     database_url: str, other_database_url: str, administrator: Administrator
 ) -> None:
     """
-    Neither takes the other's hints; the log names both, and another prefix lets both work.
+    Neither of two installations takes the other's hints; the log names both, and another prefix
+    lets both work.
     """
     async with database(database_url) as first, database(other_database_url) as second:
         theirs = await identity(first)
@@ -269,8 +270,8 @@ async def test_names_that_are_no_longer_used_are_free(
     administrator: Administrator,
 ) -> None:
     """
-    A database that moved to another server gets its queues back without help, and so does the
-    first one after a restart.
+    Unused names are free again: a database that moved to another server gets its queues back
+    without help, and so does the first one after a restart.
     """
     async with database(database_url) as former, database(other_database_url) as moved:
         for _ in range(2):
@@ -283,7 +284,8 @@ async def test_names_that_are_no_longer_used_are_free(
 @pytest.mark.any_rabbitmq
 async def test_an_installation_is_its_database(database_url: str, other_database_url: str) -> None:
     """
-    The identity is the same for every process and another for a copy, whatever is stored in it.
+    Every process of a database has the same identity, and a copy has another, whatever is stored in
+    it.
     """
     async with database(database_url) as one, database(database_url) as same:
         async with database(other_database_url) as copy:
@@ -297,7 +299,8 @@ async def test_hints_of_another_installation_are_told(
     db: Database, administrator: Administrator
 ) -> None:
     """
-    Two installations are not told apart after a copy of the server's files.
+    Hints with unknown ids are reported, because two installations share one identity after a copy
+    of the server's files.
     """
     async with a_system(db, administrator.url) as system:
         await system.until_completed(await submit(db))
@@ -324,8 +327,8 @@ async def test_hints_that_a_policy_drops_are_named_and_go_again(
     db: Database, administrator: Administrator, policy: dict[str, Any], word: str
 ) -> None:
     """
-    A backlog that no worker takes yet is kept, and flows once one does; unreadable messages are
-    not mixed with it.
+    Hints dropped by a policy are named and sent again: a backlog without a worker is kept, flows
+    once there is one, and is not mixed with unreadable messages.
     """
     await declare_everything(administrator)
     await administrator.set_policy(**policy)
@@ -347,12 +350,12 @@ async def test_a_delivery_limit_gives_hints_back(
     db: Database, administrator: Administrator
 ) -> None:
     """
-    Hints go back whenever a worker has no slot; those that RabbitMQ drops for that are sent
-    again.
+    Hints that RabbitMQ drops at a delivery limit, because workers without a slot returned them, are
+    sent again.
     """
     await declare_everything(administrator)
     [task_id] = await submit(db)
-    # Into the queue of the dropped, as a delivery limit would bring it.
+    # Into the queue for dropped hints, as a delivery limit would.
     async with a_system(db, administrator.url, works=False) as system:
 
         async def is_queued() -> bool:
@@ -380,7 +383,7 @@ def rights(**taken: str) -> Action:
 
 async def declare_classic(administrator: Administrator) -> None:
     """
-    Replace the queue by a classic one.
+    Replace the queue with a classic one.
     """
     name = f"queues/{administrator.vhost}/{broker_queue(QUEUE)}"
     await administrator.api("DELETE", name)
@@ -398,7 +401,7 @@ async def delete_classic(administrator: Administrator) -> None:
 
 async def delete_names(administrator: Administrator) -> None:
     """
-    Delete every queue and exchange of ours.
+    Delete all of our queues and exchanges.
     """
     for queue in await administrator.api("GET", f"queues/{administrator.vhost}"):
         await administrator.api("DELETE", f"queues/{administrator.vhost}/{queue['name']}")
@@ -408,7 +411,7 @@ async def delete_names(administrator: Administrator) -> None:
 
 async def nothing(administrator: Administrator) -> None:
     """
-    Do nothing: it passes by itself.
+    Do nothing: the problem passes on its own.
     """
 
 
@@ -457,8 +460,8 @@ async def test_rights_and_queues_taken_away_cost_time_and_no_task(
     db: Database, administrator: Administrator
 ) -> None:
     """
-    Whatever is taken away while tasks run is named; once it is given back, tasks flow again,
-    none is lost or charged, and neither relay nor worker ends.
+    Whatever is taken away while tasks run is named; once it is restored, tasks flow again, none is
+    lost or charged, and neither relay nor worker exits.
     """
     async with a_system(db, administrator.url, backoff=BackoffTimes(seconds_max=0.5)) as system:
         await system.until_completed(await submit(db, 5))
@@ -501,7 +504,7 @@ async def test_a_lasting_refusal_is_not_hammered(
     db: Database, administrator: Administrator
 ) -> None:
     """
-    There are few logins, however long it lasts, and none of them as soon as after an outage.
+    A lasting refusal causes few logins, and none as soon as after an outage.
     """
     await administrator.permit(configure=NOTHING)
     async with a_system(db, administrator.url) as system:

@@ -1,5 +1,5 @@
 """
-A wire to the broker that can be tampered with: stand still, or say things of its own.
+A wire to the broker that can be tampered with: it can freeze, or inject bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 class Wire:
     """
-    A TCP relay to the broker that can stand still or say things of its own.
+    A TCP relay to the broker that can freeze or inject bytes.
     """
 
     def __init__(self, url: str) -> None:
@@ -26,19 +26,19 @@ class Wire:
 
     def freeze(self) -> None:
         """
-        Carry no more bytes in either direction, with all connections left open.
+        Stop carrying bytes in either direction, and leave all connections open.
         """
         self._flowing.clear()
 
     def thaw(self) -> None:
         """
-        Carry bytes again, those that were held up first.
+        Carry bytes again, beginning with those held up.
         """
         self._flowing.set()
 
     def say(self, noise: bytes) -> None:
         """
-        Send bytes to the clients that the broker never sent.
+        Send bytes to the clients as if the broker had sent them.
         """
         for writer in self._to_client:
             writer.write(noise)
@@ -46,7 +46,7 @@ class Wire:
     @asynccontextmanager
     async def laid(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[Wire]:
         """
-        The relay in operation, at `url`.
+        Run the relay, reachable at `url`.
         """
         server = await asyncio.start_server(self._relay, "127.0.0.1", 0, ssl=tls)
         port = server.sockets[0].getsockname()[1]

@@ -15,7 +15,7 @@ from tests.support import tasks
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator[Database]:
     """
-    A store with nothing in it.
+    An empty store.
     """
     async with tasks.database(database_url) as db:
         yield db

@@ -1,9 +1,9 @@
 """
-Everything a handler may return, raise or do to its process; imported by tests and children.
+Handlers that return, raise and do everything a handler may; imported by tests and children.
 """
 
 # mypy: allow-untyped-calls
-# What is wrong here is wrong on purpose.
+# Everything wrong here is wrong on purpose.
 
 import asyncio
 import ctypes
@@ -79,7 +79,7 @@ class UnpicklableError(Exception):
 
 
 class UnfinishedRetryError(Retry):
-    # Its author forgot the call of `super().__init__`.
+    # Its author forgot to call `super().__init__`.
     def __init__(self, who):
         self.who = who
 
@@ -422,7 +422,7 @@ def rows_without_end_in_process(context: Context):
     return {"rows": (n for n in itertools.count() if n < 0)}
 
 
-# What runs until it is stopped. Each tells by its progress that it has begun.
+# Handlers that run until they are stopped. Each reports by its progress that it has begun.
 
 
 @handler("wait.loop")
@@ -512,9 +512,9 @@ def ignore_in_process(context: Context):
 
 @handler("hog.process", isolation="process")
 def hog_the_lock_in_process(context: Context):
-    # PyDLL keeps the interpreter's lock: no other thread of the child gets a turn any more.
+    # PyDLL keeps the GIL, so no other thread of the child runs any more.
     context.progress(message="begun")
-    time.sleep(0.2)  # for the report to leave
+    time.sleep(0.2)  # for the report to be sent
     ctypes.PyDLL(None).sleep(1_000)
 
 
@@ -530,7 +530,7 @@ def late_in_process(context: Context):
     return late_in_thread(context)
 
 
-# What it does to its process.
+# What handlers do to their process.
 
 
 @handler("leave.process", isolation="process")
@@ -622,7 +622,7 @@ def close_everything_in_process():
     return "closed"
 
 
-# What an attempt leaves in its context, and what it finds there.
+# What an attempt leaves in its context, and what the next one finds there.
 
 TENANT: ContextVar[str] = ContextVar("tenant", default="nobody")
 REGION: ContextVar[str] = ContextVar("region", default="unset")

@@ -1,5 +1,5 @@
 """
-One attempt always ends with one settlement, or with none because its lease is lost.
+An attempt always ends with one settlement, or with none because its lease is lost.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from tests.support.tasks import NAME, QUEUE
 
 class FarSide:
     """
-    The database and the worker as one attempt sees them.
+    The database and the worker, as seen by one attempt.
 
     Attributes:
-        answers: What each settle returns or raises, in order; True when none are left.
-        settled: Every settlement that was tried.
-        tried: Set when there is one.
-        handler_ends: What `on_handler_end` was told.
-        ended: The attempts that `on_end` was told of.
+        answers: What each settle returns or raises, in order; True once none are left.
+        settled: Every settlement that was attempted.
+        tried: Set once a settlement was attempted.
+        handler_ends: The arguments of the calls of `on_handler_end`.
+        ended: The attempts passed to `on_end`.
     """
 
     def __init__(self, *answers: bool | Exception) -> None:
@@ -63,7 +63,7 @@ class FarSide:
 
     def on_end(self, attempt: Attempt) -> None:
         """
-        Note it.
+        Record the attempt.
         """
         self.ended.append(attempt)
         self.has_ended.set()
@@ -71,7 +71,7 @@ class FarSide:
     @property
     def events(self) -> list[Event]:
         """
-        The transitions that were tried.
+        The transitions that were attempted.
         """
         return [settling.settlement.event for settling in self.settled]
 
@@ -83,7 +83,7 @@ class NoMoreThreads(Isolation):
 
     def prepare(self, *arguments: Any, **more: Any) -> Run:
         """
-        As `Thread.start` fails.
+        Fail as `Thread.start` does.
         """
         raise RuntimeError("can't start new thread")
 
@@ -95,7 +95,7 @@ class BrokenBackoff(Backoff):
 
     def delay_seconds(self, failures: int, *, random: float) -> float:
         """
-        Fail as a mistake would.
+        Fail as buggy code would.
         """
         raise ZeroDivisionError("no wait at all")
 
@@ -152,7 +152,7 @@ def an_attempt(
 
 async def execute(attempt: Attempt, far_side: FarSide) -> None:
     """
-    Run it, and see that it ends once.
+    Run an attempt, and check that it ends once.
     """
     attempt.start()
     await asyncio.wait_for(far_side.has_ended.wait(), 10)
@@ -161,7 +161,7 @@ async def execute(attempt: Attempt, far_side: FarSide) -> None:
 
 async def test_an_attempt_is_settled_once_and_then_it_is_over() -> None:
     """
-    In the usual case everything happens once.
+    In the normal case, an attempt settles once and ends once.
     """
     far_side = FarSide()
     attempt = an_attempt(far_side)
@@ -175,7 +175,8 @@ async def test_an_attempt_is_settled_once_and_then_it_is_over() -> None:
 
 async def test_a_settle_is_tried_until_the_database_answers() -> None:
     """
-    However long the outage, the result is not lost while the lease holds.
+    A settle is retried until the database answers, so no outage loses the result while the lease
+    holds.
     """
     far_side = FarSide(*[StoreUnavailable("down")] * 20)
 
@@ -184,9 +185,9 @@ async def test_a_settle_is_tried_until_the_database_answers() -> None:
     assert [Event.COMPLETE] * 21 == far_side.events
 
 
-async def test_a_mishap_does_not_throw_a_result_away() -> None:
+async def test_an_unexpected_error_does_not_discard_a_result() -> None:
     """
-    One strange error is not taken for a refusal of the result.
+    An unexpected error is not mistaken for a refusal of the result.
     """
     far_side = FarSide(RuntimeError("a bug in the driver"))
 
@@ -197,7 +198,7 @@ async def test_a_mishap_does_not_throw_a_result_away() -> None:
 
 async def test_an_outcome_that_is_refused_for_good_becomes_a_failure() -> None:
     """
-    The task ends, and says why.
+    An outcome that is refused permanently becomes a failure that says why.
     """
     far_side = FarSide(*[ValueError("not storable")] * REFUSALS_MAX)
 
@@ -211,7 +212,8 @@ async def test_an_outcome_that_is_refused_for_good_becomes_a_failure() -> None:
 
 async def test_an_attempt_ends_even_if_nothing_of_it_can_be_stored() -> None:
     """
-    It ends as void, and the next heartbeats find a lease without an attempt.
+    An attempt that cannot be settled ends as void, and later heartbeats find a lease without an
+    attempt.
     """
     far_side = FarSide(*[ValueError("no")] * 100)
     attempt = an_attempt(far_side)
@@ -223,7 +225,8 @@ async def test_an_attempt_ends_even_if_nothing_of_it_can_be_stored() -> None:
 
 async def test_a_void_attempt_stops_trying_to_settle() -> None:
     """
-    Its worker was fenced while PostgreSQL was away.
+    An attempt that became void, because its worker was fenced during an outage, stops trying to
+    settle.
     """
     far_side = FarSide(*[StoreUnavailable("down")] * 1_000_000)
     attempt = an_attempt(far_side)
@@ -237,7 +240,8 @@ async def test_a_void_attempt_stops_trying_to_settle() -> None:
 
 async def test_an_attempt_that_cannot_be_run_is_punished() -> None:
     """
-    It does not raise, and the task does not run without end.
+    An attempt that cannot be run is charged, rather than raising, so the task is not retried
+    forever.
     """
     far_side = FarSide()
     isolation = NoMoreThreads(slots=1)
@@ -250,7 +254,7 @@ async def test_an_attempt_that_cannot_be_run_is_punished() -> None:
 
 async def test_an_unknown_name_is_a_failure() -> None:
     """
-    That cannot happen, and is survived all the same.
+    A task with an unknown name fails; that should not happen, but is survived.
     """
     far_side = FarSide()
 
@@ -264,7 +268,8 @@ async def test_an_unknown_name_is_a_failure() -> None:
 @pytest.mark.parametrize("function", [fail, fail_in_a_thread])
 async def test_an_attempt_whose_backoff_fails_is_charged(function: Callable[..., Any]) -> None:
     """
-    Without an end, its lease would be kept for as long as its worker lives.
+    An attempt whose backoff fails is charged; if it never ended, its lease would be kept for as
+    long as its worker lives.
     """
     far_side = FarSide()
 
@@ -279,7 +284,7 @@ async def test_an_attempt_whose_backoff_fails_is_charged(function: Callable[...,
 
 async def test_an_attempt_about_which_nothing_can_be_decided_fails() -> None:
     """
-    A dead letter is seen, and can be redriven.
+    An attempt that cannot be decided fails its task: a dead letter is visible and can be redriven.
     """
     far_side = FarSide()
     attempt = an_attempt(far_side, function=fail)
@@ -294,7 +299,7 @@ async def test_an_outcome_is_settled_whatever_the_worker_makes_of_the_slot(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """
-    A mistake in the worker's books does not harm the task, and is logged.
+    An error in the worker's slot bookkeeping does not affect the outcome, and is logged.
     """
 
     def lose_count(ran_seconds: float | None) -> None:
@@ -313,7 +318,7 @@ async def test_an_attempt_ends_although_nothing_can_be_logged(
     answer: bool | Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    Standard error may be a terminal that has gone.
+    An attempt ends even if logging fails, as on a standard error whose terminal is gone.
     """
 
     def cannot(level: str, event: str, fields: dict[str, Any]) -> None:
@@ -331,7 +336,7 @@ async def test_an_attempt_ends_although_nothing_can_be_logged(
 
 async def test_an_attempt_released_before_it_began_runs_no_handler() -> None:
     """
-    Its handler is not entered.
+    An attempt released before it began never enters its handler.
     """
     far_side = FarSide()
     attempt = an_attempt(far_side)
@@ -345,7 +350,7 @@ async def test_an_attempt_released_before_it_began_runs_no_handler() -> None:
 
 async def test_an_attempt_void_before_it_began_writes_nothing() -> None:
     """
-    Its handler is not entered either.
+    An attempt that is void before it begins settles nothing.
     """
     far_side = FarSide()
     attempt = an_attempt(far_side)
@@ -358,7 +363,7 @@ async def test_an_attempt_void_before_it_began_writes_nothing() -> None:
 
 class Slow(FarSide):
     """
-    A database that answers when it may.
+    A database that answers when the test allows it.
     """
 
     def __init__(self, *answers: bool | Exception) -> None:
@@ -376,7 +381,8 @@ class Slow(FarSide):
 
 async def test_a_handler_that_cancels_its_task_as_it_returns_is_settled_with_its_result() -> None:
     """
-    The cancellation would strike at the first wait after the handler: the settle.
+    The result is settled, although the cancellation would otherwise hit the first await after the
+    handler: the settle.
     """
 
     async def cancel_itself() -> str:
@@ -394,7 +400,8 @@ async def test_a_handler_that_cancels_its_task_as_it_returns_is_settled_with_its
 
 async def test_a_handler_that_cancels_its_task_later_does_not_lose_the_settle() -> None:
     """
-    It kept the task, which is its attempt's and waits for PostgreSQL by then.
+    A handler that kept its task and cancels it while the attempt waits for PostgreSQL does not lose
+    the settle.
     """
     kept: list[asyncio.Task[Any]] = []
 
@@ -421,7 +428,7 @@ async def test_a_handler_that_cancels_its_task_later_does_not_lose_the_settle() 
 
 async def test_a_handler_that_cancels_its_task_later_cannot_stop_tries_to_settle() -> None:
     """
-    Nor while its attempt waits between two of them.
+    Nor does a cancellation between two tries stop an attempt from settling.
     """
     kept: list[asyncio.Task[Any]] = []
 
@@ -448,7 +455,8 @@ async def test_a_handler_that_cancels_its_task_later_cannot_stop_tries_to_settle
 @pytest.mark.parametrize("is_void", [False, True])
 async def test_an_attempt_whose_handler_ignores_its_end_ends_without_it(is_void: bool) -> None:
     """
-    Its settle moves to another task; when the handler ends at last, nothing more is written.
+    The settle moves to another asyncio task; when the handler finally ends, nothing more is
+    written.
     """
     entered, may_end = asyncio.Event(), asyncio.Event()
 
@@ -484,7 +492,7 @@ async def test_an_attempt_whose_handler_ignores_its_end_ends_without_it(is_void:
 
 async def test_an_attempt_cancelled_before_its_first_step_is_settled() -> None:
     """
-    Its handler is not entered.
+    An attempt cancelled before its first step is settled and never enters its handler.
     """
     entered = False
 

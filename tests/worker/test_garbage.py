@@ -1,5 +1,5 @@
 """
-Cyclic garbage is collected by what it holds, however few objects it is.
+Cyclic garbage is collected by the memory it holds, however few objects it consists of.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 class Process:
     """
-    A process whose memory and clock are set, and whose collections give back what is planned.
+    A process with a simulated memory and clock, whose collections free a planned amount.
     """
 
     def __init__(self) -> None:
@@ -38,14 +38,14 @@ class Process:
 
     def collect(self, generation: int) -> None:
         """
-        Note it.
+        Record the collection.
         """
         self.collected.append(generation)
         self.bytes_held -= self.gives_back.get(generation, 0)
 
     def grows(self, size: int, *, seconds: float = 2 * CHECK_SECONDS) -> list[int]:
         """
-        Hold this much more, after this long; return the generations that get collected.
+        Grow by this much, after this long; return the generations that get collected.
         """
         self.collected.clear()
         self.now += seconds
@@ -56,7 +56,8 @@ class Process:
 
 def test_growth_is_answered_by_a_collection_of_what_is_young() -> None:
     """
-    Only once it is worth the while, and again after as much more.
+    Growth triggers a collection of the young generation once it is large enough, and again after as
+    much more.
     """
     process = Process()
     process.gives_back = {1: GROWTH_BYTES}
@@ -69,7 +70,8 @@ def test_growth_is_answered_by_a_collection_of_what_is_young() -> None:
 
 def test_a_full_collection_follows_when_memory_has_grown_by_a_quarter() -> None:
     """
-    It takes longer the larger the program is, and what a program keeps is not garbage.
+    A full collection waits for growth by a quarter: it takes longer the larger the program, and
+    what a program keeps is not garbage.
     """
     process = Process()
 
@@ -80,7 +82,7 @@ def test_a_full_collection_follows_when_memory_has_grown_by_a_quarter() -> None:
 
 def test_memory_that_was_given_back_is_not_room_for_garbage() -> None:
     """
-    The next collection is due as far above the lowest point, not above the highest.
+    The next collection is due relative to the lowest point of memory, not the highest.
     """
     process = Process()
     process.grows(1_000 * MIB)
@@ -91,7 +93,7 @@ def test_memory_that_was_given_back_is_not_room_for_garbage() -> None:
 
 def test_garbage_does_not_stay_for_longer_than_a_minute() -> None:
     """
-    It may hold sockets, which do not show in the memory.
+    Garbage is collected within a minute, since it may hold sockets, which do not show in memory.
     """
     process = Process()
 
@@ -101,7 +103,7 @@ def test_garbage_does_not_stay_for_longer_than_a_minute() -> None:
 
 def test_checking_again_immediately_costs_nothing() -> None:
     """
-    Thousands of attempts may end in a second.
+    Repeated checks are cheap, since thousands of attempts may end in a second.
     """
     process = Process()
     process.grows(0)
@@ -128,7 +130,7 @@ def test_a_process_without_file_descriptors_skips_a_check() -> None:
 @pytest.fixture
 def own_thresholds() -> Iterator[None]:
     """
-    Python's own collector is as before afterwards: the handler makes it patient.
+    Restore the thresholds of Python's collector, which the handler raises.
     """
     before = gc.get_threshold()
     yield
@@ -140,7 +142,8 @@ async def test_exceptions_that_handlers_keep_do_not_pile_up(
     where: str, own_thresholds: None
 ) -> None:
     """
-    Each holds the local variables of its handler; two hundred attempts would make 800 MiB.
+    Exceptions that hold their handler's local variables are collected; two hundred attempts would
+    otherwise hold 800 MiB.
     """
     found = DEFAULT_REGISTRY.get(f"keep-its-error.{where}")
     assert found is not None

@@ -1,5 +1,5 @@
 """
-Whatever a handler does, its attempt ends with one outcome, and in time.
+Whatever a handler does, its attempt ends with one outcome, and on time.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ MODULES = ["tests.worker.odd_handlers"]
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def nursery() -> AsyncIterator[Nursery]:
     """
-    Where the child processes of these tests come from.
+    The nursery that starts the child processes of these tests.
     """
     async with Nursery(MODULES) as nursery:
         yield nursery
@@ -57,7 +57,7 @@ async def nursery() -> AsyncIterator[Nursery]:
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def isolation(nursery: Nursery) -> AsyncIterator[Isolation]:
     """
-    An isolation with little patience.
+    An isolation with a short grace period.
     """
     isolation = Isolation(slots=4, cancel_grace_seconds=0.2, nursery=nursery)
     yield isolation
@@ -67,7 +67,7 @@ async def isolation(nursery: Nursery) -> AsyncIterator[Isolation]:
 @pytest_asyncio.fixture(loop_scope="module")
 async def patient(nursery: Nursery) -> AsyncIterator[Isolation]:
     """
-    An isolation that stops nothing by force within the time of a test.
+    An isolation that force-stops nothing within the duration of a test.
     """
     isolation = Isolation(slots=4, cancel_grace_seconds=60, nursery=nursery)
     yield isolation
@@ -76,7 +76,7 @@ async def patient(nursery: Nursery) -> AsyncIterator[Isolation]:
 
 def the(name: str) -> Handler:
     """
-    The odd handler of this name.
+    The odd handler with this name.
     """
     found = DEFAULT_REGISTRY.get(name)
     assert found is not None, name
@@ -95,7 +95,7 @@ def a_context(
 
 class Begun:
     """
-    Collects progress; the first report, from whatever thread, is a signal to wait for.
+    Collects progress; a test can wait for the first report, from any thread.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Begun:
 
     async def message(self) -> str:
         """
-        The first report's message, once it is there.
+        Wait for the first report; return its message.
         """
         await asyncio.wait_for(self._first.wait(), 10)
         return self.reports[0].message or ""
@@ -119,7 +119,7 @@ def begin(
     isolation: Isolation, handler: Handler, context: Context, payload: str = "{}"
 ) -> tuple[Run, asyncio.Future[Outcome | None]]:
     """
-    Begin a run in a task, as an attempt does; the future is what it ends with.
+    Start a run in a task, as an attempt does; the future gets its outcome.
     """
     ended: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
     run = isolation.prepare(handler, payload, context, ended.set_result)
@@ -138,7 +138,7 @@ async def start(
     isolation: Isolation, handler: Handler
 ) -> tuple[Run, asyncio.Future[Outcome | None], str]:
     """
-    Run a handler that reports when it has begun, and wait until it has.
+    Start a handler that reports its start, and wait for that report.
     """
     begun = Begun()
     run, ended = begin(isolation, handler, a_context(on_progress=begun))
@@ -165,7 +165,7 @@ async def run(
 
 async def failure_in(isolation: Isolation, handler: Handler, payload: str = "{}") -> Failed:
     """
-    Run a handler that is bound to fail.
+    Run a handler that must fail; return its failure.
     """
     outcome = await run(isolation, handler, payload)
     assert isinstance(outcome, Failed)
@@ -174,7 +174,7 @@ async def failure_in(isolation: Isolation, handler: Handler, payload: str = "{}"
 
 def named(what: str, where: str) -> Handler:
     """
-    The handler that does `what`, in the isolation `where`.
+    The handler that does `what` in the isolation `where`.
     """
     return the(f"{what.replace(' ', '-')}.{where}")
 
@@ -185,7 +185,8 @@ async def test_an_attempt_finds_nothing_in_its_context_of_the_one_before(
     isolation: Isolation, before: str, where: str
 ) -> None:
     """
-    It begins in the task of that one; what modules set when they are imported is there.
+    An attempt that reuses the asyncio task of an earlier one sees none of its context variables,
+    only those set at import.
     """
 
     async def work() -> Outcome | None:
@@ -199,7 +200,7 @@ async def test_an_attempt_finds_nothing_in_its_context_of_the_one_before(
 
 def unexpected(outcome: Outcome | None) -> None:
     """
-    These handlers end.
+    Fail: these handlers always end.
     """
     raise AssertionError(outcome)
 
@@ -209,7 +210,8 @@ async def test_what_follows_an_attempt_runs_in_the_workers_context(
     isolation: Isolation, where: str
 ) -> None:
     """
-    Its log lines, and the tasks that write its outcome together with those of others.
+    What follows an attempt runs in the worker's context: log lines, and the tasks that write
+    outcomes in batches.
     """
 
     async def work() -> list[object]:
@@ -227,7 +229,7 @@ async def test_whatever_json_can_say_is_a_result(
     isolation: Isolation, what: str, where: str
 ) -> None:
     """
-    Values of plain and of rich types complete, and what PostgreSQL refuses is replaced.
+    Values of plain and rich types complete, and characters that PostgreSQL refuses are replaced.
     """
     expected = odd_handlers.RETURNS[what][1]
 
@@ -242,7 +244,7 @@ async def test_a_result_that_cannot_be_kept_fails_for_good(
     isolation: Isolation, what: str, where: str
 ) -> None:
     """
-    No retry makes an unusable result right, and a sentence says why.
+    An unusable result fails without a retry, and a sentence says why.
     """
     kind = odd_handlers.UNSTORABLE[what][1]
 
@@ -271,7 +273,7 @@ async def test_whatever_is_raised_is_a_failure(isolation: Isolation, what: str, 
 @pytest.mark.parametrize("where", ISOLATIONS)
 async def test_stop_iteration_is_a_failure(isolation: Isolation, where: str) -> None:
     """
-    Python itself turns it into a RuntimeError inside of a coroutine.
+    StopIteration is a failure, although Python turns it into a RuntimeError inside a coroutine.
     """
     outcome = await failure_in(isolation, named("stop", where))
 
@@ -287,7 +289,8 @@ async def test_a_wait_that_makes_no_sense_is_left_to_the_backoff(
     isolation: Isolation, what: str, where: str
 ) -> None:
     """
-    What a subclass of `Retry` makes of itself reaches no statement.
+    An invalid wait, from a subclass of `Retry`, is ignored in favour of the backoff and never
+    reaches SQL.
     """
     outcome = await failure_in(isolation, named(what, where))
 
@@ -296,7 +299,7 @@ async def test_a_wait_that_makes_no_sense_is_left_to_the_backoff(
 
 async def test_a_task_that_exits_inside_of_a_child_is_a_failure(isolation: Isolation) -> None:
     """
-    It ends the child's event loop, and nothing else.
+    A task that exits inside a child ends only the child's event loop, and the attempt fails.
     """
     outcome = await failure_in(isolation, the("exit-in-a-task.process-async"))
 
@@ -305,7 +308,8 @@ async def test_a_task_that_exits_inside_of_a_child_is_a_failure(isolation: Isola
 
 async def test_a_result_that_never_ends_is_stopped_with_its_child(isolation: Isolation) -> None:
     """
-    Writing a result is part of the attempt: its time runs, and it can be killed.
+    Serialising a result is part of the attempt: it counts towards the timeout, and its child can be
+    killed.
     """
     running, ended, _ = await start(isolation, the("rows-without-end.process"))
 
@@ -325,7 +329,7 @@ def _assert_storable(failure: Failure) -> None:
 
 async def test_a_traceback_begins_in_the_handler(isolation: Isolation) -> None:
     """
-    People read their own code, not how it was called.
+    A traceback begins in the handler, so that people read their own code and not ours.
     """
     outcome = await failure_in(isolation, the("error.thread"))
 
@@ -337,7 +341,8 @@ async def test_a_traceback_begins_in_the_handler(isolation: Isolation) -> None:
 @pytest.mark.parametrize("where", ISOLATIONS)
 async def test_a_payload_that_does_not_fit_fails_for_good(isolation: Isolation, where: str) -> None:
     """
-    The handler is not entered, and the fault names the place.
+    A payload that does not fit fails for good without entering the handler, and the error names the
+    place.
     """
     outcome = await failure_in(isolation, named("nothing", where), '{"more": 1}')
 
@@ -350,7 +355,7 @@ async def test_a_handler_that_listens_times_out_within_the_grace_period(
     patient: Isolation, name: str
 ) -> None:
     """
-    Asked to stop, it stops; the attempt is a failure that may be retried.
+    A handler that stops when asked times out within the grace period, as a retryable failure.
     """
     outcome = await run(patient, the(name), timeout_seconds=0.3)
 
@@ -380,7 +385,7 @@ async def test_an_attempt_cancelled_before_it_starts_still_ends(
     patient: Isolation, name: str
 ) -> None:
     """
-    A cancellation that is older than the attempt counts.
+    A cancellation requested before the attempt starts still ends it.
     """
     running, ended = begin(patient, the(name), a_context())
 
@@ -394,7 +399,7 @@ async def test_what_a_stopped_handler_returns_does_not_count(
     patient: Isolation, where: str
 ) -> None:
     """
-    It knew that it should stop, so its result may be half the work.
+    The result of a handler that knew it should stop is discarded, since it may be incomplete.
     """
     running, ended, _ = await start(patient, the(f"shrug.{where}"))
 
@@ -408,7 +413,7 @@ async def test_what_an_unaware_handler_returns_in_the_grace_period_counts(
     patient: Isolation, where: str
 ) -> None:
     """
-    It never looked at `cancelled`, so its work is whole.
+    The result of a handler that never checked `cancelled` counts, since its work is complete.
     """
     running, ended, _ = await start(patient, the(f"late.{where}"))
 
@@ -422,7 +427,8 @@ async def test_a_handler_that_cannot_be_stopped_is_given_up(
     isolation: Isolation, where: str
 ) -> None:
     """
-    Its attempt ends, it counts as stuck, and no longer once it has really ended.
+    The attempt of a handler that cannot be stopped ends, and the handler counts as stuck until it
+    really ends.
     """
     odd_handlers.UNSTUCK.clear()
     before = isolation.stuck
@@ -440,7 +446,7 @@ async def test_a_handler_that_cannot_be_stopped_is_given_up(
 @pytest.mark.parametrize("name", ["ignore.process", "hog.process"])
 async def test_a_child_that_does_not_stop_is_killed(isolation: Isolation, name: str) -> None:
     """
-    Neither a stubborn handler nor one that holds the interpreter's lock survives the grace.
+    Neither a stubborn handler nor one that holds the GIL survives the grace period.
     """
     running, ended, _ = await start(isolation, the(name))
 
@@ -453,7 +459,7 @@ async def test_a_child_that_does_not_stop_is_killed(isolation: Isolation, name: 
 
 async def test_a_stuck_thread_does_not_take_a_live_ones_place(isolation: Isolation) -> None:
     """
-    However many are stuck, the next attempt gets a thread.
+    However many threads are stuck, the next attempt gets one.
     """
     odd_handlers.UNSTUCK.clear()
     handler = the("ignore.thread")
@@ -474,7 +480,7 @@ async def test_a_child_that_exits_is_a_crash(
     isolation: Isolation, payload: str, words: str
 ) -> None:
     """
-    Even with status 0: the handler did not return.
+    A child that exits is a crash even with status 0, since the handler did not return.
     """
     outcome = await run(isolation, the("leave.process"), payload)
 
@@ -487,7 +493,7 @@ async def test_a_child_that_dies_of_a_signal_is_a_crash(
     isolation: Isolation, number: signal.Signals
 ) -> None:
     """
-    The outcome names the signal.
+    A child that dies of a signal is a crash, and the outcome names the signal.
     """
     outcome = await run(isolation, the("signal.process"), f'{{"number": {number:d}}}')
 
@@ -495,9 +501,9 @@ async def test_a_child_that_dies_of_a_signal_is_a_crash(
     assert f"killed by signal {number:d} ({number.name})" in outcome.failure.message
 
 
-async def test_a_killed_child_is_noticed_at_once(isolation: Isolation) -> None:
+async def test_a_killed_child_is_noticed_immediately(isolation: Isolation) -> None:
     """
-    Between the kill and the outcome lie milliseconds.
+    A killed child is noticed within milliseconds.
     """
     _, ended, message = await start(isolation, the("family.process"))
 
@@ -510,7 +516,7 @@ async def test_a_killed_child_is_noticed_at_once(isolation: Isolation) -> None:
 
 async def test_what_a_handler_started_dies_with_it(isolation: Isolation) -> None:
     """
-    A cancelled handler's programs do not live on.
+    Programs started by a handler are killed with it.
     """
     running, ended, message = await start(isolation, the("family.process"))
 
@@ -545,7 +551,7 @@ asyncio.run(main())
 
 def a_worker(name: str, *, patience: float) -> subprocess.Popen[str]:
     """
-    A process that runs one handler and says when it has begun.
+    A process that runs one handler and reports when it has started.
     """
     code = WORKER.format(path=sys.path, name=name, patience=patience)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -554,7 +560,7 @@ def a_worker(name: str, *, patience: float) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("name", ["family.process", "hog.process"])
 async def test_children_die_with_their_worker(name: str) -> None:
     """
-    Killed without warning, a worker leaves no handler running, nor what the handler started.
+    When a worker is killed, its handlers die too, and so does everything they started.
     """
     with a_worker(name, patience=60) as worker:
         _wait_until_begun(worker)
@@ -570,11 +576,12 @@ async def test_children_leave_signals_to_their_worker(
     patient: Isolation, number: signal.Signals
 ) -> None:
     """
-    A service manager signals every process; whether handlers may finish is the worker's word.
+    Children ignore the signals of a service manager; the worker decides whether handlers may
+    finish.
     """
     running, ended, _ = await start(patient, the("poll.process"))
     for process in psutil.Process().children(recursive=True):
-        # Servers of other tests may have left a zombie among them.
+        # Servers of other tests may have left a zombie process.
         with contextlib.suppress(psutil.NoSuchProcess):
             if "asyncflow.worker.isolation.nursery_process" in process.cmdline():
                 process.send_signal(number)
@@ -586,7 +593,8 @@ async def test_children_leave_signals_to_their_worker(
 
 async def test_what_a_handler_forks_can_be_terminated(isolation: Isolation) -> None:
     """
-    Children leave signals to their worker; the processes of a `multiprocessing.Pool` do not.
+    Processes that a handler forks, as `multiprocessing.Pool` does, can be terminated, unlike the
+    children themselves.
     """
     outcome = await run(isolation, the("fork.process"))
 
@@ -601,7 +609,7 @@ async def _pid(isolation: Isolation) -> int:
 
 async def test_a_child_is_reused_and_then_replaced(nursery: Nursery) -> None:
     """
-    Warm for a number of attempts, then fresh, so that leaks do not add up.
+    A child is reused for a number of attempts and then replaced, so that leaks do not add up.
     """
     isolation = Isolation(slots=1, tasks_per_child_max=2, nursery=nursery)
 
@@ -613,7 +621,7 @@ async def test_a_child_is_reused_and_then_replaced(nursery: Nursery) -> None:
 
 async def test_a_child_that_died_idle_costs_no_attempt(nursery: Nursery) -> None:
     """
-    Another child takes the attempt over.
+    If an idle child has died, another one takes over the attempt.
     """
     isolation = Isolation(slots=1, nursery=nursery)
     first = await _pid(isolation)
@@ -627,7 +635,7 @@ async def test_a_child_that_died_idle_costs_no_attempt(nursery: Nursery) -> None
 
 async def test_closing_ends_every_child(nursery: Nursery) -> None:
     """
-    Idle and busy ones alike.
+    Closing the nursery ends every child, idle or busy.
     """
     isolation = Isolation(slots=2, nursery=nursery)
     idle = await _pid(isolation)
@@ -644,7 +652,8 @@ async def test_a_memory_limit_holds_for_the_whole_process_tree(
     isolation: Isolation, name: str
 ) -> None:
     """
-    The attempt is killed and the outcome gives both figures.
+    An attempt whose process tree exceeds the limit is killed, and the outcome gives usage and
+    limit.
     """
     outcome = await failure_in(isolation, the(name))
 
@@ -654,7 +663,7 @@ async def test_a_memory_limit_holds_for_the_whole_process_tree(
 
 async def test_progress_comes_through_from_a_child_without_flooding(isolation: Isolation) -> None:
     """
-    The latest report arrives, most of a hundred thousand do not.
+    Of a hundred thousand reports the latest arrives, and most others are dropped.
     """
     begun = Begun()
     context = a_context(on_progress=begun)
@@ -667,7 +676,7 @@ async def test_progress_comes_through_from_a_child_without_flooding(isolation: I
 
 async def test_a_child_sees_the_same_context(isolation: Isolation) -> None:
     """
-    Ids, queue and attempt cross the pipe, and the time that is left.
+    Ids, queue, attempt and remaining time are the same in a child.
     """
     context = a_context(timeout_seconds=60)
 
@@ -688,9 +697,9 @@ async def test_a_child_sees_the_same_context(isolation: Isolation) -> None:
 
 async def test_standard_output_belongs_to_the_handler(capfd: pytest.CaptureFixture[str]) -> None:
     """
-    What a handler prints arrives when its attempt ends, and disturbs nothing.
+    What a handler prints appears when its attempt ends, and disturbs nothing.
     """
-    async with Nursery(MODULES) as nursery:  # of its own: children print where it does
+    async with Nursery(MODULES) as nursery:  # a separate one: children inherit its output
         isolation = Isolation(slots=1, nursery=nursery)
 
         outcome = await run(isolation, the("print.process"))
@@ -704,7 +713,7 @@ async def test_standard_output_belongs_to_the_handler(capfd: pytest.CaptureFixtu
 
 async def test_a_child_logs_as_its_worker_does(capfd: pytest.CaptureFixture[str]) -> None:
     """
-    One line per event, which names the task and the attempt, whatever writes it.
+    A child logs one line per event, with task and attempt, whichever logger writes it.
     """
     async with Nursery(MODULES, logs={"level": "info", "log_format": "json"}) as nursery:
         isolation = Isolation(slots=1, nursery=nursery)
@@ -722,7 +731,7 @@ async def test_a_child_logs_as_its_worker_does(capfd: pytest.CaptureFixture[str]
 
 async def test_a_handler_that_closes_the_connection_is_a_crash(isolation: Isolation) -> None:
     """
-    It may close every file it can find; the attempt still ends.
+    Even if a handler closes every file descriptor, the attempt ends, as a crash.
     """
     outcome = await run(isolation, the("close.process"))
 
@@ -737,7 +746,7 @@ async def test_context_variables_go_in_but_do_not_come_out(
     isolation: Isolation, is_async: bool
 ) -> None:
     """
-    A handler sees what its worker set, and what it sets stays its own.
+    A handler sees its worker's context variables, and those it sets do not leak out.
     """
 
     async def in_loop() -> str:
@@ -765,7 +774,8 @@ async def test_context_variables_go_in_but_do_not_come_out(
 @pytest.mark.parametrize("where", ["loop", "thread", "process"])
 async def test_an_interrupted_run_takes_its_handler_along(patient: Isolation, where: str) -> None:
     """
-    Its outcome is not wanted; it gets no grace and leaves no handler behind.
+    An interrupted run, whose outcome is not needed, stops without a grace period and leaves no
+    handler behind.
     """
     names = {"loop": "wait.loop", "thread": "poll.thread", "process": "ignore.process"}
     running, ended, _ = await start(patient, the(names[where]))
@@ -778,7 +788,8 @@ async def test_an_interrupted_run_takes_its_handler_along(patient: Isolation, wh
 
 async def test_an_interrupted_run_that_does_not_stop_is_given_up(patient: Isolation) -> None:
     """
-    It ends all the same, and counts as stuck until it really does.
+    An interrupted run whose handler does not stop ends anyway, and counts as stuck until the
+    handler ends.
     """
     odd_handlers.UNSTUCK.clear()
     running, ended = begin(patient, the("ignore.loop"), a_context())
@@ -794,7 +805,8 @@ async def test_an_interrupted_run_that_does_not_stop_is_given_up(patient: Isolat
 
 async def test_what_an_unaware_handler_returns_when_interrupted_counts(patient: Isolation) -> None:
     """
-    It never looked at `cancelled`, so its work is whole and need not run again.
+    The result of an interrupted handler that never checked `cancelled` counts, since its work is
+    complete and need not run again.
     """
     running, ended, _ = await start(patient, the("late.thread"))
 
@@ -808,7 +820,8 @@ async def test_a_run_interrupted_before_its_child_is_there_ends(
     patient: Isolation, name: str
 ) -> None:
     """
-    It ends immediately, and the child is kept for the next one.
+    A run interrupted before its child is ready ends immediately, and the child is kept for the next
+    run.
     """
     running, ended = begin(patient, the(name), a_context())
     await asyncio.sleep(0)  # It asks for a child.
@@ -821,7 +834,7 @@ async def test_a_run_interrupted_before_its_child_is_there_ends(
 
 async def test_deadlines_ring_in_their_order(patient: Isolation) -> None:
     """
-    One timer serves them all: a later one does not hide an earlier one.
+    One timer serves all deadlines, and a later one does not hide an earlier one.
     """
     order: list[float] = []
     last, last_ended = begin(patient, the("wait.loop"), a_context(timeout_seconds=30.0))
@@ -842,7 +855,7 @@ async def test_deadlines_ring_in_their_order(patient: Isolation) -> None:
 @pytest.mark.parametrize("where", ISOLATIONS)
 async def test_an_attempt_leaves_nothing_behind(isolation: Isolation, where: str) -> None:
     """
-    A worker that runs for months keeps no trace of attempts: no timer, no task.
+    An attempt leaves no timer and no task behind, so a worker can run for months.
     """
     for _ in range(10):
         await run(isolation, named("number", where), timeout_seconds=900)
@@ -854,7 +867,7 @@ async def test_an_attempt_leaves_nothing_behind(isolation: Isolation, where: str
 
 async def test_stuck_threads_do_not_keep_a_process_alive() -> None:
     """
-    A worker exits although a handler never ends.
+    A process exits although a handler's thread never ends.
     """
     with a_worker("ignore.thread", patience=0) as worker:
         _wait_until_begun(worker)
@@ -891,7 +904,8 @@ async def test_a_handler_whose_thread_cannot_start_never_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    Its task is released, and a thread that is free later must not find it.
+    If no thread can be started the task is released, and a thread that becomes free later does not
+    run it.
     """
     ran: list[str] = []
     isolation = Isolation(slots=2)
@@ -923,7 +937,8 @@ async def test_a_payload_that_does_not_fit_may_be_tried_again(
     isolation: Isolation, is_async: bool
 ) -> None:
     """
-    If its handler says so: a worker that runs newer code may take it.
+    A payload that does not fit is retried if the handler says so, since a worker with newer code
+    may accept it.
     """
 
     async def in_loop(a: int) -> None: ...

@@ -1,6 +1,6 @@
 """
-Where child processes come from: they run what was loaded at the start, and what the machine
-lacks is charged to no task.
+The nursery of child processes: they run the code loaded at startup, and no task is charged for what
+the machine lacks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def answer():
     return {answer!r}
 """
 
-# An open socket is one of the things that a copy of a process would share with it.
+# A forked process would share an open socket, among other things.
 NO_FORK = "import os, socket, sys, time\nHELD = socket.socketpair()\nIS_CHILD = len(sys.argv) > 2\n"
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="children are forked on Linux only")
@@ -45,7 +45,7 @@ only_linux = pytest.mark.skipif(sys.platform != "linux", reason="children are fo
 
 def in_child(name: str) -> Handler:
     """
-    A handler as a worker knows it that runs it in a child; the function is the child's.
+    A handler as seen by a worker that runs it in a child, which has the actual function.
     """
     return Handler(name=name, function=lambda: None, isolation="process")
 
@@ -65,7 +65,7 @@ async def an_isolation(*modules: Path | str) -> AsyncIterator[tuple[Isolation, N
 
 async def not_entered(isolation: Isolation, handler: Handler) -> None:
     """
-    Run an attempt that cannot begin, and see that its task is released.
+    Run an attempt that cannot begin, and check that its task is released.
     """
     _, ended = begin(isolation, handler, a_context())
     assert await asyncio.wait_for(ended, 30) is None
@@ -79,7 +79,8 @@ def written(file: Path, text: str) -> Path:
 
 async def test_a_child_finds_what_a_module_declares_by_a_call(tmp_path: Path) -> None:
     """
-    The function is another module's, or hides behind a decorator that does not say what it wraps.
+    A child finds a handler whose function is another module's, or hidden by a decorator without
+    `__wrapped__`.
     """
     written(tmp_path / "heavy_library.py", "def heavy(): return 'heavy'\n")
     tasks = written(
@@ -100,7 +101,8 @@ async def test_a_child_finds_what_a_module_declares_by_a_call(tmp_path: Path) ->
 @only_linux
 async def test_children_run_what_was_loaded_at_the_start(tmp_path: Path, later: str | None) -> None:
     """
-    Whatever has become of the file: edited, half written, or gone.
+    Children run the code loaded at startup, whether the file has since been edited, half written or
+    deleted.
     """
     tasks = written(tmp_path / "tasks.py", TASKS.format(answer="old"))
 
@@ -119,7 +121,8 @@ async def test_a_child_that_imports_by_itself_refuses_files_that_have_changed(
     tmp_path: Path,
 ) -> None:
     """
-    One worker never runs two versions of a handler; the task is released.
+    A child that has to import changed files refuses and its task is released: one worker never runs
+    two versions of a handler.
     """
     tasks = written(tmp_path / "tasks.py", NO_FORK + TASKS.format(answer="old"))
 
@@ -138,7 +141,7 @@ async def test_a_child_that_imports_by_itself_refuses_files_that_have_changed(
 
 async def test_what_an_import_takes_is_no_part_of_an_attempt(tmp_path: Path) -> None:
     """
-    A handler that needs longer to be imported than it may run does run.
+    A handler whose import takes longer than its timeout does run.
     """
     slow = NO_FORK + "time.sleep(0.5)\n" + TASKS.format(answer="there")
     tasks = written(tmp_path / "tasks.py", slow)
@@ -152,7 +155,8 @@ async def test_what_an_import_takes_is_no_part_of_an_attempt(tmp_path: Path) -> 
 
 async def test_a_module_that_cannot_be_loaded_is_told_at_the_start(tmp_path: Path) -> None:
     """
-    With the traceback of its author, as by the worker itself.
+    A module that cannot be loaded fails startup, with its author's traceback, as in the worker
+    itself.
     """
     tasks = written(tmp_path / "tasks.py", "1 / 0")
 
@@ -163,7 +167,7 @@ async def test_a_module_that_cannot_be_loaded_is_told_at_the_start(tmp_path: Pat
 
 async def test_a_module_that_ends_its_process_is_told_at_the_start(tmp_path: Path) -> None:
     """
-    It is named, though nothing could be raised.
+    A module that ends its process fails startup and is named, although it raised nothing.
     """
     tasks = written(tmp_path / "tasks.py", "import os; os._exit(3)")
 
@@ -174,7 +178,7 @@ async def test_a_module_that_ends_its_process_is_told_at_the_start(tmp_path: Pat
 
 async def test_a_handler_that_only_the_worker_has_is_told_at_the_start(tmp_path: Path) -> None:
     """
-    Rather than with every task of it.
+    A handler that only the worker has fails startup, rather than each of its tasks.
     """
     tasks = written(tmp_path / "tasks.py", TASKS.format(answer=1))
 
@@ -185,7 +189,7 @@ async def test_a_handler_that_only_the_worker_has_is_told_at_the_start(tmp_path:
 
 async def test_a_child_that_cannot_import_says_what(tmp_path: Path) -> None:
     """
-    What failed, and its task is released.
+    A child that cannot import reports what failed, and its task is released.
     """
     broken = NO_FORK + "if IS_CHILD: raise RuntimeError('no licence')\n" + TASKS.format(answer=1)
     tasks = written(tmp_path / "tasks.py", broken)
@@ -200,7 +204,7 @@ async def test_a_child_that_never_gets_ready_is_given_up_and_names_its_import(
     tmp_path: Path,
 ) -> None:
     """
-    Starting has a bound of its own.
+    Startup of a child has its own timeout, and the error names the import that hangs.
     """
     stuck = NO_FORK + "if IS_CHILD: time.sleep(3600)\n" + TASKS.format(answer=1)
     tasks = written(tmp_path / "tasks.py", stuck)
@@ -222,7 +226,7 @@ async def test_a_child_dies_of_what_it_did_although_its_nursery_forked_it(
     tmp_path: Path,
 ) -> None:
     """
-    The nursery is the parent and tells the worker how it died; the next child is as good.
+    The nursery, as its parent, tells the worker how a child died, and the next child works.
     """
     text = "import os, asyncflow\n@asyncflow.handler(isolation='process')\n"
     tasks = written(tmp_path / "tasks.py", text + "def leave(status: int): os._exit(status)\n")
@@ -244,7 +248,8 @@ def in_child_with(name: str) -> Handler:
 
 async def test_a_nursery_that_is_killed_takes_its_children_along_and_is_replaced() -> None:
     """
-    What they ran is a crash, as if each had been killed; later attempts are not affected.
+    When the nursery is killed its children's attempts crash, as if each had been killed; later
+    attempts are unaffected.
     """
     async with an_isolation("tests.worker.odd_handlers") as (isolation, nursery):
         begun = Begun()
@@ -277,7 +282,8 @@ async def test_what_the_worker_lacks_is_not_charged_to_a_task(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    Without a file descriptor the attempt does not begin; with one, the next does.
+    Without a free file descriptor an attempt does not begin and is not charged; with one, the next
+    begins.
     """
     async with an_isolation("tests.worker.odd_handlers") as (isolation, nursery):
         await nursery.start()
@@ -296,7 +302,7 @@ async def test_what_the_worker_lacks_is_not_charged_to_a_task(
 @contextmanager
 def no_free_descriptor(pid: int) -> Iterator[None]:
     """
-    Let a process open nothing more.
+    Leave a process no free file descriptor.
     """
     process = psutil.Process(pid)
     before = process.rlimit(psutil.RLIMIT_NOFILE)
@@ -312,7 +318,7 @@ def no_free_descriptor(pid: int) -> Iterator[None]:
 @only_linux
 async def test_what_the_nursery_lacks_is_not_charged_to_a_task() -> None:
     """
-    Nor does it confuse which child belongs to which attempt.
+    What the nursery lacks is charged to no task, and does not mix up children and attempts.
     """
     async with an_isolation("tests.worker.odd_handlers") as (isolation, nursery):
         await nursery.start()
@@ -326,7 +332,7 @@ async def test_what_the_nursery_lacks_is_not_charged_to_a_task() -> None:
 
 async def test_idle_children_leave() -> None:
     """
-    An idle one frees its memory; those that are lent stay.
+    Idle children exit and free their memory; busy ones stay.
     """
     async with Nursery(["tests.worker.odd_handlers"]) as nursery:
         children = ChildPool(nursery, idle_max=2, tasks_max=9, idle_seconds=0.05)
@@ -342,7 +348,7 @@ async def test_idle_children_leave() -> None:
 @pytest.mark.parametrize("prefix", ["", NO_FORK], ids=["forked", "by itself"])
 async def test_children_and_nursery_end_with_their_connection(tmp_path: Path, prefix: str) -> None:
     """
-    However they were started, nothing is left of them.
+    However they were started, children and nursery exit when their connection closes.
     """
     tasks = written(
         tmp_path / "tasks.py",
@@ -364,7 +370,7 @@ async def test_an_attempt_that_is_stopped_while_its_child_starts_is_not_begun(
     tmp_path: Path,
 ) -> None:
     """
-    Its end does not wait for the child.
+    An attempt stopped while its child starts ends without waiting for it.
     """
     gate = tmp_path / "gate"
     os.mkfifo(gate)
@@ -375,7 +381,7 @@ async def test_an_attempt_that_is_stopped_while_its_child_starts_is_not_begun(
         await nursery.start()
         stopping: tuple[Run, asyncio.Future[Outcome | None]]
         stopping = begin(isolation, in_child("answer"), a_context())
-        await asyncio.sleep(0)  # It asks for a child.
+        await asyncio.sleep(0)  # The attempt requests a child.
         stopping[0].interrupt()
         assert await asyncio.wait_for(stopping[1], 30) is None
         (await asyncio.to_thread(gate.open, "w")).close()
@@ -401,7 +407,8 @@ asyncio.run(main())
 @only_linux
 async def test_a_nursery_ends_with_its_worker_though_a_fork_of_that_lives_on() -> None:
     """
-    The fork holds the connection open, as the processes of a pool in a handler do.
+    A nursery exits with its worker even if a fork, such as a pool's process, holds the connection
+    open.
     """
     code = FORKING_WORKER.format(path=sys.path)
     with subprocess.Popen(

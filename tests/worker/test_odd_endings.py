@@ -1,8 +1,8 @@
 """
-Every odd thing that handlers return and raise, as tasks of one worker: each ends as a dead
-letter that says why, nothing is stuck, and the worker goes on.
+Every odd thing that handlers return and raise, as tasks of one worker: each ends as a dead letter
+that says why, nothing is stuck, and the worker continues.
 
-`test_isolation` checks each outcome in detail; here it has to get through PostgreSQL.
+`test_isolation` checks each outcome in detail; here the outcomes have to reach PostgreSQL.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ async def test_every_odd_ending_is_recorded_and_the_worker_goes_on(
     db: Database, where: str
 ) -> None:
     """
-    All are submitted together, four run at a time, and a good task follows.
+    Of all odd tasks, submitted together and run four at a time, each is recorded, and a good task
+    then completes.
     """
     registry = Registry()
     names = [f"{what.replace(' ', '-')}.{where}" for what in (*ENDINGS, "number")]
@@ -55,7 +56,7 @@ async def test_every_odd_ending_is_recorded_and_the_worker_goes_on(
 
 def _kind(what: str) -> str:
     """
-    How the ending `what` is to be recorded.
+    The kind under which the ending `what` must be recorded.
     """
     kind: str = ENDINGS[what][1]
     return kind

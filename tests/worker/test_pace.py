@@ -1,5 +1,5 @@
 """
-How far ahead a worker claims: short tasks many at a time, slow ones only into free slots.
+How far ahead a worker claims: many short tasks at a time, slow ones only into free slots.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def a_pace(slots: int, *run_seconds: float) -> Pace:
 
 def test_an_unknown_workload_is_claimed_one_by_one() -> None:
     """
-    No worker claims ahead before it knows that tasks are short.
+    A worker claims ahead only once it knows that tasks are short.
     """
     pace = Pace(8)
 
@@ -32,7 +32,7 @@ def test_an_unknown_workload_is_claimed_one_by_one() -> None:
 
 def test_slow_tasks_are_claimed_one_by_one_into_free_slots() -> None:
     """
-    So workers share them evenly.
+    Slow tasks are claimed only into free slots, so workers share them evenly.
     """
     pace = a_pace(8, 10.0)
 
@@ -41,7 +41,7 @@ def test_slow_tasks_are_claimed_one_by_one_into_free_slots() -> None:
 
 def test_short_tasks_are_claimed_as_far_ahead_as_the_horizon() -> None:
     """
-    What the slots start within the horizon is claimed in one go.
+    As many short tasks are claimed as the slots start within the horizon.
     """
     pace = a_pace(10, 0.005)
 
@@ -52,7 +52,7 @@ def test_short_tasks_are_claimed_as_far_ahead_as_the_horizon() -> None:
 @pytest.mark.parametrize("seconds", [0.0, 1e-9])
 def test_tasks_that_take_no_time_are_bounded_too(seconds: float) -> None:
     """
-    However short, no more are claimed than can be settled soon.
+    However short the tasks, no more are claimed than can be settled soon.
     """
     pace = a_pace(10, seconds)
 
@@ -74,7 +74,7 @@ def test_a_change_of_the_workload_is_noticed() -> None:
 
 def test_a_pace_can_be_forgotten() -> None:
     """
-    Then it starts again from the slots.
+    A pace that was reset starts again from the slots.
     """
     pace = a_pace(4, *[0.001] * 100)
 
@@ -89,7 +89,8 @@ def test_a_pace_can_be_forgotten() -> None:
 )
 def test_the_window_never_leaves_its_bounds(slots: int, run_seconds: list[float]) -> None:
     """
-    At least the slots, at most the larger of slots and `WINDOW_MAX`; a batch fits the window.
+    The window is at least the slots and at most the larger of slots and `WINDOW_MAX`; a batch fits
+    the window.
     """
     pace = a_pace(slots, *run_seconds)
 

@@ -1,6 +1,6 @@
 """
-The settler on the real store: what it says of a settlement is what became of it, also when an
-answer got lost on the way.
+The settler on the real store: it reports correctly what became of a settlement, even if an answer
+was lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.wire import Wire, laid
 @pytest.fixture
 async def wire(database_url: str) -> AsyncIterator[Wire]:
     """
-    The worker's way to PostgreSQL.
+    The worker's connection to PostgreSQL.
     """
     async with laid({"postgres": database_url}) as wires:
         yield wires["postgres"]
@@ -34,7 +34,7 @@ async def wire(database_url: str) -> AsyncIterator[Wire]:
 
 async def a_claim(db: Database, *, max_attempts: int = 5) -> Claim:
     """
-    A task that runs in a worker that is alive.
+    The claim of a task on a live worker.
     """
     worker = await a_worker(db)
     await submit(db, max_attempts=max_attempts)
@@ -44,7 +44,7 @@ async def a_claim(db: Database, *, max_attempts: int = 5) -> Claim:
 
 def settling(taken: Claim, settlement: Settlement) -> Settling:
     """
-    How the attempt of `taken` ends.
+    The settling of the attempt of `taken`.
     """
     return Settling(taken.task_id, taken.lease_id, settlement)
 
@@ -55,7 +55,8 @@ async def test_a_settlement_whose_answer_was_lost_counts_as_written(
     db: Database, wire: Wire, event: Event, is_cancelled: bool
 ) -> None:
     """
-    The worker repeats it, and nothing is left to write; its outcome is recorded all the same.
+    A repeated settlement, whose first answer was lost, has nothing left to write and counts as
+    written.
     """
     taken = await a_claim(db)
     if is_cancelled:
@@ -87,7 +88,8 @@ async def test_what_the_reaper_wrote_under_a_lease_is_not_taken_for_its_settleme
     db: Database, event: Event, max_attempts: int, is_cancelled: bool
 ) -> None:
     """
-    The task ended as the worker would have it end, but for another reason.
+    A settlement of the reaper is not mistaken for the worker's, although the task ended in the same
+    state.
     """
     taken = await a_claim(db, max_attempts=max_attempts)
     if is_cancelled:
@@ -102,7 +104,7 @@ async def test_a_settlement_counts_as_written_although_another_of_its_batch_was_
     db: Database,
 ) -> None:
     """
-    The batch goes again one by one, and some of it has been written by then.
+    A batch that is repeated one by one reports settlements written in the first try as written.
     """
     await db.execute(
         "ALTER TABLE asyncflow.tasks_finished ADD CHECK (failure->>'kind' <> 'Cursed')"

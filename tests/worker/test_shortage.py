@@ -1,5 +1,6 @@
 """
-A worker whose machine lacks something takes fewer tasks, and all of them again once it does not.
+A worker whose machine lacks a resource takes fewer tasks, and works normally again once it
+recovers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from asyncflow.worker.isolation.shortage import PAUSE_SECONDS_MAX, Shortage
 
 class Clock:
     """
-    A monotonic clock that a test turns.
+    A monotonic clock that a test advances.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +24,7 @@ class Clock:
 
 def length(shortage: Shortage, clock: Clock) -> int:
     """
-    How many seconds the pause takes that begins now.
+    Seconds that a pause beginning now takes.
     """
     shortage.meet("no more processes")
     seconds = 0
@@ -35,7 +36,7 @@ def length(shortage: Shortage, clock: Clock) -> int:
 
 def test_pauses_double_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    A machine that lacks something for long is not tried every second.
+    Pauses double up to a bound, so a lasting shortage is not retried every second.
     """
     clock, shortage = Clock(monkeypatch), Shortage()
 
@@ -48,7 +49,8 @@ def test_an_attempt_that_can_begin_shortens_the_next_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """
-    It proves that there is room again.
+    A successful start shortens the next pause, since it proves that the resource is available
+    again.
     """
     clock, shortage = Clock(monkeypatch), Shortage()
     before = [length(shortage, clock) for _ in range(3)]
@@ -61,7 +63,7 @@ def test_attempts_that_fail_together_make_one_pause(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """
-    And one line in the log.
+    Attempts that fail together cause one pause and one log line.
     """
     clock, shortage = Clock(monkeypatch), Shortage()
     for _ in range(3):

@@ -1,5 +1,5 @@
 """
-Who blocks an event loop can be told from another thread.
+Another thread can tell which handler blocks an event loop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PATIENCE_SECONDS = 30.0
 
 class Blockade:
     """
-    Stands still where `block` is called, until another thread has seen it.
+    Blocks where `block` is called, until another thread has inspected the loop.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Blockade:
 
     def look(self) -> None:
         """
-        In a thread: wait until the loop is blocked, look at it, and let it go.
+        In a thread: wait until the loop is blocked, inspect it, and release it.
         """
         assert self._is_blocked.wait(PATIENCE_SECONDS)
         self.seen.append(look_at(self._loop, self._thread_id))
@@ -47,7 +47,7 @@ async def seen_of(
     function_of: Callable[[Blockade], Callable[[], Awaitable[None]]],
 ) -> tuple[Stall, str]:
     """
-    What is seen of a handler that blocks the loop, and the id of its task.
+    What is found about a handler that blocks the loop, and the id of its task.
     """
     blockade = Blockade()
     registry = Registry()
@@ -68,7 +68,7 @@ def _the_one(registry: Registry) -> Handler:
 
 async def test_a_handler_that_blocks_is_seen() -> None:
     """
-    The stack begins in the handler.
+    A blocking handler is identified, with a stack that begins in the handler.
     """
 
     def function_of(blockade: Blockade) -> Callable[[], Awaitable[None]]:
@@ -87,7 +87,7 @@ async def test_a_handler_that_blocks_is_seen() -> None:
 
 async def test_a_task_that_a_handler_started_is_the_handlers() -> None:
     """
-    It has a copy of its context.
+    A task that a handler started is attributed to the handler, whose context it copied.
     """
 
     def function_of(blockade: Blockade) -> Callable[[], Awaitable[None]]:
@@ -109,7 +109,7 @@ async def test_a_task_that_a_handler_started_is_the_handlers() -> None:
 
 async def test_of_a_callback_only_the_stack_is_seen() -> None:
     """
-    No task runs it.
+    For a callback only the stack is found, since no task runs it.
     """
 
     def function_of(blockade: Blockade) -> Callable[[], Awaitable[None]]:

@@ -1,6 +1,6 @@
 """
-A worker on the real store: every end of an attempt becomes the right row, and neither a
-shutdown nor an outage loses a task or lets an attempt without a lease write anything.
+A worker on the real store: every end of an attempt is recorded correctly, and neither a shutdown
+nor an outage loses a task or lets an attempt without a lease write anything.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from tests.support.tasks import (
 from tests.support.wire import Wire, laid
 from tests.worker import odd_handlers
 
-assert odd_handlers  # it declares what some of these run
+assert odd_handlers  # it declares handlers that some of these tests run
 NO_WAIT = Backoff(base_seconds=0.0)
 
 
 class Gate:
     """
-    A handler that waits: it says when it was entered, and returns when it may.
+    A handler that signals when it is entered, and returns when the test allows it.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Gate:
     @property
     def handler(self) -> Callable[..., Any]:
         """
-        As a function for a registry.
+        The gate as a function for a registry.
         """
 
         async def gate() -> str:
@@ -93,7 +93,7 @@ async def soon(event: asyncio.Event) -> None:
 
 async def test_what_a_handler_returns_is_the_result(db: Database) -> None:
     """
-    The payload becomes arguments, the return value the result.
+    The payload becomes the handler's arguments, and its return value the result.
     """
 
     async def double(n: int) -> int:
@@ -111,21 +111,22 @@ async def test_what_a_handler_returns_is_the_result(db: Database) -> None:
 
 async def test_a_worker_that_has_started_wakes_what_waited_for_one(db: Database) -> None:
     """
-    The relay sends it tasks immediately, not at its next poll.
+    A started worker wakes the relay, which sends it tasks immediately rather than at its next poll.
     """
 
     async def idle() -> None: ...
 
     heard: asyncio.Queue[None] = asyncio.Queue()
     async with Listener(db, lambda: heard.put_nowait(None)):
-        await asyncio.wait_for(heard.get(), PATIENCE_SECONDS)  # It listens now.
+        await asyncio.wait_for(heard.get(), PATIENCE_SECONDS)  # The listener is ready now.
         async with a_running_worker(db, idle):
             await asyncio.wait_for(heard.get(), PATIENCE_SECONDS)
 
 
 async def test_a_failing_handler_is_retried_until_its_attempts_are_used_up(db: Database) -> None:
     """
-    Then the task is a dead letter that says why.
+    A failing task is retried until its attempts are used up, and ends as a dead letter that says
+    why.
     """
 
     async def fail() -> None:
@@ -164,7 +165,7 @@ async def test_a_retry_waits_as_long_as_its_handler_asks(db: Database) -> None:
 
 async def test_a_rejected_task_is_not_tried_again(db: Database) -> None:
     """
-    `Reject` ends it at the first attempt.
+    `Reject` ends a task at its first attempt.
     """
 
     async def reject() -> None:
@@ -197,7 +198,7 @@ async def test_an_attempt_ends_when_its_time_is_up(db: Database) -> None:
 
 async def test_a_running_task_is_cancelled_on_request(db: Database) -> None:
     """
-    The next heartbeat brings the request, and the handler is stopped.
+    The next heartbeat delivers the cancellation, and the handler is stopped.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -210,9 +211,10 @@ async def test_a_running_task_is_cancelled_on_request(db: Database) -> None:
     assert gate.interrupted.is_set()
 
 
-async def test_no_more_attempts_run_at_once_than_there_are_slots(db: Database) -> None:
+async def test_no_more_attempts_run_concurrently_than_there_are_slots(db: Database) -> None:
     """
-    Also when tasks are so short that many are claimed ahead.
+    No more attempts run concurrently than there are slots, even if many short tasks are claimed
+    ahead.
     """
     running = most = 0
 
@@ -232,7 +234,7 @@ async def test_no_more_attempts_run_at_once_than_there_are_slots(db: Database) -
 
 async def test_progress_can_be_read_while_the_handler_runs(db: Database) -> None:
     """
-    The latest report wins.
+    The latest progress report can be read while the handler runs.
     """
     gate = Gate()
 
@@ -257,7 +259,7 @@ async def test_progress_can_be_read_while_the_handler_runs(db: Database) -> None
 
 async def test_a_result_the_database_refuses_fails_its_task_and_no_other(db: Database) -> None:
     """
-    Even a task whose result cannot be stored ends; those settled together with it are unharmed.
+    A task whose result cannot be stored fails; tasks settled in the same batch are unaffected.
     """
     await db.execute(
         "ALTER TABLE asyncflow.tasks_finished ADD CHECK (result::text <> '\"cursed\"')"
@@ -278,7 +280,7 @@ async def test_a_result_the_database_refuses_fails_its_task_and_no_other(db: Dat
 
 async def test_a_stopping_worker_lets_its_attempts_finish(db: Database) -> None:
     """
-    Within the grace period they complete as usual; nothing new is taken.
+    Attempts complete within the grace period of a stopping worker; no new task is taken.
     """
     gate = Gate()
     [mine] = await submit(db)
@@ -297,7 +299,7 @@ async def test_a_stopping_worker_lets_its_attempts_finish(db: Database) -> None:
 
 async def until_said_to_stop(transport: Any) -> None:
     """
-    Wait until the transport has stopped: then it returns immediately, with nothing.
+    Wait until the transport has stopped: a take then returns immediately, with nothing.
     """
     async with asyncio.timeout(PATIENCE_SECONDS):
         assert [] == await transport.take(1, window=1)
@@ -306,7 +308,7 @@ async def until_said_to_stop(transport: Any) -> None:
 @pytest.fixture
 async def wire(database_url: str) -> AsyncIterator[Wire]:
     """
-    The worker's way to PostgreSQL, where it does not have the test's.
+    The worker's own connection to PostgreSQL, where it does not share the test's.
     """
     async with laid({"postgres": database_url}) as wires:
         yield wires["postgres"]
@@ -314,8 +316,8 @@ async def wire(database_url: str) -> AsyncIterator[Wire]:
 
 async def test_a_claim_that_hangs_holds_up_no_grace_period(db: Database, wire: Wire) -> None:
     """
-    The grace period begins when the worker is asked to stop, whatever PostgreSQL does; what the
-    claim brings after it goes back unpunished.
+    The grace period begins when the worker is asked to stop, even while a claim hangs; tasks that
+    the claim returns later are released unpunished.
     """
     gate, other = Gate(), Gate()
     [mine] = await submit(db)
@@ -332,7 +334,7 @@ async def test_a_claim_that_hangs_holds_up_no_grace_period(db: Database, wire: W
     ):
         await soon(gate.entered)
         await soon(other.entered)
-        # It claims nothing now, and then what it finds.
+        # The claim returns nothing at first, then whatever it finds.
         [late] = await submit(db)
         wire.hold_answers("FOR UPDATE SKIP LOCKED")
         other.open.set()
@@ -354,7 +356,8 @@ async def test_a_claim_that_hangs_holds_up_no_grace_period(db: Database, wire: W
 
 async def test_a_heartbeat_that_hangs_keeps_no_worker_from_ending(db: Database, wire: Wire) -> None:
     """
-    However long its leases are, and with them the time that a heartbeat may take.
+    A hanging heartbeat does not delay a worker's exit, however long its leases, and so a
+    heartbeat's timeout, are.
     """
     async with (
         Database(wire.url) as far,
@@ -370,7 +373,8 @@ async def test_a_heartbeat_that_hangs_keeps_no_worker_from_ending(db: Database, 
 
 async def test_attempts_that_outlast_the_grace_period_are_released(db: Database) -> None:
     """
-    They are interrupted, unpunished, and due immediately for another worker.
+    Attempts that outlast the grace period are interrupted, unpunished, and due immediately for
+    another worker.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -387,7 +391,8 @@ async def test_attempts_that_outlast_the_grace_period_are_released(db: Database)
 
 async def test_a_second_request_to_stop_releases_immediately(db: Database) -> None:
     """
-    The worker does not wait for the end of the grace period.
+    On a second request to stop, the worker releases its attempts without waiting for the grace
+    period.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -402,7 +407,8 @@ async def test_a_second_request_to_stop_releases_immediately(db: Database) -> No
 
 async def test_claims_without_a_slot_go_back_and_are_not_claimed_again(db: Database) -> None:
     """
-    Short tasks are claimed ahead; when a long one takes the slot, the rest is for others.
+    When a long task takes the slot, short tasks claimed ahead are released for others and not
+    claimed again.
     """
     times = Times(claim_wait_max=0.2, tick=0.05)
     gate = Gate()
@@ -421,11 +427,11 @@ async def test_claims_without_a_slot_go_back_and_are_not_claimed_again(db: Datab
             return await states(db) == {"completed": 100, "running": 1, "pending": 10}
 
         await until(all_released)
-        # Time enough to claim them ahead many times more.
+        # Long enough to claim them ahead many times over.
         await asyncio.sleep(1.0)
 
         attempts = [(await read(db, task_id)).attempt for task_id in waiting]
-        # Twice, if a take was under way that still hoped for short tasks.
+        # Twice, if a take that still expected short tasks was in flight.
         assert 2 >= max(attempts)
         gate.open.set()
         await until_states(db, completed=111)
@@ -436,7 +442,7 @@ async def test_a_settle_outlives_an_outage_of_the_database(
     db: Database, postgres_server: PostgresServer
 ) -> None:
     """
-    A handler that ends while PostgreSQL is down has not worked in vain.
+    The result of a handler that ends while PostgreSQL is down is settled after the outage.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -468,7 +474,8 @@ async def test_a_worker_that_cannot_beat_stops_its_attempts_and_writes_nothing(
     db: Database, postgres_server: PostgresServer
 ) -> None:
     """
-    It fences itself before its leases run out, and works on when PostgreSQL is back.
+    A worker that cannot send heartbeats fences itself before its leases expire, and continues once
+    PostgreSQL is back.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -488,7 +495,7 @@ async def test_a_worker_that_cannot_beat_stops_its_attempts_and_writes_nothing(
 
 async def test_cut_sessions_do_not_disturb_a_worker(db: Database, database_url: str) -> None:
     """
-    PostgreSQL ends every session; the attempt under way completes.
+    After PostgreSQL ends every session, the running attempt completes.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -504,7 +511,8 @@ async def test_cut_sessions_do_not_disturb_a_worker(db: Database, database_url: 
 
 async def test_a_worker_declared_dead_ends_and_writes_nothing(db: Database) -> None:
     """
-    Its tasks belong to others now; it must come back under a new id.
+    A worker declared dead exits and writes nothing: its tasks belong to others, and it must return
+    under a new id.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -522,8 +530,8 @@ async def test_a_worker_declared_dead_ends_and_writes_nothing(db: Database) -> N
 
 async def test_a_handler_that_freezes_its_process_past_the_fence_is_charged(db: Database) -> None:
     """
-    It holds the interpreter's lock, so there are no heartbeats. Released unpunished, it would do
-    the same again, without end.
+    A handler that holds the GIL past the fence, so that no heartbeats are sent, is charged. If it
+    were released unpunished, it would do the same again and again.
     """
 
     async def freeze() -> None:
@@ -546,13 +554,13 @@ async def test_a_handler_that_freezes_its_process_past_the_fence_is_charged(db: 
 
 async def idle() -> None:
     """
-    A handler that no task asks for.
+    A handler that no task uses.
     """
 
 
 async def holders(db: Database) -> set[int]:
     """
-    The server processes of the sessions that hold a worker's lock.
+    The server pids of the sessions that hold a worker's lock.
     """
     rows = await db.fetch("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted")
     return {row["pid"] for row in rows}
@@ -560,7 +568,7 @@ async def holders(db: Database) -> set[int]:
 
 async def heartbeat_follows(db: Database) -> None:
     """
-    Wait until a worker has beaten once more.
+    Wait for another heartbeat of a worker.
     """
     before = await db.fetchval("SELECT now()")
 
@@ -573,7 +581,8 @@ async def heartbeat_follows(db: Database) -> None:
 
 async def test_a_worker_takes_its_lock_back_as_soon_as_it_can(db: Database) -> None:
     """
-    After a cut PostgreSQL may think for a while that its old session lives and holds it.
+    After a cut connection the worker retakes its lock once PostgreSQL has noticed that the old
+    session is gone.
     """
     async with a_running_worker(db, idle) as running:
         await until(lambda: holders(db))
@@ -594,7 +603,8 @@ async def test_a_worker_that_stops_without_a_connection_says_goodbye_on_a_new_on
     db: Database, database_url: str
 ) -> None:
     """
-    Otherwise it would be declared dead, although it stopped as it should.
+    A worker without a connection signs off on a new one; otherwise it would be declared dead
+    although it stopped properly.
     """
     async with a_running_worker(db, idle, times=Times(heartbeat_retry=3_600)) as running:
         await until(lambda: holders(db))
@@ -608,9 +618,9 @@ async def test_a_worker_that_stops_without_a_connection_says_goodbye_on_a_new_on
 
 async def test_a_table_that_is_locked_for_long_costs_no_worker_its_session(db: Database) -> None:
     """
-    A foreign migration keeps heartbeats from reading what the worker holds. Were the session given
-    up for that, its lock could fall, and PostgreSQL, which does not notice, would keep one more
-    session each time.
+    While another application's migration locks a table that heartbeats read, the worker keeps its
+    session. If it dropped the session, its lock could be released, and PostgreSQL, which does not
+    notice, would keep one more session each time.
     """
 
     async def sessions() -> list[int]:
@@ -637,7 +647,7 @@ async def test_a_table_that_is_locked_for_long_costs_no_worker_its_session(db: D
 
 async def refused_beats(logs: Sequence[Mapping[str, Any]], count: int) -> None:
     """
-    Wait until this many more heartbeats were refused.
+    Wait until this many more heartbeats have been refused.
     """
     before = len(logs)
 
@@ -652,8 +662,9 @@ async def test_a_missing_right_costs_a_worker_neither_its_lock_nor_its_attempts(
     db: Database, postgres_server: PostgresServer, database_url: str
 ) -> None:
     """
-    Without its session, its lock would be free and its heartbeat overdue, and a reaper that
-    has the right would take the worker for dead.
+    A missing privilege costs a worker neither its session nor its attempts. Without the session its
+    lock would be free and its heartbeat overdue, and a reaper that has the privilege would declare
+    it dead.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -684,7 +695,8 @@ async def test_a_missing_right_costs_a_worker_neither_its_lock_nor_its_attempts(
 
 async def test_a_worker_whose_row_is_gone_for_a_moment_goes_on(db: Database) -> None:
     """
-    As while the database is restored: tables come one after the other.
+    A worker whose row is missing for a moment continues, as during a restore, when tables appear
+    one after another.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -704,7 +716,8 @@ async def test_a_worker_whose_row_is_gone_for_a_moment_goes_on(db: Database) -> 
 
 async def test_a_worker_whose_row_is_gone_for_good_comes_back_as_another(db: Database) -> None:
     """
-    The database was restored from a backup that is older than the worker.
+    A worker whose row is gone for good, as after a restore from an older backup, returns under a
+    new id.
     """
     async with a_running_worker(db, idle, lease_seconds=1.0) as running:
         await until(lambda: holders(db))
@@ -716,7 +729,7 @@ async def test_a_worker_whose_row_is_gone_for_good_comes_back_as_another(db: Dat
 
 async def test_a_late_settle_of_a_lost_lease_is_void(db: Database) -> None:
     """
-    The lease was taken away while the handler ran; what it returns changes nothing.
+    If the lease is lost while the handler runs, its result changes nothing.
     """
     gate = Gate()
     [task_id] = await submit(db)
@@ -734,7 +747,7 @@ async def test_a_late_settle_of_a_lost_lease_is_void(db: Database) -> None:
 
 async def test_a_claim_whose_answer_was_lost_is_released(db: Database) -> None:
     """
-    The database says the worker holds a task, the worker knows nothing of it.
+    A task that the database says the worker holds, and that the worker does not know, is released.
     """
 
     async def work() -> None:
@@ -764,7 +777,7 @@ async def test_a_claim_that_comes_after_its_release_is_not_run(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    The answer to a claim was so slow that the worker released the lease as an orphan.
+    A claim whose answer arrives after the worker released it as an orphan is not run.
     """
     may_come = asyncio.Event()
     take = PostgresTransport.take
@@ -794,7 +807,7 @@ async def test_a_claim_that_comes_after_its_release_is_not_run(
 
 async def test_a_thread_that_cannot_be_stopped_keeps_its_slot(db: Database) -> None:
     """
-    A stuck handler does not make room for more of its kind.
+    A thread that cannot be stopped keeps its slot, so stuck handlers do not pile up.
     """
     entered = 0
     may_end = threading.Event()
@@ -815,7 +828,8 @@ async def test_a_thread_that_cannot_be_stopped_keeps_its_slot(db: Database) -> N
 
 async def test_a_worker_whose_every_slot_is_stuck_ends(db: Database) -> None:
     """
-    It would keep its leases and run nothing; a new process starts with free slots.
+    A worker with every slot stuck exits: it would run nothing, while a new process starts with free
+    slots.
     """
     may_end = threading.Event()
 
@@ -869,7 +883,7 @@ asyncio.run(main(sys.argv[1]))
 
 async def stalled(block: str, database_url: str) -> subprocess.CompletedProcess[bytes]:
     """
-    Run a worker to its end whose loop is blocked so, by one of three attempts.
+    Run a worker whose loop is blocked in this way, by one of three attempts, until it exits.
     """
     ended = await asyncio.to_thread(
         subprocess.run,
@@ -886,7 +900,8 @@ async def test_a_handler_that_blocks_the_loop_ends_its_worker_and_is_charged(
     db: Database, database_url: str
 ) -> None:
     """
-    The failure says where it stood. Its neighbours are released, charged with nothing.
+    A handler that blocks the loop ends its worker and is charged, with a failure that says where it
+    blocked. Its neighbours are released and not charged.
     """
     ended = await stalled("time.sleep(600)", database_url)
 
@@ -911,7 +926,8 @@ async def test_if_what_blocks_the_loop_is_unknown_all_that_might_are_charged(
     db: Database, database_url: str
 ) -> None:
     """
-    Unpunished, the one that does it would stop one worker after another, without end.
+    If it is unknown which handler blocks the loop, all candidates are charged; otherwise the
+    culprit would stop one worker after another.
     """
     block = "asyncio.get_running_loop().call_soon(time.sleep, 600); await asyncio.sleep(600)"
 
@@ -924,9 +940,9 @@ async def test_if_what_blocks_the_loop_is_unknown_all_that_might_are_charged(
     assert {"work", "loop_neighbour"} == set(line["name"].split(","))
 
 
-async def test_an_idle_worker_stops_at_once(db: Database) -> None:
+async def test_an_idle_worker_stops_immediately(db: Database) -> None:
     """
-    Nothing under way, nothing to wait for.
+    An idle worker stops immediately.
     """
     async with a_running_worker(db, Gate().handler, grace_seconds=3_600) as running:
         await until_registered(db)
@@ -938,7 +954,7 @@ async def test_an_idle_worker_stops_at_once(db: Database) -> None:
 
 async def until_registered(db: Database) -> None:
     """
-    Wait for a worker's first row.
+    Wait until a worker has registered.
     """
 
     async def is_registered() -> bool:
@@ -951,7 +967,7 @@ async def test_a_worker_can_be_stopped_while_the_database_is_away(
     db: Database, postgres_server: PostgresServer
 ) -> None:
     """
-    It says no goodbye then, and goes all the same.
+    A worker stopped while the database is down exits without signing off.
     """
     async with a_running_worker(db, Gate().handler) as running:
         await until_registered(db)
@@ -965,7 +981,8 @@ async def test_what_its_machine_lacks_costs_a_task_nothing(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """
-    It is released and runs once there is room; the one attempt that it has is enough.
+    A task that its machine cannot start is released and runs once it can; its only attempt is not
+    used up.
     """
     handler = DEFAULT_REGISTRY.get("number.process")
     assert handler is not None

@@ -1,5 +1,5 @@
 """
-A PostgreSQL of their own for the tests that starve it, and systems on it.
+A dedicated PostgreSQL for the tests that starve it, and systems on it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_CONNECTIONS = 60
 @pytest.fixture(scope="session")
 def own_server() -> Iterator[PostgresServer]:
     """
-    A PostgreSQL that no other test needs, with few connections to take away.
+    A PostgreSQL that no other test uses, with a low connection limit.
     """
     settings = {"max_connections": str(MAX_CONNECTIONS)}
     with postgres.running_server(postgres.EMBEDDED, settings=settings) as server:
@@ -54,7 +54,7 @@ async def alone(
     own_database_url: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> AsyncIterator[System]:
     """
-    The same on PostgreSQL alone, for tests to which RabbitMQ makes no difference.
+    Like `system`, on PostgreSQL alone: for tests to which RabbitMQ makes no difference.
     """
     async with a_system(request, tmp_path, own_database_url) as system:
         yield system
@@ -68,7 +68,7 @@ async def a_system(
     broker_url: str | None = None,
 ) -> AsyncIterator[System]:
     """
-    A system for one block; if the test fails, its report tells what the processes said last.
+    A system for one block; a failing test reports the last output of the processes.
     """
     async with System(database_url=database_url, broker_url=broker_url, folder=folder) as system:
         try:

@@ -1,6 +1,5 @@
 """
-A PostgreSQL whose connections others have taken, all of them: before our processes start, and in
-the middle of their work.
+PostgreSQL without a free connection, both before AsyncFlow's processes start and while they work.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ REASON = "too many clients"
 
 class ForeignSessions:
     """
-    Another application: it takes every connection as soon as it is free, and gives all of them
-    back at the end of the block.
+    Another application, which takes every connection as soon as it is free and releases all of them
+    at the end of the block.
     """
 
     def __init__(self, url: str) -> None:
@@ -42,11 +41,11 @@ class ForeignSessions:
 
     async def have_everything(self) -> None:
         """
-        Push AsyncFlow's sessions out; return when it has none and can get none.
+        Evict AsyncFlow's sessions; return once it has none and can get none.
         """
         is_done = False
         while not is_done:
-            # Refused after the last look: what was free by then is taken now.
+            # A connection freed after the last check is taken now.
             self._was_refused.clear()
             await self._was_refused.wait()
             is_done = not await self._end_sessions_of_others()
@@ -71,8 +70,8 @@ class ForeignSessions:
 
 async def test_a_database_without_a_free_connection_costs_time_and_no_task(system: System) -> None:
     """
-    Every session of ours is lost and none is to be had: 503 with Retry-After, logs that say why,
-    and recovery by itself once there are connections again.
+    When all of AsyncFlow's sessions are lost and no connection is free, the API answers 503 with
+    Retry-After, the logs say why, and everything recovers once connections are available.
     """
     _, [worker], [maintenance] = await system.start()
 
@@ -95,7 +94,7 @@ async def test_a_database_without_a_free_connection_costs_time_and_no_task(syste
 
 async def test_processes_wait_for_a_free_connection_and_then_work(alone: System) -> None:
     """
-    Started while there is none, each says so and stays; it needs no restart.
+    A process started while no connection is free says so and keeps running; it needs no restart.
     """
     async with ForeignSessions(alone.database_url) as foreign:
         await foreign.have_everything()

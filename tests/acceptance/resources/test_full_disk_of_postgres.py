@@ -1,6 +1,6 @@
 """
-A disk that is full under PostgreSQL while tasks flow: nothing accepted is lost, and once there is
-room again everything completes, with no process of ours restarted.
+PostgreSQL's disk fills up while tasks flow: nothing accepted is lost, and once there is space again
+everything completes without a restart of AsyncFlow's processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLOWING_AGAIN_SECONDS = 30.0
 DISK_MEBIBYTES = 128
 
 WORKING = {"seconds": 0.1}
-# As large as a row can be without being compressed, so that tasks soon need another page.
+# As large as a row gets without compression, so that tasks soon need another page.
 BULKY = {"seconds": 0.2, "filler": "x" * 1_500}
 
 
@@ -42,7 +42,7 @@ def disk() -> Iterator[SmallDisk]:
 @pytest.fixture
 def other_folder() -> Iterator[Path]:
     """
-    Room elsewhere.
+    A folder on another disk.
     """
     folder = scratch.make_folder("elsewhere", in_memory=True)
     yield folder
@@ -51,7 +51,7 @@ def other_folder() -> Iterator[Path]:
 
 def move_wal(server: PostgresServer, folder: Path) -> None:
     """
-    Keep the server's write-ahead log in another folder, as on a disk of its own.
+    Move the server's write-ahead log to another folder, as on a separate disk.
     """
     server.cluster.stop()
     wal = server.cluster.folder / "data" / "pg_wal"
@@ -70,8 +70,8 @@ async def test_a_full_disk_of_tables_costs_time_and_no_task(
     request: pytest.FixtureRequest,
 ) -> None:
     """
-    PostgreSQL refuses what needs another page, and goes on with the rest: submissions get 503 and
-    are not stored, outcomes of what ran meanwhile are written when there is room.
+    PostgreSQL refuses only what needs another page: submissions get 503 and are not stored, and the
+    outcomes of attempts that ran meanwhile are written once there is space.
     """
     with postgres.running_server(postgres.EMBEDDED, folder=disk.folder) as server:
         url = await asyncio.to_thread(server.create_database)
@@ -99,7 +99,8 @@ async def test_a_full_disk_of_the_write_ahead_log_costs_time_and_no_task(
     disk: SmallDisk, other_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """
-    PostgreSQL panics, and cannot even recover until there is room: 503 meanwhile, then all goes on.
+    PostgreSQL panics and cannot recover until there is space: the API answers 503 meanwhile, and
+    afterwards everything completes.
     """
     with postgres.running_server(postgres.EMBEDDED, folder=other_folder) as server:
         url = await asyncio.to_thread(server.create_database)
@@ -124,7 +125,7 @@ async def test_a_full_disk_of_the_write_ahead_log_costs_time_and_no_task(
 
 async def use_up_write_ahead_log(url: str) -> None:
     """
-    Begin one file of it after the other until there is no room for another.
+    Start one WAL file after another until there is no space for the next.
     """
     connection = await asyncpg.connect(url)
     with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
@@ -136,7 +137,7 @@ async def use_up_write_ahead_log(url: str) -> None:
 
 async def has_come_back(server: PostgresServer) -> bool:
     """
-    Whether PostgreSQL serves again; restarted if it had ended, as a supervisor would do.
+    Whether PostgreSQL accepts connections; if it has exited, restart it as a supervisor would.
     """
     if server.cluster.pid is None:
         await asyncio.to_thread(server.cluster.stop)

@@ -1,6 +1,6 @@
 """
-RabbitMQ short of disk while tasks flow: it takes no messages, submissions never notice, tasks wait,
-and everything completes once there is room again.
+RabbitMQ runs out of disk while tasks flow: it accepts no messages, submissions are unaffected,
+tasks wait, and everything completes once there is space again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Raising = Callable[[], object]
 
 async def sits_out(system: System, *, raising: Raising, ending: Raising) -> None:
     """
-    Go through an alarm, and check that it cost time and no task.
+    Go through an alarm and check that it delays tasks and loses none.
     """
     started = await system.start()
     _, _, [maintenance] = started
@@ -66,7 +66,7 @@ async def test_a_disk_alarm_of_the_broker_costs_time_and_no_task(
     system: System, engine: Engine
 ) -> None:
     """
-    As raised by an operator who asks for more free disk than there is.
+    An alarm raised by a free-disk limit above what is available delays tasks and loses none.
     """
     broker = engine.broker
     assert broker is not None
@@ -102,7 +102,7 @@ def cramped(request: pytest.FixtureRequest) -> Iterator[OnSmallDisk]:
     ):
         if not isinstance(broker, ProcessBroker):
             pytest.skip("only a RabbitMQ that the tests run themselves can have a small disk")
-        # It would look whether the alarm is over only every ten seconds.
+        # By default it checks only every ten seconds whether the alarm is over.
         broker.ctl("eval", f"rabbit_disk_monitor:set_max_check_interval({LOOK_MILLISECONDS}).")
         yield OnSmallDisk(broker, disk)
 
@@ -111,7 +111,7 @@ async def test_a_full_disk_of_the_broker_costs_time_and_no_task(
     cramped: OnSmallDisk, database_url: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """
-    As raised by RabbitMQ itself, when others fill its disk.
+    An alarm that RabbitMQ raises because its disk is full delays tasks and loses none.
     """
     broker, disk = cramped
     url = await asyncio.to_thread(broker.create_vhost)

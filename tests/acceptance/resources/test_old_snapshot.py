@@ -1,6 +1,6 @@
 """
-A transaction that others hold open: nothing that was deleted since can be removed, and tables only
-grow. What that costs over minutes is measured by `bench/held_snapshot.py`.
+Another session holds a transaction open, so vacuum cannot remove rows deleted since it began and
+tables only grow. `bench/held_snapshot.py` measures the cost over minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COUNT = "SELECT count(*) FROM asyncflow.tasks"
 @asynccontextmanager
 async def snapshot(url: str) -> AsyncIterator[asyncpg.Connection]:
     """
-    A transaction that sees the database as it is at the start of the block, idle meanwhile.
+    Hold a snapshot from the start of the block, in an idle transaction.
     """
     connection = await asyncpg.connect(url)
     try:
@@ -32,7 +32,7 @@ async def snapshot(url: str) -> AsyncIterator[asyncpg.Connection]:
 
 async def test_batches_complete_beside_a_transaction_that_stays_open(system: System) -> None:
     """
-    The second one meets all the dead rows of the first.
+    A second batch completes although it has to scan all the dead rows of the first.
     """
     await system.start()
     idle = {"name": "sample-task", "payload": {"seconds": 0}}

@@ -1,6 +1,6 @@
 """
-PgBouncer, pooling transactions, between PostgreSQL and all of our processes: tasks live their whole
-life, a killed worker is found out, and a PgBouncer that dies is ridden out.
+PgBouncer in transaction mode between PostgreSQL and all of AsyncFlow's processes: tasks go through
+their whole life, a killed worker is detected, and an outage of PgBouncer is survived.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ START_SECONDS_MAX = 60.0
 @pytest.fixture(scope="module")
 def pooler(own_server: PostgresServer) -> Iterator[Pooler]:
     """
-    A PgBouncer. A test that kills it should start it again.
+    A PgBouncer. A test that kills it must start it again.
     """
     with running_pooler(own_server) as pooler:
         yield pooler
@@ -38,7 +38,7 @@ def pooler(own_server: PostgresServer) -> Iterator[Pooler]:
 @pytest.fixture
 def unmigrated_url(own_server: PostgresServer) -> Iterator[str]:
     """
-    An empty database, reached directly.
+    The direct URL of an empty database.
     """
     url = own_server.create_empty_database()
     yield url
@@ -54,7 +54,7 @@ async def behind(
     folder: Path,
 ) -> AsyncIterator[System]:
     """
-    A system whose processes know only the pooler; the test itself goes around it.
+    A system whose processes connect through the pooler; the test itself connects directly.
     """
     async with a_system(request, folder, database_url, broker_url) as system:
         system.settings |= {"database_url": pooler.url(database_url), "database_pooler": True}
@@ -82,7 +82,7 @@ async def pooled_alone(
     unmigrated_url: str, pooler: Pooler, request: pytest.FixtureRequest, tmp_path: Path
 ) -> AsyncIterator[System]:
     """
-    The same on PostgreSQL alone.
+    Like `pooled`, on PostgreSQL alone.
     """
     async with behind(pooler, unmigrated_url, None, request, tmp_path) as system:
         yield system
@@ -90,7 +90,7 @@ async def pooled_alone(
 
 async def sessions(system: System) -> int:
     """
-    How many sessions others than this one have in the system's database.
+    Number of sessions in the system's database, not counting this one.
     """
     [row] = await system.rows("""
         SELECT count(*) FROM pg_stat_activity
@@ -103,8 +103,8 @@ async def sessions(system: System) -> int:
 
 async def test_tasks_live_their_whole_life_behind_a_pooler(pooled: System) -> None:
     """
-    Run in every isolation, retried, delayed, failed and redriven, cancelled while they wait and
-    while they run; and in numbers, so that statements of all processes share few sessions.
+    Tasks run in every isolation, are retried, delayed, failed and redriven, and are cancelled while
+    they wait and while they run; in numbers, so that all processes share few sessions.
     """
     assert "already" in await pooled.command("migrate")
     await pooled.start(workers=2)
@@ -138,7 +138,7 @@ async def test_tasks_live_their_whole_life_behind_a_pooler(pooled: System) -> No
 
 async def test_a_task_of_a_killed_worker_runs_again_behind_a_pooler(pooled_alone: System) -> None:
     """
-    There are no session locks; once its lease is over, the worker is given up.
+    Without session locks, the worker is declared dead once its lease expires.
     """
     _, [worker], _ = await pooled_alone.start(heartbeat_seconds=0.25, lease_seconds=1.5)
     await pooled_alone.locks_prove_death()
@@ -158,7 +158,8 @@ async def test_a_pooler_that_dies_costs_time_and_no_task(
     pooled_alone: System, pooler: Pooler
 ) -> None:
     """
-    503 while it is away; all processes come back to its successor by themselves.
+    The API answers 503 while the pooler is away; all processes reconnect to its successor on their
+    own.
     """
     await pooled_alone.start(workers=2)
 
@@ -178,7 +179,7 @@ async def test_a_pooler_that_dies_costs_time_and_no_task(
 
 async def test_a_forgotten_setting_is_named(pooled_alone: System) -> None:
     """
-    A worker that takes the pooler for PostgreSQL itself says which setting would help.
+    A worker that mistakes the pooler for PostgreSQL names the setting that is missing.
     """
     worker = await pooled_alone.run("worker", database_pooler=False)
 
@@ -203,8 +204,8 @@ async def test_a_pooler_that_takes_everything_is_found_out(
     fact: str,
 ) -> None:
     """
-    It swallows the settings of our connections: only the sessions behind it tell that it is there,
-    and whether it shares them.
+    A pooler that swallows connection settings is detected, with whether it shares sessions, by the
+    sessions behind it.
     """
     settings = {"pool_mode": mode, "ignore_startup_parameters": ", ".join(PLANNER)}
     with running_pooler(own_server, settings=settings) as pooler:
@@ -223,8 +224,8 @@ async def test_a_pooler_of_sessions_serves_what_needs_sessions(
     request: pytest.FixtureRequest,
 ) -> None:
     """
-    Wake-ups and locks work through it, if it lets our settings pass: a killed worker is found out
-    long before its lease is over.
+    Wake-ups and locks work through a session pooler that passes our settings on: a killed worker is
+    detected long before its lease expires.
     """
     settings = {
         "pool_mode": "session",
@@ -249,7 +250,7 @@ async def test_dev_runs_behind_a_pooler(
     unmigrated_url: str, pooler: Pooler, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """
-    It migrates and runs everything on the database that it is given.
+    `asyncflow dev` migrates the database it is given and runs everything on it.
     """
     async with a_system(request, tmp_path, unmigrated_url) as system:
         system.settings |= {"database_url": pooler.url(unmigrated_url), "database_pooler": True}

@@ -1,6 +1,6 @@
 """
-A PostgreSQL that takes no writes, as after a failover to a standby: what reads works on, what
-writes waits, and nobody is punished for it.
+PostgreSQL becomes read-only, as after a failover to a standby: reads keep working, writes wait, and
+no attempt is charged for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REASON = "read-only transaction"
 @asynccontextmanager
 async def read_only(url: str) -> AsyncIterator[None]:
     """
-    Let the server of `url` take no writes during a block, from open connections neither.
+    Make the server of `url` read-only for a block, for open connections too.
     """
     connection = await asyncpg.connect(url)
     try:
@@ -35,7 +35,8 @@ async def read_only(url: str) -> AsyncIterator[None]:
 
 async def test_a_read_only_database_costs_time_and_no_task(system: System) -> None:
     """
-    503 with a sentence for what writes, 200 for what reads; what was returned meanwhile counts.
+    Requests that write get 503 with a reason, requests that read get 200, and results returned
+    meanwhile are kept.
     """
     started = await system.start()
     _, [worker], _ = started
@@ -73,12 +74,12 @@ async def test_a_database_that_is_read_only_past_the_leases_punishes_nobody(
     alone: System,
 ) -> None:
     """
-    The worker fences itself and comes back under the same id; nobody takes it for dead, and what it
-    ran begins again without a failure.
+    The worker fences itself and returns under the same id; it is not declared dead, and the tasks
+    it ran start again without a failure.
     """
     started = await alone.start(heartbeat_seconds=0.25, lease_seconds=1.5)
     _, [worker], [maintenance] = started
-    # Sooner, nobody would be given up anyway.
+    # Before that, no worker would be declared dead anyway.
     await alone.locks_prove_death()
     task_ids = [await alone.submit("work", {"seconds": 2}) for _ in range(4)]
     for task_id in task_ids:
@@ -99,7 +100,7 @@ async def test_a_database_that_is_read_only_past_the_leases_punishes_nobody(
 
 async def leases_are_over(system: System) -> bool:
     """
-    Whether the heartbeats are so old that only an outage can explain them.
+    Whether all heartbeats are too old for anything but an outage.
     """
     query = """
         SELECT 1 FROM asyncflow.workers
