@@ -13,13 +13,14 @@ import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from asyncflow.aio.batching import Batcher
 from asyncflow.domain.task import DEFAULT_TENANT_ID, NewTask, TaskIds
-from asyncflow.store import submit
 from asyncflow.store.database import Database
 from asyncflow.store.migrations import migrate
+from asyncflow.store.submit import Submitted, submit
 from asyncflow.store.wakeups import Waker, send_wakeup
 from bench.addresses import broker_url, database_url, program, variant
 from bench.systems import Submit, count_rows, timed_in_bulk
@@ -65,15 +66,15 @@ def worker_commands(processes: int, concurrency: str) -> list[list[str]]:
 async def producer() -> AsyncIterator[Submit]:
     async with Database(database_url()) as db:
         waker = Waker(db)
-        batcher: Batcher[NewTask, submit.Submitted] = Batcher(lambda new: submit.submit(db, new))
+        batcher: Batcher[NewTask, Submitted] = Batcher(partial(submit, db))
 
-        async def submit(number: int, submitted_at: float) -> None:
+        async def submit_one(number: int, submitted_at: float) -> None:
             payload = json.dumps({"number": number, "submitted_at": submitted_at})
             await batcher.submit(new_task(payload))
             waker.wake()
 
-        await submit(-1, 0.0)
-        yield submit
+        await submit_one(-1, 0.0)
+        yield submit_one
         await waker.close()
 
 
@@ -92,7 +93,7 @@ async def _bulk(count: int, payload: str, name: str = "bench-noop") -> float:
         numbers = iter(range(count))
 
         async def submit_many(size: int) -> None:
-            await submit.submit(db, [new_task(payload, name, next(numbers)) for _ in range(size)])
+            await submit(db, [new_task(payload, name, next(numbers)) for _ in range(size)])
             await send_wakeup(db)
 
         return await timed_in_bulk(count, submit_many)
