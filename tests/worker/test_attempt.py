@@ -547,6 +547,9 @@ async def test_an_attempt_whose_task_is_cancelled_before_its_first_step_is_relea
 
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
+    await asyncio.sleep(0)
+    attempt.revive()
+    attempt.revive()
 
     await asyncio.wait_for(far_side.has_ended.wait(), 60)
     assert ([Event.RELEASE], [None]) == (far_side.events, far_side.handler_ends)

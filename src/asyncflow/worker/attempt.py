@@ -25,10 +25,9 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from asyncflow.aio.batching import Batcher
 from asyncflow.domain.outcome import (
@@ -105,8 +104,6 @@ class Attempt:
         "void",
     )
 
-    _task: asyncio.Task[None]
-
     def __init__(self, claim: Claim, tools: Tools) -> None:
         self.claim = claim
         self.taken_at = self._began_at = time.monotonic()
@@ -118,13 +115,23 @@ class Attempt:
         self._is_cancelled = False
         self._is_finishing = False
         self._is_released = False
+        self._task: asyncio.Task[None] | None = None
         self._rest: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """
         Begin to work; every end is an outcome that gets settled, or a lost lease.
         """
-        self._task = self._start(self._work())
+        self._task = asyncio.get_running_loop().create_task(self._work())
+
+    def revive(self) -> None:
+        """
+        Release it if its task was cancelled before its first step: code of a handler may cancel
+        every task it finds. Called now and then; a callback per attempt would cost more.
+        """
+        task = self._rest or self._task
+        if task is not None and task.done() and not self._is_finishing:
+            self._rest = asyncio.get_running_loop().create_task(self._finish(None))
 
     def cancel(self) -> None:
         """
@@ -174,23 +181,12 @@ class Attempt:
         self._is_finishing = True
         self._free_slot(None if outcome is None else self._run_seconds)
         is_recorded = await self._settle(self.decide(outcome or Released()))
-        self._tools.on_end(self)
-        # Last: a log line may lead to a terminal that has gone.
-        self._log(is_recorded=is_recorded)
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        task.add_done_callback(self._on_task_end)
-        return task
-
-    def _on_task_end(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled():
-            # Before its first step, by code of a handler that cancels every task it finds.
-            if not self._is_finishing:
-                self._rest = self._start(self._finish(None))
-        elif error := task.exception():
-            fact = {"message": "An attempt failed after its settle.", "exception": error}
-            asyncio.get_running_loop().call_exception_handler(fact)
+        try:
+            self._tools.on_end(self)
+            # Last: a log line may lead to a terminal that has gone.
+            self._log(is_recorded=is_recorded)
+        except Exception as error:
+            _report("An attempt failed after its settle.", error)
 
     # Run
 
@@ -227,7 +223,7 @@ class Attempt:
         # The handler keeps this attempt's task, so the rest needs another.
         self._run = None
         self._run_seconds = time.monotonic() - self._began_at
-        self._rest = self._start(self._finish(outcome))
+        self._rest = asyncio.get_running_loop().create_task(self._finish(outcome))
 
     def _context(self) -> Context:
         claim, tools = self.claim, self._tools
@@ -242,8 +238,7 @@ class Attempt:
         except Exception as error:
             # A mistake in the worker's books must not cost the attempt its settle: the heartbeats
             # would keep its lease for as long as the worker lives.
-            fact = {"message": "A worker could not free a slot.", "exception": error}
-            asyncio.get_running_loop().call_exception_handler(fact)
+            _report("A worker could not free a slot.", error)
 
     # Decide
 
@@ -335,3 +330,8 @@ class Attempt:
             failure=failure.kind if failure else None,
             retry_seconds=settlement.delay_seconds if settlement.delay_seconds else None,
         )
+
+
+def _report(message: str, error: Exception) -> None:
+    fact = {"message": message, "exception": error}
+    asyncio.get_running_loop().call_exception_handler(fact)

@@ -87,9 +87,11 @@ class Intake:
 
     def review(self, *, wait_seconds_max: float) -> None:
         """
-        Release claims that have waited for longer than this, and see whether a slot is free: a
-        stuck handler may have ended.
+        Revive attempts whose tasks were cancelled, release claims that have waited for longer than
+        this, and see whether a slot is free: a stuck handler may have ended.
         """
+        for attempt in tuple(self.attempts.values()):
+            attempt.revive()
         if self.release_waiting(older_than_seconds=wait_seconds_max):
             # Or they would be claimed ahead again immediately, and released without end.
             self._pace.forget()
