@@ -130,7 +130,8 @@ class Attempt:
         every task it finds. Called now and then; a callback per attempt would cost more.
         """
         task = self._rest or self._task
-        if task is not None and task.done() and not self._is_finishing:
+        is_left = task is not None and task.done() and not self._is_finishing
+        if is_left and self._run is None:
             self._rest = asyncio.get_running_loop().create_task(self._finish(None))
 
     def cancel(self) -> None:
@@ -210,11 +211,11 @@ class Attempt:
                 self._run.cancel()
             outcome = await self._run.outcome()
         except Exception as error:
+            self._run = None
             # Our mistake, or the machine's. Charged all the same, or a task that always ends
             # like this would be run without end.
             return Crashed(Failure("Crashed", f"The attempt could not be run: {error!r}"))
-        finally:
-            self._run = None
+        self._run = None
         if self._rest is None:
             self._run_seconds = time.monotonic() - self._began_at
         return outcome

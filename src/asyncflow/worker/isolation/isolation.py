@@ -35,8 +35,9 @@ class Isolation(Means):
             payload: JSON text.
             context: Made just now: the attempt's time runs from its making, or in a child
                 process from when that is ready.
-            on_stuck: Called in the loop's thread, at most once, if a handler on the loop does not
-                stop: with the outcome of its attempt. What awaits `outcome` waits on.
+            on_stuck: Called in the loop's thread, at most once, with the outcome of the attempt,
+                if what awaits `outcome` cannot go on with it: a handler on the loop does not stop,
+                or code of a handler cancelled the attempt's task.
         """
         return RUNS[handler.isolation](self, handler, payload, context, on_stuck)
 

@@ -15,7 +15,6 @@ and counts.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -219,10 +218,13 @@ class OutsideRun(Run):
             self.conclude(self.ended_unentered())
         else:
             self.enter()
-        while True:
-            # Code of another handler may cancel every task it finds; the outcome still counts.
-            with contextlib.suppress(asyncio.CancelledError):
-                return await asyncio.shield(self._outcome)
+        try:
+            return await asyncio.shield(self._outcome)
+        except asyncio.CancelledError:
+            # By code of another handler, which may cancel every task it finds. This handler runs
+            # on, and its outcome still counts.
+            self._outcome.add_done_callback(lambda ended: self.on_stuck(ended.result()))
+            raise
 
     def enter(self) -> None:
         """
