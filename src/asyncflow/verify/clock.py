@@ -33,7 +33,7 @@ class Clock:
     The clock of one process, seen from outside; right until it is set.
 
     Args:
-        file: The page; created anew.
+        file: The page; replaced if it exists.
     """
 
     def __init__(self, file: Path) -> None:
